@@ -1,0 +1,58 @@
+"""The operations every block is made of, each with its contract and its one point of dispatch.
+
+`lora_linear` is the one equation of the project (docs/architecture.md):
+
+    y = x Wᵀ + b + scaling · [(x Aᵀ) ⊙ gate] Bᵀ
+
+LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) is K = 1 without a gate. DA-LoRA stacks K pairs along the rank and scales
+each pair's R activations by the image's domain weight, which is W' = W + scaling · sum_k w_k B_k A_k for that image.
+
+Letters: B images, N tokens, I in, O out, K domains, R rank; nh heads, hd head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMPLS = ("reference",)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    gate: Tensor | None = None,
+    *,
+    impl: str = "reference",
+) -> Tensor:
+    """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
+
+    weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
+    pair. ValueError if the shapes disagree or `impl` is not one of `IMPLS`: a request never falls back in silence.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl {impl!r} is not available; this version has {', '.join(IMPLS)}")
+    if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or lora_a.shape[0] % gate.shape[1]):
+        raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {lora_a.shape[0]}")
+    return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate)
+
+
+def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate):
+    low = F.linear(x, lora_a.to(x.dtype))  # (B, ..., K·R)
+    if gate is not None:
+        per_column = gate.to(x.dtype).repeat_interleave(lora_a.shape[0] // gate.shape[1], dim=1)
+        low = low * per_column.view(len(x), *[1] * (x.dim() - 2), -1)
+    return F.linear(x, weight, bias) + F.linear(low * scaling, lora_b.to(x.dtype))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(hd)) v over (B, nh, N, hd) (Vaswani et al. 2017, eq. 1)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(hd)) itself, (B, nh, N, N) in float32; rows sum to one."""
+    return torch.softmax((q.float() @ k.float().mT) * q.shape[-1] ** -0.5, dim=-1)

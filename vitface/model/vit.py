@@ -1,0 +1,181 @@
+"""The Vision Transformer, in forward order: patches -> tokens -> blocks -> norm.
+
+One file for DINOv2 (Oquab et al. 2023, arXiv:2304.07193), CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020) and
+the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929); what differs between them is data in `ViTConfig`. State-dict
+names are DINOv2's and timm's.
+
+Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
+`gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
+alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from vitface.config import ViTConfig
+from vitface.model.lora import Linear
+from vitface.model.ops import attention, attention_map
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, S, S) -> (B, N - 1, D): one linear map of each P x P patch, as a convolution."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size, bias=config.patch_bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return rearrange(self.proj(images.to(self.proj.weight.dtype)), "b d h w -> b (h w) d")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
+
+    def split_heads(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+        """(B, N, D) -> q, k, v stacked, (3, B, nh, N, hd)."""
+        qkv = self.qkv(x, gate, adapted)
+        return rearrange(qkv, "b n (three nh hd) -> three b nh n hd", three=3, nh=self.num_heads)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+        q, k, v = self.split_heads(x, gate, adapted)
+        return self.proj(rearrange(attention(q, k, v), "b nh n hd -> b n (nh hd)"), gate, adapted)
+
+
+class Mlp(nn.Module):
+    """fc1 -> activation -> fc2, hidden width 4 D. QuickGELU is x · sigmoid(1.702 x), as in OpenAI's CLIP."""
+
+    def __init__(self, embed_dim: int, act: str):
+        super().__init__()
+        self.act = act
+        self.fc1 = Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+        u = self.fc1(x, gate, adapted)
+        u = F.gelu(u) if self.act == "gelu" else u * torch.sigmoid(1.702 * u)
+        return self.fc2(u, gate, adapted)
+
+
+class LayerScale(nn.Module):
+    """Multiplies the residual branch by a learned vector (Touvron et al. 2021, arXiv:2103.17239)."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP, each on a residual branch."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = Attention(dim, config.num_heads)
+        self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, config.act)
+        self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), gate, adapted))
+        return x + self.ls2(self.mlp(self.norm2(x), gate, adapted))
+
+
+class ViT(nn.Module):
+    """Normalised images (B, 3, S, S) -> final-norm tokens (B, N, D), CLS first.
+
+    `image_size` S is any multiple of the patch; `pos_embed` has that size's grid.
+    """
+
+    def __init__(self, config: ViTConfig, image_size: int):
+        super().__init__()
+        self.config, self.image_size = config, image_size
+        num_tokens = 1 + config.grid(image_size) ** 2
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.embed_dim))
+        self.norm_pre = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> what enters the first block, (B, N, D), in the dtype of `pos_embed`."""
+        if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            want = f"(B, 3, {self.image_size}, {self.image_size})"
+            raise ValueError(f"images are {tuple(images.shape)}, this model takes {want}")
+        patches = self.patch_embed(images).to(self.pos_embed.dtype)
+        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(images))
+        return self.norm_pre(torch.cat([cls, patches], dim=1) + self.pos_embed)
+
+    def forward(self, images: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.encode(self.tokens(images), gate)
+
+    def encode(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """What enters the first block (B, N, D) -> final-norm tokens (B, N, D)."""
+        for block in self.blocks:
+            x = block(x, gate)
+        return self.norm(x)
+
+    def attention(self, images: Tensor, gate: Tensor | None = None, block: int = -1) -> Tensor:
+        """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, rows sum to one."""
+        depth = len(self.blocks)
+        if not -depth <= block < depth:
+            raise ValueError(f"block {block} does not exist; this model has {depth}")
+        x = self.tokens(images)
+        for earlier in self.blocks[: block % depth]:
+            x = earlier(x, gate)
+        chosen = self.blocks[block]
+        q, k, _ = chosen.attn.split_heads(chosen.norm1(x), gate)
+        return attention_map(q, k)
+
+
+@torch.no_grad()
+def init_weights(vit: ViT, seed: int = 0) -> None:
+    """Random initialisation, a pure function of `seed`: N(0, 0.02²) matrices, zero biases, unit norms and LayerScale."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in vit.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
+    """Resamples the patch part of `pos_embed`, (1, 1 + g², D) -> (1, 1 + grid², D), bicubic, in float32 at least.
+
+    Rules, each the one its weights were published with:
+    "scale_offset"   Meta's DINOv2: by the scale factor (grid + 0.1) / g, no antialias (`interpolate_offset`)
+    "size"           to the size, no antialias (transformers; our choice for CLIP, which has none of its own)
+    "size_antialias" to the size, with antialias (timm)
+    A grid equal to the native one returns the table untouched.
+    """
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    native = round(patches.shape[1] ** 0.5)
+    if native * native != patches.shape[1]:
+        raise ValueError(f"pos_embed has {patches.shape[1]} patch rows, which is not a square grid")
+    if grid == native:
+        return pos_embed
+    table = rearrange(patches.to(torch.promote_types(patches.dtype, torch.float32)), "1 (h w) d -> 1 d h w", h=native)
+    if rule == "scale_offset":
+        factor = (grid + 0.1) / native
+        table = F.interpolate(table, scale_factor=(factor, factor), mode="bicubic")
+    elif rule in ("size", "size_antialias"):
+        table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=rule == "size_antialias")
+    else:
+        raise ValueError(f"unknown positional rule {rule!r}")
+    assert table.shape[-2:] == (grid, grid)
+    return torch.cat([cls, rearrange(table, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
