@@ -6,6 +6,7 @@ class default < `--exp` preset < explicit flag.
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -85,3 +86,151 @@ def backbone_name(name: str) -> str:
     if name not in VIT_PRESETS:
         raise ConfigError(f"unknown backbone {name!r}; known: {', '.join([*VIT_ALIASES, *VIT_PRESETS])}")
     return name
+
+
+@dataclass(frozen=True)
+class FaceConfig:
+    """Everything that shapes a face model; stored beside its tensors, so that no script can contradict it.
+
+    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. `weights_sha256` is that of the
+    converted backbone file, or "random".
+    """
+
+    backbone: str
+    weights_sha256: str
+    vit: ViTConfig
+    image_size: int
+    lora_rank: int = 0
+    lora_alpha: float = 16
+    lora_scaling: Literal["lora", "rslora"] = "lora"
+    lora_targets: Literal["attn", "attn+mlp"] = "attn"
+    num_domains: int = 1
+    router_depth: int = 3
+    head: Literal["cls", "linear", "bn", "patches"] = "cls"
+    embedding_dim: int = 512
+    train_patch_embed: bool = False
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+def vit_config(settings: dict[str, Any]) -> ViTConfig:
+    """A `ViTConfig` from its JSON form; TypeError for missing or unknown keys."""
+    return ViTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def face_config(settings: dict[str, Any]) -> FaceConfig:
+    """A `FaceConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
+    return FaceConfig(**{**settings, "vit": vit_config(settings["vit"])})
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of `TrainConfig` with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, flat. Every field is a flag of train.py; the resolved values are saved in the run directory."""
+
+    exp: str | None = flag(None, "preset to start from; explicit flags win over it")
+    backbone: str = flag("dinov2", "backbone preset or alias")
+    weights: str | None = flag(None, "converted backbone file, or 'random'; default: look in the usual places")
+    image_size: int = flag(224, "input side in pixels, a multiple of the patch")
+    train_data: str = flag("data/casia-webface", "RecordIO folder, image folder (one per person), or 'synthetic'")
+    val_data: str | None = flag("data", "folder of benchmark files, evaluated once at the end")
+    use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a domain classifier")
+    num_domains: int = flag(3, "adapters per layer with --use-dalora")
+    lora_rank: int = flag(16, "rank of each adapter")
+    lora_alpha: float = flag(64.0, "adapter strength; see --lora-scaling")
+    lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
+    lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
+    router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
+    balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
+    router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
+    domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
+    train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
+    head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
+    embedding_dim: int = flag(512, "size of the embedding")
+    loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
+    margin: float = flag(0.35, "margin m")
+    scale: float = flag(64.0, "scale s of the cosines")
+    augment: Literal["none", "flip", "strong"] = flag("strong", "augmentation of the training images")
+    holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
+    max_samples: int | None = flag(None, "use at most this many training images")
+    batch_size: int = flag(64, "images per step")
+    limit_batches: int | None = flag(None, "at most this many steps per epoch")
+    epochs: int = flag(20, "passes over the data")
+    patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
+    lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
+    head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
+    weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
+    warmup_epochs: float = flag(1.0, "epochs of linear warm-up before the cosine")
+    clip: float = flag(5.0, "largest norm of the gradient")
+    num_workers: int = flag(2, "processes that read and decode images")
+    seed: int = flag(0, "seeds initialisation, order and augmentation")
+    save_dir: str | None = flag(None, "run directory; default runs/EXP-DATE")
+    resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
+    device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
+    impl: Literal["auto", "reference"] = flag("auto", "implementation of the adapted linear layers")
+    compile: bool = flag(False, "torch.compile the model")
+    wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
+    tensorboard: bool = flag(False, "also log for TensorBoard (extra: vitface[tensorboard])")
+    dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
+
+    def __post_init__(self) -> None:
+        backbone_name(self.backbone)
+        positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
+        for name in (*positive, "epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{to_flag(name)} must be positive, not {value}")
+        for name in ("margin", "weight_decay", "warmup_epochs", "holdout_people", "patience", "num_workers", "seed"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
+        if self.batch_size < 2 and self.head != "linear":
+            raise ConfigError("--batch-size must be at least 2: the batch norm of the embedding head needs two images")
+        vit = VIT_PRESETS[backbone_name(self.backbone)]
+        vit.grid(self.image_size)
+        if not 1 <= self.router_depth <= vit.depth:
+            raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
+
+
+_RECORDED: dict[str, Any] = {
+    "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
+}  # fmt: skip
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "exp_001": {**_RECORDED, "backbone": "dinov2", "use_dalora": False},
+    "exp_002": {**_RECORDED, "backbone": "clip", "use_dalora": False},
+    "exp_003": {**_RECORDED, "backbone": "dinov2", "use_dalora": True},
+    "exp_004": {**_RECORDED, "backbone": "clip", "use_dalora": True},
+}
+
+
+def to_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `TrainConfig`; bools get --x and --no-x, Literals become choices."""
+    hints = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        hint, options = hints[item.name], {}
+        if isinstance(hint, types.UnionType):  # X | None
+            hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is Literal:
+            options["choices"] = typing.get_args(hint)
+        else:
+            options.update(type=hint, metavar=hint.__name__.upper())
+        text = item.metadata["help"] + ("" if item.default in (None, False) else f" (default: {item.default})")
+        parser.add_argument(to_flag(item.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+
+
+def resolve(given: dict[str, Any]) -> TrainConfig:
+    """Class default < preset named by `exp` < the explicitly `given` flags."""
+    exp = given.get("exp")
+    if exp is not None and exp not in EXPERIMENTS:
+        raise ConfigError(f"unknown experiment {exp!r}; known: {', '.join(EXPERIMENTS)}")
+    return TrainConfig(**{**EXPERIMENTS.get(exp or "", {}), **given})

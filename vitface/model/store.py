@@ -1,7 +1,10 @@
-"""Backbones on disk: one safetensors file whose metadata carries every setting needed to run it.
+"""Models on disk, each with every setting needed to run it, and all of it checked on load.
 
-The file holds our state-dict names at the native grid; the settings (`ViTConfig`) and where it came from are JSON in the
-safetensors metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
+A backbone is one safetensors file: our state-dict names at the native grid, and the settings (`ViTConfig`) and origin as
+JSON in its metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
+
+A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
+SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256.
 """
 
 import dataclasses
@@ -13,13 +16,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import vitface
-from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import WeightsError
+from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig, backbone_name, face_config, vit_config
+from vitface.errors import CheckpointError, WeightsError
+from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
+from vitface.version import __version__
 
 BACKBONE_FORMAT = "vitface-backbone-1"
 
@@ -43,7 +47,7 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
         "name": name,
         "config": json.dumps(dataclasses.asdict(config)),
         "source": json.dumps(source),
-        "vitface_version": vitface.__version__,
+        "vitface_version": __version__,
     }
     partial = path.with_name(path.name + ".part")
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
@@ -69,8 +73,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
             f"  python -m vitface.weights.convert NAME --src {path} --out weights/NAME.safetensors\n"
             f"with NAME one of {', '.join(VIT_PRESETS)}"
         )
-    settings = json.loads(metadata["config"])
-    config = ViTConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+    config = vit_config(json.loads(metadata["config"]))
     return metadata["name"], config, tensors, json.loads(metadata["source"])
 
 
@@ -108,25 +111,121 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     stored_name, config, tensors, _ = read_backbone(path)
     if stored_name != name:
         raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
-    check_tensors(path, tensors, vit_shapes(config))
+    check_tensors(path, tensors, expected_tensors(config))
     tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
     vit = ViT(config, image_size)
     vit.load_state_dict(tensors)
     return vit.eval()
 
 
-def vit_shapes(config: ViTConfig) -> dict[str, torch.Size]:
-    """The tensors a backbone file of this config holds, without allocating them."""
+def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
+    """The tensors a backbone file of this config holds, on the meta device."""
     with torch.device("meta"):
-        return {key: tensor.shape for key, tensor in ViT(config, config.native_size).state_dict().items()}
+        return ViT(config, config.native_size).state_dict()
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    """WeightsError unless `tensors` has exactly these names and shapes, in a float dtype, all finite."""
-    for key in sorted(shapes.keys() ^ tensors.keys()):
-        raise WeightsError(f"{path}: {'missing' if key in shapes else 'unknown'} tensor {key}")
+def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """WeightsError unless `tensors` has exactly these names and shapes, floats where floats are expected, all finite."""
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        raise WeightsError(f"{path}: {'missing' if key in expected else 'unknown'} tensor {key}")
     for key, tensor in tensors.items():
-        if tensor.shape != shapes[key] or not tensor.is_floating_point():
-            raise WeightsError(f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(shapes[key])}")
+        want = expected[key]
+        if tensor.shape != want.shape or tensor.is_floating_point() != want.is_floating_point():
+            raise WeightsError(
+                f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected {want.dtype} {tuple(want.shape)}"
+            )
         if not tensor.isfinite().all():
             raise WeightsError(f"{path}: {key} has NaN or infinite values; fetch or convert the file again")
+
+
+def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a face model: trained parameters and running statistics, by state-dict name."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def frozen_face(name: str, weights: str | Path | None = None, image_size: int = 224, dtype: str = "fp32") -> FaceModel:
+    """The frozen backbone as a face model: the embedding is the raw CLS token."""
+    vit = load_backbone(name, weights, image_size)
+    digest = weights_sha256(backbone_name(name), weights)
+    config = FaceConfig(
+        backbone_name(name), digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype
+    )
+    return FaceModel(vit, config).eval()
+
+
+def weights_sha256(name: str, weights: str | Path | None) -> str:
+    """The SHA-256 of the backbone file that `load_backbone` would load, or "random"."""
+    return "random" if weights == "random" else sha256_file(find_backbone(name) if weights is None else Path(weights))
+
+
+def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
+    """The face model of a run directory (its best checkpoint) or of one checkpoint directory, in eval mode.
+
+    `weights` names the frozen backbone's file; by default the file the run was trained with is looked for where it was,
+    then in the usual places. CheckpointError if the checkpoint is not whole or fits no such backbone.
+    """
+    step = find_checkpoint(Path(path))
+    try:
+        config = face_config(json.loads((step / "model.json").read_text()))
+    except (TypeError, KeyError, json.JSONDecodeError):
+        raise CheckpointError(f"{step}/model.json was not written by this version of vitface") from None
+    model = FaceModel(load_backbone(config.backbone, _backbone_of(step, config, weights), config.image_size), config)
+    tensors = load_file(step / "model.safetensors")
+    check_tensors(step / "model.safetensors", tensors, trained_tensors(model))
+    model.load_state_dict(tensors, strict=False)  # names were just checked; the frozen ones come from the backbone
+    return model.eval()
+
+
+def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:
+    if config.weights_sha256 == "random":
+        return "random"
+    candidates = [] if weights is None else [Path(weights)]
+    if weights is None:
+        run_config = step.resolve().parent.parent / "config.json"
+        recorded = json.loads(run_config.read_text()).get("weights") if run_config.is_file() else None
+        candidates = [Path(recorded)] if recorded and Path(recorded).is_file() else [find_backbone(config.backbone)]
+    for path in candidates:
+        if path.is_file() and sha256_file(path) == config.weights_sha256:
+            return path
+    raise CheckpointError(
+        f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is not "
+        f"{candidates[0]}; name the right file with --weights FILE"
+    )
+
+
+def verify_checkpoint(path: Path) -> None:
+    """CheckpointError unless the files of one step directory are those that its manifest sealed."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, sealed in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != sealed["size"] or sha256_file(file) != sealed["sha256"]:
+                raise CheckpointError(f"{file} is damaged: it differs from what {path.name}/manifest.json sealed")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: no {Path(str(error.filename)).name}") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise CheckpointError(f"{path}/manifest.json is damaged") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """One verified step directory for `path`, which is a run directory (its best) or a step directory."""
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "best"
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint; train one with python train.py")
+    verify_checkpoint(path)
+    return path
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The run directory in `runs` whose checkpoints changed last; CheckpointError if there is none."""
+    found = [path.parent for path in runs.glob("*/checkpoints") if (path / "best").exists()]
+    if not found:
+        raise CheckpointError(
+            f"no trained run in {runs}/: train one, or name a checkpoint or a frozen backbone:\n"
+            f"  python train.py --exp demo\n"
+            f"  python evaluate.py --checkpoint RUN\n"
+            f"  python evaluate.py --backbone dinov2 --image-size 224"
+        )
+    return max(found, key=lambda run: (run / "checkpoints" / "best").lstat().st_mtime)

@@ -1,0 +1,89 @@
+"""Evaluate a face model, or a frozen backbone, on the face-verification benchmarks."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitface.config import VIT_ALIASES, VIT_PRESETS
+from vitface.device import resolve_device, resolve_dtype
+from vitface.errors import ConfigError, VitfaceError
+from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_file, evaluate_all
+from vitface.evaluation.report import results_json, results_table
+from vitface.model.face import FaceModel
+from vitface.model.store import frozen_face, load_face, newest_run
+
+EXAMPLES = """examples:
+  python evaluate.py --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
+  python evaluate.py --checkpoint runs/a --bench all     every benchmark there is a file for
+  python evaluate.py --checkpoint runs/a --bench synthetic --json results.json
+  python evaluate.py --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--bench", choices=[*BENCHMARKS, "all"], required=True, help="which benchmark; 'all': each that has a file")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run (its best) or checkpoint directory; default: newest in runs/",
+    )
+    add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
+    add("--json", type=Path, metavar="FILE", help="also write the results there")
+    add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
+    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add("--image-size", type=int, default=224, help="input side in pixels, with --backbone only (default: 224)")
+    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    return parser
+
+
+def load_model(arguments: argparse.Namespace) -> FaceModel:
+    """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
+    device = resolve_device(arguments.device)
+    if arguments.backbone is None:
+        run = arguments.checkpoint or newest_run()
+        print(f"checkpoint: {run}")
+        return load_face(run, arguments.weights).to(device)
+    if arguments.checkpoint is not None:
+        raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
+    dtype = resolve_dtype("auto", device)
+    return frozen_face(arguments.backbone, arguments.weights, arguments.image_size, dtype).to(device)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    model = load_model(arguments)
+    if arguments.bench == "all":
+        names = available(arguments.data_dir)
+        for name in BENCHMARKS:
+            if name not in names and name != "synthetic":
+                print(f"missing: {benchmark_file(name, arguments.data_dir)}")
+    else:
+        names = [arguments.bench]
+    evaluation = evaluate_all(model.embed, names, arguments.data_dir)
+    if evaluation.results:
+        print(results_table(evaluation.results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"benchmarks": results_json(evaluation.results)}, indent=1) + "\n")
+    for alarm in evaluation.alarms:
+        print(f"ALARM {alarm}", file=sys.stderr)
+    for failure in evaluation.failures:
+        print(f"evaluate.py: {failure}", file=sys.stderr)
+    return 2 if evaluation.failures else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return evaluate(make_parser().parse_args(argv))
+    except VitfaceError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

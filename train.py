@@ -1,0 +1,37 @@
+"""Adapt a frozen ViT to face recognition."""
+
+import argparse
+import sys
+
+from vitface.config import add_flags, resolve
+from vitface.errors import VitfaceError
+from vitface.training.run import run
+
+EXAMPLES = """examples:
+  python train.py --exp demo                                     procedural faces, no download, under 3 minutes
+  python train.py --exp exp_003 --dry-run                        two steps and the parameter table, needs no data
+  python train.py --backbone dinov2 --train-data data/my-people  one folder of aligned faces per person
+  python train.py --use-dalora --num-domains 3 --save-dir runs/a
+  python train.py --use-dalora --num-domains 3 --save-dir runs/a --resume auto
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_flags(parser)
+    try:
+        run(resolve(vars(parser.parse_args(argv))))
+    except VitfaceError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; the run was saved, continue it with --resume auto", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Bytes or a path -> uint8 (H, W, 3) RGB, safely decoded.
+
+JPEG, PNG, WebP and BMP only, at most 4096 x 4096 pixels, both judged from the header before anything is decoded. What
+cannot be shown to be a whole image is an ImageError; nothing is guessed, and a truncated file is not padded.
+
+What happens to the other kinds: EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit values lose
+their low byte (never clipped); alpha is composited on mid-grey (128); an animation gives its first frame; an ICC
+profile is ignored.
+"""
+
+import os
+import stat
+import threading
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from vitface.errors import ImageError
+
+CROP_SIZE = 112
+MIN_SIDE = 16
+MAX_PIXELS = 4096 * 4096
+MAX_FILE_BYTES = 64 << 20
+
+_MAGIC = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"BM", BmpImageFile))
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow warns about odd EXIF and APNG chunks only. Looking for their names first keeps the lock and the switching of
+# the process-wide warning filters away from ordinary crops.
+_CAN_WARN = (b"Exif", b"eXIf", b"EXIF", b"acTL", b"Raw profile type")
+_warnings_lock = threading.Lock()
+
+
+def decode_image(data: bytes, where: str = "image") -> np.ndarray:
+    """Encoded bytes -> uint8 (H, W, 3) RGB; ImageError, which begins with `where`, for anything else."""
+    try:
+        if not any(name in data for name in _CAN_WARN):
+            return _decode(data)
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _decode(data)
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}") from None
+    except Exception as error:  # the decoder met hostile bytes: it raises at least eight unrelated types
+        raise ImageError(f"{where}: damaged image ({type(error).__name__}: {str(error)[:120]})") from None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file -> uint8 (H, W, 3) RGB; ImageError if it is missing, not a regular file, too large or damaged."""
+    return decode_image(read_file(path), str(path))
+
+
+def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; ImageError says why not."""
+    try:
+        status = os.stat(path)  # before open(), which would wait for ever on a FIFO
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{path}: not a regular file")
+        if status.st_size > limit:
+            raise ImageError(f"{path}: {status.st_size} bytes, an image may have {limit}")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from None
+
+
+def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
+    """An aligned face, uint8 (S, S, 3) -> (112, 112, 3), bicubic; one of 112 px is returned untouched.
+
+    ImageError for a side under 16 px, and for an image that is not square: stretching or cutting it would put the face
+    elsewhere than the model expects, so it has to be aligned first.
+    """
+    height, width = image.shape[:2]
+    if height == width == CROP_SIZE:
+        return image
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"{where}: {width} x {height} pixels is too small for a face, the least is {MIN_SIDE}")
+    if height != width:
+        raise ImageError(
+            f"{where}: {width} x {height} pixels is not a square crop; align the faces first:\n"
+            f"  python -m vitface align --help"
+        )
+    return np.array(Image.fromarray(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC))
+
+
+def _decode(data: bytes) -> np.ndarray:
+    image = _open(data)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
+    image.load()
+    orientation = _orientation(image)
+    rgb = _to_rgb(image)
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    return np.array(rgb)
+
+
+def _open(data: bytes) -> Image.Image:
+    # The plugin is chosen here and not by Image.open, which warns about size before it can be asked and would hand a
+    # JPEG to the multi-picture reader.
+    for magic, plugin in _MAGIC:
+        if data.startswith(magic):
+            return plugin(BytesIO(data))
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        _check_webp_canvas(data)
+        return WebPImageFile(BytesIO(data))
+    raise ImageError(f"not a JPEG, PNG, WebP or BMP image (it begins with {data[:8]!r})" if data else "empty file")
+
+
+def _check_webp_canvas(data: bytes) -> None:
+    """The WebP decoder allocates its canvas when it is opened, so the header has to be read before that."""
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+    elif chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
+
+
+def _orientation(image: Image.Image) -> int:
+    if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # EXIF is optional: a damaged block says nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255
+        grey = np.asarray(image)
+        shown = (grey.astype(np.uint32) >> 8).astype(np.uint8)
+        shown[grey == image.info.get("transparency", -1)] = 128
+        return Image.fromarray(shown).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, (128, 128, 128))
+        ground.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+        return ground
+    return image.convert("RGB")

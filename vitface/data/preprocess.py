@@ -1,0 +1,32 @@
+"""From bytes on the device to what a ViT takes: uint8 (B, H, W, 3) -> [augment] -> resize -> normalise -> (B, 3, S, S).
+
+Everything is batched on the tensor's own device. Letters: B images, H W pixels, S input side.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 1]."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}")
+    return rearrange(images, "b h w c -> b c h w").float().div_(255)
+
+
+def resize(images: Tensor, side: int, rule: str) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side), "bicubic" or "bilinear", without antialias; the same size passes untouched.
+
+    Bicubic may leave [0, 1] by its overshoot; it is not clipped, so the map stays linear.
+    """
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode=rule, align_corners=False)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std per RGB channel, images in [0, 1]."""
+    shape = (1, 3, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)

@@ -1,0 +1,138 @@
+"""MXNet's RecordIO, as InsightFace packs training sets with it: `train.rec`, `train.idx`, `property`. No mxnet.
+
+A record at a byte offset of the .rec file (dmlc-core/src/recordio.cc), all little-endian:
+
+    u32 magic 0xced7230a | u32 cflag << 29 | length | payload | zeros up to a multiple of 4
+
+cflag 0 is a whole record. Where the payload itself holds the magic at a multiple of 4, the writer drops those four
+bytes and cuts the record there: parts with cflag 1, 2..., 3, to be joined with the magic put back between them.
+Payload (mxnet.recordio.pack): u32 flag, f32 label, u64 id, u64 id2, then `flag` further f32 labels, then the image.
+The .idx file has one `key <tab> offset` line per record.
+"""
+
+import struct
+from collections.abc import Sequence
+from mmap import mmap
+from pathlib import Path
+
+import numpy as np
+
+from vitface.errors import DataError
+
+MAGIC = 0xCED7230A
+MAX_FLAG = 16
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_PART = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+_ROW = np.dtype([("magic", "<u4"), ("lrec", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("ids", "<u8", 2)])
+_CHUNK = 1 << 16
+
+
+def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and byte offsets of an .idx file, int64 (n,) each, by ascending key.
+
+    DataError names the line that is not two whole numbers, or a negative or repeated key.
+    """
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            key, offset = map(int, line.split())
+        except ValueError:
+            raise DataError(f"{path}: line {number} is not `key offset`: {line[:60]!r}") from None
+        if not 0 <= key < 1 << 62 or not 0 <= offset < 1 << 62:
+            raise DataError(f"{path}: line {number} has the key {key} and the offset {offset}, out of range")
+        entries.append((key, offset))
+    if not entries:
+        raise DataError(f"{path}: no records are listed")
+    table = np.array(entries, np.int64)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    repeated = np.flatnonzero(table[1:, 0] == table[:-1, 0])
+    if len(repeated):
+        raise DataError(f"{path}: the key {table[repeated[0], 0]} is listed twice")
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def read_record(data: mmap | bytes, offset: int, where: str) -> tuple[tuple[float, ...], bytes]:
+    """(labels, image bytes) of the record at `offset`; DataError, which begins with `where`, unless it is whole."""
+    payload = _join_parts(data, offset, where)
+    if len(payload) < _HEADER.size:
+        raise DataError(f"{where}: the record at byte {offset} has {len(payload)} bytes, less than its header")
+    flag, label, _, _ = _HEADER.unpack_from(payload)
+    if flag == 0:
+        return (label,), payload[_HEADER.size :]
+    image = _HEADER.size + 4 * flag
+    if flag > MAX_FLAG or image > len(payload):
+        raise DataError(f"{where}: the record at byte {offset} claims {flag} labels")
+    return struct.unpack_from(f"<{flag}f", payload, _HEADER.size), payload[image:]
+
+
+def read_labels(data: mmap | bytes, offsets: np.ndarray, where: str) -> np.ndarray:
+    """The (first) label of each record, float32 (n,), from the headers alone; every header is validated.
+
+    DataError as `read_record`. Ordinary records, one part and one label, are checked 65,536 at a time; what is left is
+    read one by one.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    if len(raw) < _ROW.itemsize:
+        raise DataError(f"{where}: {len(raw)} bytes hold no record")
+    labels = np.empty(len(offsets), np.float32)
+    for start in range(0, len(offsets), _CHUNK):
+        at = offsets[start : start + _CHUNK]
+        inside = (at % 4 == 0) & (at <= len(raw) - _ROW.itemsize)
+        rows = raw[np.where(inside, at, 0)[:, None] + np.arange(_ROW.itemsize)].view(_ROW)[:, 0]
+        length = rows["lrec"].astype(np.int64)  # as long as cflag, its top three bits, is 0
+        whole = (length >= _HEADER.size) & (length < 1 << 29) & (length <= len(raw) - at - _PART.size)
+        ordinary = inside & whole & (rows["magic"] == MAGIC) & (rows["flag"] == 0)
+        chunk = labels[start : start + _CHUNK]
+        chunk[:] = rows["label"]
+        for i in np.flatnonzero(~ordinary):
+            chunk[i] = read_record(data, int(at[i]), where)[0][0]
+    return labels
+
+
+def image_records(data: mmap | bytes, keys: np.ndarray, offsets: np.ndarray, where: str) -> np.ndarray:
+    """Positions in `keys` (ascending) of the records that are images, int64 (n,).
+
+    InsightFace's record 0 is no image: it has two labels, the first key after the images and the number of records;
+    what follows the images is one (first, last + 1) range per identity. A record 0 with one label (bundles packed by
+    other tools) is itself an image, and so is every other record.
+    """
+    if keys[0] != 0:
+        raise DataError(f"{where}: record 0, which says how many images there are, is not in the .idx")
+    labels, _ = read_record(data, int(offsets[0]), where)
+    if len(labels) == 1:
+        return np.arange(len(keys))
+    return np.arange(1, _end_of_images(labels, keys, where))
+
+
+def _end_of_images(labels: Sequence[float], keys: np.ndarray, where: str) -> int:
+    if len(labels) != 2 or not np.isfinite(labels).all() or labels[0] != int(labels[0]):
+        raise DataError(f"{where}: record 0 has the labels {labels}, expected (images + 1, records)")
+    end = int(labels[0])
+    if not 2 <= end <= labels[1]:
+        raise DataError(f"{where}: record 0 claims images up to key {end - 1} of {labels[1]:.0f} records")
+    listed = keys[:end]
+    if len(listed) < end or listed[-1] != end - 1:
+        raise DataError(f"{where}: record 0 claims {end - 1} images, the .idx lists {np.sum(keys[1:] < end)} of them")
+    return end
+
+
+def _join_parts(data: mmap | bytes, offset: int, where: str) -> bytes:
+    parts: list[bytes] = []
+    start = offset
+    while True:
+        if offset % 4 or offset + _PART.size > len(data):
+            raise DataError(f"{where}: no record fits at byte {offset} of {len(data)}; the file may be truncated")
+        magic, lrec = _PART.unpack_from(data, offset)
+        cflag, length = lrec >> 29, lrec & (1 << 29) - 1
+        if magic != MAGIC:
+            raise DataError(f"{where}: no record begins at byte {offset} (magic {magic:#010x}); is the .idx its own?")
+        if cflag not in ((2, 3) if parts else (0, 1)):
+            raise DataError(f"{where}: the record at byte {start} has its parts out of order (cflag {cflag})")
+        begin = offset + _PART.size
+        if length > len(data) - begin:
+            raise DataError(f"{where}: the record at byte {start} runs past the end; the file is truncated")
+        parts.append(data[begin : begin + length])
+        if cflag in (0, 3):
+            return parts[0] if cflag == 0 else _MAGIC_BYTES.join(parts)
+        offset = begin + (length + 3 & ~3)

@@ -1,0 +1,105 @@
+"""Procedural faces with known identity, pose, age and light: the data that needs no download.
+
+A photo's factors are a pure function of (seed, person, image number); `vitface.data.render` draws them. One of three
+domains makes each photo hard, in turn: "pose" (a face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong
+lamp from one side); its other factors are mild. The people to pretrain, train and test on have disjoint numbers.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vitface.data.render import render_faces, uniform
+from vitface.errors import DataError
+
+DOMAINS = ("pose", "age", "light")
+PRETRAIN_PEOPLE = range(0, 1_000_000)
+TRAIN_PEOPLE = range(1_000_000, 2_000_000)
+TEST_PEOPLE = range(2_000_000, 3_000_000)
+FRONTAL, PROFILE = len(DOMAINS), len(DOMAINS) + 1  # two more kinds of photo, for frontal-profile pairs
+
+MILD, POSE, AGE, LIGHT = (
+    (0, 25, 0, 0.35, 0, 0.35),
+    (50, 90, 0, 0.35, 0, 0.35),
+    (0, 25, 0.7, 1, 0, 0.35),
+    (0, 25, 0, 0.35, 0.7, 1),
+)
+_RANGES = np.array([POSE, AGE, LIGHT, (0, 10, 0, 0.35, 0, 0.35), (70, 90, 0, 0.35, 0, 0.35)])
+
+
+def photo_factors(kind: int, *keys: int) -> tuple[float, float, float, int]:
+    """(yaw, age, light, seed) of one photo of a kind, a domain's number or FRONTAL or PROFILE: a pure function of the keys."""
+    low_yaw, high_yaw, young, old, low_light, high_light = _RANGES[kind].tolist()
+    a, b, c, left, dim, seed = uniform(6, 4, *keys).tolist()
+    yaw = (low_yaw + (high_yaw - low_yaw) * a) * (1 if left < 0.5 else -1)
+    light = (low_light + (high_light - low_light) * c) * (1 if dim < 0.5 else -1)
+    return yaw, young + (old - young) * b, light, int(seed * 2**53)
+
+
+class SyntheticSamples:
+    """`num_people` people from identity number `first_person` on, `images_per_person` photos each, rendered when read.
+
+    `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into DOMAINS, taken
+    in turn. DataError for a count below one.
+    """
+
+    def __init__(self, num_people: int, images_per_person: int, seed: int = 0, first_person: int = TRAIN_PEOPLE.start):
+        if num_people < 1 or images_per_person < 1:
+            raise DataError(
+                f"synthetic data needs people and images, not {num_people} people x {images_per_person} images"
+            )
+        self.seed, self.first_person, self.images_per_person = seed, first_person, images_per_person
+        self.labels = np.repeat(np.arange(num_people, dtype=np.int64), images_per_person)
+        self.names = [str(first_person + label) for label in range(num_people)]
+        self.domains = (self.labels + np.tile(np.arange(images_per_person), num_people)) % len(DOMAINS)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def factors(self, indices: ArrayLike) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
+        """(people, yaw, age, light, seed) of these samples, each (B,): the arguments of `render_faces`."""
+        indices = np.asarray(indices).reshape(-1)
+        people = self.first_person + self.labels[indices]
+        photos = [
+            photo_factors(domain, self.seed, person, index % self.images_per_person)
+            for domain, person, index in zip(self.domains[indices], people, indices.tolist(), strict=True)
+        ]
+        yaw, age, light, seeds = (np.array(column) for column in zip(*photos, strict=True))
+        return people, yaw, age, light, seeds
+
+    def render(self, indices: ArrayLike) -> NDArray[np.uint8]:
+        """uint8 (B, 112, 112, 3), RGB."""
+        return render_faces(*self.factors(indices))
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 (112, 112, 3), RGB."""
+        return self.render([index])[0]
+
+
+def synthetic_pairs(
+    num_pairs: int,
+    seed: int = 0,
+    first_person: int = TEST_PEOPLE.start,
+    num_people: int = 500,
+    kind: str = "mixed",
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and issame bool (N,).
+
+    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced. "mixed"
+    draws each photo's domain at random, "frontal-profile" pairs a frontal photo with a profile one. DataError for
+    another kind, fewer than two people or no pairs.
+    """
+    if kind not in ("mixed", "frontal-profile"):
+        raise DataError(f"unknown kind of pairs {kind!r}; known: mixed, frontal-profile")
+    if num_people < 2 or num_pairs < 1:
+        raise DataError(f"pairs need two people and a pair, not {num_people} people and {num_pairs} pairs")
+    rows, issame = [], np.zeros(num_pairs, bool)
+    for pair in range(num_pairs):
+        (first_same,) = uniform(1, 5, seed, pair // 2)
+        issame[pair] = (first_same < 0.5) == (pair % 2 == 0)
+        a, b, *domains = uniform(4, 6, seed, pair).tolist()
+        person = int(a * num_people)
+        other = person if issame[pair] else (person + 1 + int(b * (num_people - 1))) % num_people
+        kinds = [int(d * len(DOMAINS)) for d in domains] if kind == "mixed" else [FRONTAL, PROFILE]
+        for side, (who, what) in enumerate(zip((person, other), kinds, strict=True)):
+            rows.append((first_person + who, *photo_factors(what, 7, seed, pair, side)))
+    return render_faces(*zip(*rows, strict=True)), issame

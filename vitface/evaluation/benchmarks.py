@@ -1,0 +1,135 @@
+"""The benchmarks: where they lie, how many pairs they must have, what they test; and a model's result on one.
+
+Files are InsightFace's, DATA_DIR/NAME.bin; "synthetic" is drawn by this project and needs none.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitface.data.images import decode_image, to_crop
+from vitface.data.pairs import VerificationSet, read_bin
+from vitface.data.synthetic import synthetic_pairs
+from vitface.errors import DataError, EvaluationError
+from vitface.evaluation.verify import Verification, pair_distance, verify
+
+Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`category` is the hard part: "general", "pose", "age"; `pairs` as the field has them, half of them same."""
+
+    category: str
+    pairs: int
+
+
+BENCHMARKS = {
+    "lfw": Benchmark("general", 6000),
+    "cfp_ff": Benchmark("general", 7000),
+    "cfp_fp": Benchmark("pose", 7000),
+    "cplfw": Benchmark("pose", 6000),
+    "agedb_30": Benchmark("age", 6000),
+    "calfw": Benchmark("age", 6000),
+    "synthetic": Benchmark("synthetic", 2000),
+}
+
+
+def benchmark_file(name: str, data_dir: str | Path) -> Path:
+    """Where benchmark `name` is expected; DataError for an unknown name."""
+    if name not in BENCHMARKS:
+        raise DataError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    return Path(data_dir) / f"{name}.bin"
+
+
+def available(data_dir: str | Path) -> list[str]:
+    """The real benchmarks whose file is in `data_dir`."""
+    return [name for name in BENCHMARKS if name != "synthetic" and benchmark_file(name, data_dir).is_file()]
+
+
+def evaluate_benchmark(embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128) -> Verification:
+    """The field's protocol on one benchmark.
+
+    DataError if its file is missing or not what it should be, EvaluationError if the scores cannot be judged.
+    """
+    if name == "synthetic":
+        images, issame = _synthetic_benchmark()
+        rows = np.concatenate([embed(images[at : at + batch_size]) for at in range(0, len(images), batch_size)])
+        return verify(pair_distance(rows[::2], rows[1::2]), issame)
+    path = benchmark_file(name, data_dir)
+    if not path.is_file():
+        raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
+    pairs = read_bin(path)
+    check_pairs(name, pairs)
+    first, second = embed_pairs(embed, pairs, batch_size)
+    return verify(pair_distance(first, second), pairs.issame, pairs.folds)
+
+
+@functools.cache
+def _synthetic_benchmark() -> tuple[np.ndarray, np.ndarray]:
+    return synthetic_pairs(BENCHMARKS["synthetic"].pairs)
+
+
+def check_pairs(name: str, pairs: VerificationSet) -> None:
+    """DataError unless the set has the benchmark's pair count, half of them same."""
+    expected, count, same = BENCHMARKS[name].pairs, len(pairs.issame), int(pairs.issame.sum())
+    if count != expected:
+        raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
+    if 2 * same != count:
+        raise DataError(
+            f"{name} has {same} same and {count - same} different pairs, the published set half of each: "
+            f"its labels were written wrongly (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
+        )
+
+
+def embed_pairs(embed: Embed, pairs: VerificationSet, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first, second), each (N, E). An image that occurs in several pairs is embedded once."""
+    row_of: dict[bytes, int] = {}
+    rows = np.array([row_of.setdefault(image, len(row_of)) for image in pairs.images])
+    unique = list(row_of)
+    embeddings = np.concatenate([embed(batch) for batch in _decoded(unique, batch_size, pairs.name)])
+    return embeddings[rows[::2]], embeddings[rows[1::2]]
+
+
+def _decoded(images: list[bytes], batch_size: int, name: str) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        yield np.stack([to_crop(decode_image(data, f"{name}, image {start + i}")) for i, data in enumerate(chunk)])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results by benchmark; `alarms` are results that are hardly plausible, `failures` sets or results that are wrong."""
+
+    results: dict[str, Verification]
+    alarms: list[str]
+    failures: list[str]
+
+
+def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path) -> Evaluation:
+    """Every named benchmark, one after the other; what is wrong with one does not stop the next."""
+    evaluation = Evaluation({}, [], [])
+    for name in names:
+        try:
+            evaluation.results[name] = evaluate_benchmark(embed, name, data_dir)
+            alarm = judge(name, evaluation.results[name])
+            if alarm:
+                evaluation.alarms.append(alarm)
+        except (DataError, EvaluationError) as error:
+            evaluation.failures.append(str(error))
+    return evaluation
+
+
+def judge(name: str, result: Verification) -> str | None:
+    """An alarm in words, or None; EvaluationError if the result is impossible for a working pipeline."""
+    if result.auc < 0.5:
+        raise EvaluationError(
+            f"{name}: AUC {result.auc:.4f} is below chance: labels are shifted or shuffled against the pairs, "
+            f"inverted, or a distance is used as a similarity"
+        )
+    if result.auc < 0.55:
+        return f"{name}: AUC {result.auc:.4f} is chance level: wrong pair order, unaligned images or a broken model"
+    return None

@@ -1,0 +1,50 @@
+"""Results as text and as JSON, from the same numbers."""
+
+from collections.abc import Mapping
+
+from vitface.evaluation.benchmarks import BENCHMARKS
+from vitface.evaluation.statistics import accuracy_interval
+from vitface.evaluation.verify import Verification
+
+Results = Mapping[str, Verification]  # by benchmark name
+
+
+def results_table(results: Results) -> str:
+    """A line per benchmark, grouped by category with each category's average; accuracies in %."""
+    lines = [
+        f"{'benchmark':<11}{'category':<11}{'pairs':>6}  {'accuracy ± std':<15}{'95 % interval':<17}{'AUC':<8}{'EER':<6}"
+    ]
+    for category in dict.fromkeys(BENCHMARKS[name].category for name in BENCHMARKS):
+        rows = {name: result for name, result in results.items() if BENCHMARKS[name].category == category}
+        for name, result in rows.items():
+            low, high = accuracy_interval(result)
+            accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.std:.2f}"
+            lines.append(
+                f"{name:<11}{category:<11}{len(result.correct):>6}  {accuracy:<15}"
+                f"{f'{100 * low:.2f} to {100 * high:.2f}':<17}{result.auc:<8.4f}{100 * result.eer:<6.2f}"
+            )
+        if len(rows) > 1:
+            lines.append(f"{'':<11}{category + ' average':<19}{100 * _mean(rows):.2f}")
+    real = {name: result for name, result in results.items() if name != "synthetic"}
+    if len(real) > 1:
+        lines.append(f"{'':<11}{f'average of {len(real)}':<19}{100 * _mean(real):.2f}")
+    return "\n".join(lines)
+
+
+def _mean(results: Results) -> float:
+    return sum(result.accuracy for result in results.values()) / len(results)
+
+
+def results_json(results: Results) -> dict[str, dict]:
+    """{benchmark: {"accuracy", "std", "interval", "auc", "eer", "pairs"}}, accuracies as fractions."""
+    return {
+        name: {
+            "accuracy": result.accuracy,
+            "std": result.std,
+            "interval": accuracy_interval(result),
+            "auc": result.auc,
+            "eer": result.eer,
+            "pairs": len(result.correct),
+        }
+        for name, result in results.items()
+    }

@@ -1,0 +1,125 @@
+"""Face verification: distances and labels -> accuracy, AUC, EER, TAR@FAR. numpy only.
+
+The field's protocol (InsightFace's `eval/verification.py`): the squared Euclidean distance of unit vectors, in [0, 4];
+ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ... 3.99)
+decides the tenth; a pair is called the same person if its distance is strictly below it. The mean of the ten test folds
+is the accuracy. Letters: M pairs, E embedding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitface.errors import EvaluationError
+
+THRESHOLDS = np.arange(0, 4, 0.01)
+NUM_FOLDS = 10
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions."""
+
+    accuracy: float
+    std: float
+    auc: float
+    eer: float
+    folds: np.ndarray  # (M,) which fold tested this pair, from 0
+    correct: np.ndarray  # bool (M,): was this pair decided rightly there
+    thresholds: np.ndarray  # (folds,) on the squared distance
+
+
+def pair_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Embeddings (M, E) twice, normalised here -> squared Euclidean distance (M,) float64 in [0, 4]."""
+    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first.astype("f8"), second.astype("f8")))
+    return np.square(first - second).sum(axis=1)
+
+
+def contiguous_folds(count: int, num_folds: int = NUM_FOLDS) -> np.ndarray:
+    """Fold number of each of `count` pairs in file order; the first count % num_folds folds are one pair longer."""
+    sizes = np.full(num_folds, count // num_folds)
+    sizes[: count % num_folds] += 1
+    return np.repeat(np.arange(num_folds), sizes)
+
+
+def verify(distance: np.ndarray, issame: np.ndarray, folds: np.ndarray | None = None) -> Verification:
+    """distance (M,), issame bool (M,) -> the protocol's numbers. `folds` (M,) replaces file order where it is known.
+
+    EvaluationError if the scores are not finite or all equal, or if there is but one class.
+    """
+    distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
+    check_scores(distance, issame)
+    folds = contiguous_folds(len(issame)) if folds is None else folds
+    right = (distance[None] < THRESHOLDS[:, None]) == issame[None]  # (T, M)
+    accuracies, thresholds = np.zeros(folds.max() + 1), np.zeros(folds.max() + 1)
+    correct = np.zeros(len(issame), bool)
+    for fold in range(len(accuracies)):
+        tested = folds == fold
+        best = right[:, ~tested].mean(axis=1).argmax()
+        thresholds[fold] = THRESHOLDS[best]
+        correct[tested] = right[best, tested]
+        accuracies[fold] = correct[tested].mean()
+    return Verification(
+        accuracy=float(accuracies.mean()),
+        std=float(accuracies.std()),
+        auc=auc(-distance, issame),
+        eer=equal_error_rate(-distance, issame),
+        folds=folds,
+        correct=correct,
+        thresholds=thresholds,
+    )
+
+
+def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
+    """EvaluationError for what no metric can be computed from, with the likely cause."""
+    if len(score) != len(issame) or not len(score):
+        raise EvaluationError(f"{len(score)} scores for {len(issame)} labels")
+    if not np.isfinite(score).all():
+        bad = int((~np.isfinite(score)).sum())
+        raise EvaluationError(f"{bad} of {len(score)} scores are NaN or infinite: the model or its weights are broken")
+    if issame.all() or not issame.any():
+        raise EvaluationError("all labels are equal: the pair list was read wrongly")
+    if np.ptp(score) == 0:
+        raise EvaluationError("all scores are equal: the embeddings have collapsed to one point")
+
+
+def auc(score: np.ndarray, issame: np.ndarray) -> float:
+    """Area under the ROC curve: P(score of a same pair > score of a different pair), ties counting half."""
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positives = int(issame.sum())
+    negatives = len(issame) - positives
+    return float((ranks[issame].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def roc(score: np.ndarray, issame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(FAR, TAR, threshold), each rising from "accept nothing"; a pair is accepted if its score >= threshold."""
+    order = np.argsort(-score, kind="stable")
+    last_of_ties = np.r_[np.diff(score[order]) != 0, True]
+    accepted_same = np.cumsum(issame[order])[last_of_ties]
+    accepted = np.flatnonzero(last_of_ties) + 1
+    far = (accepted - accepted_same) / (~issame).sum()
+    return np.r_[0.0, far], np.r_[0.0, accepted_same / issame.sum()], np.r_[np.inf, score[order][last_of_ties]]
+
+
+def equal_error_rate(score: np.ndarray, issame: np.ndarray) -> float:
+    """Where the false accept rate equals the false reject rate, on the ROC's linear interpolation."""
+    far, tar, _ = roc(score, issame)
+    gap = far - (1 - tar)  # rises from -1 to 1
+    i = int(np.argmax(gap >= 0))
+    t = gap[i - 1] / (gap[i - 1] - gap[i])
+    return float(far[i - 1] + t * (far[i] - far[i - 1]))
+
+
+def tar_at_far(score: np.ndarray, issame: np.ndarray, far: float) -> float:
+    """The largest true accept rate whose false accept rate is at most `far`.
+
+    EvaluationError if fewer than 30 false accepts would decide it (Doddington's rule of 30).
+    """
+    negatives = int((~issame).sum())
+    if far * negatives < 30:
+        raise EvaluationError(
+            f"TAR@FAR={far:g} needs {int(np.ceil(30 / far)):,} different pairs, there are {negatives:,}"
+        )
+    rates, tar, _ = roc(score, issame)
+    return float(tar[rates <= far].max())

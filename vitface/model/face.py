@@ -1,0 +1,146 @@
+"""The face model, in forward order: tokens -> gate -> adapted blocks -> embedding head.
+
+Letters: B images, S input side, N tokens, D width, E embedding, K domains.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from vitface.config import FaceConfig
+from vitface.data.images import read_image, to_crop
+from vitface.data.preprocess import normalise, resize, to_float
+from vitface.model.lora import TARGETS, add_lora
+from vitface.model.router import DomainClassifier
+from vitface.model.vit import ViT
+
+TOKEN_WIDTH = 32
+Images = np.ndarray | Tensor | Sequence[str | Path | Image.Image]  # uint8 (B, 112, 112, 3), or paths, or PIL images
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class EmbeddingHead(nn.Module):
+    """Final tokens (B, N, D) -> embedding (B, E), float32.
+
+    "cls"      the CLS token as it is, E = D (no parameters)
+    "linear"   CLS -> Linear
+    "bn"       CLS -> Linear -> BatchNorm1d
+    "patches"  every token -> Linear D -> 32, concatenated -> Linear -> BatchNorm1d
+    """
+
+    def __init__(self, kind: str, embed_dim: int, num_tokens: int, embedding_dim: int):
+        super().__init__()
+        self.reduce = nn.Linear(embed_dim, TOKEN_WIDTH) if kind == "patches" else None
+        width = num_tokens * TOKEN_WIDTH if kind == "patches" else embed_dim
+        self.proj = nn.Identity() if kind == "cls" else nn.Linear(width, embedding_dim)
+        self.norm = nn.BatchNorm1d(embedding_dim) if kind in ("bn", "patches") else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.reduce is None:
+            return self.norm(self.proj(tokens[:, 0].float()))
+        return self.norm(self.proj(rearrange(self.reduce(tokens.float()), "b n d -> b (n d)")))
+
+
+class FaceModel(nn.Module):
+    """Normalised images (B, 3, S, S) -> embedding (B, E) float32 and the router's logits (B, K), None for plain LoRA.
+
+    `vit` is frozen here, in `config.dtype`; adapters, router and head are float32 and the only trained parameters,
+    with the patch convolution if `config.train_patch_embed`.
+    """
+
+    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "reference", seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.config = config
+        self.vit = vit.requires_grad_(False).to(DTYPES[config.dtype])
+        if config.lora_rank:
+            add_lora(
+                vit, TARGETS[config.lora_targets], config.lora_rank, config.lora_alpha, config.lora_scaling,
+                config.num_domains, impl, generator,
+            )  # fmt: skip
+        if config.train_patch_embed:
+            vit.patch_embed.requires_grad_(True).float()
+        dim = config.vit.embed_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.router = DomainClassifier(dim, config.num_domains) if config.num_domains > 1 else None
+            self.head = EmbeddingHead(config.head, dim, vit.pos_embed.shape[1], config.embedding_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = self.vit.tokens(images)
+        logits = self.route(tokens)
+        gate = None if logits is None else logits.softmax(dim=1)
+        return self.head(self.vit.encode(tokens, gate)), logits
+
+    def route(self, tokens: Tensor) -> Tensor | None:
+        """What enters the first block (B, N, D) -> domain logits (B, K), None for plain LoRA."""
+        if self.router is None:
+            return None
+        with torch.no_grad():
+            for block in self.vit.blocks[: self.config.router_depth]:
+                tokens = block(tokens, adapted=False)
+        return self.router(tokens[:, 1:].mean(dim=1))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [0, 1] -> what `forward` takes, (B, 3, S, S)."""
+        vit = self.config.vit
+        return normalise(resize(images, self.config.image_size, self.config.resize), vit.mean, vit.std)
+
+    @torch.no_grad()
+    def embed(self, images: Images, flip: bool = True, batch_size: int = 128) -> np.ndarray:
+        """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths or PIL images.
+
+        `flip` sums the embeddings of the image and its mirror image before normalising, as the field's protocol does.
+        Runs in eval mode; ImageError names a file that is no square crop.
+        """
+        rows = []
+        for batch in self._batches(images, batch_size):
+            embedding = self(self.preprocess(batch))[0]
+            if flip:
+                embedding = embedding + self(self.preprocess(batch.flip(3)))[0]
+            rows.append(F.normalize(embedding, dim=1).cpu())
+        return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.embedding_dim), np.float32)
+
+    @torch.no_grad()
+    def domain_weights(self, images: Images, batch_size: int = 128) -> np.ndarray:
+        """The gate of each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA."""
+        rows = []
+        for batch in self._batches(images, batch_size):
+            logits = self.route(self.vit.tokens(self.preprocess(batch)))
+            rows.append(torch.ones(len(batch), 1) if logits is None else logits.softmax(dim=1).cpu())
+        return torch.cat(rows).numpy()
+
+    @torch.no_grad()
+    def attention(self, images: Images, block: int = -1) -> np.ndarray:
+        """Where CLS looks in one block: float32 (B, nh, g, g) over the patch grid, from the adapted model."""
+        rows = []
+        for batch in self._batches(images, 32):
+            inputs = self.preprocess(batch)
+            logits = self.route(self.vit.tokens(inputs))
+            maps = self.vit.attention(inputs, None if logits is None else logits.softmax(dim=1), block)
+            rows.append(
+                rearrange(maps[:, :, 0, 1:], "b nh (h w) -> b nh h w", h=self.config.vit.grid(inputs.shape[-1]))
+            )
+        return torch.cat(rows).cpu().numpy()
+
+    def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
+        """float (B, 3, 112, 112) in [0, 1] on the model's device, `batch_size` at a time."""
+        if self.training:
+            raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
+        for start in range(0, len(images), batch_size):
+            chunk = images[start : start + batch_size]
+            if not isinstance(chunk, np.ndarray | Tensor):
+                chunk = np.stack([_as_crop(item) for item in chunk])
+            yield to_float(torch.as_tensor(chunk).to(self.vit.pos_embed.device))
+
+
+def _as_crop(image: str | Path | Image.Image) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return to_crop(np.asarray(image.convert("RGB")))
+    return to_crop(read_image(image), str(image))

@@ -1,0 +1,38 @@
+"""The domain classifier of DA-LoRA: what an image is like (pose, age, light) -> how much of each adapter it gets.
+
+It reads the mean patch token after a few frozen, un-adapted blocks, so the gate is a pure function of the image: no
+batch statistics, no running averages, one forward pass of the backbone. Letters: B images, D width, K domains.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIDDEN = 256
+
+
+class DomainClassifier(nn.Module):
+    """Mean patch token (B, D), normalised without parameters -> MLP D -> 256 -> K -> logits (B, K), float32."""
+
+    def __init__(self, embed_dim: int, num_domains: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, HIDDEN)
+        self.fc2 = nn.Linear(HIDDEN, num_domains)
+
+    def forward(self, mean_patch: Tensor) -> Tensor:
+        x = F.layer_norm(mean_patch.float(), mean_patch.shape[-1:])
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def load_balance_loss(logits: Tensor) -> Tensor:
+    """K · sum_k (mean gate of domain k)² - 1: zero when the batch uses all domains alike, K - 1 when it uses one.
+
+    The soft form of the load-balancing loss of Shazeer et al. 2017 (arXiv:1701.06538).
+    """
+    usage = logits.softmax(dim=1).mean(dim=0)
+    return logits.shape[1] * usage.square().sum() - 1
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """mean (log sum_k exp logit_k)², which keeps the logits small (Zoph et al. 2022, arXiv:2202.08906, eq. 5)."""
+    return torch.logsumexp(logits, dim=1).square().mean()

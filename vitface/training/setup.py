@@ -1,0 +1,114 @@
+"""What a run is made of: the choices that "auto" stands for, the samples, the model, and how large it is."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitface.config import FaceConfig, TrainConfig, backbone_name
+from vitface.data.records import Samples, load_samples
+from vitface.data.synthetic import SyntheticSamples
+from vitface.device import resolve_device, resolve_dtype
+from vitface.model.face import FaceModel
+from vitface.model.margin import MarginLoss
+from vitface.model.store import load_backbone, weights_sha256
+from vitface.training.step import total_loss
+
+SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 30
+
+
+def resolve_choices(config: TrainConfig) -> TrainConfig:
+    """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    impl = "reference" if config.impl == "auto" else config.impl
+    config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl)
+    if config.dry_run:
+        config = dataclasses.replace(
+            config, weights="random", train_data="synthetic", val_data=None, epochs=1, limit_batches=2,
+            batch_size=min(config.batch_size, 8), max_samples=64, holdout_people=0, num_workers=0, resume=None,
+        )  # fmt: skip
+    return config
+
+
+def open_samples(config: TrainConfig) -> Samples:
+    """The training samples that `--train-data` names; DataError says what would help."""
+    if config.train_data == "synthetic":
+        return SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
+    return load_samples(config.train_data)
+
+
+def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, MarginLoss]:
+    """The face model around its frozen backbone, and the loss with its identity matrix, on the device, ready to train."""
+    vit = load_backbone(config.backbone, config.weights, config.image_size)
+    name = backbone_name(config.backbone)
+    face = FaceConfig(
+        backbone=name,
+        weights_sha256=weights_sha256(name, config.weights),
+        vit=vit.config,
+        image_size=config.image_size,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_scaling=config.lora_scaling,
+        lora_targets=config.lora_targets,
+        num_domains=config.num_domains if config.use_dalora else 1,
+        router_depth=config.router_depth,
+        head=config.head,
+        embedding_dim=config.embedding_dim,
+        train_patch_embed=config.train_patch_embed,
+        dtype=config.dtype,  # type: ignore[arg-type]  # "auto" is resolved by now
+    )
+    model = FaceModel(vit, face, config.impl, config.seed)
+    margin = MarginLoss(config.loss, num_people, config.embedding_dim, config.margin, config.scale, config.seed)
+    return model.to(config.device).train(), margin.to(config.device)
+
+
+def parameter_counts(model: FaceModel) -> dict[str, tuple[int, int]]:
+    """(total, trainable) parameters of "backbone", "adapters", "router", "head" and "all"."""
+    counts = {"backbone": [0, 0], "adapters": [0, 0], "router": [0, 0], "head": [0, 0], "all": [0, 0]}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0] if not name.startswith("vit.") else "adapters" if "lora_" in name else "backbone"
+        for key in (part, "all"):
+            counts[key][0] += parameter.numel()
+            counts[key][1] += parameter.numel() * parameter.requires_grad
+    return {key: (total, trainable) for key, (total, trainable) in counts.items()}
+
+
+def parameter_table(model: FaceModel, margin: MarginLoss) -> str:
+    """The counts as text, a line per part; the identity matrix is counted apart."""
+    rows = [f"{'parameters':<12}{'total':>14}{'trainable':>14}{'%':>9}"]
+    for part, (total, trainable) in parameter_counts(model).items():
+        if total:
+            rows.append(f"{part:<12}{total:>14,}{trainable:>14,}{100 * trainable / total:>9.2f}")
+    rows.append(f"{'identities':<12}{margin.weight.numel():>14,}  (training only, {margin.weight.shape[0]:,} people)")
+    return "\n".join(rows)
+
+
+def seconds_per_step(model: FaceModel, margin: MarginLoss, config: TrainConfig) -> float:
+    """Times one forward and backward pass on blank images, after one to warm up; leaves the model as it was."""
+    buffers = {name: buffer.clone() for name, buffer in [*model.named_buffers(), *margin.named_buffers()]}
+    images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, device=config.device)
+    labels = torch.zeros(config.batch_size, dtype=torch.long, device=config.device)
+    start = 0.0
+    for _ in range(2):
+        _synchronise(images)
+        start = time.perf_counter()
+        total_loss(model, margin, images, labels, None, config)["loss"].backward()
+        _synchronise(images)
+    for module in (model, margin):
+        module.zero_grad(set_to_none=True)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    return time.perf_counter() - start
+
+
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def default_save_dir(config: TrainConfig) -> Path:
+    """runs/EXP-DATE."""
+    return Path("runs") / f"{config.exp or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
