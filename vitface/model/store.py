@@ -50,8 +50,11 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
         "vitface_version": __version__,
     }
     partial = path.with_name(path.name + ".part")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
@@ -77,13 +80,17 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
     return metadata["name"], config, tensors, json.loads(metadata["source"])
 
 
+def cache_home() -> Path:
+    """Where fetched weights are kept: $VITFACE_HOME, default ~/.cache/vitface."""
+    return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
+
+
 def find_backbone(name: str) -> Path:
     """Where NAME.safetensors lies: ./weights, $VITFACE_HOME (default ~/.cache/vitface), then the package.
 
     WeightsError names the places and the fetch command.
     """
-    file = f"{name}.safetensors"
-    home = Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
+    file, home = f"{name}.safetensors", cache_home()
     packaged = resources.files("vitface.weights") / file
     for path in (Path("weights") / file, home / file, Path(str(packaged))):
         if path.is_file():

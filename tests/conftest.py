@@ -1,0 +1,59 @@
+"""What the tests share: where real data lies, tiny models, single-threaded exactness."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
+from vitface.model.face import FaceModel
+from vitface.model.vit import ViT, init_weights
+
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("default")
+torch.set_num_threads(1)
+
+TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real faces and weights; the test is skipped where it is absent."""
+    if not TEST_DATA.is_dir():
+        pytest.skip(f"real data is not at {TEST_DATA}; set VITFACE_TEST_DATA")
+    return TEST_DATA
+
+
+def tiny_config(**changes) -> ViTConfig:
+    """DINOv2-shaped, 2 blocks of width 16 at 4 x 4 patches of 8 pixels, unless changed."""
+    small = dict(native_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    return dataclasses.replace(VIT_PRESETS["dinov2_vits14"], **{**small, **changes})
+
+
+def tiny_vit(image_size: int = 32, seed: int = 0, **changes) -> ViT:
+    vit = ViT(tiny_config(**changes), image_size)
+    init_weights(vit, seed)
+    with torch.no_grad():  # attention and MLP large enough that every part moves the output
+        for parameter in vit.blocks.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    return vit.eval()
+
+
+def tiny_face(seed: int = 0, **changes) -> FaceModel:
+    """A tiny face model in eval mode; `changes` go to its FaceConfig."""
+    vit = tiny_vit()
+    fields = dict(lora_rank=4, lora_alpha=8, head="bn", embedding_dim=8, router_depth=1)
+    config = FaceConfig("dinov2_vits14", "random", vit.config, 32, **{**fields, **changes})
+    return FaceModel(vit, config, seed=seed).eval()
+
+
+def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every adapter a random B, as training would; a fresh one is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1)

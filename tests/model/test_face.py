@@ -1,0 +1,167 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise_adapters, tiny_face, tiny_vit
+from PIL import Image
+
+from vitface.config import resolve
+from vitface.errors import ImageError
+from vitface.model.face import EmbeddingHead, FaceModel
+from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss
+from vitface.training.setup import build_model, parameter_counts
+
+
+def trainable(**flags):
+    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32", impl="reference")
+    model, margin = build_model(config, num_people=10)
+    return parameter_counts(model), margin.weight.numel()
+
+
+def test_parameter_counts_of_the_recorded_experiments():
+    lora, identities = trainable(exp="exp_001")
+    assert lora["all"] == (22_268_288, 639_488)
+    assert lora["adapters"] == (442_368, 442_368)
+    assert lora["head"] == (197_120, 197_120)
+    assert identities == 10 * 512  # the identity matrix is counted apart
+    assert trainable(exp="exp_001", train_patch_embed=True)[0]["all"] == (22_268_288, 865_664)
+    assert trainable(exp="exp_003")[0]["all"][1] == 1_623_555
+    assert trainable(exp="exp_003")[0]["router"] == (99_331, 99_331)
+    assert trainable(exp="exp_003", train_patch_embed=True)[0]["all"][1] == 1_849_731
+    assert trainable(exp="exp_001", lora_targets="attn+mlp")[0]["adapters"][0] == 1_179_648
+
+
+def test_only_adapters_router_and_head_take_gradients():
+    model = tiny_face(num_domains=3).train()
+    randomise_adapters(model)
+    embedding, logits = model(torch.randn(4, 3, 32, 32))
+    (embedding.square().sum() + logits.sum()).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    frozen = {name for name, _ in tiny_vit().named_parameters()}
+    assert not {name.removeprefix("vit.") for name in with_gradient} & frozen
+    assert {name for name, p in model.named_parameters() if p.requires_grad} >= with_gradient
+    assert sum("lora_a" in name for name in with_gradient) == 4
+    assert {"router.fc1.weight", "router.fc2.bias", "head.norm.weight"} <= with_gradient
+
+
+@pytest.mark.parametrize("head", ["cls", "linear", "bn", "patches"])
+@pytest.mark.parametrize("num_domains", [1, 3])
+def test_an_image_alone_equals_the_image_in_a_batch(head, num_domains):
+    model = tiny_face(head=head, num_domains=num_domains, embedding_dim=16 if head == "cls" else 8)
+    randomise_adapters(model)
+    images = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)
+    whole = model.embed(images)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
+    for i in range(5):
+        np.testing.assert_allclose(model.embed(images[i : i + 1])[0], whole[i], atol=1e-5)
+    np.testing.assert_allclose(model.embed(images, batch_size=2), whole, atol=1e-5)
+    model.vit.double()
+    tokens = model.vit.tokens(torch.randn(3, 3, 32, 32))
+    logits = model.route(tokens)
+    gate = None if logits is None else logits.double().softmax(1)
+    alone = model.vit.encode(tokens[:1], None if gate is None else gate[:1])
+    torch.testing.assert_close(alone, model.vit.encode(tokens, gate)[:1], rtol=0, atol=1e-12)
+
+
+def test_flip_sum_is_the_sum_over_the_mirror_image():
+    model = tiny_face()
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    with torch.no_grad():
+
+        def raw(x):
+            return model(model.preprocess(torch.from_numpy(x).permute(0, 3, 1, 2) / 255.0))[0]
+
+        total = raw(images) + raw(images[:, :, ::-1].copy())
+        expected = (total / total.norm(dim=1, keepdim=True)).numpy()
+    np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
+    np.testing.assert_allclose(model.embed(images), model.embed(images[:, :, ::-1].copy()), atol=1e-6)
+    assert abs(model.embed(images, flip=False) - model.embed(images)).max() > 1e-4
+
+
+def test_the_gate_is_a_function_of_the_image_before_any_adapter():
+    model = tiny_face(num_domains=3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
+    before = model.domain_weights(images)
+    np.testing.assert_allclose(before.sum(axis=1), 1, atol=1e-6)
+    randomise_adapters(model)
+    np.testing.assert_array_equal(model.domain_weights(images), before)
+    np.testing.assert_array_equal(tiny_face().domain_weights(images), np.ones((4, 1), np.float32))
+
+
+def test_domain_weights_reach_the_blocks():
+    """With a router that always answers domain k, DA-LoRA is plain LoRA with the k-th pair."""
+    dalora, lora = tiny_face(num_domains=3), tiny_face()
+    randomise_adapters(dalora)
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    for k in range(3):
+        with torch.no_grad():
+            dalora.router.fc2.weight.zero_()
+            dalora.router.fc2.bias.copy_(torch.eye(3)[k] * 200)
+            for theirs, ours in zip(dalora.vit.blocks, lora.vit.blocks, strict=True):
+                for target in ("qkv", "proj"):
+                    a, b = getattr(theirs.attn, target), getattr(ours.attn, target)
+                    b.lora_a.copy_(a.lora_a[4 * k : 4 * k + 4])
+                    b.lora_b.copy_(a.lora_b[:, 4 * k : 4 * k + 4])
+            lora.head.load_state_dict(dalora.head.state_dict())
+        np.testing.assert_allclose(dalora.embed(images), lora.embed(images), atol=1e-6)
+
+
+def test_attention_maps_sum_to_at_most_one():
+    model = tiny_face(num_domains=3)
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    maps = model.attention(images, block=0)
+    assert maps.shape == (2, 2, 4, 4)
+    full = model.vit.attention(model.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0), block=0)
+    np.testing.assert_allclose(full[:, :, 0, 1:].detach().numpy().reshape(2, 2, 4, 4), maps, atol=1e-6)
+    with pytest.raises(ValueError, match="block 2 does not exist"):
+        model.attention(images, block=2)
+
+
+def test_embed_takes_paths_and_pil_images(tmp_path):
+    model = tiny_face()
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = model.embed(pixels[None])
+    np.testing.assert_allclose(model.embed([tmp_path / "a.png", str(tmp_path / "a.png")]), expected[[0, 0]], atol=1e-6)
+    np.testing.assert_array_equal(model.embed([Image.fromarray(pixels)]), expected)
+    Image.fromarray(pixels[:, :60]).save(tmp_path / "b.png")
+    with pytest.raises(ImageError, match=r"b\.png"):
+        model.embed([tmp_path / "b.png"])
+    assert model.embed([]).shape == (0, 8)
+    with pytest.raises(RuntimeError, match="eval"):
+        model.train().embed(pixels[None])
+
+
+def test_patches_head_reads_every_token():
+    head = EmbeddingHead("patches", embed_dim=6, num_tokens=5, embedding_dim=4).eval()
+    tokens = torch.randn(2, 5, 6)
+    base = head(tokens)
+    expected = head.proj(head.reduce(tokens).flatten(1)) / (1 + head.norm.eps) ** 0.5
+    torch.testing.assert_close(base, expected)
+    for n in range(5):
+        changed = tokens.clone()
+        changed[:, n] += 1
+        assert (head(changed) - base).abs().max() > 1e-3
+
+
+def test_router_losses_at_their_extremes():
+    even, one = torch.zeros(6, 3), torch.tensor([[50.0, 0, 0]]).repeat(6, 1)
+    assert load_balance_loss(even).item() == pytest.approx(0, abs=1e-6)
+    assert load_balance_loss(one).item() == pytest.approx(2)
+    assert load_balance_loss(torch.eye(3) * 50).item() == pytest.approx(0, abs=1e-6)  # each image decided, all used
+    assert router_z_loss(even).item() == pytest.approx(np.log(3) ** 2)
+    mean_patch = torch.randn(4, 6)
+    router = DomainClassifier(6, 3)
+    torch.testing.assert_close(router(mean_patch), router(3 * mean_patch + 2), rtol=1e-4, atol=1e-4)  # normalised
+
+
+def test_seeds_decide_the_initialisation():
+    def tensors(seed):
+        return {k: v for k, v in FaceModel(tiny_vit(), tiny_face(num_domains=2).config, seed=seed).state_dict().items()}
+
+    first, again, other = tensors(1), tensors(1), tensors(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    for key in ("head.proj.weight", "router.fc1.weight", "vit.blocks.0.attn.qkv.lora_a"):
+        assert not torch.equal(first[key], other[key])

@@ -1,0 +1,299 @@
+"""Turns a published checkpoint into a backbone file: our names, float32, every setting in the metadata.
+
+    python -m vitface.weights.convert NAME --src FILE --out FILE.safetensors
+
+A conversion accounts for every tensor of the source, which is used exactly once or listed in `keymaps` as not used,
+and for every tensor of the model; anything else is an error that names it. Reading a file never runs code from it:
+pickles are loaded with weights_only=True, a TorchScript archive only if it is, by its sha256, one OpenAI published.
+"""
+
+import argparse
+import dataclasses
+import pickle
+import sys
+import warnings
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
+from vitface.errors import VitfaceError, WeightsError
+from vitface.model.store import BACKBONE_FORMAT, expected_tensors, find_backbone, save_backbone, sha256_file
+from vitface.weights.keymaps import FAMILIES, Family, find_family
+from vitface.weights.sources import SOURCES
+
+WRAPPERS = ("state_dict", "model")  # what a training checkpoint calls the entry that holds the weights
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. `dropped` counts the source tensors not used, by the pattern that lists them."""
+
+    name: str
+    config: ViTConfig
+    src: Path
+    out: Path
+    family: str
+    sha256: str
+    published: bool
+    used: int
+    dropped: dict[str, int]
+
+
+def convert_backbone(name: str, src: str | Path, out: str | Path, act: str | None = None) -> Conversion:
+    """Converts the checkpoint `src` into the backbone file `out`, which is replaced only by a complete file.
+
+    `name` is a preset or its alias. `act`, "gelu" or "quick_gelu", overrides the preset's activation, which no
+    checkpoint tells: open_clip's LAION and DataComp weights have the exact GELU. WeightsError names what does not fit.
+    """
+    name = backbone_name(name)
+    if name not in SOURCES:
+        raise WeightsError(f"{name} ships with the package as a converted file: there is nothing to convert")
+    config = VIT_PRESETS[name] if act is None else dataclasses.replace(VIT_PRESETS[name], act=act)
+    return convert_file(name, config, Path(src), Path(out))
+
+
+def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversion:
+    """`convert_backbone` for any sizes: `config` says what the model in `src` is."""
+    if not src.is_file():
+        hint = "; name the file inside, such as model.safetensors" if src.is_dir() else ""
+        raise WeightsError(f"{src}: no such file{hint}")
+    if out.is_dir() or out.resolve() == src.resolve():
+        raise WeightsError(f"--out {out} is {'a folder' if out.is_dir() else 'the source itself'}; name another file")
+    digest = sha256_file(src)
+    published = digest == SOURCES[name].sha256
+    state = read_source(src, digest)
+    family, tensors, dropped = map_tensors(src, state, name, config)
+    licence = f"{SOURCES[name].licence} ({SOURCES[name].origin})"
+    source = {
+        "file": src.name,
+        "sha256": digest,
+        "family": family.title,
+        "licence": licence if published else f"{licence}, if it holds those weights: its sha256 is not a pinned one",
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_backbone(out, name, config, tensors, source)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot write {out}: {error}") from None
+    used = len(state) - sum(dropped.values())
+    return Conversion(name, config, src, out, family.title, digest, published, used, dropped)
+
+
+def read_source(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, a pickled state dict or OpenAI's archive, told apart by what is inside.
+
+    `digest` is the file's sha256. WeightsError if it cannot be read without running code from it.
+    """
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        state = _read_safetensors(path)
+    elif _is_torchscript(path):
+        state = _read_openai_archive(path, digest)
+    else:
+        state = _read_pickle(path)
+    for wrapper in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state:
+        raise WeightsError(f"{path} holds no tensors by name; a state dict is what can be converted")
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise WeightsError(f"{path}: {key} is a {type(tensor).__name__}, not a tensor; save the state dict alone")
+    wrapped = all(key.startswith("module.") for key in state)  # by DistributedDataParallel
+    return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") == BACKBONE_FORMAT:
+                raise WeightsError(f"{path} is a converted file already; use it as it is: --weights {path}")
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged ({error}); download it again") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    except Exception:  # no archive or a damaged one, which torch.load then says
+        return False
+
+
+def _read_openai_archive(path: Path, digest: str) -> dict[str, Tensor]:
+    if digest not in {source.sha256 for source in SOURCES.values()}:
+        raise WeightsError(
+            f"{path} is a TorchScript archive, that is code, and not one OpenAI published (its sha256 is {digest}): "
+            "it is not opened. Get the original with\n  python -m vitface.weights.fetch clip\n"
+            "or take a safetensors file of the same weights"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{path} is not a file of plain tensors: it is something else, or code would have to run to load it "
+            "(refused). Take the state dict alone, or a safetensors file of the same weights"
+        ) from None
+    except Exception as error:  # a damaged pickle can make its reader raise anything
+        reason = str(error).split("\n")[0] or "it ends too early"
+        raise WeightsError(f"{path}: damaged ({reason}); download it again") from None
+
+
+def map_tensors(
+    path: Path, state: dict[str, Tensor], name: str, config: ViTConfig
+) -> tuple[Family, dict[str, Tensor], dict[str, int]]:
+    """Renames, fuses and casts a source's tensors: (family, ours, how many each pattern dropped).
+
+    WeightsError names the first tensor that is unknown, missing, there twice, of another shape, or not finite.
+    """
+    found = find_family(set(state))
+    if found is None:
+        known = ", ".join(family.title for family in FAMILIES)
+        raise WeightsError(f"{path} has none of the known layouts ({known}); it begins with {', '.join([*state][:3])}")
+    family, prefix = found
+    assigned, dropped = _assign(path, state, family, prefix)
+    _check_preset(path, state, assigned, name, config)
+    ours = {}
+    for target, want in expected_tensors(config).items():
+        marks = [mark for mark in ("", "[q]", "[k]", "[v]") if family.source_names(target + mark)]
+        if not marks:
+            raise WeightsError(f"{path}: {name} needs {target}, which {family.title} files have not")
+        pieces = []
+        for mark in marks:
+            if target + mark not in assigned:
+                names = " or ".join(prefix + key for key in family.source_names(target + mark))
+                raise WeightsError(f"{path}: {names} is missing, which {name} needs for {target}")
+            key = assigned.pop(target + mark)
+            shape = torch.Size([want.shape[0] // 3, *want.shape[1:]]) if mark else want.shape
+            pieces.append(_checked(path, key, state[key], target, shape))
+        ours[target] = torch.cat(pieces)  # a copy, so that no two tensors share memory in the file
+    for target, key in assigned.items():
+        raise WeightsError(f"{path}: {name} has no place for {key} (it would be {target})")
+    return family, ours, dropped
+
+
+def _assign(path: Path, state: dict[str, Tensor], family: Family, prefix: str) -> tuple[dict[str, str], dict[str, int]]:
+    """(our name with its mark -> the source's name, how many each pattern dropped); WeightsError names any other."""
+    assigned: dict[str, str] = {}
+    dropped: Counter[str] = Counter()
+    for key in state:
+        inside = key.startswith(prefix)
+        bare = key.removeprefix(prefix)
+        if bare in family.registers:
+            raise WeightsError(
+                f"{path} has register tokens ({key}), which no backbone here has; take the variant without registers"
+            )
+        target = family.target(bare) if inside else None
+        pattern = family.dropped_by(bare, inside)
+        if target is not None and target in assigned:
+            raise WeightsError(f"{path}: {assigned[target]} and {key} are the same tensor under two names")
+        if target is not None:
+            assigned[target] = key
+        elif pattern is not None:
+            dropped[prefix + pattern if inside else pattern] += 1
+        else:
+            raise WeightsError(f"{path}: {key} is unknown in a {family.title} file; nothing was converted")
+    return assigned, dict(dropped)
+
+
+def _check_preset(path: Path, state: dict[str, Tensor], assigned: dict[str, str], name: str, config: ViTConfig) -> None:
+    """WeightsError with the right name if the file is, by its sizes, another preset's."""
+    patch = assigned.get("patch_embed.proj.weight")
+    width = state[assigned["cls_token"]].numel()
+    depth = len({target.split(".")[1] for target in assigned if target.startswith("blocks.")})
+    found = (width, depth, state[patch].shape[-1:] if patch else (), "blocks.0.ls1.gamma" in assigned)
+    fits = [key for key, preset in VIT_PRESETS.items() if found == _sizes(preset)]
+    if fits and found != _sizes(config):
+        raise WeightsError(
+            f"{path} is not a {name}: it has {depth} blocks of width {width}; convert it as {' or '.join(fits)}"
+        )
+
+
+def _sizes(config: ViTConfig) -> tuple:
+    return config.embed_dim, config.depth, (config.patch_size,), config.layer_scale
+
+
+def _checked(path: Path, key: str, tensor: Tensor, target: str, shape: torch.Size) -> Tensor:
+    """`tensor` in float32 and in our shape, or WeightsError."""
+    if target in ("cls_token", "pos_embed") and tensor.dim() in (1, 2):  # CLIP's are (D,) and (N, D)
+        tensor = tensor.reshape(1, -1, tensor.shape[-1])
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise WeightsError(f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(shape)} of floats")
+    tensor = tensor.to(torch.float32)
+    if not tensor.isfinite().all():
+        raise WeightsError(f"{path}: {key} has NaN or infinite values; download it again")
+    return tensor
+
+
+def report(done: Conversion) -> str:
+    """What a conversion read, used, dropped and wrote, and the command that comes next, as lines to print."""
+    config = done.config
+    pinned = "the published original" if done.published else "not a file with a pinned sha256"
+    dropped = ", ".join(f"{names} ({count})" if "*" in names else names for names, count in done.dropped.items())
+    act = config.act
+    if act == "quick_gelu" and not done.published:
+        act += " (as OpenAI's; LAION's and DataComp's weights need --act gelu)"
+    lines = [
+        f"read      {done.src}: {done.family}, sha256 {done.sha256}, {pinned}",
+        f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
+        f"dropped   {dropped or 'none'}",
+        f"settings  activation {act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
+        f"positions {config.pos_interp}, mean {config.mean}, std {config.std}",
+        f"wrote     {done.out} ({done.out.stat().st_size / 1e6:.1f} MB)",
+        f"next      {next_command(done.name, done.out)}",
+    ]
+    return "\n".join(lines)
+
+
+def next_command(name: str, path: Path) -> str:
+    """The command that trains on the backbone file `path`; it need not name a file that is found by itself."""
+    try:
+        found = find_backbone(name).resolve() == path.resolve()
+    except WeightsError:
+        found = False
+    return f"python train.py --backbone {name}" + ("" if found else f" --weights {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vitface.weights.convert",
+        description="Convert a published checkpoint into the file that training and evaluation take.",
+        epilog="examples:\n"
+        "  python -m vitface.weights.convert dinov2 --src dinov2_vits14_pretrain.pth\n"
+        "  python -m vitface.weights.convert clip --src ViT-B-16.pt --out clip.safetensors\n"
+        "  python -m vitface.weights.convert clip --src laion/open_clip_model.safetensors --act gelu\n"
+        f"backbones: {', '.join(SOURCES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
+    parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
+    parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
+    args = parser.parse_args(argv)
+    try:
+        out = args.out or Path("weights") / f"{backbone_name(args.name)}.safetensors"
+        print(report(convert_backbone(args.name, args.src, out, args.act)))
+    except VitfaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
