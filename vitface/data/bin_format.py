@@ -215,7 +215,7 @@ class _Machine:
         line = self.line(16)
         if not re.fullmatch(rb"-?[0-9]{1,12}", line):
             self.refuse(f"has {line!r} for a whole number")
-        self.push(line == b"01" if line in (b"00", b"01") else int(line))
+        self.push(int(line))  # protocol 0 writes booleans as 00 and 01
 
     def index(self) -> int:
         line = self.line(16)

@@ -1,0 +1,143 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from vitface.data.pairs import write_bin
+from vitface.errors import DataError, EvaluationError
+from vitface.evaluation import benchmarks
+from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate_all, evaluate_benchmark
+from vitface.evaluation.report import results_json, results_table
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Benchmarks of 60 pairs."""
+    for name, real in BENCHMARKS.items():
+        monkeypatch.setitem(benchmarks.BENCHMARKS, name, Benchmark(real.category, 60))
+
+
+def colour_of(images):
+    """A perfect embedding for flat images: their mean colour."""
+    return images.reshape(len(images), -1, 3).mean(axis=1) / 255.0 - 0.5
+
+
+def write_pairs(path, issame, order=None, seed=0):
+    """60 pairs of flat colours; a same pair has nearly one colour. `order` shuffles the labels against the pairs."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for same in issame:
+        first = rng.integers(0, 256, 3)
+        second = np.clip(first + rng.integers(-4, 5, 3), 0, 255) if same else rng.integers(0, 256, 3)
+        for colour in (first, second):
+            buffer = io.BytesIO()
+            Image.new("RGB", (112, 112), tuple(int(c) for c in colour)).save(buffer, "PNG")
+            images.append(buffer.getvalue())
+    write_bin(path, images, issame if order is None else issame[order])
+
+
+ISSAME = np.random.default_rng(5).permutation(np.arange(60) % 2 == 0)
+
+
+def test_a_perfect_embedding_scores_high_and_the_json_has_the_numbers(tmp_path, small):
+    write_pairs(tmp_path / "lfw.bin", ISSAME)
+    result = evaluate_benchmark(colour_of, "lfw", tmp_path)
+    assert result.auc > 0.97
+    assert result.accuracy > 0.9
+    entry = json.loads(json.dumps(results_json({"lfw": result})))["lfw"]
+    assert entry["accuracy"] == result.accuracy
+    assert entry["pairs"] == 60
+    assert f"{100 * result.accuracy:.2f} ± {100 * result.std:.2f}" in results_table({"lfw": result})
+
+
+def test_averages_by_category(tmp_path, small):
+    for seed, name in enumerate(["lfw", "cfp_fp", "cplfw"]):
+        write_pairs(tmp_path / f"{name}.bin", ISSAME, seed=seed)
+    results = evaluate_all(colour_of, ["lfw", "cfp_fp", "cplfw"], tmp_path).results
+    table = results_table(results)
+    pose = 50 * (results["cfp_fp"].accuracy + results["cplfw"].accuracy)
+    assert f"pose average       {pose:.2f}" in table
+    assert f"average of 3       {100 * np.mean([r.accuracy for r in results.values()]):.2f}" in table
+
+
+def test_each_image_is_embedded_once(tmp_path, small):
+    write_pairs(tmp_path / "lfw.bin", ISSAME)
+    pairs = benchmarks.read_bin(tmp_path / "lfw.bin")
+    repeated = benchmarks.VerificationSet("lfw", pairs.images[:4] * 30, pairs.issame)
+    seen = []
+
+    def counting(images):
+        seen.append(len(images))
+        return colour_of(images)
+
+    first, second = benchmarks.embed_pairs(counting, repeated, batch_size=3)
+    assert sum(seen) == len(set(pairs.images[:4]))
+    np.testing.assert_array_equal(first[:2], first[2:4])
+    assert len(second) == 60
+
+
+def test_labels_that_are_not_half_and_half_are_refused(tmp_path, small):
+    issame = ISSAME.copy()
+    issame[np.flatnonzero(issame)[:3]] = False
+    write_pairs(tmp_path / "calfw.bin", issame)
+    with pytest.raises(DataError, match="27 same and 33 different"):
+        evaluate_benchmark(colour_of, "calfw", tmp_path)
+
+
+def test_a_wrong_pair_count_is_refused(tmp_path):
+    write_pairs(tmp_path / "lfw.bin", ISSAME)
+    with pytest.raises(DataError, match="60 pairs, the published set has 6000"):
+        evaluate_benchmark(colour_of, "lfw", tmp_path)
+
+
+@pytest.mark.parametrize(("fault", "cause"), [("inverted", "below chance"), ("constant", "collapsed")])
+def test_planted_faults_are_named(tmp_path, small, fault, cause):
+    labels = {"inverted": ~ISSAME, "constant": ISSAME}[fault]
+    write_pairs(tmp_path / "agedb_30.bin", ISSAME)
+    pairs = benchmarks.read_bin(tmp_path / "agedb_30.bin")
+    write_bin(tmp_path / "agedb_30.bin", pairs.images, labels)
+    embed = colour_of if fault == "inverted" else lambda images: np.ones((len(images), 3))
+    evaluation = evaluate_all(embed, ["agedb_30"], tmp_path)
+    assert len(evaluation.failures) == 1
+    assert cause in evaluation.failures[0]
+
+
+def test_chance_level_is_an_alarm():
+    chance = benchmarks.Verification(0.5, 0.0, 0.52, 0.5, np.zeros(1), np.zeros(1, bool), np.zeros(1))
+    assert "chance level" in benchmarks.judge("agedb_30", chance)
+    recorded = benchmarks.Verification(0.52, 0.0, 0.4848, 0.5, np.zeros(1), np.zeros(1, bool), np.zeros(1))
+    with pytest.raises(EvaluationError, match=r"0\.4848 is below chance"):
+        benchmarks.judge("agedb_30", recorded)
+
+
+def test_evaluate_says_what_is_missing_and_writes_json_before_it_fails(tmp_path, small, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_pairs(tmp_path / "data" / "lfw.bin", ISSAME)
+    frozen = ["--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]
+    assert evaluate.main([*frozen, "--bench", "all", "--json", "out.json"]) == 0
+    printed = capsys.readouterr()
+    assert "missing: data/cfp_fp.bin" in printed.out
+    assert 0 < json.loads((tmp_path / "out.json").read_text())["benchmarks"]["lfw"]["accuracy"] <= 1
+    write_pairs(tmp_path / "data" / "cplfw.bin", ~ISSAME)
+    pairs = benchmarks.read_bin(tmp_path / "data" / "cplfw.bin")
+    write_bin(tmp_path / "data" / "cplfw.bin", pairs.images, ISSAME)
+    assert evaluate.main([*frozen, "--bench", "cplfw", "--json", "bad.json"]) == 2
+    assert "below chance" in capsys.readouterr().err
+    assert "cplfw" in json.loads((tmp_path / "bad.json").read_text())["benchmarks"]
+
+
+def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--bench", "lfw"]) == 2
+    assert "python train.py --exp demo" in capsys.readouterr().err
+    assert evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]) == 2
+    assert "data/lfw.bin is missing" in capsys.readouterr().err
+    assert evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--checkpoint", "x"]) == 2
+    assert "either --checkpoint or --backbone" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--bench", "imagenet"])
+    assert stop.value.code == 2

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitface.errors import EvaluationError
+from vitface.evaluation.statistics import accuracy_interval
+from vitface.evaluation.verify import (
+    auc,
+    contiguous_folds,
+    equal_error_rate,
+    pair_distance,
+    roc,
+    tar_at_far,
+    verify,
+)
+
+metrics = pytest.importorskip("sklearn.metrics")
+model_selection = pytest.importorskip("sklearn.model_selection")
+
+
+def scores(count, seed, decimals=None):
+    """Random scores and labels, both classes present, with ties if rounded."""
+    rng = np.random.default_rng(seed)
+    issame = rng.permutation(np.arange(count) % 2 == 0)
+    score = rng.normal(issame * 1.0, 1.0)
+    return score if decimals is None else score.round(decimals), issame
+
+
+def field_protocol(first, second, issame):
+    """The field's protocol with scikit-learn's folds, threshold by threshold, as it is published."""
+    distance = np.array([((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2).sum() for a, b in zip(first, second, strict=True)])
+    accuracies = []
+    for train, test in model_selection.KFold(n_splits=10, shuffle=False).split(issame):
+        best, best_accuracy = 0.0, -1.0
+        for threshold in np.arange(0, 4, 0.01):
+            accuracy = np.mean((distance[train] < threshold) == issame[train])
+            if accuracy > best_accuracy:
+                best, best_accuracy = threshold, accuracy
+        accuracies.append(np.mean((distance[test] < best) == issame[test]))
+    return np.mean(accuracies), np.std(accuracies)
+
+
+@pytest.mark.parametrize(("pairs", "seed"), [(60, 0), (101, 1), (237, 2)])
+def test_equals_an_independent_implementation_of_the_protocol(pairs, seed):
+    rng = np.random.default_rng(seed)
+    issame = rng.permutation(np.arange(pairs) % 2 == 0)
+    first = rng.normal(size=(pairs, 8))
+    second = np.where(issame[:, None], first, 0) * 0.7 + rng.normal(size=(pairs, 8))
+    result = verify(pair_distance(first, second), issame)
+    accuracy, std = field_protocol(first, second, issame)
+    assert result.accuracy == pytest.approx(accuracy, abs=1e-12)
+    assert result.std == pytest.approx(std, abs=1e-12)
+    assert 0.6 < result.accuracy < 0.95
+    assert result.auc == pytest.approx(metrics.roc_auc_score(issame, -pair_distance(first, second)), abs=1e-12)
+    by_fold = [result.correct[result.folds == fold].mean() for fold in range(10)]
+    assert np.mean(by_fold) == pytest.approx(result.accuracy, abs=1e-12)
+
+
+def test_threshold_is_strict_and_the_first_of_equals():
+    distance = np.tile([0.5, 1.0], 20)
+    issame = np.tile([True, False], 20)
+    result = verify(distance, issame)
+    assert result.accuracy == 1.0
+    # 0.5 < t must hold, so the first perfect threshold is the first grid value above 0.5
+    np.testing.assert_allclose(result.thresholds, 0.51)
+
+
+def test_pair_distance_ignores_length():
+    first, second = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    cosine = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(first, second, strict=True)]
+    np.testing.assert_allclose(pair_distance(first * 7, second), 2 - 2 * np.array(cosine), atol=1e-6)
+    assert pair_distance(first, -first) == pytest.approx(4)
+
+
+@given(st.integers(10, 200))
+def test_folds_are_scikit_learns(count):
+    folds = contiguous_folds(count)
+    for number, (_, test) in enumerate(model_selection.KFold(10).split(np.zeros(count))):
+        np.testing.assert_array_equal(np.flatnonzero(folds == number), test)
+
+
+@given(st.integers(4, 80), st.integers(0, 50), st.sampled_from([None, 0, 1]))
+def test_auc_and_roc_are_scikit_learns(count, seed, decimals):
+    score, issame = scores(count, seed, decimals)
+    assert auc(score, issame) == pytest.approx(metrics.roc_auc_score(issame, score), abs=1e-12)
+    far, tar, threshold = roc(score, issame)
+    want_far, want_tar, want_threshold = metrics.roc_curve(issame, score, drop_intermediate=False)
+    np.testing.assert_allclose(far, want_far, atol=1e-12)
+    np.testing.assert_allclose(tar, want_tar, atol=1e-12)
+    np.testing.assert_array_equal(threshold, want_threshold)
+
+
+@given(st.integers(4, 80), st.integers(0, 50))
+def test_auc_under_monotone_maps_and_flipped_labels(count, seed):
+    score, issame = scores(count, seed)
+    assert auc(np.exp(3 * score), issame) == pytest.approx(auc(score, issame), abs=1e-12)
+    assert auc(score, ~issame) == pytest.approx(1 - auc(score, issame), abs=1e-12)
+
+
+def test_equal_error_rate():
+    score, issame = scores(20_000, 0)
+    # two unit normals one apart: both error rates are Phi(-1/2) = 0.3085 at the midpoint
+    assert equal_error_rate(score, issame) == pytest.approx(0.3085, abs=0.008)
+    assert equal_error_rate(np.array([1.0, 0.0]), np.array([True, False])) == 0.0
+    assert equal_error_rate(np.array([0.0, 1.0]), np.array([True, False])) == 1.0
+
+
+def test_tar_at_far_never_exceeds_the_rate_and_refuses_small_sets():
+    score, issame = scores(20_000, 1)
+    for far in (0.01, 0.1):
+        tar = tar_at_far(score, issame, far)
+        threshold = np.sort(score[issame])[int(round((1 - tar) * issame.sum()))]
+        assert (score[~issame] >= threshold).mean() <= far
+        assert tar == pytest.approx((score[issame] >= np.quantile(score[~issame], 1 - far)).mean(), abs=0.002)
+    with pytest.raises(EvaluationError, match="needs 300,000 different pairs, there are 10,000"):
+        tar_at_far(score, issame, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("score", "issame", "message"),
+    [
+        ([0.1, np.nan, 0.2], [True, False, True], "1 of 3 scores are NaN"),
+        ([0.1, np.inf, 0.2], [True, False, True], "1 of 3 scores are NaN or infinite"),
+        ([0.5, 0.5, 0.5], [True, False, True], "collapsed"),
+        ([0.1, 0.2, 0.3], [True, True, True], "all labels are equal"),
+        ([0.1, 0.2], [True, False, True], "2 scores for 3 labels"),
+        ([], [], "0 scores"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(score, issame, message):
+    with pytest.raises(EvaluationError, match=message):
+        verify(np.array(score), np.array(issame, bool))
+
+
+def test_random_scores_are_at_chance():
+    """A leak of test labels into the threshold would show as accuracy above one half.
+
+    It comes out a little below: labels are half and half, so what nine folds have too many of, the tenth has too few.
+    """
+    rng = np.random.default_rng(0)
+    accuracies = [
+        verify(rng.uniform(0, 4, 1000), rng.permutation(np.arange(1000) % 2 == 0)).accuracy for _ in range(40)
+    ]
+    assert 0.46 < np.mean(accuracies) < 0.503
+
+
+def test_interval_has_the_binomial_width():
+    rng = np.random.default_rng(0)
+    issame = rng.permutation(np.arange(6000) % 2 == 0)
+    result = verify(np.where(issame, 0.8, 1.2) + rng.normal(0, 0.16, 6000), issame)
+    low, high = accuracy_interval(result)
+    half_width = 1.96 * np.sqrt(result.accuracy * (1 - result.accuracy) / 6000)
+    assert low < result.accuracy < high
+    assert (high - low) / 2 == pytest.approx(half_width, rel=0.05)

@@ -1,0 +1,114 @@
+import argparse
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from vitface.config import EXPERIMENTS, VIT_PRESETS, TrainConfig, add_flags, backbone_name, resolve, to_flag
+from vitface.errors import ConfigError
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_flags(parser)
+    return resolve(vars(parser.parse_args(argv)))
+
+
+def test_default_below_preset_below_flag():
+    assert parse().lr == TrainConfig().lr
+    assert parse("--exp", "exp_003").lr == 1e-4
+    assert parse("--exp", "exp_003", "--lr", "0.01").lr == 0.01
+    assert parse("--lr", "0.01", "--exp", "exp_003").lr == 0.01
+    assert parse("--exp", "exp_003", "--no-use-dalora").use_dalora is False
+
+
+def test_experiments_are_a_two_by_two_grid():
+    resolved = {name: dataclasses.asdict(parse("--exp", name)) for name in ("exp_001", "exp_002", "exp_003", "exp_004")}
+
+    def differ(a, b):
+        return {key for key in resolved[a] if resolved[a][key] != resolved[b][key]} - {"exp"}
+
+    assert differ("exp_001", "exp_003") == differ("exp_002", "exp_004") == {"use_dalora"}
+    assert differ("exp_001", "exp_002") == differ("exp_003", "exp_004") == {"backbone"}
+    recorded = dict(lora_rank=16, lora_alpha=16, head="linear", lr=1e-4, batch_size=128, epochs=40, loss="cosface")
+    recorded |= dict(scale=64, margin=0.35, train_patch_embed=False, num_domains=3, lora_scaling="lora")
+    assert recorded.items() <= resolved["exp_003"].items()
+    assert (resolved["exp_001"]["backbone"], resolved["exp_002"]["backbone"]) == ("dinov2", "clip")
+
+
+def test_every_flag_of_the_contract_exists():
+    flags = {to_flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    assert flags >= set(
+        """--backbone --weights --image-size --use-dalora --num-domains --lora-rank --lora-alpha --lora-scaling
+        --lora-targets --router-depth --domain-loss-weight --train-patch-embed --head --embedding-dim --loss --margin
+        --scale --augment --train-data --val-data --holdout-people --max-samples --batch-size --limit-batches --epochs
+        --patience --lr --head-lr --weight-decay --warmup-epochs --clip --num-workers --seed --save-dir --resume
+        --device --dtype --impl --compile --wandb --tensorboard --exp --dry-run""".split()
+    )
+
+
+def to_argv(config: TrainConfig) -> list[str]:
+    argv = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            argv.append(to_flag(field.name) if value else "--no-" + to_flag(field.name)[2:])
+        elif value is not None:
+            argv += [to_flag(field.name), str(value)]
+    return argv
+
+
+@given(
+    st.builds(
+        TrainConfig,
+        backbone=st.sampled_from(sorted(VIT_PRESETS)),
+        image_size=st.just(112),
+        lr=st.floats(1e-8, 1),
+        batch_size=st.integers(2, 999),
+        head=st.sampled_from(["bn", "linear", "patches"]),
+        use_dalora=st.booleans(),
+        max_samples=st.none() | st.integers(1, 10**6),
+        save_dir=st.none() | st.text("abc/", min_size=1),
+    )
+)
+def test_parse_inverts_to_argv(config):
+    assert parse(*to_argv(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--exp", "exp_009"], "known: "),
+        (["--backbone", "resnet50"], "known: dinov2, clip"),
+        (["--image-size", "100"], "use 98 or 112"),
+        (["--image-size", "-14"], "--image-size must be positive"),
+        (["--lr", "nan"], "--lr must be positive, not nan"),
+        (["--lr", "0"], "--lr must be positive"),
+        (["--epochs", "-1"], "--epochs must be positive"),
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--batch-size", "1"], "at least 2"),
+        (["--router-depth", "13"], "1 to 12 for dinov2"),
+        (["--limit-batches", "0"], "--limit-batches must be positive"),
+    ],
+)
+def test_users_mistakes_are_named_with_exit_code_2(argv, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        parse(*argv)
+    assert train.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--head", "mlp"], ["--epochs", "many"], ["--batch", "4"], ["--nonsense"]])
+def test_argparse_refuses_with_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+
+
+def test_aliases():
+    assert backbone_name("dinov2") == "dinov2_vits14"
+    assert backbone_name("clip") == "clip_vitb16"
+    assert {VIT_PRESETS[backbone_name(name)].patch_size for name in ("dinov2", "clip")} == {14, 16}
+    assert all(backbone_name(EXPERIMENTS[name]["backbone"]) in VIT_PRESETS for name in EXPERIMENTS)
