@@ -41,11 +41,51 @@ def test_experiments_are_a_two_by_two_grid():
 def test_every_flag_of_the_contract_exists():
     flags = {to_flag(field.name) for field in dataclasses.fields(TrainConfig)}
     assert flags >= set(
-        """--backbone --weights --image-size --use-dalora --num-domains --lora-rank --lora-alpha --lora-scaling
-        --lora-targets --router-depth --domain-loss-weight --train-patch-embed --head --embedding-dim --loss --margin
-        --scale --augment --train-data --val-data --holdout-people --max-samples --batch-size --limit-batches --epochs
-        --patience --lr --head-lr --weight-decay --warmup-epochs --clip --num-workers --seed --save-dir --resume
-        --device --dtype --impl --compile --wandb --tensorboard --exp --dry-run""".split()
+        [
+            "--backbone",
+            "--weights",
+            "--image-size",
+            "--use-dalora",
+            "--num-domains",
+            "--lora-rank",
+            "--lora-alpha",
+            "--lora-scaling",
+            "--lora-targets",
+            "--router-depth",
+            "--domain-loss-weight",
+            "--train-patch-embed",
+            "--head",
+            "--embedding-dim",
+            "--loss",
+            "--margin",
+            "--scale",
+            "--augment",
+            "--train-data",
+            "--val-data",
+            "--holdout-people",
+            "--max-samples",
+            "--batch-size",
+            "--limit-batches",
+            "--epochs",
+            "--patience",
+            "--lr",
+            "--head-lr",
+            "--weight-decay",
+            "--warmup-epochs",
+            "--clip",
+            "--num-workers",
+            "--seed",
+            "--save-dir",
+            "--resume",
+            "--device",
+            "--dtype",
+            "--impl",
+            "--compile",
+            "--wandb",
+            "--tensorboard",
+            "--exp",
+            "--dry-run",
+        ]
     )
 
 

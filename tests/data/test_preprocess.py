@@ -89,7 +89,7 @@ def test_an_image_is_augmented_alike_alone_in_a_batch_and_in_any_order(seed, epo
 def test_uniforms_are_uniform_and_differ_by_seed_epoch_and_index():
     u = uniforms(1, 2, np.arange(5000))
     assert u.shape == (5000, NUM_UNIFORMS)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     np.testing.assert_allclose(u.mean(0), 0.5, atol=0.02)
     np.testing.assert_allclose(u.var(0), 1 / 12, atol=0.005)
     correlations = np.corrcoef(u.numpy().T) - np.eye(NUM_UNIFORMS)

@@ -134,7 +134,9 @@ def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--bench", "lfw"]) == 2
     assert "python train.py --exp demo" in capsys.readouterr().err
-    assert evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]) == 2
+    assert (
+        evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]) == 2
+    )
     assert "data/lfw.bin is missing" in capsys.readouterr().err
     assert evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--checkpoint", "x"]) == 2
     assert "either --checkpoint or --backbone" in capsys.readouterr().err

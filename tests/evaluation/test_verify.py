@@ -29,7 +29,9 @@ def scores(count, seed, decimals=None):
 
 def field_protocol(first, second, issame):
     """The field's protocol with scikit-learn's folds, threshold by threshold, as it is published."""
-    distance = np.array([((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2).sum() for a, b in zip(first, second, strict=True)])
+    distance = np.array(
+        [((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2).sum() for a, b in zip(first, second, strict=True)]
+    )
     accuracies = []
     for train, test in model_selection.KFold(n_splits=10, shuffle=False).split(issame):
         best, best_accuracy = 0.0, -1.0

@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run_dir: Path | None):
         self.config, self.run_dir = config, run_dir
         self.device = torch.device(config.device)
-        self.samples = setup.open_samples(config)
+        self.samples = setup.open_inputs(config)
         self.split = split_people(self.samples, config.holdout_people, config.max_samples, config.seed)
         if len(self.split.indices) < config.batch_size:
             raise ConfigError(

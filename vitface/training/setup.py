@@ -11,9 +11,10 @@ from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.records import Samples, load_samples
 from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
+from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
-from vitface.model.store import load_backbone, weights_sha256
+from vitface.model.store import find_backbone, load_backbone, weights_sha256
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 30
@@ -33,11 +34,27 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def open_samples(config: TrainConfig) -> Samples:
-    """The training samples that `--train-data` names; DataError says what would help."""
-    if config.train_data == "synthetic":
-        return SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
-    return load_samples(config.train_data)
+def open_inputs(config: TrainConfig) -> Samples:
+    """The training samples that `--train-data` names.
+
+    ConfigError names everything that is missing at once, the backbone's weights and the data alike.
+    """
+    problems = []
+    try:
+        if config.weights is None:
+            find_backbone(backbone_name(config.backbone))
+    except WeightsError as error:
+        problems.append(str(error))
+    try:
+        if config.train_data == "synthetic":
+            samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
+        else:
+            samples = load_samples(config.train_data)
+    except DataError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n\n".join(problems))
+    return samples
 
 
 def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, MarginLoss]:

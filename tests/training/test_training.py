@@ -1,0 +1,285 @@
+import csv
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_face
+from safetensors.torch import load_file
+
+import train
+import vitface
+from vitface.config import resolve
+from vitface.data.loader import epoch_order, read_batches, split_people
+from vitface.errors import CheckpointError, ConfigError, DataError
+from vitface.evaluation.verify import auc
+from vitface.model.margin import MarginLoss
+from vitface.training import setup
+from vitface.training.loop import Trainer
+from vitface.training.run import run
+from vitface.training.setup import resolve_choices
+from vitface.training.step import NonFiniteError, parameter_groups, schedule, update
+
+ROOT = Path(__file__).parents[2]
+SMALL = dict(
+    backbone="vit_nano", weights="random", image_size=112, train_data="synthetic", val_data=None, dtype="fp32",
+    device="cpu", batch_size=8, epochs=2, holdout_people=3, num_workers=0, embedding_dim=16, lora_rank=2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_faces(monkeypatch):
+    """8 synthetic people with 4 photos each, so an epoch is two steps, and 20 benchmark pairs."""
+    monkeypatch.setattr(setup, "SYNTHETIC_PEOPLE", 8)
+    monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 4)
+    from vitface.evaluation import benchmarks
+
+    benchmarks._synthetic_benchmark.cache_clear()
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "synthetic", benchmarks.Benchmark("synthetic", 20))
+    yield
+    benchmarks._synthetic_benchmark.cache_clear()
+
+
+def fingerprint(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of every file of the last checkpoint."""
+    last = run_dir / "checkpoints" / "last"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.iterdir()}
+
+
+def read_log(run_dir: Path) -> list[dict]:
+    with open(run_dir / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run_dir: Path) -> list:
+    return [(row["step"], row["loss"]) for row in map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, capsys):
+    config = resolve({**SMALL, "use_dalora": True, "save_dir": str(tmp_path / "run")})
+    assert run(config) == tmp_path / "run"
+    printed = capsys.readouterr().out
+    for part in ("config: ", "device: cpu, fp32", "adapters", "identities", "estimated time", "frozen backbone"):
+        assert part in printed
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["use_dalora"] is True
+    assert saved["impl"] == "reference"
+    rows = read_log(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(np.isfinite(float(row["loss"])) and 0 <= float(row["holdout_auc"]) <= 1 for row in rows)
+    assert "adapted, best epoch" in (tmp_path / "run" / "results.md").read_text()
+    best = tmp_path / "run" / "checkpoints" / "best"
+    assert not Path(best.readlink()).is_absolute()
+    scores = [float(row["holdout_auc"]) for row in rows]
+    assert best.resolve().name == f"step-{rows[max(range(2), key=lambda i: (scores[i], i))]['step']}"
+    model = vitface.load(tmp_path / "run")
+    assert model.domain_weights(np.zeros((1, 112, 112, 3), np.uint8)).shape == (1, 3)
+    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if name.endswith("lora_b"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+@pytest.mark.parametrize("use_dalora", [False, True])
+def test_resume_is_bit_exact_from_any_step(tmp_path, stop_at, use_dalora):
+    flags = {**SMALL, "use_dalora": use_dalora, "loss": "adaface" if use_dalora else "cosface"}
+    whole = resolve({**flags, "save_dir": str(tmp_path / "whole")})
+    run(whole)
+    broken = resolve_choices(resolve({**flags, "save_dir": str(tmp_path / "broken")}))
+    trainer = Trainer(broken, tmp_path / "broken")
+    stopped = iter(range(stop_at))
+    batches = trainer._batches
+
+    def interrupted(epoch):
+        for batch in batches(epoch):
+            if next(stopped, None) is None:
+                raise KeyboardInterrupt
+            yield batch
+
+    trainer._batches = interrupted
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(json.dumps(dataclasses.asdict(broken)))
+    from vitface.training.log import RunLog
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(RunLog(tmp_path / "broken", broken))
+    assert trainer.progress.step == stop_at
+    run(resolve({**flags, "save_dir": str(tmp_path / "broken"), "resume": "auto", "num_workers": 1}))
+    assert fingerprint(tmp_path / "broken") == fingerprint(tmp_path / "whole")
+    whole_log, broken_log = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
+    assert [row["holdout_auc"] for row in whole_log] == [row["holdout_auc"] for row in broken_log]
+
+
+def test_two_runs_are_bitwise_equal_and_seeds_differ(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(resolve({**SMALL, "save_dir": str(tmp_path / name), "seed": seed, "epochs": 1}))
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_resume_of_a_finished_run_says_so(tmp_path, capsys):
+    config = resolve({**SMALL, "save_dir": str(tmp_path / "run"), "epochs": 1, "resume": "auto"})
+    run(config)  # nothing there yet: starts afresh
+    before = fingerprint(tmp_path / "run")
+    capsys.readouterr()
+    run(config)
+    assert "is finished" in capsys.readouterr().out
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(tmp_path):
+    flags = {**SMALL, "save_dir": str(tmp_path / "run"), "epochs": 1}
+    run(resolve(flags))
+    with pytest.raises(CheckpointError, match="already holds a run; add --resume auto"):
+        run(resolve(flags))
+    with pytest.raises(CheckpointError, match=r"--lr: 0.0005 -> 0.1\n  --margin: 0.35 -> 0.2|--margin: .*\n.*--lr: "):
+        run(resolve({**flags, "resume": "auto", "lr": 0.1, "margin": 0.2}))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run(resolve({**flags, "resume": str(tmp_path)}))
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    flags = {**SMALL, "save_dir": str(tmp_path / "run")}
+    run(resolve(flags))
+    expected = fingerprint(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-4" / "training.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-64] + bytes(64))  # the zeroed tail a power loss leaves
+    run(resolve({**flags, "resume": "auto"}))
+    assert fingerprint(tmp_path / "run") == expected
+    for step in ("step-2", "step-4"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+        (tmp_path / "run" / "checkpoints" / step).mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        run(resolve({**flags, "resume": "auto"}))
+
+
+def test_overfits_a_few_people():
+    """The whole path learns: adapters and head bring the loss of a handful of people down to almost nothing."""
+    config = resolve_choices(resolve({**SMALL, "augment": "none", "scale": 16.0, "epochs": 30, "holdout_people": 0}))
+    trainer = Trainer(config, None)
+    trainer.fit(None)
+    trainer.model.eval()
+    images = np.stack([trainer.samples.read(i) for i in range(32)])
+    embeddings, labels = trainer.model.embed(images), trainer.samples.labels
+    first, second = np.triu_indices(32, 1)
+    assert auc((embeddings @ embeddings.T)[first, second], labels[first] == labels[second]) > 0.99
+
+
+def test_held_out_people_never_train():
+    samples = setup.open_inputs(resolve(SMALL))
+    split = split_people(samples, holdout_people=3, max_samples=None, seed=0)
+    held, trained = set(samples.labels[split.held_out]), set(samples.labels[split.indices])
+    assert len(held) == 3
+    assert not held & trained
+    assert sorted(set(split.labels)) == list(range(5)) and split.num_people == 5
+    for label in range(5):
+        assert len(set(samples.labels[split.indices[split.labels == label]])) == 1
+    assert set(samples.labels[split_people(samples, 3, None, seed=1).held_out]) != held
+    assert len(split_people(samples, 3, 10, seed=0).indices) == 10
+    with pytest.raises(ConfigError, match="lower --holdout-people"):
+        split_people(samples, 7, None, seed=0)
+
+
+def test_order_is_a_permutation_of_seed_and_epoch():
+    first = epoch_order(100, 0, 0)
+    np.testing.assert_array_equal(np.sort(first), np.arange(100))
+    np.testing.assert_array_equal(first, epoch_order(100, 0, 0))
+    assert (first != epoch_order(100, 0, 1)).any()
+    assert (first != epoch_order(100, 1, 0)).any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_in_order_and_name_a_bad_image(num_workers):
+    class Marked:
+        def read(self, index):
+            if index == 7:
+                raise DataError("image 7 is damaged")
+            return np.full((112, 112, 3), index, np.uint8)
+
+    indices = np.array([5, 3, 9, 1, 7])
+    positions = [np.array([2, 0]), np.array([1, 3])]
+    state = torch.get_rng_state()
+    got = list(read_batches(Marked(), indices, positions, num_workers))
+    assert [batch[:, 0, 0, 0].tolist() for _, batch in got] == [[9, 5], [3, 1]]
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(DataError, match="^image 7 is damaged$"):
+        list(read_batches(Marked(), indices, [np.array([4])], num_workers))
+
+
+def test_schedule():
+    factors = [schedule(step, 100, 10) for step in range(100)]
+    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.0, abs=4e-4)
+    assert schedule(0, 100, 0) == 1.0
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model, margin = tiny_face(num_domains=3), MarginLoss("cosface", 5, 8, 0.35, 64.0)
+    config = resolve({"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.1})
+    groups = parameter_groups(model, margin, config)
+    names = {id(p): name for name, p in [*model.named_parameters(), ("identities", margin.weight)]}
+    decay = {names[id(p)]: (g["weight_decay"], g["peak_lr"]) for g in groups for p in g["params"]}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(decay) == trained | {"identities"}
+    assert decay["identities"] == (0.1, 1e-2)
+    for name in trained:
+        assert decay[name] == (0.0 if name.endswith("bias") or "norm" in name else 0.1, 1e-3)
+
+
+def test_update_clips_and_stops_before_a_bad_step():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    assert update(optimizer, (weight * torch.tensor([30.0, 40.0])).sum(), [weight], clip=5.0) == pytest.approx(50)
+    torch.testing.assert_close(weight.data, torch.tensor([0.0, 0.0]), atol=1e-5, rtol=0)
+    for loss in (weight.sum() * float("nan"), (weight * torch.tensor([float("inf"), 1.0])).sum()):
+        with pytest.raises(NonFiniteError, match="stopped before the update"):
+            update(optimizer, loss, [weight], clip=5.0)
+        torch.testing.assert_close(weight.data, torch.tensor([0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
+    command = ["--backbone", "clip", "--use-dalora", "--num-domains", "3", "--batch-size", "64", "--epochs", "40"]
+    assert train.main(command) == 2
+    printed = capsys.readouterr().err
+    assert "data/casia-webface does not exist" in printed
+    assert "python -m vitface.weights.fetch clip_vitb16" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_needs_nothing_and_writes_nothing(tmp_path):
+    """As a user would: a fresh process in an empty folder, the recorded DA-LoRA experiment on random weights."""
+    command = [sys.executable, str(ROOT / "train.py"), "--exp", "exp_003", "--image-size", "56", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1,623,555" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_is_quiet_and_light():
+    code = (
+        "import sys, vitface; vitface.load; vitface.load_backbone; "
+        "bad = {'triton', 'transformers', 'sklearn', 'wandb', 'vitface.training.loop'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_checkpoints_keep_the_newest_two_and_the_best(tmp_path):
+    from vitface.training.checkpoint import save_checkpoint
+
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {"x": torch.tensor([1.0 * step])}, {}, {}, {}, is_best=step == 1)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-1", "step-3", "step-4"]
+    assert load_file(tmp_path / "checkpoints" / "best" / "model.safetensors")["x"].item() == 1
+    assert load_file(tmp_path / "checkpoints" / "last" / "model.safetensors")["x"].item() == 4
