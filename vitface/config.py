@@ -17,6 +17,7 @@ from vitface.errors import ConfigError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ VIT_PRESETS: dict[str, ViTConfig] = {
     "clip_vitb16": _clip(16, 768, 12, 12),
     "clip_vitl14": _clip(14, 1024, 24, 16),
     "vit_tiny_patch16": ViTConfig(224, 16, 192, 12, 3),
-    "vit_nano": ViTConfig(112, 16, 128, 6, 4),
+    "vit_nano": ViTConfig(112, 16, 128, 4, 4),
 }
 VIT_ALIASES = {"dinov2": "dinov2_vits14", "clip": "clip_vitb16"}
 
@@ -92,8 +93,8 @@ def backbone_name(name: str) -> str:
 class FaceConfig:
     """Everything that shapes a face model; stored beside its tensors, so that no script can contradict it.
 
-    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. `weights_sha256` is that of the
-    converted backbone file, or "random".
+    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. `weights_sha256` is that of
+    the converted backbone file, or "random".
     """
 
     backbone: str
@@ -110,12 +111,13 @@ class FaceConfig:
     embedding_dim: int = 512
     train_patch_embed: bool = False
     resize: Literal["bicubic", "bilinear"] = "bicubic"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Dtype = "fp32"
 
 
 def vit_config(settings: dict[str, Any]) -> ViTConfig:
-    """A `ViTConfig` from its JSON form; TypeError for missing or unknown keys."""
-    return ViTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    """A `ViTConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
+    colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
+    return ViTConfig(**{**settings, **colours})
 
 
 def face_config(settings: dict[str, Any]) -> FaceConfig:

@@ -1,7 +1,10 @@
 """What "auto" means on this machine."""
 
+from typing import Literal
+
 import torch
 
+from vitface.config import Dtype
 from vitface.errors import ConfigError
 
 
@@ -14,7 +17,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
     """ "auto" is "bf16" where bf16 matrix products run at full speed, else "fp32"."""
     if name != "auto":
         return name

@@ -112,7 +112,7 @@ def test_tar_at_far_never_exceeds_the_rate_and_refuses_small_sets():
     score, issame = scores(20_000, 1)
     for far in (0.01, 0.1):
         tar = tar_at_far(score, issame, far)
-        threshold = np.sort(score[issame])[int(round((1 - tar) * issame.sum()))]
+        threshold = np.sort(score[issame])[round((1 - tar) * issame.sum())]
         assert (score[~issame] >= threshold).mean() <= far
         assert tar == pytest.approx((score[issame] >= np.quantile(score[~issame], 1 - far)).mean(), abs=0.002)
     with pytest.raises(EvaluationError, match="needs 300,000 different pairs, there are 10,000"):

@@ -143,7 +143,11 @@ def test_face_round_trip_is_bitwise(backbone, tmp_path, changes):
     model = face_on(path, store.sha256_file(path), **changes)
     save_run(tmp_path / "run", model, {"weights": str(path)})
     images = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
-    for where in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-7", tmp_path / "run" / "checkpoints" / "last"):
+    for where in (
+        tmp_path / "run",
+        tmp_path / "run" / "checkpoints" / "step-7",
+        tmp_path / "run" / "checkpoints" / "last",
+    ):
         loaded = vitface.load(where)
         assert loaded.config == model.config
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())

@@ -17,7 +17,7 @@ LOW_RESOLUTIONS = (24, 32, 48, 64, 88)
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int = NUM_UNIFORMS) -> Tensor:
-    """(B, count) float32 in [0, 1), one row per image index: SplitMix64 (Steele et al. 2014) of (seed, epoch, index)."""
+    """(B, count) float32 in [0, 1), a row per image index: SplitMix64 (Steele et al. 2014) of (seed, epoch, index)."""
     state = _mix(_mix(_mix(np.full(1, seed, np.uint64)) + np.uint64(epoch)) + indices.astype(np.uint64))
     bits = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
@@ -83,7 +83,7 @@ def _photometric(images: Tensor, u: Tensor) -> Tensor:
 
 
 def _crop_and_cut(images: Tensor, u: Tensor) -> Tensor:
-    """Blackens what lies outside a random window of 20-100 % of the area (0.2), and a random quarter-side hole (0.25)."""
+    """Blackens what lies outside a random window of 20-100 % of the area (0.2), and a square hole (0.25)."""
     u = u.to(images.device)
     centre = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
 

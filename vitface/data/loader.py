@@ -1,7 +1,7 @@
 """Batches of training images: the order is a pure function of (seed, epoch), so workers hold no state.
 
-Any number of workers gives the same batches, and a resumed run continues in the middle of an epoch by starting at a later
-batch.
+Any number of workers gives the same batches, and a resumed run continues in the middle of an epoch by starting at a
+later batch.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from vitface.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Split:
-    """Which samples train and which people are kept aside. `labels` are renumbered 0..C-1 over the people that train."""
+    """Which samples train and which people are kept aside. `labels` are renumbered 0..C-1 over those that train."""
 
     indices: np.ndarray  # (n,) samples to train on
     labels: np.ndarray  # (n,) their people, in [0, num_people)
@@ -53,7 +53,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _Reader(Dataset):
-    """Positions in `indices` -> uint8 images (B, 112, 112, 3), or the error, which travels back to be raised by name."""
+    """Positions in `indices` -> uint8 images (B, 112, 112, 3), or the error, which travels back to be raised."""
 
     def __init__(self, samples: Samples, indices: np.ndarray):
         self.samples, self.indices = samples, indices

@@ -30,7 +30,9 @@ class Samples(Protocol):
 
     labels: np.ndarray
     names: list[str]
-    domains: np.ndarray | None
+
+    @property
+    def domains(self) -> np.ndarray | None: ...
 
     def __len__(self) -> int: ...
 

@@ -102,7 +102,7 @@ def _decoded(images: list[bytes], batch_size: int, name: str) -> Iterator[np.nda
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by benchmark; `alarms` are results that are hardly plausible, `failures` sets or results that are wrong."""
+    """Results by benchmark; `alarms` are hardly plausible results, `failures` sets or results that are wrong."""
 
     results: dict[str, Verification]
     alarms: list[str]

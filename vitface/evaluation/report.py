@@ -11,17 +11,15 @@ Results = Mapping[str, Verification]  # by benchmark name
 
 def results_table(results: Results) -> str:
     """A line per benchmark, grouped by category with each category's average; accuracies in %."""
-    lines = [
-        f"{'benchmark':<11}{'category':<11}{'pairs':>6}  {'accuracy ± std':<15}{'95 % interval':<17}{'AUC':<8}{'EER':<6}"
-    ]
+    lines = [f"{'benchmark':<11}{'category':<11}{'pairs':>6}  {'accuracy ± std':<16}{'95 % interval':<17}{'AUC':<8}EER"]
     for category in dict.fromkeys(BENCHMARKS[name].category for name in BENCHMARKS):
         rows = {name: result for name, result in results.items() if BENCHMARKS[name].category == category}
         for name, result in rows.items():
             low, high = accuracy_interval(result)
             accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.std:.2f}"
             lines.append(
-                f"{name:<11}{category:<11}{len(result.correct):>6}  {accuracy:<15}"
-                f"{f'{100 * low:.2f} to {100 * high:.2f}':<17}{result.auc:<8.4f}{100 * result.eer:<6.2f}"
+                f"{name:<11}{category:<11}{len(result.correct):>6}  {accuracy:<16}"
+                f"{f'{100 * low:.2f} to {100 * high:.2f}':<17}{result.auc:<8.4f}{100 * result.eer:.2f}"
             )
         if len(rows) > 1:
             lines.append(f"{'':<11}{category + ' average':<19}{100 * _mean(rows):.2f}")

@@ -1,9 +1,9 @@
 """Face verification: distances and labels -> accuracy, AUC, EER, TAR@FAR. numpy only.
 
 The field's protocol (InsightFace's `eval/verification.py`): the squared Euclidean distance of unit vectors, in [0, 4];
-ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ... 3.99)
-decides the tenth; a pair is called the same person if its distance is strictly below it. The mean of the ten test folds
-is the accuracy. Letters: M pairs, E embedding.
+ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ...
+3.99) decides the tenth; a pair is called the same person if its distance is strictly below it. The mean of the ten test
+folds is the accuracy. Letters: M pairs, E embedding.
 """
 
 from dataclasses import dataclass

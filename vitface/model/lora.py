@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         self.scaling, self.impl = scaling, impl
 
     def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
-        if self.lora_a is None or not adapted:
+        if self.lora_a is None or self.lora_b is None or not adapted:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, gate, impl=self.impl)
 

@@ -23,6 +23,9 @@ class MarginLoss(nn.Module):
                                              with momentum 0.01 and take no gradient
     """
 
+    norm_mean: Tensor
+    norm_std: Tensor
+
     def __init__(self, kind: str, num_identities: int, embedding_dim: int, margin: float, scale: float, seed: int = 0):
         super().__init__()
         if kind not in LOSSES:

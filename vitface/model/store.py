@@ -1,7 +1,8 @@
 """Models on disk, each with every setting needed to run it, and all of it checked on load.
 
-A backbone is one safetensors file: our state-dict names at the native grid, and the settings (`ViTConfig`) and origin as
-JSON in its metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
+A backbone is one safetensors file: our state-dict names at the native grid, and the settings (`ViTConfig`) and origin
+as JSON in its metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts
+them.
 
 A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
 SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256.
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig, backbone_name, face_config, vit_config
+from vitface.config import VIT_PRESETS, Dtype, FaceConfig, ViTConfig, backbone_name, face_config, vit_config
 from vitface.errors import CheckpointError, WeightsError
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
@@ -132,7 +133,7 @@ def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """WeightsError unless `tensors` has exactly these names and shapes, floats where floats are expected, all finite."""
+    """WeightsError unless `tensors` has exactly these names, shapes and kinds of dtype, all finite."""
     for key in sorted(expected.keys() ^ tensors.keys()):
         raise WeightsError(f"{path}: {'missing' if key in expected else 'unknown'} tensor {key}")
     for key, tensor in tensors.items():
@@ -151,7 +152,9 @@ def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def frozen_face(name: str, weights: str | Path | None = None, image_size: int = 224, dtype: str = "fp32") -> FaceModel:
+def frozen_face(
+    name: str, weights: str | Path | None = None, image_size: int = 224, dtype: Dtype = "fp32"
+) -> FaceModel:
     """The frozen backbone as a face model: the embedding is the raw CLS token."""
     vit = load_backbone(name, weights, image_size)
     digest = weights_sha256(backbone_name(name), weights)

@@ -1,8 +1,8 @@
 """The Vision Transformer, in forward order: patches -> tokens -> blocks -> norm.
 
-One file for DINOv2 (Oquab et al. 2023, arXiv:2304.07193), CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020) and
-the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929); what differs between them is data in `ViTConfig`. State-dict
-names are DINOv2's and timm's.
+One file for DINOv2 (Oquab et al. 2023, arXiv:2304.07193), CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020)
+and the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929); what differs between them is data in `ViTConfig`.
+State-dict names are DINOv2's and timm's.
 
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
@@ -137,13 +137,14 @@ class ViT(nn.Module):
         for earlier in self.blocks[: block % depth]:
             x = earlier(x, gate)
         chosen = self.blocks[block]
+        assert isinstance(chosen, Block)
         q, k, _ = chosen.attn.split_heads(chosen.norm1(x), gate)
         return attention_map(q, k)
 
 
 @torch.no_grad()
 def init_weights(vit: ViT, seed: int = 0) -> None:
-    """Random initialisation, a pure function of `seed`: N(0, 0.02²) matrices, zero biases, unit norms and LayerScale."""
+    """Random initialisation, a pure function of `seed`: N(0, 0.02²) matrices, zero biases, unit norms and scales."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vit.named_parameters():
         if name.endswith("bias"):

@@ -1,7 +1,7 @@
 """The training loop: samples -> batches -> steps -> checkpoints, then one evaluation of the best epoch.
 
-The best epoch is chosen on held-out training people (AUC over their pairs), never on a benchmark. Everything random is a
-function of (seed, epoch, index), so a run resumed from any step continues as if it had not stopped.
+The best epoch is chosen on held-out training people (AUC over their pairs), never on a benchmark. Everything random is
+a function of (seed, epoch, index), so a run resumed from any step continues as if it had not stopped.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Trainer:
         groups = parameter_groups(self.model, self.margin, config)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.progress = Progress()
 
     def header(self) -> str:

@@ -49,8 +49,8 @@ def finish(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> No
         names = ["synthetic", *names]
     sections = {}
     if names:
-        frozen = frozen_face(config.backbone, config.weights, config.image_size, config.dtype).to(config.device)
         adapted = load_face(run_dir, config.weights).to(config.device)
+        frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype).to(config.device)
         for title, model in (("frozen backbone, raw CLS", frozen), ("adapted, best epoch", adapted)):
             evaluation = evaluate_all(model.embed, names, config.val_data or "")
             sections[title] = evaluation.results

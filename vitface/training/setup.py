@@ -39,7 +39,7 @@ def open_inputs(config: TrainConfig) -> Samples:
 
     ConfigError names everything that is missing at once, the backbone's weights and the data alike.
     """
-    problems = []
+    problems, samples = [], None
     try:
         if config.weights is None:
             find_backbone(backbone_name(config.backbone))
@@ -52,13 +52,13 @@ def open_inputs(config: TrainConfig) -> Samples:
             samples = load_samples(config.train_data)
     except DataError as error:
         problems.append(str(error))
-    if problems:
+    if samples is None or problems:
         raise ConfigError("\n\n".join(problems))
     return samples
 
 
 def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, MarginLoss]:
-    """The face model around its frozen backbone, and the loss with its identity matrix, on the device, ready to train."""
+    """The face model around its frozen backbone and the loss with its identity matrix, on the device, in train mode."""
     vit = load_backbone(config.backbone, config.weights, config.image_size)
     name = backbone_name(config.backbone)
     face = FaceConfig(

@@ -1,0 +1,58 @@
+"""On real faces and real weights, where they are at hand (see conftest.real_data)."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TEST_DATA
+
+import evaluate
+import train
+import vitface
+from vitface.data.pairs import read_bin
+from vitface.data.records import RecordSamples
+from vitface.weights import convert
+
+
+@pytest.fixture(scope="module")
+def vit_tiny(tmp_path_factory):
+    """The real ViT-Ti/16, converted as the README says."""
+    source = TEST_DATA / "vit_tiny_patch16_224_augreg.pth"
+    if not source.is_file():
+        pytest.skip(f"{source} is absent; set VITFACE_TEST_DATA")
+    out = tmp_path_factory.mktemp("weights") / "vit_tiny_patch16.safetensors"
+    assert convert.main(["vit_tiny_patch16", "--src", str(source), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "accuracy", "tolerance"), [(112, 0.760, 0.005), (224, 0.7775, 0.004)])
+def test_frozen_vit_tiny_on_lfw(real_data, vit_tiny, tmp_path, side, accuracy, tolerance):
+    command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", str(side)]
+    report = tmp_path / "results.json"
+    assert evaluate.main([*command, "--bench", "lfw", "--data-dir", str(real_data), "--json", str(report)]) == 0
+    lfw = json.loads(report.read_text())["benchmarks"]["lfw"]
+    assert lfw["accuracy"] == pytest.approx(accuracy, abs=tolerance)
+    assert lfw["pairs"] == 6000
+
+
+def test_a_few_steps_on_real_faces(real_data, vit_tiny, tmp_path):
+    """The command of the README on the real training set, cut to four steps."""
+    command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", "112", "--use-dalora"]
+    command += ["--train-data", str(real_data / "celeba289"), "--val-data", str(tmp_path), "--device", "cpu"]
+    command += ["--limit-batches", "4", "--batch-size", "16", "--epochs", "1", "--save-dir", str(tmp_path / "run")]
+    assert train.main([*command, "--num-workers", "0"]) == 0
+    model = vitface.load(tmp_path / "run")
+    samples = RecordSamples(real_data / "celeba289")
+    faces = np.stack([samples.read(i) for i in range(6)])
+    embeddings = model.embed(faces)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert embeddings.std(axis=0).max() > 1e-3
+    np.testing.assert_allclose(model.domain_weights(faces).sum(axis=1), 1, atol=1e-5)
+
+
+def test_the_real_sets_are_what_they_claim(real_data):
+    pairs = read_bin(real_data / "lfw.bin")
+    assert (len(pairs.images), int(pairs.issame.sum())) == (12_000, 3_000)
+    samples = RecordSamples(real_data / "celeba289")
+    assert (len(samples), len(samples.names)) == (6_071, 289)
