@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from vitface.config import add_flags, resolve
+from vitface.config import add_flags
 from vitface.errors import VitfaceError
+from vitface.training.resume import configure
 from vitface.training.run import run
 
 EXAMPLES = """examples:
@@ -12,7 +13,7 @@ EXAMPLES = """examples:
   python train.py --exp exp_003 --dry-run                        two steps and the parameter table, needs no data
   python train.py --backbone dinov2 --train-data data/my-people  one folder of aligned faces per person
   python train.py --use-dalora --num-domains 3 --save-dir runs/a
-  python train.py --use-dalora --num-domains 3 --save-dir runs/a --resume auto
+  python train.py --save-dir runs/a --resume auto                continues it with its own settings
 """
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     add_flags(parser)
     try:
-        run(resolve(vars(parser.parse_args(argv))))
+        run(configure(vars(parser.parse_args(argv))))
     except VitfaceError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -6,10 +6,12 @@ class default < `--exp` preset < explicit flag.
 
 import argparse
 import dataclasses
+import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from vitface.errors import ConfigError
@@ -236,3 +238,9 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     if exp is not None and exp not in EXPERIMENTS:
         raise ConfigError(f"unknown experiment {exp!r}; known: {', '.join(EXPERIMENTS)}")
     return TrainConfig(**{**EXPERIMENTS.get(exp or "", {}), **given})
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run was started with; empty where there is no run."""
+    path = run_dir / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -23,6 +23,7 @@ from vitface.evaluation.verify import auc
 from vitface.model.margin import MarginLoss
 from vitface.training import setup
 from vitface.training.loop import Trainer
+from vitface.training.resume import configure
 from vitface.training.run import run
 from vitface.training.setup import resolve_choices
 from vitface.training.step import NonFiniteError, parameter_groups, schedule, update
@@ -139,6 +140,10 @@ def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(
         run(resolve(flags))
     with pytest.raises(CheckpointError, match=r"--margin: 0\.35 -> 0\.2\n  --lr: 0\.0005 -> 0\.1"):
         run(resolve({**flags, "resume": "auto", "lr": 0.1, "margin": 0.2}))
+    assert configure({"save_dir": flags["save_dir"], "resume": "auto"}).batch_size == 8
+    step = tmp_path / "run" / "checkpoints" / "last"
+    assert configure({"resume": str(step)}).save_dir == str(tmp_path / "run")
+    assert train.main(["--resume", str(step), "--lr", "0.1"]) == 2
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(resolve({**flags, "resume": str(tmp_path)}))
 

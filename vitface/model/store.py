@@ -20,7 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitface.config import VIT_PRESETS, Dtype, FaceConfig, ViTConfig, backbone_name, face_config, vit_config
+from vitface.config import (
+    VIT_PRESETS,
+    Dtype,
+    FaceConfig,
+    ViTConfig,
+    backbone_name,
+    face_config,
+    read_config,
+    vit_config,
+)
 from vitface.errors import CheckpointError, WeightsError
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
@@ -192,8 +201,7 @@ def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> 
         return "random"
     candidates = [] if weights is None else [Path(weights)]
     if weights is None:
-        run_config = step.resolve().parent.parent / "config.json"
-        recorded = json.loads(run_config.read_text()).get("weights") if run_config.is_file() else None
+        recorded = read_config(step.resolve().parent.parent).get("weights")
         candidates = [Path(recorded)] if recorded and Path(recorded).is_file() else [find_backbone(config.backbone)]
     for path in candidates:
         if path.is_file() and sha256_file(path) == config.weights_sha256:

@@ -5,7 +5,7 @@ a function of (seed, epoch, index), so a run resumed from any step continues as 
 """
 
 import dataclasses
-import json
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vitface.config import TrainConfig, to_flag
+from vitface.config import TrainConfig
 from vitface.data.augment import augment, uniforms
 from vitface.data.loader import epoch_order, read_batches, split_people
 from vitface.data.preprocess import to_float
-from vitface.errors import CheckpointError, ConfigError
+from vitface.errors import ConfigError
 from vitface.evaluation.verify import auc
-from vitface.model.store import trained_tensors, verify_checkpoint
+from vitface.model.store import trained_tensors
 from vitface.training import setup
-from vitface.training.checkpoint import load_training, newest_checkpoint, save_checkpoint
+from vitface.training.checkpoint import load_training, save_checkpoint
 from vitface.training.log import RunLog
 from vitface.training.step import parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
 HOLDOUT_IMAGES = 2000
-MAY_CHANGE = {"resume", "save_dir", "device", "num_workers", "wandb", "tensorboard", "val_data", "weights", "exp"}
 
 
 @dataclasses.dataclass
@@ -68,12 +67,12 @@ class Trainer:
     def header(self) -> str:
         """What is printed before the first step: config, data, machine, parameters, estimated time."""
         config, split = self.config, self.split
-        settings = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items() if value is not None)
+        settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
         seconds = setup.seconds_per_step(self.model, self.margin, config)
         remaining = seconds * (self.total_steps - self.progress.step)
         return "\n".join(
             [
-                f"config: {settings}",
+                textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
                 f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
                 f"{len(split.held_out):,} images of other people held out",
                 f"device: {config.device}, {config.dtype}, adapted layers: {config.impl}",
@@ -197,36 +196,3 @@ class Trainer:
 
 def _count(domains: np.ndarray | None) -> int:
     return 0 if domains is None else int(domains.max()) + 1
-
-
-def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
-    """What `--resume` means: the newest verified checkpoint of the run, or None to start afresh.
-
-    CheckpointError if the run was started with another configuration, listing what differs.
-    """
-    if config.resume is None:
-        if (run_dir / "checkpoints").is_dir():
-            raise CheckpointError(f"{run_dir} already holds a run; add --resume auto, or choose another --save-dir")
-        return None
-    path = run_dir if config.resume == "auto" else Path(config.resume)
-    if (path / "manifest.json").is_file():
-        verify_checkpoint(path)
-        found: Path | None = path
-    else:
-        found = newest_checkpoint(path)
-    if found is None:
-        if config.resume != "auto":
-            raise CheckpointError(f"{path} holds no checkpoint; --resume auto starts afresh where there is none")
-        return None
-    check_same_config(config, found.parent.parent)
-    return found
-
-
-def check_same_config(config: TrainConfig, run_dir: Path) -> None:
-    """CheckpointError with a diff, unless the run in `run_dir` was started with the same settings."""
-    before = json.loads((run_dir / "config.json").read_text())
-    now = dataclasses.asdict(config)
-    changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-    if changed:
-        lines = "\n".join(f"  {to_flag(name)}: {before.get(name)} -> {now[name]}" for name in changed)
-        raise CheckpointError(f"{run_dir} was started with other settings; resume it with the same ones:\n{lines}")

@@ -11,7 +11,8 @@ from vitface.evaluation.benchmarks import available, evaluate_all
 from vitface.evaluation.report import Results, results_table
 from vitface.model.store import frozen_face, load_face
 from vitface.training.log import RunLog
-from vitface.training.loop import Trainer, checkpoint_to_resume
+from vitface.training.loop import Trainer
+from vitface.training.resume import checkpoint_to_resume
 from vitface.training.setup import default_save_dir, resolve_choices
 from vitface.version import __version__
 
