@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.device import resolve_device, resolve_dtype
-from vitface.errors import ConfigError, VitfaceError
+from vitface.errors import ConfigError, DataError, VitfaceError
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_file, evaluate_all
 from vitface.evaluation.report import results_json, results_table
 from vitface.model.face import FaceModel
@@ -63,6 +63,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         for name in BENCHMARKS:
             if name not in names and name != "synthetic":
                 print(f"missing: {benchmark_file(name, arguments.data_dir)}")
+        if not names:
+            raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
     else:
         names = [arguments.bench]
     evaluation = evaluate_all(model.embed, names, arguments.data_dir)

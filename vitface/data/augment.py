@@ -40,7 +40,7 @@ def augment(images: Tensor, u: Tensor, policy: str) -> Tensor:
         return images
     flip = u[:, 0] < 0.5
     if policy == "flip":
-        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
     images = _affine(images, flip, u[:, 1:5])
     images = _low_resolution(images, u[:, 5:7])
     images = _photometric(images, u[:, 7:11])

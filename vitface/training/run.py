@@ -61,7 +61,9 @@ def finish(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> No
     else:
         say(f"no benchmark files in {config.val_data}: put lfw.bin, cfp_fp.bin, ... there to have the run evaluated")
     (run_dir / "results.md").write_text(results_markdown(config, run_dir, sections))
-    say(f"\nwrote {run_dir}/results.md; evaluate again with\n  python evaluate.py --checkpoint {run_dir} --bench all")
+    bench = "synthetic" if names == ["synthetic"] else "all"
+    again = f"python evaluate.py --checkpoint {run_dir} --bench {bench}"
+    say(f"\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
 
 
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Results]) -> str:
