@@ -1,9 +1,10 @@
-"""docs/how_it_works.md says nothing that the code does not: each number in it is computed here, in the page's order.
+"""docs/how_it_works.md says no number that the code does not: each is computed here, in the page's order.
 
-A claim is a template without a number of its own, filled with computed values; the page must hold the result, whatever
-its line breaks. A number on the page that no claim holds is an error too, so the page cannot grow past its test.
+A claim is a template that holds no number of its own, filled with values; the page must hold the result, whatever its
+line breaks. A number on the page that no claim covers is an error too, so the page cannot outgrow its test.
 """
 
+import ast
 import dataclasses
 import functools
 import math
@@ -15,11 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from vitface.config import VIT_PRESETS, TrainConfig, resolve
-from vitface.data.preprocess import normalise, resize, to_float
+from vitface.config import VIT_PRESETS, TrainConfig, resolve, to_flag
+from vitface.data.images import CROP_SIZE
+from vitface.data.preprocess import normalise, to_float
 from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.statistics import accuracy_interval
-from vitface.evaluation.verify import THRESHOLDS, Verification, auc, contiguous_folds, pair_distance, verify
+from vitface.evaluation.verify import THRESHOLDS, Verification, auc, contiguous_folds, pair_distance
+from vitface.model.face import EmbeddingHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
 from vitface.model.margin import MarginLoss
 from vitface.model.ops import attention, attention_map, lora_linear
@@ -33,18 +36,17 @@ PAPER = re.compile(r"arXiv:\d{4}\.\d{5}")
 NUMBER = re.compile(
     r"(?<!\w)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\b(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b", re.I
 )
-PEOPLE = 10_572  # CASIA-WebFace, the training set of the recorded experiments
-VITS14 = VIT_PRESETS["dinov2_vits14"]
+PEOPLE = 10_572  # in CASIA-WebFace, which the recorded experiments trained on
 
 
 def say(template: str, *values) -> str:
-    """The template, filled; a number written in it by hand would be checked by nothing."""
+    """The template, filled. A number written into it by hand would be checked by nothing."""
     assert not NUMBER.search(re.sub(r"{[^}]*}", "", template)), f"a number by hand in: {template}"
     return template.format(*values)
 
 
 def problems(page: str, claims: list[str]) -> list[str]:
-    """The claims that the page does not make (in this order), and its numbers that are part of no claim."""
+    """The claims that the page does not make (in their order), and its numbers that are part of no claim."""
     page = PAPER.sub(lambda match: " " * len(match[0]), page)
     covered, position, found = set(), 0, []
     for claim in claims:
@@ -60,11 +62,6 @@ def problems(page: str, claims: list[str]) -> list[str]:
     return found
 
 
-def count(module: nn.Module, name: str = "") -> int:
-    """The parameters whose name contains `name`."""
-    return sum(parameter.numel() for key, parameter in module.named_parameters() if name in key)
-
-
 @functools.cache
 def model(**flags):
     """The face model that train.py would build, with random weights, on the CPU."""
@@ -72,74 +69,377 @@ def model(**flags):
     return build_model(config, num_people=2)[0].eval()
 
 
-def trained(**flags) -> int:
-    return parameter_counts(model(**flags))["all"][1]
-
-
 @functools.cache
 @torch.no_grad()
-def shapes(exp: str) -> dict[str, tuple[int, ...]]:
-    """What leaves each module when one photo passes through, by module name; and how many block passes that took."""
-    face, seen, passes = model(exp=exp), {}, []
-    photo = face.preprocess(to_float(torch.zeros(1, 112, 112, 3, dtype=torch.uint8)))
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: tuple(output.shape)}))
-        for name, module in face.named_modules()
-        if name
-    ]
-    hooks += [block.register_forward_hook(lambda *_: passes.append(1)) for block in face.vit.blocks]
-    face(photo)
+def shapes() -> dict[str, tuple[int, ...]]:
+    """What leaves each module of exp_003 when one photo passes through, by name, and the number of block passes."""
+    face, seen, names = model(exp="exp_003"), {}, []
+
+    def keep(name, output):
+        names.append(name)
+        seen[name] = output
+
+    modules = face.named_modules()
+    hooks = [m.register_forward_hook(lambda _, __, output, name=name: keep(name, output)) for name, m in modules]
+    photo = torch.zeros(1, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
+    image = face.preprocess(to_float(photo))
+    face(image)
     for hook in hooks:
         hook.remove()
-    tokens = face.vit.tokens(photo)
-    q, k, v = face.vit.blocks[0].attn.split_heads(tokens)
-    extra = {"input": photo, "tokens": tokens, "q": q, "map": attention_map(q, k), "attended": attention(q, k, v)}
-    return {**seen, **{name: tuple(tensor.shape) for name, tensor in extra.items()}, "passes": (len(passes),)}
+    q, k, v = face.vit.blocks[0].attn.split_heads(face.vit.tokens(image))
+    seen.update(photo=photo, input=image, q=q, weights=attention_map(q, k), attended=attention(q, k, v))
+    passes = sum(re.fullmatch(r"vit\.blocks\.\d+", name) is not None for name in names)
+    return {**{n: tuple(x.shape) for n, x in seen.items() if isinstance(x, torch.Tensor)}, "passes": (passes,)}
 
 
-def softmax(scores: list[float], divided_by: float = 1) -> list[float]:
-    """What attention makes of these scores times sqrt(hd), hd 64; more division than that comes in beforehand."""
-    query = torch.tensor([[[[math.sqrt(VITS14.embed_dim / VITS14.num_heads), *[0.0] * 63]]]]) / divided_by
-    keys = torch.zeros(1, 1, len(scores), 64)
-    keys[0, 0, :, 0] = torch.tensor(scores)
-    return attention_map(query, keys)[0, 0, 0].tolist()
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-@torch.no_grad()
+def bare(name: str, side: int) -> ViT:
+    """The backbone without an adapter and without values, which counting does not need."""
+    with torch.device("meta"):
+        return ViT(VIT_PRESETS[name], side)
+
+
+def adapter_count(name: str, rank: int, targets: str = "attn") -> int:
+    vit = bare(name, 224)
+    with torch.device("meta"):
+        add_lora(vit, TARGETS[targets], rank, alpha=1)
+    return sum(tensor.numel() for tensor in adapter_state_dict(vit).values())
+
+
+def attend(products: list[float], head_width: int) -> list[float]:
+    """The attention weights of keys with these dot products with the query, in a head of this width."""
+    query, keys = torch.zeros(1, 1, 1, head_width), torch.zeros(1, 1, len(products), head_width)
+    query[..., 0], keys[0, 0, :, 0] = 1, torch.tensor(products)
+    return attention(query, keys, torch.eye(len(products))[None, None])[0, 0, 0].tolist()
+
+
 def cosface(cosines: list[float], scale: float, margin: float, people: int = 2) -> float:
-    """The loss of one embedding whose cosine with person 0 is the first, with person 1 the second, with others 0."""
+    """The loss of one embedding with these cosines to person 0 and person 1, and 0 to everybody else."""
     loss = MarginLoss("cosface", people, 4, margin, scale)
-    loss.weight.copy_(torch.eye(4)[torch.arange(people).clamp(max=2)])
+    loss.weight.data = torch.eye(4)[torch.arange(people).clamp(max=2)]
     rest = math.sqrt(1 - sum(cosine**2 for cosine in cosines))
     return loss(torch.tensor([[*cosines, 0.0, rest]]), torch.tensor([0])).item()
 
 
-@torch.no_grad()
-def fresh_cosface(margin: float, scale: float) -> float:
-    """The mean loss of random embeddings before the first step."""
-    loss = MarginLoss("cosface", PEOPLE, TrainConfig().embedding_dim, margin, scale)
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(PEOPLE, (256,), generator=generator)
-    return loss(torch.randn(256, TrainConfig().embedding_dim, generator=generator), labels).item()
+def fresh_cosface(scale: float, margin: float) -> float:
+    """The mean loss of random embeddings, drawn apart from the matrix, before the first step."""
+    size, generator = TrainConfig().embedding_dim, torch.Generator().manual_seed(1)
+    loss = MarginLoss("cosface", PEOPLE, size, margin, scale)
+    labels = torch.randint(PEOPLE, (512,), generator=generator)
+    with torch.no_grad():
+        return loss(torch.randn(512, size, generator=generator), labels).item()
+
+
+def the_whole_way() -> list[str]:
+    seen, face = shapes(), model(exp="exp_003")
+    vit, (_, channels, side, _) = face.config.vit, seen["input"]
+    black_and_white = to_float(torch.tensor([[[[0, 0, 0], [255, 255, 255]]]], dtype=torch.uint8))
+    tokens = seen["vit.norm"][1:]
+    return [
+        say("DINOv2 ViT-S/{} at {} pixels", vit.patch_size, side),
+        say("uint8 (B, {}, {}, {})", *seen["photo"][1:]),
+        say("to [{:.0f}, {:.0f}], resize", *black_and_white[0, 0, 0]),
+        say("float (B, {}, {}, {})", channels, side, side),
+        say("patches of {} × {} pixels", vit.patch_size, vit.patch_size),
+        say("patch tokens (B, {}, {})", *seen["vit.patch_embed"][1:]),
+        say("tokens (B, {}, {}) ----> {} frozen blocks", *tokens, face.config.router_depth),
+        say("gate (B, {})", seen["router"][1]),
+        say("| {} blocks of attention", len(face.vit.blocks)),
+        say("tokens (B, {}, {})", *tokens),
+        say("embedding (B, {})", seen["head"][1]),
+        say("sphere (B, {})", seen["head"][1]),
+    ]
 
 
 def pixels() -> list[str]:
-    """The diagram, and from bytes to a normalised image."""
-    seen, dalora = shapes("exp_001"), model(exp="exp_003")
-    byte, size = torch.full((1, 112, 112, 3), 180, dtype=torch.uint8), VITS14.native_size
-    unit = to_float(byte)
-    large = resize(unit, 224, "bicubic")
-    red = normalise(unit, VITS14.mean, VITS14.std)[0, 0, 0, 0].item()
-    side, patch, depth = large.shape[-1], VITS14.patch_size, VITS14.depth
-    _, patches, width = seen["vit.patch_embed"]
-    _, tokens, _ = seen["tokens"]
-    head = seen["head"][1]
-    assert size == 518 and seen["input"] == tuple(large.shape) and seen["vit.norm"] == seen["tokens"]
-    gate = dalora.config.num_domains
+    seen, vit, byte = shapes(), VIT_PRESETS["dinov2_vits14"], 180
+    photo = torch.full(seen["photo"], byte, dtype=torch.uint8)
+    unit = to_float(photo)
+    red = normalise(unit, vit.mean, vit.std)[0, 0, 0, 0].item()
+    _, channels, side, _ = seen["input"]
     return [
-        say("DINOv2 ViT-S/{} at {} pixels", patch, side),
-        say("uint8 (B, {}, {}, {})", *byte.shape[1:]),
-        say("to [{}, {}]", *to_float(torch.tensor([0, 255], dtype=torch.uint8).expand(1, 1, 3, 2).mT)[0, 0].int()[0].tolist()),
-    ] if False else [
-        say("DINOv2 ViT-S/{} at {} pixels", patch, side),
+        say("{} × {} × {} = {:,} bytes", *photo.shape[1:], photo.nbytes),
+        say("red is {} becomes {} / {} = {:.3f}", byte, byte, round(byte / unit[0, 0, 0, 0].item()), unit[0, 0, 0, 0]),
+        say("to {} × {} × {} = {:,} numbers", side, side, channels, math.prod(seen["input"])),
+        say(
+            "squares of {} pixels: {} × {} of them at {} pixels", vit.patch_size, *[vit.grid(CROP_SIZE)] * 2, CROP_SIZE
+        ),
+        say("{} × {} at {}", vit.grid(side), vit.grid(side), side),
+        say("({:.3f} - {}) / {} = {:.3f}", unit[0, 0, 0, 0], vit.mean[0], vit.std[0], red),
     ]
+
+
+def tokens() -> list[str]:
+    seen, vit = shapes(), model(exp="exp_003").vit
+    config, weight, (rows, width) = vit.config, vit.patch_embed.proj.weight, vit.pos_embed.shape[1:]
+    grid, patches = config.grid(vit.image_size), seen["vit.patch_embed"][1]
+    names = ("vit_tiny_patch16", "dinov2_vits14", "clip_vitb16")
+    large, small = ([bare(name, side) for name in names] for side in (vit.image_size, CROP_SIZE))
+
+    def row(title: str, cell: str, of_one, models: list[ViT] = large, values: tuple = ()) -> str:
+        """A line of the table: what `of_one` gives for each of the models, as `cell` writes it."""
+        cells = " | ".join([cell] * len(models))
+        return say(f"| {title} | {cells} |", *values, *(number for one in models for number in of_one(one)))
+
+    return [
+        say("into {} × {} = {} squares", grid, grid, patches),
+        say("{} × {} × {} = {} numbers", *weight.shape[2:], weight.shape[1], weight[0].numel()),
+        say("turns it into {}:", width),
+        say("W ({}, {}), b ({})", width, weight[0].numel(), width),
+        say("{} · {} + {} = {:,} parameters", width, weight[0].numel(), width, count(vit.patch_embed)),
+        say("{} + {} = {} tokens", patches, vit.cls_token.shape[1], rows),
+        say("({}, {}) is added", rows, width),
+        say("on {} × {} patches, at {} pixels", *[config.grid(config.native_size)] * 2, config.native_size),
+        say("to {} × {}.", grid, grid),
+        say("| ViT-Ti/{} | DINOv2 ViT-S/{} | CLIP ViT-B/{} |", *(m.config.patch_size for m in large)),
+        row("patch -> width D", "{} -> {}", lambda m: reversed(m.patch_embed.proj.weight.flatten(1).shape)),
+        row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], values=(vit.image_size,)),
+        row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], small, values=(CROP_SIZE,)),
+        row("heads × head width", "{} × {}", lambda m: [m.config.num_heads, m.config.embed_dim // m.config.num_heads]),
+        row("blocks", "{}", lambda m: [len(m.blocks)]),
+        row("frozen parameters at {}", "{:,}", lambda m: [count(m)], values=(vit.image_size,)),
+        say("| LoRA of rank {}, parameters | {:,} | {:,} | {:,} |", 16, *(adapter_count(name, 16) for name in names)),
+    ]
+
+
+def attention_section() -> list[str]:
+    seen, raw, given = shapes(), [8, 0, -8], [3, 2, 1]
+    width, wide = seen["vit.norm"][2], seen["vit.blocks.0.attn.qkv"][2]
+    _, heads, rows, head = seen["q"]
+    root, wrong = math.isqrt(head), math.sqrt(width)
+    weights, flat = attend(raw, head), attend(raw, width)
+    divided = [round(product / root) for product in raw]
+    exponentials = np.exp(divided)
+    products = [number for pair in zip(weights, given, strict=True) for number in pair]
+    received = torch.tensor(weights) @ torch.tensor(given, dtype=torch.float)
+    assert root**2 == head and seen["weights"][2:] == (rows, rows) and seen["attended"][2:] == (rows, head)
+    return [
+        say("{} -> {} = {} · {}", width, wide, wide // width, width),
+        say("into {} heads", heads),
+        say("(B, {}, {}, {})", heads, rows, head),
+        say("√{}) v ({}, {}) times ({}, {})", head, rows, rows, rows, head),
+        say("of the {} tokens; it sums to {}. The {} heads, {} · {} = {},", rows, 1, heads, heads, head, width),
+        say("`proj`, {} -> {}", width, seen["vit.blocks.0.attn.proj"][2]),
+        say("by √{} = {}?", head, root),
+        say("{} entries of variance {} has variance {}, hence a typical size of {}", head, 1, head, root),
+        say("dot products {}, {} and {}", *raw),
+        say("[{}, {}, {}] | [{:.4f}, {:.4f}, {:.4f}]", *raw, *attend(raw, 1)),
+        say("√{} = {}: [{}, {}, {}] | [{:.3f}, {:.3f}, {:.3f}]", head, root, *divided, *weights),
+        say("√{} = {:.2f}: [{:.3f}, {:.0f}, {:.3f}]", width, wrong, *(product / wrong for product in raw)),
+        say("| [{:.3f}, {:.3f}, {:.3f}]", *flat),
+        say("head width {}, not the model width {}", head, width),
+        say("softmax([{}, {}, {}]) = [e^{}, e^{}, e^{}]", *divided, *divided),
+        say("[{:.3f}, {:.3f}, {:.3f}] / {:.3f}", *exponentials, exponentials.sum()),
+        say("= [{:.3f}, {:.3f}, {:.3f}]", *weights),
+        say("values there are {}, {} and {}", *given),
+        say("{:.3f} · {} + {:.3f} · {} + {:.3f} · {} = {:.3f}", *products, received),
+    ]
+
+
+def blocks() -> list[str]:
+    seen, frozen = shapes(), bare("dinov2_vits14", 224)
+    block, (_, rows, width) = frozen.blocks[0], seen["vit.norm"]
+    small = count(block) - count(block.attn) - count(block.mlp)
+    positions = frozen.cls_token.numel() + frozen.pos_embed.numel()
+    return [
+        say("{} -> {}, GELU, {} -> {}", width, *[seen["vit.blocks.0.mlp.fc1"][2]] * 2, seen["vit.blocks.0.mlp"][2]),
+        say("(B, {}, {}), {} times", rows, width, len(frozen.blocks)),
+        say("| patch map | {:,} |", count(frozen.patch_embed)),
+        say("| CLS and positions | {:,} |", positions),
+        say("| {} blocks of {:,}: qkv {:,},", len(frozen.blocks), count(block), count(block.attn.qkv)),
+        say("proj {:,}, MLP {:,}, norms and scales {:,}", count(block.attn.proj), count(block.mlp), small),
+        say("| {:,} |", count(frozen.blocks)),
+        say("| last norm | {:,} |", count(frozen.norm)),
+        say("| together | {:,} |", count(frozen)),
+    ]
+
+
+def heads() -> list[str]:
+    _, rows, width = shapes()["vit.norm"]
+    size = TrainConfig().embedding_dim
+    linear, norm, patches = (EmbeddingHead(kind, width, rows, size) for kind in ("linear", "bn", "patches"))
+    axes = np.eye(2)
+    same, right_angle = pair_distance(axes[:1], axes[:1])[0], pair_distance(axes[:1], axes[1:])[0]
+    assert TrainConfig().head == "patches" and resolve({"exp": "exp_001"}).head == "linear"
+    return [
+        say("Linear {} -> {} | {:,} |", width, size, count(linear)),
+        say("batch norm | {:,} |", count(norm)),
+        say("{} tokens -> {},", rows, patches.reduce.out_features),
+        say("together {:,} -> {}, batch norm | {:,} |", *reversed(patches.proj.weight.shape), count(patches)),
+        say("sphere in {} dimensions", size),
+        say("‖a - b‖² = {:.0f} - {:.0f} · cos(a, b)", right_angle, right_angle - same),
+    ]
+
+
+def lora() -> list[str]:
+    face, leaky = model(exp="exp_001"), model(exp="exp_001", train_patch_embed=True)
+    counts, recorded = parameter_counts(face), resolve({"exp": "exp_001"})
+    attn = face.vit.blocks[0].attn
+    (rank, width), outputs = attn.qkv.lora_a.shape, attn.qkv.lora_b.shape[0]
+    adapters = adapter_state_dict(face.vit)
+    qkv, proj = (layer.lora_a.numel() + layer.lora_b.numel() for layer in (attn.qkv, attn.proj))
+    patch = parameter_counts(leaky)["all"][1] - counts["all"][1]
+    total, trained = counts["all"]
+    scalings = [lora_scaling(formula, recorded.lora_alpha, r) for r in (rank, 48) for formula in ("lora", "rslora")]
+    assert counts["adapters"][0] == attn.qkv.weight.numel() == outputs * width == counts["adapters"][1]
+    assert not any(tensor.any() for name, tensor in adapters.items() if name.endswith("lora_b"))
+    assert recorded.lora_scaling == "lora"
+    return [
+        say("moments for {:,} parameters", counts["backbone"][0]),
+        say("A ({}, {}), B ({}, {}) for qkv", rank, width, outputs, rank),
+        say("{} × {} = {:,} entries", outputs, width, outputs * width),
+        say("rank {} at most, and {} · ({} + {}) = {:,} numbers", rank, rank, width, outputs, qkv),
+        say("| adapter of one qkv | {:,} |", qkv),
+        say("| adapter of one proj | {:,} |", proj),
+        say("all {} adapters, {} blocks", len(adapters) // 2, len(face.vit.blocks)),
+        say("| {:,} |", counts["adapters"][0]),
+        say("| {:,} |", trained),
+        say("{:.2f} % is trained | {:,} |", 100 * trained / total, total),
+        say("B = {}. So B A = {}, and at step {}", 0, 0, 0),
+        say("α = {:.0f} they are {:.2f} and {:.2f} at r = {},", recorded.lora_alpha, *scalings[:2], rank),
+        say("{:.2f} and {:.2f} at r = {}", *scalings[2:], 48),
+        say("{:,} + {:,} = {:,}", trained, patch, parameter_counts(leaky)["all"][1]),
+        say("MLPs too: {:,} adapter", adapter_count("dinov2_vits14", rank, "attn+mlp")),
+    ]
+
+
+def dalora() -> list[str]:
+    seen, face, config = shapes(), model(exp="exp_003"), TrainConfig()
+    counts, domains, depth = parameter_counts(face), face.config.num_domains, len(face.vit.blocks)
+    qkv, (passes,), logits = face.vit.blocks[0].attn.qkv, seen["passes"], [1.0, 0.0, -1.0]
+    stacked, rank = qkv.lora_a.shape[0], face.config.lora_rank
+    adapters, router, head = (counts[part][1] for part in ("adapters", "router", "head"))
+    single = adapter_count("dinov2_vits14", rank)
+    even, collapsed = (load_balance_loss(row[None]) for row in (torch.zeros(domains), 99 * torch.eye(domains)[0]))
+    wide = 48  # the rank and the alpha of the control
+    assert lora_scaling(face.config.lora_scaling, wide, wide) == qkv.scaling
+    assert adapter_count("dinov2_vits14", wide) == adapters and adapters + router + head == counts["all"][1]
+    return [
+        say("K = {} pairs", domains),
+        say("A ({}, {}), B ({}, {})", *qkv.lora_a.shape, *qkv.lora_b.shape),
+        say("{} · {} = {},", domains, stacked // domains, stacked),
+        say("repeated {} times", rank),
+        say("first {} blocks", passes - depth),
+        say("the {} patch tokens", seen["vit.patch_embed"][1]),
+        say("MLP {} -> {} -> {} with softmax", *reversed(face.router.fc1.weight.shape), seen["router"][1]),
+        say("logits {:.0f}, {:.0f}, {:.0f} give the weights", *logits),
+        say("{:.3f}, {:.3f}, {:.3f}", *torch.tensor(logits).softmax(0)),
+        say("{} block passes for {}, an extra {}/{}", passes, depth, passes - depth, depth),
+        say("{} · {:,} = {:,}, router {:,}", adapters // single, single, adapters, router),
+        say("head {:,}, together {:,}", head, counts["all"][1]),
+        say("weights of {}/{} each are exactly rank {}", 1, domains, stacked),
+        say("({:.0f} when all {} are used alike, {:.0f} when", even.abs(), domains, collapsed),
+        say("weight {})", config.balance_loss_weight),
+        say("weight {})", config.router_z_loss_weight),
+        say("weight {})", config.domain_loss_weight),
+        say("has {} times the adapters", adapters // single),
+        say("rank {}, α = {}", wide, wide),
+        say("s = {:.2f} as before): the same {:,}", qkv.scaling, adapters),
+        say("uniform gate, {}/{} each", 1, domains),
+    ]
+
+
+def cosface_section() -> list[str]:
+    config = TrainConfig()
+    s, m, size = config.scale, config.margin, config.embedding_dim
+    right, other, clear = 0.6, 0.3, 0.75
+    matrix = MarginLoss("cosface", PEOPLE, size, m, s).weight.numel()
+    chance = cosface([0, 0], s, m, PEOPLE)
+    return [
+        say("for {:,} people a matrix of {:,} × {} = {:,}", PEOPLE, PEOPLE, size, matrix),
+        say("s = {:.0f}, m = {}", s, m),
+        say("end at {}, which is nothing to a softmax over {:,} people", 1, PEOPLE),
+        say("ln {:,} = {:.2f}", PEOPLE, cosface([0, 0], 1, 0, PEOPLE)),
+        say("(cosine {}, all others {}) still {:.2f}", 1, 0, cosface([1, 0], 1, 0, PEOPLE)),
+        say("With s = {:.0f} it costs {:.2f}", s, cosface([1, 0], s, 0, PEOPLE)),
+        say("cosines {:.2f} (right) and {:.2f}", right, other),
+        say("the loss is {:.2f}", cosface([right, other], s, 0)),
+        say("{:.2f} - {} = {:.2f} has to beat {:.2f}", right, m, right - m, other),
+        say("logits {:.1f} and {:.1f}", s * (right - m), s * other),
+        say("ln({} + e^{:.1f}) = {:.2f}", 1, s * (other - right + m), cosface([right, other], s, m)),
+        say("at a cosine of {} the loss is {:.4f}", clear, cosface([clear, other], s, m)),
+        say("All cosines {}: ln({} + {:,} · e^{:.1f}) = {:.2f}", 0, 1, PEOPLE - 1, s * m, chance),
+        say("where {:.1f} = {:.0f} · {}", s * m, s, m),
+        say("near {:.1f}; the fall to {:.2f}", fresh_cosface(s, m), chance),
+        say("near {:.1f} says", fresh_cosface(s, 0)),
+    ]
+
+
+def verification() -> list[str]:
+    pairs, share, distance = BENCHMARKS["lfw"].pairs, 0.9, 1.4
+    folds = contiguous_folds(pairs)
+    sizes = np.bincount(folds)
+    correct = np.arange(pairs) % 10 < 10 * share
+    result = Verification(correct.mean(), 0, 0, 0, folds, correct, THRESHOLDS[: len(sizes)])
+    low, high = accuracy_interval(result)  # of 95 %
+    error = 100 * correct.std() / math.sqrt(pairs)
+    fold_error = 100 * correct[folds == 0].std() / math.sqrt(sizes[0])
+    angle = math.acos(0.3)
+    measured = pair_distance(np.array([[1.0, 0.0]]), np.array([[math.cos(angle), math.sin(angle)]]))[0]
+    score, issame = np.array([0.8, 0.6, 0.3, 0.5, 0.1]), np.array([True] * 3 + [False] * 2)
+    area = auc(score, issame)
+    compared = issame.sum() * (~issame).sum()
+    assert measured == pytest.approx(distance)
+    return [
+        say("{:.2f}, say, is a cosine of {:.2f}", measured, math.cos(angle)),
+        say("{:,} pairs are cut in file order into {} folds of {}", pairs, len(sizes), sizes[0]),
+        say("{} thresholds ({:.2f}, {:.2f}, ... {:.2f})", len(THRESHOLDS), *THRESHOLDS[[0, 1, -1]]),
+        say("on {} folds, {:,} pairs, decides the {}th", len(sizes) - 1, pairs - sizes[0], len(sizes)),
+        say("the {} test folds", len(sizes)),
+        say("Same pairs {}, {}, {} against different pairs {}, {}:", *score),
+        say("{:.0f} of {} comparisons are won, AUC {:.3f}", area * compared, compared, area),
+        say("At {:.0f} % of {:,} pairs", 100 * share, pairs),
+        say("√({} · {:.1f} / {:,}) = {:.2f} points", share, 1 - share, pairs, error),
+        say("{} % interval is ± {:.1f} points", 95, 100 * (high - low) / 2),
+        say("one fold of {} pairs scatters by {:.2f} points", sizes[0], fold_error),
+    ]
+
+
+@functools.cache
+def claims() -> list[str]:
+    """Every number of the page, in its order."""
+    sections = (
+        the_whole_way, pixels, tokens, attention_section, blocks, heads, lora, dalora, cosface_section, verification,
+    )  # fmt: skip
+    return [claim for section in sections for claim in section()]
+
+
+def test_every_number_on_the_page_is_what_the_code_computes():
+    found = problems(PAGE, claims())
+    assert not found, "\n".join(found)
+
+
+def test_any_wrong_number_is_noticed():
+    assert problems(PAGE, claims()) == []
+    numbers = list(NUMBER.finditer(PAPER.sub(lambda match: " " * len(match[0]), PAGE)))
+    assert len(numbers) > 300
+    for number in numbers:
+        wrong = number[0][:-1] + str((int(number[0][-1]) + 1) % 10)
+        found = problems(PAGE[: number.start()] + wrong + PAGE[number.end() :], claims())
+        assert found, f"{number[0]} at {number.start()} could be {wrong}"
+    longer = PAGE + "And seven more.\n"
+    assert problems(longer, claims()) == [f"line {longer.count(chr(10))}: no claim covers seven"]
+
+
+def test_a_uniform_gate_is_lora_of_rank_48():
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, weight, a, b = draw(2, 5, 8), draw(6, 8), draw(48, 8), draw(6, 48)
+    uniform = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    gated = lora_linear(x, weight, None, a, b, 1.0, uniform)
+    torch.testing.assert_close(gated, lora_linear(x, weight, None, a, b, 1 / 3), rtol=0, atol=1e-12)
+
+
+def test_files_names_flags_and_papers_exist():
+    rows = re.findall(r"^\|[^|]*\| `(vitface/[^`]+)` \| ([^|]+) \|$", PAGE, re.M)
+    assert len(rows) == PAGE.count("| `vitface/")
+    for file, names in rows:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, file
+    flags = {to_flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    assert set(re.findall(r"`(--[\w-]+)", PAGE)) <= flags
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "vitface").rglob("*.py"))
+    assert [paper for paper in PAPER.findall(PAGE) if paper not in sources] == []
