@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.device import resolve_device, resolve_dtype
-from vitface.errors import ConfigError, DataError, VitfaceError
+from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_file, evaluate_all
 from vitface.evaluation.report import results_json, results_table
 from vitface.model.face import FaceModel
@@ -75,16 +75,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for alarm in evaluation.alarms:
         print(f"ALARM {alarm}", file=sys.stderr)
     for failure in evaluation.failures:
-        print(f"evaluate.py: {failure}", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
     return 2 if evaluation.failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return evaluate(make_parser().parse_args(argv))
-    except VitfaceError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: evaluate(arguments))
 
 
 if __name__ == "__main__":

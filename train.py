@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from typing import Any
 
 from vitface.config import add_flags
-from vitface.errors import VitfaceError
+from vitface.errors import exit_code
 from vitface.training.resume import configure
 from vitface.training.run import run
 
@@ -17,21 +18,18 @@ EXAMPLES = """examples:
 """
 
 
+def train(given: dict[str, Any]) -> None:
+    run(configure(given))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "train.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_flags(parser)
-    try:
-        run(configure(vars(parser.parse_args(argv))))
-    except VitfaceError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the run was saved, continue it with --resume auto", file=sys.stderr)
-        return 130
-    return 0
+    given = vars(parser.parse_args(argv))
+    return exit_code(lambda: train(given))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The errors a user can mend. Each message says what is wrong and what to do; the scripts print it and exit with 2."""
+"""The errors a user can mend, and how every script says them: the message, no traceback, exit code 2."""
+
+import sys
+from collections.abc import Callable
 
 
 class VitfaceError(ValueError):
@@ -27,3 +30,18 @@ class ImageError(DataError):
 
 class EvaluationError(VitfaceError):
     """Scores or labels that no verification protocol can accept, with the likely cause."""
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Runs a script's action: its own exit code or 0; 2 with the message of a mendable error; 130 after Ctrl-C.
+
+    Mendable are `VitfaceError` and what the operating system refuses (a full disk, a read-only folder).
+    """
+    try:
+        return action() or 0
+    except (VitfaceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import VitfaceError, WeightsError
+from vitface.errors import WeightsError, exit_code
 from vitface.model.store import BACKBONE_FORMAT, expected_tensors, find_backbone, save_backbone, sha256_file
 from vitface.weights.keymaps import FAMILIES, Family, find_family
 from vitface.weights.sources import SOURCES
@@ -286,13 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
     parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
     args = parser.parse_args(argv)
-    try:
-        out = args.out or Path("weights") / f"{backbone_name(args.name)}.safetensors"
-        print(report(convert_backbone(args.name, args.src, out, args.act)))
-    except VitfaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: _convert_and_report(args))
+
+
+def _convert_and_report(args: argparse.Namespace) -> None:
+    out = args.out or Path("weights") / f"{backbone_name(args.name)}.safetensors"
+    print(report(convert_backbone(args.name, args.src, out, args.act)))
 
 
 if __name__ == "__main__":

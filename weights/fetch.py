@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import vitface
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import VitfaceError, WeightsError
+from vitface.errors import WeightsError, exit_code
 from vitface.model.store import cache_home, read_backbone, sha256_file
 from vitface.weights.convert import Conversion, convert_file, next_command, report
 from vitface.weights.sources import SOURCES
@@ -145,14 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
     args = parser.parse_args(argv)
-    try:
-        name = backbone_name(args.name)
-        done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
-        print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
-    except VitfaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: _fetch_and_report(args.name))
+
+
+def _fetch_and_report(name: str) -> None:
+    name = backbone_name(name)
+    done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
+    print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
 
 
 if __name__ == "__main__":

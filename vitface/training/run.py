@@ -38,7 +38,13 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> Path | None:
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     say(f"run directory: {run_dir}")
     say(trainer.header())
-    trainer.fit(RunLog(run_dir, config, trainer.progress.step))
+    try:
+        trainer.fit(RunLog(run_dir, config, trainer.progress.step))
+    except KeyboardInterrupt:
+        say(
+            f"stopped at step {trainer.progress.step:,}; continue with\n  python train.py --save-dir {run_dir} --resume auto"
+        )
+        raise
     finish(config, run_dir, say)
     return run_dir
 
