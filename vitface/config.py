@@ -203,7 +203,13 @@ class TrainConfig:
 _RECORDED: dict[str, Any] = {
     "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
 }  # fmt: skip
+_DEMO: dict[str, Any] = {
+    "backbone": "vit_nano", "image_size": 112, "train_data": "synthetic", "use_dalora": True, "router_depth": 2,
+    "head": "bn", "embedding_dim": 128, "margin": 0.2, "scale": 32.0, "augment": "flip", "epochs": 3, "lr": 2e-3,
+    "head_lr": 1e-2, "warmup_epochs": 0.3, "num_workers": 0, "val_data": None,
+}  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "demo": _DEMO,
     "exp_001": {**_RECORDED, "backbone": "dinov2", "use_dalora": False},
     "exp_002": {**_RECORDED, "backbone": "clip", "use_dalora": False},
     "exp_003": {**_RECORDED, "backbone": "dinov2", "use_dalora": True},

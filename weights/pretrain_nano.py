@@ -1,15 +1,17 @@
-"""The small backbone of the demo, pretrained by inverse graphics: from a rendered face back to the numbers it was drawn from.
+"""The small backbone of the demo, pretrained by inverse graphics: from a rendered face back to what it was drawn from.
 
     python -m vitface.weights.pretrain_nano --out weights/vit_nano.safetensors
 
-Every image shows another person (of PRETRAIN_PEOPLE, whom no demo meets) under a random yaw, age and light; a linear layer
-on CLS regresses all of the renderer's numbers, standardised: the identity's, the view's and the photo's alike. The
-result is a general describer of faces and, like any foundation model, not yet a recogniser: pose and light fill its CLS
-as much as identity does.
+Every image shows another person (of PRETRAIN_PEOPLE, whom no demo meets) under a random yaw, age and light. A linear
+layer on CLS regresses the renderer's numbers, the identity's, the view's and the photo's alike; a linear layer on every
+patch token regresses the unlit colour and the head-frame position of what its patch shows, which is the signal a small
+ViT learns fast from. The result describes faces and, like any foundation model, is not yet a recogniser: pose, age and
+light fill its CLS as much as identity does.
 """
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,44 +20,53 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.data.preprocess import normalise, to_float
-from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, uniform
+from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes, uniform
 from vitface.data.synthetic import PRETRAIN_PEOPLE, synthetic_pairs
 from vitface.evaluation.verify import pair_distance, verify
 from vitface.model.store import save_backbone
 from vitface.model.vit import ViT, init_weights
 
-BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 64, 1e-3, 0.05, 0.05
+BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 2e-3, 0.05, 0.05
 VIEW = ("sin_yaw", "abs_sin_yaw", "age", "light")
 TARGETS = (*FACTORS, *VIEW, *MOMENTS)
+WEIGHTS = torch.tensor([1.0] * len(FACTORS) + [3.0] * len(VIEW) + [0.2] * len(MOMENTS))
+TRUTH, TRUTH_VARIANCE = 28 * 28 * 7, 0.12
+AHEAD = 16  # batches in flight
 HELD_OUT = 10_000  # the last people of PRETRAIN_PEOPLE are kept for the report
 
 
-def draw_batch(first_person: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """BATCH_SIZE people in a row, one photo each -> images uint8 (B, 112, 112, 3), standardised targets float32 (B, T)."""
+def draw_batch(first_person: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """BATCH_SIZE people in a row, one photo each.
+
+    Returns images uint8 (B, 112, 112, 3), numbers float32 (B, T) of unit variance, truth float16 (B, 28, 28, 7).
+    """
     people = np.arange(first_person, first_person + BATCH_SIZE)
     view = np.array([uniform(4, 8, seed, person) for person in people.tolist()])
     yaw, age, light = 180 * view[:, 0] - 90, view[:, 1], 2 * view[:, 2] - 1
     seeds = (view[:, 3] * 2**53).astype(np.int64)
     turned = np.sin(np.radians(yaw))
-    columns = np.column_stack([turned / 0.65, (abs(turned) - 0.62) / 0.33, (age - 0.5) * 12**0.5, light * 3**0.5])
-    targets = np.concatenate([identity_factors(people) * 3**0.5, columns, photo_moments(seeds) * 3**0.5], axis=1)
-    return render_faces(people, yaw, age, light, seeds), targets.astype(np.float32)
+    angles = np.column_stack([turned * 2**0.5, (abs(turned) - 2 / np.pi) / 0.308])
+    even = np.column_stack([2 * age - 1, light, photo_moments(seeds)])
+    numbers = np.concatenate([identity_factors(people) * 3**0.5, angles, even * 3**0.5], axis=1)
+    images, truth = render_scenes(people, yaw, age, light, seeds)
+    return images, numbers.astype(np.float32), truth
 
 
-def batches(first_people: range, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(first_people: range, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The batches in order, drawn ahead by one other process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pending = [pool.submit(draw_batch, first, seed) for first in first_people[:8]]
-        for first in [*first_people[8:], *[None] * len(pending)]:
-            images, targets = pending.pop(0).result()
+        pending = deque(pool.submit(draw_batch, first, seed) for first in first_people[:AHEAD])
+        for first in [*first_people[AHEAD:], *[None] * len(pending)]:
+            images, numbers, truth = pending.popleft().result()
             if first is not None:
                 pending.append(pool.submit(draw_batch, first, seed))
-            yield torch.from_numpy(images), torch.from_numpy(targets)
+            yield torch.from_numpy(images), torch.from_numpy(numbers), torch.from_numpy(truth).float()
 
 
 def learning_rate(progress: float) -> float:
@@ -65,31 +76,51 @@ def learning_rate(progress: float) -> float:
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
+@torch.no_grad()
+def init_for_regression(vit: ViT, seed: int) -> None:
+    """Glorot-uniform matrices, sine-cosine positions: a narrow ViT in a short run needs the larger scale."""
+    torch.manual_seed(seed)
+    init_weights(vit, seed)
+    for parameter in vit.blocks.parameters():
+        if parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+    kernel = vit.patch_embed.proj.weight
+    nn.init.normal_(kernel, std=kernel[0].numel() ** -0.5)
+    side, quarter = vit.config.grid(vit.image_size), vit.config.embed_dim // 4
+    waves = torch.outer(torch.arange(side), 100.0 ** (-torch.arange(quarter) / quarter))
+    table = torch.cat([waves.sin(), waves.cos()], dim=1)  # (side, D / 2)
+    grid = [table[:, None].expand(side, side, -1), table[None].expand(side, side, -1)]
+    vit.pos_embed[0, 1:] = 0.5 * rearrange(torch.cat(grid, dim=2), "h w d -> (h w) d")
+
+
 def pretrain(config: ViTConfig, num_images: int, seed: int) -> tuple[ViT, nn.Linear]:
     """A ViT and its regression layer after one pass over `num_images` people."""
-    torch.manual_seed(seed)
-    vit, regress = ViT(config, config.native_size), nn.Linear(config.embed_dim, len(TARGETS))
-    init_weights(vit, seed)
-    parameters = [*vit.parameters(), *regress.parameters()]
-    groups = [[p for p in parameters if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": WEIGHT_DECAY}, {"params": groups[1], "weight_decay": 0.0}]
-    )
+    vit, side = ViT(config, config.native_size), config.grid(config.native_size)
+    init_for_regression(vit, seed)
+    numbers_of, truth_of = nn.Linear(config.embed_dim, len(TARGETS)), nn.Linear(config.embed_dim, TRUTH // side**2)
+    parameters = [*vit.parameters(), *numbers_of.parameters(), *truth_of.parameters()]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, (0.9, 0.98), weight_decay=WEIGHT_DECAY)
     steps = num_images // BATCH_SIZE
-    bar = tqdm(batches(range(PRETRAIN_PEOPLE.start, steps * BATCH_SIZE, BATCH_SIZE), seed), total=steps, unit="batch")
-    for step, (images, targets) in enumerate(bar):
+    first_people = range(PRETRAIN_PEOPLE.start, PRETRAIN_PEOPLE.start + steps * BATCH_SIZE, BATCH_SIZE)
+    bar = tqdm(batches(first_people, seed), total=steps, unit="batch", mininterval=1)
+    for step, (images, numbers, truth) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / steps)
-        loss = F.mse_loss(regress(vit(normalise(to_float(images), config.mean, config.std))[:, 0]), targets)
+        tokens = vit(normalise(to_float(images), config.mean, config.std))
+        error = (numbers_of(tokens[:, 0]) - numbers).square().mean(dim=0)
+        cells = rearrange(truth, "b (h p) (w q) c -> b (h w) (p q c)", h=side, w=side)
+        dense = F.mse_loss(truth_of(tokens[:, 1:]), cells) / TRUTH_VARIANCE
+        loss = (error * WEIGHTS).sum() / WEIGHTS.sum() + dense
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return vit.eval(), regress.eval()
+        if step % 20 == 0:
+            bar.set_postfix(identity=f"{error[: len(FACTORS)].mean():.3f}", dense=f"{dense:.3f}")
+    return vit.eval(), numbers_of.eval()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def cls_tokens(vit: ViT, images: Tensor) -> Tensor:
     """uint8 (B, 112, 112, 3) -> CLS (B, D)."""
     parts = [vit(normalise(to_float(part), vit.config.mean, vit.config.std))[:, 0] for part in images.split(BATCH_SIZE)]
@@ -106,9 +137,9 @@ def frozen_accuracy(vit: ViT, kind: str) -> float:
 
 def report(vit: ViT, regress: nn.Linear, seed: int) -> str:
     """How well held-out people's numbers are recovered (R²), and how well the raw CLS recognises people."""
-    drawn = [draw_batch(PRETRAIN_PEOPLE.stop - HELD_OUT + i * BATCH_SIZE, seed) for i in range(16)]
-    images, targets = (torch.from_numpy(np.concatenate(column)) for column in zip(*drawn, strict=True))
-    with torch.no_grad():
+    drawn = [draw_batch(PRETRAIN_PEOPLE.stop - HELD_OUT + i * BATCH_SIZE, seed) for i in range(32)]
+    images, targets, _ = (torch.from_numpy(np.concatenate(column)) for column in zip(*drawn, strict=True))
+    with torch.inference_mode():
         error = (regress(cls_tokens(vit, images)) - targets).square().mean(dim=0)
     explained = (1 - error / targets.var(dim=0)).tolist()
     lines = [f"{name:16s} R² {value:6.3f}" for name, value in zip(TARGETS, explained, strict=True)]
@@ -121,7 +152,7 @@ def report(vit: ViT, regress: nn.Linear, seed: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's vit_nano on procedural faces.")
     parser.add_argument("--out", type=Path, required=True, help="the backbone file to write")
-    parser.add_argument("--images", type=int, default=100_000, help="training images, each of another person")
+    parser.add_argument("--images", type=int, default=120_000, help="training images, each of another person")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the photos")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; one more process draws the images")
     args = parser.parse_args(argv)

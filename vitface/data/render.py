@@ -6,8 +6,8 @@ uniform factors, a hash of the identity number alone; everything that changes fr
 expression, exposure, colour cast, shirt, background, noise) is a hash of the photo's seed. Palettes of skin and hair
 are narrow and casts are strong, so that colour alone tells nobody apart.
 
-Head frame: x to image right, y up, z towards the viewer, the head about one unit in radius. Camera frame: U, V, W alike.
-Every image is computed alone, pixel by pixel arithmetic only, so it does not depend on the batch it is in.
+The head frame is `vitface.data.canvas`'s. Every image is computed alone, by arithmetic pixel by pixel, so it does not
+depend on the batch it is in.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SIDE, STRIDE = 112, 4
+from vitface.data.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, View, meet, smooth_max, soft, unit
 
 FACTORS = (
     "head_width", "head_height", "head_depth", "jaw_width", "jaw_length", "chin_size", "chin_forward", "cheek_fullness",
@@ -34,9 +34,6 @@ MOMENTS = (
 )  # fmt: skip
 
 _MASK = (1 << 64) - 1
-_HALF_VIEW = 1.14  # half the image side in head units
-_PIXEL = 2 * _HALF_VIEW / SIDE
-_AXIS = (((np.arange(SIDE) + 0.5) / SIDE * 2 - 1) * _HALF_VIEW).astype(np.float32)
 
 
 def _mix(z):
@@ -54,7 +51,7 @@ def uniform(count: int, *keys: int) -> NDArray[np.float64]:
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(state)
     z = (steps ^ (steps >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
@@ -64,7 +61,7 @@ def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
 
 
 def photo_moments(seeds: ArrayLike) -> NDArray[np.float32]:
-    """What changes from photo to photo in the order of `MOMENTS`, (B,) -> (B, M) in [-1, 1), independent and uniform."""
+    """What changes from photo to photo, in the order of `MOMENTS`: (B,) -> (B, M) in [-1, 1), all uniform."""
     rows = [2 * uniform(len(MOMENTS), 3, seed) - 1 for seed in np.atleast_1d(seeds).tolist()]
     return np.array(rows, np.float32).reshape(-1, len(MOMENTS))
 
@@ -77,90 +74,21 @@ def _noise_bank() -> NDArray[np.float32]:
 _NOISE = _noise_bank()
 
 
-class _View:
-    """Where the camera stands: maps between the head's frame and the image."""
-
-    def __init__(self, yaw: float, m: SimpleNamespace):
-        turn, nod, roll = np.radians([yaw, 5 * m.pitch, 6 * m.roll])
-        cy, sy, cx, sx, cz, sz = np.cos(turn), np.sin(turn), np.cos(nod), np.sin(nod), np.cos(roll), np.sin(roll)
-        about_y = np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
-        about_x = np.array([[1, 0, 0], [0, cx, sx], [0, -sx, cx]])
-        about_z = np.array([[cz, sz, 0], [-sz, cz, 0], [0, 0, 1]])
-        self.head = about_y @ about_x @ about_z  # camera frame -> head frame; its transpose goes back
-        self.rows = self.head.tolist()
-        self.scale = 1 + 0.06 * m.scale
-        self.shift = (0.06 * m.shift_u, -0.10 + 0.06 * m.shift_v)
-        self.u = ((_AXIS - self.shift[0]) / self.scale).astype(np.float32)[None, :]
-        self.v = ((-_AXIS - self.shift[1]) / self.scale).astype(np.float32)[:, None]
-
-    def box(self, centre, half_u: float, half_v: float) -> tuple[slice, slice]:
-        """The pixels within half_u, half_v of a point of the head frame, as (rows, columns)."""
-        x, y, z = centre
-        (xu, xv, _), (yu, yv, _), (zu, zv, _) = self.rows
-        u = (x * xu + y * yu + z * zu) * self.scale + self.shift[0]
-        v = (x * xv + y * yv + z * zv) * self.scale + self.shift[1]
-        edges = (-v - half_v, -v + half_v, u - half_u, u + half_u)
-        top, bottom, left, right = (round(min(max(edge / _PIXEL + SIDE / 2, 0), SIDE)) for edge in edges)
-        return slice(top, bottom), slice(left, right)
-
-
-def _meet(view: _View, shape: dict[str, tuple]) -> dict[str, tuple]:
-    """The rays' meeting with each ellipsoid: its box, front depth, back depth and coverage inside that box.
-
-    With o + W d the ray in the ellipsoid's own unit-sphere frame, depth solves |d|² W² + 2 (o·d) W + |o|² - 1 = 0.
-    Outside the outline the front depth falls away steeply but continuously, which is what smooth unions need.
-    """
-    centre, axes, tilt = (np.array(column, float) for column in zip(*shape.values(), strict=True))
-    own = np.tile(np.eye(3), (len(tilt), 1, 1))
-    own[:, 1, 1] = own[:, 2, 2] = np.cos(tilt)
-    own[:, 1, 2], own[:, 2, 1] = np.sin(tilt), -np.sin(tilt)
-    reach = np.sqrt((((own @ view.head) * axes[:, :, None]) ** 2).sum(axis=1)).tolist()  # half extents along U, V, W
-    own = own / axes[:, :, None]
-    ray = np.concatenate([own @ view.head, -own @ centre[:, :, None]], axis=2)  # (E, 3, 4): columns for U, V, W, one
-    gram = ray.transpose(0, 2, 1) @ ray
-    gram[:, 3, 3] -= 1
-    a = gram[:, 2, 2, None]
-    middle = (-gram[:, 2] / a).tolist()
-    thick = ((gram[:, 2, :, None] * gram[:, 2, None, :]) / a[:, :, None] ** 2 - gram / a[:, :, None]).tolist()
-    met = {}
-    for part, at, (ru, rv, rw), t, (mu, mv, _, m) in zip(shape, centre.tolist(), reach, thick, middle, strict=True):
-        box = view.box(at, ru * view.scale + 2 * _PIXEL, rv * view.scale + 2 * _PIXEL)
-        u, v = view.u[:, box[1]], view.v[box[0]]
-        square = ((t[0][0] * u + 2 * t[0][3]) * u + t[3][3]) + (t[1][1] * v + 2 * t[1][3]) * v + u * (2 * t[0][1] * v)
-        half = np.sqrt(np.abs(square))  # half the chord, its square a quadratic of U and V
-        mid = mu * u + (mv * v + m)
-        edge = 0.5 * min(ru, rv) / (rw * rw * _PIXEL)
-        met[part] = box, mid + np.where(square < 0, -2 * half, half), mid - half, _unit(square * edge + 0.5)
-    return met
-
-
-def _unit(x):
-    """x clipped to [0, 1]."""
-    return np.minimum(np.maximum(x, 0), 1)
-
-
-def _smooth_max(a, b, width: float):
-    """max(a, b) with the crease rounded over `width`."""
-    gap = np.abs(a - b)
-    top = np.maximum(a, b)
-    return top + np.maximum(width - gap, 0) ** 2 * (0.25 / width)
-
-
 def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
     """(centre, axes, tilt) of every ellipsoid of a head."""
-    half = 0.70 + 0.07 * f.head_width
-    jaw = 0.52 + 0.10 * f.jaw_width + 0.05 * age
-    chin_y = -0.82 - 0.10 * f.jaw_length
-    root, tip = 0.10, -0.26 - 0.10 * f.nose_length
+    half = 0.70 + 0.09 * f.head_width
+    jaw = 0.52 + 0.12 * f.jaw_width + 0.05 * age
+    chin_y = -0.82 - 0.12 * f.jaw_length
+    root, tip = 0.10, -0.26 - 0.13 * f.nose_length
     length, out = root - tip, 0.84 + 0.10 * f.nose_forward
-    ear = 0.17 + 0.045 * f.ear_size + 0.03 * age
-    long, volume = max(f.hair_length, -0.4), 0.07 * f.hair_volume
-    skull = 0.80 + 0.07 * f.head_height
+    ear = 0.17 + 0.06 * f.ear_size + 0.03 * age
+    long, volume = max(f.hair_length, -0.4), 0.09 * f.hair_volume
+    skull = 0.80 + 0.09 * f.head_height
     return {
         "cranium": ((0, 0.24, -0.12), (half, skull, 0.84 + 0.08 * f.head_depth), 0),
         "jaw": ((0, -0.30, 0.10), (jaw, -chin_y - 0.24, 0.58), 0),
         "cheeks": ((0, -0.24, 0.18), (0.56 + 0.06 * f.cheek_fullness, 0.30, 0.45 + 0.04 * f.cheek_fullness), 0),
-        "chin": ((0, chin_y + 0.11, 0.34 + 0.07 * f.chin_forward), (0.28 + 0.07 * f.chin_size, 0.26, 0.23), 0),
+        "chin": ((0, chin_y + 0.11, 0.34 + 0.07 * f.chin_forward), (0.28 + 0.09 * f.chin_size, 0.26, 0.23), 0),
         "ridge": (
             (0, (root + tip) / 2, 0.60 + 0.05 * f.nose_bridge + 0.06 * f.nose_forward),
             (0.075 + 0.015 * f.nose_width, length * 0.66, 0.16 + 0.03 * f.nose_bridge),
@@ -168,11 +96,11 @@ def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
         ),
         "tip": (
             (0, tip + 0.02 + 0.03 * f.nose_tip, out - 0.13),
-            (0.125 + 0.045 * f.nose_width, 0.10, 0.17),
+            (0.125 + 0.06 * f.nose_width, 0.10, 0.17),
             -0.3 * f.nose_tip,
         ),
-        "ear_left": ((-half + 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.05 * f.ear_out, ear, 0.12), 0.2),
-        "ear_right": ((half - 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.05 * f.ear_out, ear, 0.12), 0.2),
+        "ear_left": ((-half + 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.06 * f.ear_out, ear, 0.12), 0.2),
+        "ear_right": ((half - 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.06 * f.ear_out, ear, 0.12), 0.2),
         "neck": ((0, -1.20, -0.20), (0.36 + 0.04 * f.jaw_width, 1.0, 0.36), 0),
         "shirt": ((0, -1.78, -0.25), (1.35, 0.52, 0.5), 0),
         "hair": (
@@ -183,46 +111,8 @@ def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
     }  # fmt: skip
 
 
-class _Canvas:
-    """Colour planes and the depth of what is seen so far; every `paint` covers by a soft mask."""
-
-    def __init__(self, view: _View):
-        self.view = view
-        self.rgb = np.empty((3, SIDE, SIDE), np.float32)
-        self.depth = np.full((SIDE, SIDE), -1.2, np.float32)
-        self.head = np.zeros((SIDE, SIDE), np.float32)
-
-    def truth(self) -> NDArray[np.float32]:
-        """What each STRIDE-th pixel shows: unlit colour, head-frame position and presence of the head, (28, 28, 7)."""
-        grid = slice(STRIDE // 2, None, STRIDE), slice(STRIDE // 2, None, STRIDE)
-        seen = self.head[grid]
-        planes = [self.rgb[0][grid], self.rgb[1][grid], self.rgb[2][grid], *self.points(grid), 1]
-        return np.stack([plane * seen for plane in planes], axis=2)
-
-    def paint(self, box, cover, colour) -> None:
-        for plane, value in zip(self.rgb, colour, strict=True):
-            part = plane[box]
-            part += cover * (value - part)
-
-    def put(self, box, cover, colour, depth) -> None:
-        """Paints a solid: its depth replaces what was there where it covers more than half a pixel."""
-        self.paint(box, cover, colour)
-        np.copyto(self.depth[box], depth, where=cover > 0.5)
-
-    def points(self, box, depth=None):
-        """Head-frame coordinates of the surface seen in `box`, three float32 arrays."""
-        h, u, v = self.view.rows, self.view.u[:, box[1]], self.view.v[box[0]]
-        depth = self.depth[box] if depth is None else depth
-        return [row[0] * u + row[1] * v + row[2] * depth for row in h]
-
-
-def _soft(signed, width: float = 0.024):
-    """Coverage of a pixel whose signed distance inside an edge is given in head units."""
-    return _unit(signed * (1 / width) + 0.5)
-
-
-def _backdrop(canvas: _Canvas, m: SimpleNamespace) -> None:
-    u, v = _AXIS[None, :], -_AXIS[:, None]
+def _backdrop(canvas: Canvas, m: SimpleNamespace) -> None:
+    u, v = AXIS[None, :], -AXIS[:, None]
     turn = 3.1 * m.back_turn
     ramp = 0.15 * m.back_slope * (float(np.cos(turn)) * u + float(np.sin(turn)) * v)
     ramp += 0.10 * m.back_wave * np.sin((3 + 2 * m.back_turn) * u + 2) * np.sin((3 - 2 * m.back_turn) * v)
@@ -232,9 +122,9 @@ def _backdrop(canvas: _Canvas, m: SimpleNamespace) -> None:
 
 def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
     """The colours of one person at one age; the ranges are narrow on purpose."""
-    skin = (0.78 + 0.06 * f.skin_light) * np.array([1.0, 0.78 + 0.02 * f.skin_hue, 0.66 + 0.04 * f.skin_hue])
+    skin = (0.78 + 0.08 * f.skin_light) * np.array([1.0, 0.78 + 0.02 * f.skin_hue, 0.66 + 0.04 * f.skin_hue])
     skin = skin + 0.06 * age * (skin.mean() - skin)
-    hair = (0.27 + 0.09 * f.hair_light) * np.array([1.0, 0.78 + 0.06 * f.hair_hue, 0.62 + 0.12 * f.hair_hue])
+    hair = (0.27 + 0.12 * f.hair_light) * np.array([1.0, 0.78 + 0.06 * f.hair_hue, 0.62 + 0.12 * f.hair_hue])
     grey = float(np.clip(1.6 * age - 0.5, 0, 1))
     white = np.array([0.74, 0.74, 0.75])
     iris = np.array([0.36 - 0.16 * f.iris_hue, 0.32 + 0.06 * f.iris_hue, 0.30 + 0.20 * f.iris_hue])
@@ -246,23 +136,23 @@ def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def _head(canvas: _Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
+def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
     """Shirt, neck, the far side of the hair, then the head as one smooth solid."""
-    met, everywhere = _meet(canvas.view, shape), (slice(0, SIDE), slice(0, SIDE))
+    met, everywhere = meet(canvas.view, shape), (slice(0, SIDE), slice(0, SIDE))
     for part, colour in (("neck", tone.skin), ("shirt", [0.45 + 0.4 * c for c in (m.shirt_r, m.shirt_g, m.shirt_b)])):
         box, front, _, cover = met[part]
         canvas.put(box, cover * (front > canvas.depth[box]), colour, front)
     box, front, back, cover = met["hair"]
     hair = (box, front, cover)
     _, y, _ = canvas.points(box, back)
-    canvas.paint(box, cover * _soft(y - _nape(f)), [0.6 * c for c in tone.hair])
+    canvas.paint(box, cover * soft(y - _nape(f)), [0.6 * c for c in tone.hair])
     depth, total = np.full((SIDE, SIDE), -9, np.float32), canvas.head
     for part, crease in (
         ("cranium", 0.1), ("jaw", 0.25), ("cheeks", 0.3), ("chin", 0.4), ("ridge", 0.12), ("tip", 0.06),
         ("ear_left", 0.03), ("ear_right", 0.03),
     ):  # fmt: skip
         box, front, _, cover = met[part]
-        depth[box] = _smooth_max(depth[box], front, crease)
+        depth[box] = smooth_max(depth[box], front, crease)
         np.maximum(total[box], cover, out=total[box])
     canvas.put(everywhere, total, tone.skin, depth)
     return hair
@@ -273,98 +163,96 @@ def _nape(f: SimpleNamespace) -> float:
     return -0.22 - 0.55 * f.hair_length
 
 
-def _hair(canvas: _Canvas, hair, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
+def _hair(canvas: Canvas, hair, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
     box, front, cover = hair
     x, y, z = canvas.points(box, front)
     ahead = (z + 0.17) * (1 / np.sqrt(x * x + (z + 0.17) ** 2 + 1e-3))  # cosine of the azimuth: 1 in front, -1 behind
-    edge = 0.42 + 0.18 * f.hair_temple + 0.12 * age
-    forehead = _unit((ahead - edge) * (1 / 0.22))
-    top = 0.62 + 0.14 * f.hairline + 0.20 * age * age
-    line = _nape(f) + forehead * (top - _nape(f) + 0.22 * f.hair_parting * x)
+    edge = 0.42 + 0.22 * f.hair_temple + 0.12 * age
+    forehead = unit((ahead - edge) * (1 / 0.22))
+    top = 0.62 + 0.17 * f.hairline + 0.20 * age * age
+    line = _nape(f) + forehead * (top - _nape(f) + 0.30 * f.hair_parting * x)
     wave = np.sin((26 + 8 * f.hair_curl) * x + 9 * z) * np.sin((7 + 9 * (1 + f.hair_curl)) * y + 5 * x + 11 * z)
-    strand = cover * _soft(y - line + 0.02 * wave, 0.05) * (front > canvas.depth[box] - 0.02)
+    strand = cover * soft(y - line + 0.02 * wave, 0.05) * (front > canvas.depth[box] - 0.02)
     shade = 1 + 0.15 * wave
     np.maximum(canvas.head[box], strand, out=canvas.head[box])
     canvas.put(box, strand, [shade * c for c in tone.hair], front)
 
 
-def _eyes(canvas: _Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
-    ex, ey = 0.285 + 0.055 * f.eye_spacing, 0.06 + 0.04 * f.eye_height
-    a, b = 0.135 + 0.03 * f.eye_width, (0.075 + 0.03 * f.eye_opening) * (1 - 0.25 * age - 0.15 * m.blink)
+def _eyes(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
+    ex, ey = 0.285 + 0.07 * f.eye_spacing, 0.06 + 0.06 * f.eye_height
+    a, b = 0.135 + 0.04 * f.eye_width, (0.075 + 0.03 * f.eye_opening) * (1 - 0.25 * age - 0.15 * m.blink)
     for side in (-1, 1):
         box = canvas.view.box((side * ex, ey, 0.62), 0.34, 0.42)
         x, y, z = canvas.points(box)
         if not x.size:
             continue
         out, up = (x - side * ex) * side, y - ey
-        ahead = canvas.head[box] * _soft(z - 0.25, 0.1)
+        ahead = canvas.head[box] * soft(z - 0.25, 0.1)
         canvas.depth[box] -= 0.07 * ahead * np.exp(-((out * 5) ** 2) - ((up - 0.02) * 7) ** 2)
-        up = up - (0.12 * f.eye_tilt - 0.10 * age) * out
+        up = up - (0.20 * f.eye_tilt - 0.10 * age) * out
         lid = b * (1 - (out * (1 / a)) ** 2)
-        opening = _soft(lid - np.abs(up)) * ahead
+        opening = soft(lid - np.abs(up)) * ahead
         canvas.paint(box, opening, (0.90, 0.88, 0.86))
         gaze = np.sqrt((out - side * 0.04 * m.gaze) ** 2 + (up - 0.01) ** 2)
-        radius = 0.066 + 0.012 * f.iris_size
-        canvas.paint(box, opening * _soft(radius - gaze), tone.iris)
-        canvas.paint(box, opening * _soft(0.45 * radius - gaze), (0.05, 0.05, 0.05))
-        lash = _soft(0.022 - np.abs(up - np.maximum(lid, -0.02))) * _soft(a * 1.12 - np.abs(out)) * ahead
+        radius = 0.066 + 0.016 * f.iris_size
+        canvas.paint(box, opening * soft(radius - gaze), tone.iris)
+        canvas.paint(box, opening * soft(0.45 * radius - gaze), (0.05, 0.05, 0.05))
+        lash = soft(0.022 - np.abs(up - np.maximum(lid, -0.02))) * soft(a * 1.12 - np.abs(out)) * ahead
         canvas.paint(box, 0.8 * lash, [0.35 * c for c in tone.skin])
         bag = (
-            _soft(0.02 - np.abs(up + 0.05 + 1.6 * b * (1 - (out * (1 / a)) ** 2)), 0.04)
-            * _soft(a - np.abs(out))
-            * ahead
+            soft(0.02 - np.abs(up + 0.05 + 1.6 * b * (1 - (out * (1 / a)) ** 2)), 0.04) * soft(a - np.abs(out)) * ahead
         )
         canvas.paint(box, 0.5 * age * bag, [0.6 * c for c in tone.skin])
         _brow(canvas, box, out, y - ey, ahead, f, tone)
 
 
-def _brow(canvas: _Canvas, box, out, up, ahead, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+def _brow(canvas: Canvas, box, out, up, ahead, f: SimpleNamespace, tone: SimpleNamespace) -> None:
     length = 0.19 + 0.04 * f.brow_length
     along = out * (1 / length)
-    line = 0.20 + 0.045 * f.brow_height + 0.06 * f.brow_slope * along - (0.05 + 0.04 * f.brow_arch) * along * along
-    thick = (0.036 + 0.018 * f.brow_thickness) * (1 - 0.35 * along)
-    cover = _soft(thick - np.abs(up - line), 0.03) * _soft(1 - np.abs(along), 0.15) * ahead
+    line = 0.20 + 0.055 * f.brow_height + 0.08 * f.brow_slope * along - (0.05 + 0.04 * f.brow_arch) * along * along
+    thick = (0.036 + 0.024 * f.brow_thickness) * (1 - 0.35 * along)
+    cover = soft(thick - np.abs(up - line), 0.03) * soft(1 - np.abs(along), 0.15) * ahead
     canvas.paint(box, 0.85 * cover, tone.brow)
 
 
-def _mouth(canvas: _Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
-    my, half = -0.56 + 0.05 * f.mouth_height, 0.215 + 0.05 * f.mouth_width + 0.025 * m.smile
+def _mouth(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
+    my, half = -0.56 + 0.07 * f.mouth_height, 0.215 + 0.07 * f.mouth_width + 0.025 * m.smile
     box = canvas.view.box((0, my, 0.66), 0.46, 0.34)
     x, y, z = canvas.points(box)
     along = x * (1 / half)
     bow = 1 - along * along
-    ahead = canvas.head[box] * _soft(z - 0.3, 0.1)
-    up = y - my - (0.04 * f.mouth_curve + 0.05 * m.smile - 0.05 * age) * (along * along - 0.4)
-    upper, lower = 0.045 + 0.022 * f.upper_lip - 0.02 * age, 0.06 + 0.03 * f.lower_lip - 0.02 * age
+    ahead = canvas.head[box] * soft(z - 0.3, 0.1)
+    up = y - my - (0.06 * f.mouth_curve + 0.05 * m.smile - 0.05 * age) * (along * along - 0.4)
+    upper, lower = 0.045 + 0.028 * f.upper_lip - 0.02 * age, 0.06 + 0.036 * f.lower_lip - 0.02 * age
     dip = upper * (bow - 0.35 * np.exp(-((x * 18) ** 2)))
-    lips = _soft(np.where(up > 0, dip - up, lower * bow + up)) * ahead * _soft(bow, 0.3)
+    lips = soft(np.where(up > 0, dip - up, lower * bow + up)) * ahead * soft(bow, 0.3)
     canvas.depth[box] += 0.05 * lips
     canvas.paint(box, lips, tone.lips)
-    canvas.paint(box, 0.75 * _soft(0.014 - np.abs(up)) * _soft(bow, 0.2) * ahead, [0.35 * c for c in tone.lips])
+    canvas.paint(box, 0.75 * soft(0.014 - np.abs(up)) * soft(bow, 0.2) * ahead, [0.35 * c for c in tone.lips])
 
 
-def _nose(canvas: _Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+def _nose(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
     (_, ty, tz), (width, height, _), _ = shape["tip"]
     box = canvas.view.box((0, ty, tz), 0.3, 0.25)
     x, y, z = canvas.points(box)
-    ahead = canvas.head[box] * _soft(z - 0.5, 0.1)
+    ahead = canvas.head[box] * soft(z - 0.5, 0.1)
     hole = 1 - np.sqrt(((np.abs(x) - 0.5 * width) * (1 / 0.042)) ** 2 + ((y - ty + 0.75 * height) * (1 / 0.028)) ** 2)
-    canvas.paint(box, 0.7 * _soft(hole, 0.8) * ahead, [0.35 * c for c in tone.skin])
+    canvas.paint(box, 0.7 * soft(hole, 0.8) * ahead, [0.35 * c for c in tone.skin])
 
 
-def _marks(canvas: _Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+def _marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
     """Freckles on the cheeks, a beard's shadow, and two moles at fixed places of the surface."""
     box = canvas.view.box((0, -0.35, 0.4), 0.9, 0.75)
     x, y, z = canvas.points(box)
     if f.freckles > 0:
         spots = np.sin(41 * x + 9 * f.mole_1_side) * np.sin(37 * y + 5 * z + 9 * f.mole_2_side)
-        cheeks = canvas.head[box] * np.maximum(1 - ((y + 0.16) * 4) ** 2, 0) * _soft(z - 0.2, 0.2)
-        canvas.paint(box, 0.55 * f.freckles * cheeks * _soft(spots - 0.45, 0.4), [0.62 * c for c in tone.skin])
+        cheeks = canvas.head[box] * np.maximum(1 - ((y + 0.16) * 4) ** 2, 0) * soft(z - 0.2, 0.2)
+        canvas.paint(box, 0.55 * f.freckles * cheeks * soft(spots - 0.45, 0.4), [0.62 * c for c in tone.skin])
     if f.beard > 0:
         around = np.maximum(np.abs(x) * 1.3 - 0.45, 0) - 0.36 + 0.06 * f.mouth_height
         canvas.paint(
             box,
-            0.6 * f.beard * canvas.head[box] * _soft(around - y, 0.12) * _soft(z + 0.05, 0.2) * _soft(y + 1.05, 0.1),
+            0.6 * f.beard * canvas.head[box] * soft(around - y, 0.12) * soft(z + 0.05, 0.2) * soft(y + 1.05, 0.1),
             tone.beard,
         )
     for side, up, size in (
@@ -377,7 +265,7 @@ def _marks(canvas: _Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespa
             box = canvas.view.box(at, 0.12, 0.12)
             x, y, z = canvas.points(box)
             gap = np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2)
-            canvas.paint(box, 0.85 * _soft(0.034 + 0.02 * size - gap, 0.03), [0.35 * c for c in tone.skin])
+            canvas.paint(box, 0.85 * soft(0.034 + 0.02 * size - gap, 0.03), [0.35 * c for c in tone.skin])
 
 
 def _surface(shape: dict, at) -> list[float]:
@@ -393,32 +281,32 @@ def _surface(shape: dict, at) -> list[float]:
     return [at[0] * far, at[1], at[2] * far]
 
 
-def _wrinkles(canvas: _Canvas, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
+def _wrinkles(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
     """Forehead lines, folds from nose to mouth, crow's feet: grooves of the depth, so that light acts on them."""
     box = canvas.view.box((0, 0.0, 0.5), 0.9, 0.85)
     x, y, z = canvas.points(box)
-    ahead = canvas.head[box] * _soft(z - 0.15, 0.2)
+    ahead = canvas.head[box] * soft(z - 0.15, 0.2)
     wide = np.abs(x)
-    lines = np.maximum(np.sin(58 * y + 2.5 * np.cos(4 * x)) - 0.3, 0) * _soft(y - 0.38, 0.1) * _soft(0.5 - wide, 0.2)
+    lines = np.maximum(np.sin(58 * y + 2.5 * np.cos(4 * x)) - 0.3, 0) * soft(y - 0.38, 0.1) * soft(0.5 - wide, 0.2)
     fold_x = 0.16 + 0.32 * np.clip(-0.2 - y, 0, 0.5)
-    folds = np.maximum(1 - np.abs(wide - fold_x) * 28, 0) * _soft(-0.22 - y, 0.1) * _soft(y + 0.62, 0.1)
+    folds = np.maximum(1 - np.abs(wide - fold_x) * 28, 0) * soft(-0.22 - y, 0.1) * soft(y + 0.62, 0.1)
     dx, dy = wide - 0.30, y - 0.05
     feet = (
         np.maximum(np.sin(13 * np.arctan2(dy, dx + 1e-6)) - 0.2, 0)
-        * _soft(dx - 0.16, 0.06)
-        * _soft(0.33 - dx, 0.08)
-        * _soft(0.17 - np.abs(dy), 0.08)
+        * soft(dx - 0.16, 0.06)
+        * soft(0.33 - dx, 0.08)
+        * soft(0.17 - np.abs(dy), 0.08)
     )
     groove = (lines + folds + feet) * ahead
     canvas.depth[box] -= 0.02 * age * groove
     canvas.paint(box, 0.35 * age * groove, [0.55 * c for c in tone.skin])
 
 
-def _expose(canvas: _Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uint8]:
+def _expose(canvas: Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uint8]:
     """Lambert shading of the depth's slopes, exposure, colour cast and sensor noise, to uint8 (112, 112, 3)."""
     w = canvas.depth
     slope_u, slope_v = np.zeros_like(w), np.zeros_like(w)
-    step = canvas.view.scale / (2 * _PIXEL)
+    step = canvas.view.scale / (2 * PIXEL)
     np.clip((w[:, 2:] - w[:, :-2]) * step, -3, 3, out=slope_u[:, 1:-1])
     np.clip((w[:-2] - w[2:]) * step, -3, 3, out=slope_v[1:-1])
     side, strength = float(np.sin(1.35 * light)), abs(light)
@@ -439,11 +327,11 @@ def _expose(canvas: _Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uin
     return out
 
 
-def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[_Canvas, SimpleNamespace]:
+def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, SimpleNamespace]:
     """One head before light and camera, and the moments of its photo."""
     f = SimpleNamespace(**dict(zip(FACTORS, identity_factors(person)[0].tolist(), strict=True)))
     m = SimpleNamespace(**dict(zip(MOMENTS, photo_moments(seed)[0].tolist(), strict=True)))
-    shape, tone, canvas = _head_shape(f, age), _palette(f, age), _Canvas(_View(yaw, m))
+    shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(View(yaw, m))
     _backdrop(canvas, m)
     hair = _head(canvas, shape, f, tone, m)
     _marks(canvas, shape, f, tone)
@@ -460,8 +348,8 @@ def render_faces(
 ) -> NDArray[np.uint8]:
     """Photos uint8 (B, 112, 112, 3), RGB; each argument is (B,) or a scalar for all.
 
-    `people` identity numbers >= 0; `yaw` degrees in [-90, 90], positive towards image right; `age` in [0, 1]; `light` in
-    [-1, 1], the side the lamp stands on (negative left) and how strong and dim it is; `seed` whole numbers that decide
+    `people` identity numbers; `yaw` degrees in [-90, 90], positive towards image right; `age` in [0, 1]; `light` in
+    [-1, 1], the side the lamp stands on (negative left) and how harsh and dim it is; `seed` whole numbers that decide
     everything else.
     """
     return render_scenes(people, yaw, age, light, seed)[0]

@@ -17,18 +17,19 @@ TRAIN_PEOPLE = range(1_000_000, 2_000_000)
 TEST_PEOPLE = range(2_000_000, 3_000_000)
 FRONTAL, PROFILE = len(DOMAINS), len(DOMAINS) + 1  # two more kinds of photo, for frontal-profile pairs
 
-MILD, POSE, AGE, LIGHT = (
-    (0, 25, 0, 0.35, 0, 0.35),
+# lowest and highest |yaw| in degrees, age and |light| of each kind of photo
+RANGES = (
     (50, 90, 0, 0.35, 0, 0.35),
     (0, 25, 0.7, 1, 0, 0.35),
     (0, 25, 0, 0.35, 0.7, 1),
+    (0, 10, 0, 0.35, 0, 0.35),
+    (70, 90, 0, 0.35, 0, 0.35),
 )
-_RANGES = np.array([POSE, AGE, LIGHT, (0, 10, 0, 0.35, 0, 0.35), (70, 90, 0, 0.35, 0, 0.35)])
 
 
 def photo_factors(kind: int, *keys: int) -> tuple[float, float, float, int]:
-    """(yaw, age, light, seed) of one photo of a kind, a domain's number or FRONTAL or PROFILE: a pure function of the keys."""
-    low_yaw, high_yaw, young, old, low_light, high_light = _RANGES[kind].tolist()
+    """(yaw, age, light, seed) of one photo; `kind` a domain's number, FRONTAL or PROFILE. A function of the keys."""
+    low_yaw, high_yaw, young, old, low_light, high_light = RANGES[kind]
     a, b, c, left, dim, seed = uniform(6, 4, *keys).tolist()
     yaw = (low_yaw + (high_yaw - low_yaw) * a) * (1 if left < 0.5 else -1)
     light = (low_light + (high_light - low_light) * c) * (1 if dim < 0.5 else -1)
@@ -38,8 +39,8 @@ def photo_factors(kind: int, *keys: int) -> tuple[float, float, float, int]:
 class SyntheticSamples:
     """`num_people` people from identity number `first_person` on, `images_per_person` photos each, rendered when read.
 
-    `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into DOMAINS, taken
-    in turn. DataError for a count below one.
+    `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into DOMAINS,
+    taken in turn. DataError for a count below one.
     """
 
     def __init__(self, num_people: int, images_per_person: int, seed: int = 0, first_person: int = TRAIN_PEOPLE.start):
@@ -50,7 +51,8 @@ class SyntheticSamples:
         self.seed, self.first_person, self.images_per_person = seed, first_person, images_per_person
         self.labels = np.repeat(np.arange(num_people, dtype=np.int64), images_per_person)
         self.names = [str(first_person + label) for label in range(num_people)]
-        self.domains = (self.labels + np.tile(np.arange(images_per_person), num_people)) % len(DOMAINS)
+        self._drawn: dict[int, NDArray[np.uint8]] = {}
+        self.domains = (first_person + self.labels + np.tile(np.arange(images_per_person), num_people)) % len(DOMAINS)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,8 +73,10 @@ class SyntheticSamples:
         return render_faces(*self.factors(indices))
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 (112, 112, 3), RGB."""
-        return self.render([index])[0]
+        """uint8 (112, 112, 3), RGB; drawn once in a process and kept, 38 kB each."""
+        if index not in self._drawn:
+            self._drawn[index] = self.render([index])[0]
+        return self._drawn[index]
 
 
 def synthetic_pairs(
@@ -84,9 +88,9 @@ def synthetic_pairs(
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and issame bool (N,).
 
-    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced. "mixed"
-    draws each photo's domain at random, "frontal-profile" pairs a frontal photo with a profile one. DataError for
-    another kind, fewer than two people or no pairs.
+    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced.
+    "mixed" draws each photo's domain at random, "frontal-profile" pairs a frontal photo with a profile one. DataError
+    for another kind, fewer than two people or no pairs.
     """
     if kind not in ("mixed", "frontal-profile"):
         raise DataError(f"unknown kind of pairs {kind!r}; known: mixed, frontal-profile")

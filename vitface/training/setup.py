@@ -17,7 +17,7 @@ from vitface.model.margin import MarginLoss
 from vitface.model.store import find_backbone, load_backbone, weights_sha256
 from vitface.training.step import total_loss
 
-SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 30
+SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
