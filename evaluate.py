@@ -8,7 +8,7 @@ from pathlib import Path
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
-from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_file, evaluate_all
+from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all
 from vitface.evaluation.report import results_json, results_table
 from vitface.model.face import FaceModel
 from vitface.model.store import frozen_face, load_face, newest_run
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
     add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
-    add("--image-size", type=int, default=224, help="input side in pixels, with --backbone only (default: 224)")
+    add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     return parser
 
@@ -47,22 +47,26 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
     """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
     device = resolve_device(arguments.device)
     if arguments.backbone is None:
+        if arguments.image_size is not None:
+            raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
         run = arguments.checkpoint or newest_run()
         print(f"checkpoint: {run}")
         return load_face(run, arguments.weights).to(device)
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
     dtype = resolve_dtype("auto", device)
-    return frozen_face(arguments.backbone, arguments.weights, arguments.image_size, dtype).to(device)
+    return frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype).to(device)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: its folder does not exist")
     model = load_model(arguments)
     if arguments.bench == "all":
         names = available(arguments.data_dir)
         for name in BENCHMARKS:
             if name not in names and name != "synthetic":
-                print(f"missing: {benchmark_file(name, arguments.data_dir)}")
+                print(f"missing: {benchmark_path(name, arguments.data_dir)}")
         if not names:
             raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vitface.errors import ConfigError
+from vitface.errors import CheckpointError, ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -189,9 +189,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")
-        for name in ("margin", "weight_decay", "warmup_epochs", "holdout_people", "patience", "num_workers", "seed"):
+        not_negative = ("margin", "weight_decay", "warmup_epochs", "holdout_people", "patience", "num_workers", "seed")
+        for name in (*not_negative, "balance_loss_weight", "router_z_loss_weight", "domain_loss_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
+        if self.use_dalora and self.num_domains < 2:
+            raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
+        if self.holdout_people == 1 or (self.patience and not self.holdout_people):
+            raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size < 2 and self.head != "linear":
             raise ConfigError("--batch-size must be at least 2: the batch norm of the embedding head needs two images")
         vit = VIT_PRESETS[backbone_name(self.backbone)]
@@ -247,6 +254,14 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run was started with; empty where there is no run."""
+    """The settings that a run was started with; empty where there is no run, CheckpointError if they are damaged."""
     path = run_dir / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is damaged; start afresh in another --save-dir")
+    return settings

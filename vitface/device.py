@@ -12,9 +12,10 @@ def resolve_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU; ConfigError if a named device cannot be used here."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        (torch.zeros(1, device=name) + 1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:

@@ -105,6 +105,31 @@ def test_planted_faults_are_named(tmp_path, small, fault, cause):
     assert cause in evaluation.failures[0]
 
 
+def test_published_pair_lists_stand_in_for_the_bin(tmp_path, small):
+    """LFW's own list beside images gives what the .bin of the same pairs gives, with the list's blocks as folds."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "lfw").mkdir()
+    lines, images, issame = ["10\t3"], [], []
+    for number in range(60):
+        same, name = number % 6 < 3, f"P{number}"
+        first = rng.integers(0, 256, 3)
+        second = first if same else rng.integers(0, 256, 3)
+        for who, index, colour in ((name, 1, first), (name if same else name + "x", 2, second)):
+            (tmp_path / "lfw" / who).mkdir(exist_ok=True)
+            path = tmp_path / "lfw" / who / f"{who}_{index:04d}.png"
+            Image.new("RGB", (112, 112), tuple(int(c) for c in colour)).save(path)
+            images.append(path.read_bytes())
+        lines.append(f"{name}\t1\t2" if same else f"{name}\t1\t{name}x\t2")
+        issame.append(same)
+    (tmp_path / "lfw" / "pairs.txt").write_text("\n".join(lines) + "\n")
+    assert benchmarks.available(tmp_path) == ["lfw"]
+    listed = evaluate_benchmark(colour_of, "lfw", tmp_path)
+    np.testing.assert_array_equal(listed.folds, np.repeat(np.arange(10), 6))
+    write_bin(tmp_path / "lfw.bin", images, np.array(issame))
+    packed = evaluate_benchmark(colour_of, "lfw", tmp_path)
+    assert (packed.accuracy, packed.auc) == (listed.accuracy, listed.auc)
+
+
 def test_chance_level_is_an_alarm():
     chance = benchmarks.Verification(0.5, 0.0, 0.52, 0.5, np.zeros(1), np.zeros(1, bool), np.zeros(1))
     assert "chance level" in benchmarks.judge("agedb_30", chance)

@@ -159,8 +159,12 @@ def test_merged_equals_unmerged_and_dalora_refuses():
     merge_lora(merged)
     assert not adapter_state_dict(merged)
     torch.testing.assert_close(merged(images), adapted, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        merge_lora(vit, num_domains=3)
+    dalora = tiny_vit()
+    add_lora(dalora, TARGETS["attn"], rank=3, alpha=6, num_domains=3)
+    before = {key: tensor.clone() for key, tensor in dalora.state_dict().items()}
+    with pytest.raises(ValueError, match="blocks.0.attn.qkv has 3 domains"):
+        merge_lora(dalora)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dalora.state_dict().items())
 
 
 class Twin(nn.Module):

@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomise_adapters, tiny_config, tiny_face, tiny_vit
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vitface
@@ -109,6 +111,20 @@ def test_damaged_backbones_are_named(backbone, tmp_path, fault, message):
         load_backbone("tiny", tmp_path / "bad.safetensors", 32)
 
 
+@pytest.mark.parametrize("change", [{"act": None}, {"color": 1}, "not json"])
+def test_settings_of_another_version_are_named(backbone, tmp_path, change):
+    path, vit = backbone
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    settings = json.loads(metadata["config"])
+    metadata["config"] = change if isinstance(change, str) else json.dumps({**settings, **change})
+    if change == {"act": None}:
+        del metadata["config"]
+    save_file(dict(vit.state_dict()), path, metadata)
+    with pytest.raises(WeightsError, match="settings that this version does not know"):
+        load_backbone("tiny", path)
+
+
 def test_other_files_are_answered_with_what_to_do(backbone, tmp_path):
     path, vit = backbone
     with pytest.raises(WeightsError, match="no such file"):
@@ -170,7 +186,7 @@ def test_the_wrong_backbone_is_refused(backbone, tmp_path):
         load_face(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "training.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
 @pytest.mark.parametrize("fault", ["flip", "cut", "remove"])
 def test_damaged_checkpoints_are_refused(tmp_path, tiny_preset, name, fault):
     model = tiny_face()
@@ -186,6 +202,18 @@ def test_damaged_checkpoints_are_refused(tmp_path, tiny_preset, name, fault):
         file.unlink()
     with pytest.raises(CheckpointError, match=name):
         load_face(tmp_path)
+
+
+def test_a_shared_model_is_two_files_and_a_manifest(backbone, tmp_path):
+    path, _ = backbone
+    model = face_on(path, store.sha256_file(path))
+    save_run(tmp_path / "run", model)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name in (*store.MODEL_FILES, "manifest.json"):
+        shutil.copy(tmp_path / "run" / "checkpoints" / "best" / name, shared)
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    np.testing.assert_array_equal(vitface.load(shared, weights=path).embed(images), model.embed(images))
 
 
 def test_neither_run_nor_checkpoint(tmp_path):

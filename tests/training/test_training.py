@@ -1,9 +1,10 @@
 import csv
-import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from vitface.data.loader import epoch_order, read_batches, split_people
 from vitface.errors import CheckpointError, ConfigError, DataError
 from vitface.evaluation.verify import auc
 from vitface.model.margin import MarginLoss
-from vitface.training import setup
+from vitface.training import loop, setup
 from vitface.training.loop import Trainer
 from vitface.training.resume import configure
 from vitface.training.run import run
@@ -85,35 +86,33 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if name.endswith("lora_b"))
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
-@pytest.mark.parametrize("use_dalora", [False, True])
-def test_resume_is_bit_exact_from_any_step(tmp_path, stop_at, use_dalora):
-    flags = {**SMALL, "use_dalora": use_dalora, "loss": "adaface" if use_dalora else "cosface"}
-    whole = resolve({**flags, "save_dir": str(tmp_path / "whole")})
-    run(whole)
-    broken = resolve_choices(resolve({**flags, "save_dir": str(tmp_path / "broken")}))
-    trainer = Trainer(broken, tmp_path / "broken")
-    stopped = iter(range(stop_at))
-    batches = trainer._batches
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_resume_is_bit_exact_from_any_step(tmp_path, monkeypatch, stop_at, number):
+    """A signal in the middle of a step: the step is finished, the run saved, and its resumption ends as if unbroken."""
+    flags = {**SMALL, "use_dalora": stop_at % 2 == 0, "loss": "adaface" if stop_at % 2 else "cosface"}
+    run(resolve({**flags, "save_dir": str(tmp_path / "whole")}))
+    steps = []
 
-    def interrupted(epoch):
-        for batch in batches(epoch):
-            if next(stopped, None) is None:
-                raise KeyboardInterrupt
-            yield batch
+    def signalled(*arguments):
+        steps.append(len(steps) + 1)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
 
-    trainer._batches = interrupted
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text(json.dumps(dataclasses.asdict(broken)))
-    from vitface.training.log import RunLog
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(RunLog(tmp_path / "broken", broken))
-    assert trainer.progress.step == stop_at
-    run(resolve({**flags, "save_dir": str(tmp_path / "broken"), "resume": "auto", "num_workers": 1}))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            run(resolve({**flags, "save_dir": str(tmp_path / "broken")}))
+    assert len(steps) == stop_at
+    assert (tmp_path / "broken" / "checkpoints" / "last").resolve().name == f"step-{stop_at}"
+    run(configure({"save_dir": str(tmp_path / "broken"), "resume": "auto", "num_workers": 1}))
     assert fingerprint(tmp_path / "broken") == fingerprint(tmp_path / "whole")
-    whole_log, broken_log = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
-    assert [row["holdout_auc"] for row in whole_log] == [row["holdout_auc"] for row in broken_log]
+    assert (tmp_path / "broken" / "results.md").is_file()
+    logs = [[{**row, "img_per_s": 0} for row in read_log(tmp_path / name)] for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+    best = [(tmp_path / name / "checkpoints" / "best").resolve().name for name in ("whole", "broken")]
+    assert best[0] == best[1]
 
 
 def test_two_runs_are_bitwise_equal_and_seeds_differ(tmp_path):
@@ -136,7 +135,7 @@ def test_resume_of_a_finished_run_says_so(tmp_path, capsys):
 def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(tmp_path):
     flags = {**SMALL, "save_dir": str(tmp_path / "run"), "epochs": 1}
     run(resolve(flags))
-    with pytest.raises(CheckpointError, match=r"already holds a run; add --resume auto"):
+    with pytest.raises(CheckpointError, match=r"already holds a run \(config\.json\); add --resume auto"):
         run(resolve(flags))
     with pytest.raises(CheckpointError, match=r"--margin: 0\.35 -> 0\.2\n  --lr: 0\.0005 -> 0\.1"):
         run(resolve({**flags, "resume": "auto", "lr": 0.1, "margin": 0.2}))
@@ -146,6 +145,38 @@ def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(
     assert train.main(["--resume", str(step), "--lr", "0.1"]) == 2
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(resolve({**flags, "resume": str(tmp_path)}))
+    with pytest.raises(ConfigError, match="leave --save-dir"):
+        configure({"resume": str(tmp_path / "run"), "save_dir": str(tmp_path / "other")})
+
+
+def test_resume_refuses_another_backbone_other_data_and_damaged_settings(tmp_path, monkeypatch, capsys):
+    run(resolve({**SMALL, "save_dir": str(tmp_path / "run")}))
+    step = tmp_path / "run" / "checkpoints" / "step-2"
+    assert train.main(["--resume", str(step), "--weights", str(ROOT / "weights" / "vit_nano.safetensors")]) == 2
+    assert "another backbone file" in capsys.readouterr().err
+    monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 5)
+    assert train.main(["--resume", str(step)]) == 2
+    assert "is not the data" in capsys.readouterr().err
+    config = tmp_path / "run" / "config.json"
+    good = json.loads(config.read_text())
+    for bad in ("{", "[]", json.dumps({**good, "colour": 1})):
+        config.write_text(bad)
+        assert train.main(["--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 2
+        assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refused", ["a full disk", "a read-only folder"])
+def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path, monkeypatch, capsys, refused):
+    command = ["--backbone", "vit_nano", "--weights", "random", "--image-size", "112", "--train-data", "synthetic"]
+    command += ["--batch-size", "8", "--epochs", "1", "--holdout-people", "3", "--num-workers", "0", "--device", "cpu"]
+
+    def refuse(*arguments):
+        raise OSError(28 if refused == "a full disk" else 30, refused)
+
+    monkeypatch.setattr("vitface.training.checkpoint.write_tensors", refuse)
+    assert train.main([*command, "--save-dir", str(tmp_path / "run")]) == 2
+    assert refused in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
@@ -198,14 +229,17 @@ def test_order_is_a_permutation_of_seed_and_epoch():
     assert (first != epoch_order(100, 1, 0)).any()
 
 
+class Marked:
+    """Sample i is an image of value i, but sample 7 is damaged."""
+
+    def read(self, index):
+        if index == 7:
+            raise DataError("image 7 is damaged")
+        return np.full((112, 112, 3), index, np.uint8)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_arrive_in_order_and_name_a_bad_image(num_workers):
-    class Marked:
-        def read(self, index):
-            if index == 7:
-                raise DataError("image 7 is damaged")
-            return np.full((112, 112, 3), index, np.uint8)
-
     indices = np.array([5, 3, 9, 1, 7])
     positions = [np.array([2, 0]), np.array([1, 3])]
     state = torch.get_rng_state()
@@ -273,7 +307,8 @@ def test_dry_run_needs_nothing_and_writes_nothing(tmp_path):
 def test_import_is_quiet_and_light():
     code = (
         "import sys, vitface; vitface.load; vitface.load_backbone; "
-        "bad = {'triton', 'transformers', 'sklearn', 'wandb', 'vitface.training.loop'} & set(sys.modules); "
+        "bad = {'triton', 'transformers', 'sklearn', 'wandb', 'kernels'} & set(sys.modules); "
+        "bad |= {name for name in sys.modules if name.startswith('vitface.training')}; "
         "assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -85,6 +85,8 @@ def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
     ImageError for a side under 16 px, and for an image that is not square: stretching or cutting it would put the face
     elsewhere than the model expects, so it has to be aligned first.
     """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(f"{where}: {image.dtype} {image.shape} is not an RGB image, uint8 (H, W, 3)")
     height, width = image.shape[:2]
     if height == width == CROP_SIZE:
         return image
@@ -104,6 +106,11 @@ def _decode(data: bytes) -> np.ndarray:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
     image.load()
+    return to_array(image)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) RGB of a Pillow image: turned by its EXIF, 16 bits scaled, alpha on grey."""
     orientation = _orientation(image)
     rgb = _to_rgb(image)
     if orientation in _TRANSPOSE:

@@ -4,6 +4,8 @@ Any number of workers gives the same batches, and a resumed run continues in the
 later batch.
 """
 
+import hashlib
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +26,11 @@ class Split:
     labels: np.ndarray  # (n,) their people, in [0, num_people)
     num_people: int
     held_out: np.ndarray  # (h,) samples of people that never train
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this split of this data from another: counts, and a SHA-256 of who is where."""
+        digest = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.labels.astype("<i8").tobytes())
+        return {"images": len(self.indices), "people": self.num_people, "sha256": digest.hexdigest()}
 
 
 def split_people(samples: Samples, holdout_people: int, max_samples: int | None, seed: int) -> Split:
@@ -66,7 +73,7 @@ class _Reader(Dataset):
 
 
 def read_batches(
-    samples: Samples, indices: np.ndarray, positions: list[np.ndarray], num_workers: int = 0
+    samples: Samples, indices: np.ndarray, positions: list[np.ndarray], num_workers: int = 0, pinned: bool = False
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """For each array of `positions` into `indices`: (positions, images uint8 (B, 112, 112, 3)), in order.
 
@@ -75,9 +82,13 @@ def read_batches(
     # an own generator, so that making the iterator does not draw from the global one
     loader = DataLoader(
         _Reader(samples, indices), batch_size=None, sampler=positions, num_workers=num_workers,
-        generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(), pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_run,
     )  # fmt: skip
     for where, images in zip(positions, loader, strict=True):
         if isinstance(images, DataError):
             raise images
         yield where, images
+
+
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,8 @@
 """The benchmarks: where they lie, how many pairs they must have, what they test; and a model's result on one.
 
-Files are InsightFace's, DATA_DIR/NAME.bin; "synthetic" is drawn by this project and needs none.
+A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with beside aligned 112 x 112
+crops under the published names: lfw/pairs.txt, calfw/pairs_CALFW.txt, cplfw/pairs_CPLFW.txt, cfp/Protocol. "synthetic"
+is drawn by this project and needs no file.
 """
 
 import functools
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.images import decode_image, to_crop
-from vitface.data.pairs import VerificationSet, read_bin
+from vitface.data.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
 from vitface.data.synthetic import synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.verify import Verification, pair_distance, verify
@@ -38,16 +40,36 @@ BENCHMARKS = {
 }
 
 
-def benchmark_file(name: str, data_dir: str | Path) -> Path:
-    """Where benchmark `name` is expected; DataError for an unknown name."""
-    if name not in BENCHMARKS:
-        raise DataError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    return Path(data_dir) / f"{name}.bin"
+PAIR_LISTS = {
+    "lfw": ("lfw/pairs.txt", lambda path: read_lfw_pairs(path, path.parent)),
+    "calfw": ("calfw/pairs_CALFW.txt", lambda path: read_calfw_pairs(path, path.parent)),
+    "cplfw": ("cplfw/pairs_CPLFW.txt", lambda path: read_calfw_pairs(path, path.parent)),
+    "cfp_fp": ("cfp/Protocol", lambda path: read_cfp_pairs(path, "FP")),
+    "cfp_ff": ("cfp/Protocol", lambda path: read_cfp_pairs(path, "FF")),
+}
+
+
+def benchmark_path(name: str, data_dir: str | Path) -> Path:
+    """Where real benchmark `name` lies: its .bin if there is one, else its pair list if there is one, else its .bin."""
+    file = Path(data_dir) / f"{name}.bin"
+    if not file.is_file() and name in PAIR_LISTS and (Path(data_dir) / PAIR_LISTS[name][0]).exists():
+        return Path(data_dir) / PAIR_LISTS[name][0]
+    return file
+
+
+def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
+    """The pairs of a real benchmark; DataError if it is missing or not what it should be."""
+    path = benchmark_path(name, data_dir)
+    if not path.exists():
+        raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
+    pairs = read_bin(path) if path.suffix == ".bin" else PAIR_LISTS[name][1](path)
+    check_pairs(name, pairs)
+    return pairs
 
 
 def available(data_dir: str | Path) -> list[str]:
-    """The real benchmarks whose file is in `data_dir`."""
-    return [name for name in BENCHMARKS if name != "synthetic" and benchmark_file(name, data_dir).is_file()]
+    """The real benchmarks that are in `data_dir`."""
+    return [name for name in BENCHMARKS if name != "synthetic" and benchmark_path(name, data_dir).exists()]
 
 
 def evaluate_benchmark(embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128) -> Verification:
@@ -59,11 +81,7 @@ def evaluate_benchmark(embed: Embed, name: str, data_dir: str | Path, batch_size
         images, issame = _synthetic_benchmark()
         rows = np.concatenate([embed(images[at : at + batch_size]) for at in range(0, len(images), batch_size)])
         return verify(pair_distance(rows[::2], rows[1::2]), issame)
-    path = benchmark_file(name, data_dir)
-    if not path.is_file():
-        raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
-    pairs = read_bin(path)
-    check_pairs(name, pairs)
+    pairs = read_benchmark(name, data_dir)
     first, second = embed_pairs(embed, pairs, batch_size)
     return verify(pair_distance(first, second), pairs.issame, pairs.folds)
 

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
-from vitface.data.images import read_image, to_crop
+from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
 from vitface.data.preprocess import normalise, resize, to_float
 from vitface.model.lora import TARGETS, add_lora
 from vitface.model.router import DomainClassifier
 from vitface.model.vit import ViT
 
 TOKEN_WIDTH = 32
-Images = np.ndarray | Tensor | Sequence[str | Path | Image.Image]  # uint8 (B, 112, 112, 3), or paths, or PIL images
+Images = np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -58,14 +58,17 @@ class FaceModel(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.config = config
-        self.vit = vit.requires_grad_(False).to(DTYPES[config.dtype])
+        self.vit = vit.requires_grad_(False)
+        for name, parameter in vit.named_parameters():
+            if not (config.train_patch_embed and name.startswith("patch_embed.")):
+                parameter.data = parameter.data.to(DTYPES[config.dtype])
         if config.lora_rank:
             add_lora(
                 vit, TARGETS[config.lora_targets], config.lora_rank, config.lora_alpha, config.lora_scaling,
                 config.num_domains, impl, generator,
             )  # fmt: skip
         if config.train_patch_embed:
-            vit.patch_embed.requires_grad_(True).float()
+            vit.patch_embed.requires_grad_(True)
         dim = config.vit.embed_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -94,7 +97,8 @@ class FaceModel(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Images, flip: bool = True, batch_size: int = 128) -> np.ndarray:
-        """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths or PIL images.
+        """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths, PIL images or
+        uint8 (H, W, 3) arrays, which are resized if they are square.
 
         `flip` sums the embeddings of the image and its mirror image before normalising, as the field's protocol does.
         Runs in eval mode; ImageError names a file that is no square crop.
@@ -114,7 +118,7 @@ class FaceModel(nn.Module):
         for batch in self._batches(images, batch_size):
             logits = self.route(self.vit.tokens(self.preprocess(batch)))
             rows.append(torch.ones(len(batch), 1) if logits is None else logits.softmax(dim=1).cpu())
-        return torch.cat(rows).numpy()
+        return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.num_domains), np.float32)
 
     @torch.no_grad()
     def attention(self, images: Images, block: int = -1) -> np.ndarray:
@@ -127,20 +131,27 @@ class FaceModel(nn.Module):
             rows.append(
                 rearrange(maps[:, :, 0, 1:], "b nh (h w) -> b nh h w", h=self.config.vit.grid(inputs.shape[-1]))
             )
-        return torch.cat(rows).cpu().numpy()
+        side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
+        return torch.cat(rows).cpu().numpy() if rows else np.zeros((0, heads, side, side), np.float32)
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         """float (B, 3, 112, 112) in [0, 1] on the model's device, `batch_size` at a time."""
         if self.training:
             raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
+        if isinstance(images, str | Path):
+            raise TypeError(f"images must be a list, even of one: [{str(images)!r}]")
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
-            if not isinstance(chunk, np.ndarray | Tensor):
-                chunk = np.stack([_as_crop(item) for item in chunk])
-            yield to_float(torch.as_tensor(chunk).to(self.vit.pos_embed.device))
+            if not isinstance(chunk, Tensor):
+                chunk = torch.from_numpy(np.stack([_as_crop(item) for item in chunk]))
+            if chunk.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
+                raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(chunk.shape)}")
+            yield to_float(chunk.to(self.vit.pos_embed.device))
 
 
-def _as_crop(image: str | Path | Image.Image) -> np.ndarray:
+def _as_crop(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return to_crop(np.asarray(image.convert("RGB")))
+        return to_crop(to_array(image))
+    if isinstance(image, np.ndarray):
+        return to_crop(image)
     return to_crop(read_image(image), str(image))

@@ -37,7 +37,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
-        self.scaling = 0.0
+        self.scaling, self.num_domains = 0.0, 1
         self.impl = "reference"
 
     def add_lora(self, rank: int, scaling: float, num_domains: int, impl: str, generator: torch.Generator | None):
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         a = torch.empty(num_domains * rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a.to(self.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, num_domains * rank, device=self.weight.device))
-        self.scaling, self.impl = scaling, impl
+        self.scaling, self.num_domains, self.impl = scaling, num_domains, impl
 
     def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
         if self.lora_a is None or self.lora_b is None or not adapted:
@@ -88,14 +88,18 @@ def add_lora(
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, num_domains: int = 1) -> None:
+def merge_lora(model: nn.Module) -> None:
     """Folds W += scaling · B A into every adapted layer and drops the adapters, in place.
 
-    ValueError for DA-LoRA (num_domains > 1): its weights differ from image to image, so no single W' equals it.
+    ValueError for DA-LoRA: its weights differ from image to image, so no single W' equals it.
     """
-    if num_domains > 1:
-        raise ValueError(f"DA-LoRA with {num_domains} domains cannot be merged: its weights depend on the image")
-    for layer in adapted_linears(model).values():
+    layers = adapted_linears(model)
+    for name, layer in layers.items():
+        if layer.num_domains > 1:
+            raise ValueError(
+                f"{name} has {layer.num_domains} domains: DA-LoRA's weights depend on the image, no merging"
+            )
+    for layer in layers.values():
         assert layer.lora_a is not None and layer.lora_b is not None
         merged = layer.weight.double() + layer.scaling * (layer.lora_b.double() @ layer.lora_a.double())
         layer.weight.copy_(merged.to(layer.weight.dtype))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMPLS = ("reference",)
+EXPLICIT_TOKENS = 512  # above, the (N, N) map costs more memory than it saves time
 
 
 def lora_linear(
@@ -52,9 +53,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(hd)) v over (B, nh, N, hd) (Vaswani et al. 2017, eq. 1).
 
     On the CPU at a ViT's few hundred tokens the two matrix products as they stand beat the fused kernel, most of all
-    in the backward pass (kernels/README.md), so SDPA is for devices that have a good one.
+    in the backward pass (docs/experiments.md); SDPA is for longer sequences, and for devices that have a good one.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.shape[-2] <= EXPLICIT_TOKENS:
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

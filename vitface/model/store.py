@@ -10,14 +10,14 @@ SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
-from importlib import resources
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vitface.config import (
@@ -36,6 +36,7 @@ from vitface.model.vit import ViT, init_weights, resample_pos_embed
 from vitface.version import __version__
 
 BACKBONE_FORMAT = "vitface-backbone-1"
+MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
 
 
 def sha256_file(path: Path) -> str:
@@ -44,6 +45,11 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, written like any other file: safetensors' own writer makes it unreadable to one's group."""
+    path.write_bytes(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
 
 
 def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
@@ -61,7 +67,7 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
     }
     partial = path.with_name(path.name + ".part")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
+        write_tensors(partial, tensors, metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -86,8 +92,10 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
             f"  python -m vitface.weights.convert NAME --src {path} --out weights/NAME.safetensors\n"
             f"with NAME one of {', '.join(VIT_PRESETS)}"
         )
-    config = vit_config(json.loads(metadata["config"]))
-    return metadata["name"], config, tensors, json.loads(metadata["source"])
+    try:
+        return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 
 
 def cache_home() -> Path:
@@ -101,10 +109,11 @@ def find_backbone(name: str) -> Path:
     WeightsError names the places and the fetch command.
     """
     file, home = f"{name}.safetensors", cache_home()
-    packaged = resources.files("vitface.weights") / file
-    for path in (Path("weights") / file, home / file, Path(str(packaged))):
-        if path.is_file():
-            return path
+    packaged = importlib.util.find_spec("vitface.weights")  # absent in a clone that was not installed
+    folders = [Path("weights"), home, *map(Path, packaged.submodule_search_locations or [] if packaged else [])]
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
     raise WeightsError(
         f"no weights for {name}: looked for {file} in ./weights, {home} and the package. Get them with\n"
         f"  python -m vitface.weights.fetch {name}\n"
@@ -199,25 +208,22 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
 def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:
     if config.weights_sha256 == "random":
         return "random"
-    candidates = [] if weights is None else [Path(weights)]
-    if weights is None:
-        recorded = read_config(step.resolve().parent.parent).get("weights")
-        candidates = [Path(recorded)] if recorded and Path(recorded).is_file() else [find_backbone(config.backbone)]
-    for path in candidates:
-        if path.is_file() and sha256_file(path) == config.weights_sha256:
-            return path
-    raise CheckpointError(
-        f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is not "
-        f"{candidates[0]}; name the right file with --weights FILE"
-    )
+    recorded = read_config(step.resolve().parent.parent).get("weights") if weights is None else weights
+    path = Path(recorded) if recorded and (weights or Path(recorded).is_file()) else find_backbone(config.backbone)
+    if not path.is_file() or sha256_file(path) != config.weights_sha256:
+        raise CheckpointError(
+            f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is "
+            f"not {path}; name the right file with --weights FILE"
+        )
+    return path
 
 
-def verify_checkpoint(path: Path) -> None:
-    """CheckpointError unless the files of one step directory are those that its manifest sealed."""
+def verify_checkpoint(path: Path, files: tuple[str, ...]) -> None:
+    """CheckpointError unless these files of one step directory are the ones that its manifest sealed."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, sealed in manifest["files"].items():
-            file = path / name
+        for name in files:
+            file, sealed = path / name, manifest["files"][name]
             if file.stat().st_size != sealed["size"] or sha256_file(file) != sealed["sha256"]:
                 raise CheckpointError(f"{file} is damaged: it differs from what {path.name}/manifest.json sealed")
     except FileNotFoundError as error:
@@ -227,18 +233,18 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """One verified step directory for `path`, which is a run directory (its best) or a step directory."""
+    """The step directory for `path`, a run directory (its best) or a step directory; its model files verify."""
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "best"
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a run directory nor a checkpoint; train one with python train.py")
-    verify_checkpoint(path)
+    verify_checkpoint(path, MODEL_FILES)
     return path
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run directory in `runs` whose checkpoints changed last; CheckpointError if there is none."""
-    found = [path.parent for path in runs.glob("*/checkpoints") if (path / "best").exists()]
+    found = [path.parent for path in runs.glob("*/checkpoints") if (path / "last").exists()]
     if not found:
         raise CheckpointError(
             f"no trained run in {runs}/: train one, or name a checkpoint or a frozen backbone:\n"
@@ -246,4 +252,4 @@ def newest_run(runs: Path = Path("runs")) -> Path:
             f"  python evaluate.py --checkpoint RUN\n"
             f"  python evaluate.py --backbone dinov2 --image-size 224"
         )
-    return max(found, key=lambda run: (run / "checkpoints" / "best").lstat().st_mtime)
+    return max(found, key=lambda run: (run / "checkpoints" / "last").lstat().st_mtime)

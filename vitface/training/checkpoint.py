@@ -19,14 +19,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vitface.errors import CheckpointError
-from vitface.model.store import sha256_file, verify_checkpoint
+from vitface.model.store import MODEL_FILES, sha256_file, verify_checkpoint, write_tensors
 from vitface.version import __version__
 
 KEEP_LAST = 2
+ALL_FILES = (*MODEL_FILES, "training.safetensors", "training.json")
 
 
 def save_checkpoint(
@@ -42,12 +43,13 @@ def save_checkpoint(
     parent = run_dir / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     final, partial = parent / f"step-{step}", parent / f".partial-step-{step}"
-    for leftover in (final, partial):  # a step is saved again only after a rewind, and then this one is the valid one
+    if is_whole(final):  # a step is a function of the run's settings: what is there is what would be written
+        return final
+    for leftover in (final, partial):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
-    for name, tensors in (("model", model_tensors), ("training", training_tensors)):
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, partial / f"{name}.safetensors")
+    write_tensors(partial / "model.safetensors", model_tensors)
+    write_tensors(partial / "training.safetensors", training_tensors)
     _write_json(partial / "model.json", model_settings)
     _write_json(partial / "training.json", training_state)
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in partial.iterdir()}
@@ -64,6 +66,15 @@ def save_checkpoint(
     return final
 
 
+def is_whole(path: Path) -> bool:
+    """Whether every file of a step directory is there as its manifest sealed it."""
+    try:
+        verify_checkpoint(path, ALL_FILES)
+    except CheckpointError:
+        return False
+    return True
+
+
 def step_directories(run_dir: Path) -> list[Path]:
     """The run's step-N directories, newest first, verified or not."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
@@ -74,11 +85,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest step directory that verifies, None if the run has none at all; CheckpointError if none is whole."""
     directories = step_directories(run_dir)
     for path in directories:
-        try:
-            verify_checkpoint(path)
+        if is_whole(path):
             return path
-        except CheckpointError:
-            continue
     if directories:
         raise CheckpointError(f"no checkpoint in {run_dir} is whole; start afresh in another --save-dir")
     return None
@@ -90,7 +98,7 @@ def load_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _fsync(path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vitface.config import TrainConfig
-from vitface.errors import ConfigError
 
 
 class RunLog:
@@ -22,7 +21,7 @@ class RunLog:
         self.trackers = [*_wandb(run_dir, config), *_tensorboard(run_dir, config)]
 
     def _keep_until(self, step: int) -> list[dict]:
-        lines = self.jsonl.read_text().splitlines() if self.jsonl.exists() else []
+        lines = self.jsonl.read_text(encoding="utf-8").splitlines() if self.jsonl.exists() else []
         kept = []
         for line in lines:
             try:
@@ -31,11 +30,11 @@ class RunLog:
                 continue
             if row["step"] <= step:
                 kept.append(row)
-        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         return kept
 
     def step(self, **values: Any) -> None:
-        with open(self.jsonl, "a") as file:
+        with open(self.jsonl, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         for tracker in self.trackers:
             tracker(values)
@@ -46,7 +45,7 @@ class RunLog:
 
     def _append_csv(self, values: dict) -> None:
         new = not self.csv.exists()
-        with open(self.csv, "a", newline="") as file:
+        with open(self.csv, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(values))
             if new:
                 writer.writeheader()
@@ -56,21 +55,20 @@ class RunLog:
 def _wandb(run_dir: Path, config: TrainConfig) -> list:
     if not config.wandb:
         return []
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("--wandb needs Weights & Biases: pip install 'vitface[wandb]'") from None
-    run = wandb.init(project="vitface", name=run_dir.name, dir=str(run_dir), config=dataclasses.asdict(config))
+    import wandb
+
+    run = wandb.init(
+        project="vitface", name=run_dir.name, id=run_dir.name, resume="allow", dir=str(run_dir),
+        config=dataclasses.asdict(config),
+    )  # fmt: skip
     return [lambda values: run.log(values, step=values["step"])]
 
 
 def _tensorboard(run_dir: Path, config: TrainConfig) -> list:
     if not config.tensorboard:
         return []
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("--tensorboard needs TensorBoard: pip install 'vitface[tensorboard]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(run_dir / "tensorboard")
 
     def track(values: dict) -> None:

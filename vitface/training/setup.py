@@ -1,6 +1,7 @@
 """What a run is made of: the choices that "auto" stands for, the samples, the model, and how large it is."""
 
 import dataclasses
+import importlib.util
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vitface.data.records import Samples, load_samples
 from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
+from vitface.evaluation.benchmarks import available
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
 from vitface.model.store import find_backbone, load_backbone, weights_sha256
@@ -25,7 +27,8 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     impl = "reference" if config.impl == "auto" else config.impl
-    config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl)
+    weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
+    config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
     if config.dry_run:
         config = dataclasses.replace(
             config, weights="random", train_data="synthetic", val_data=None, epochs=1, limit_batches=2,
@@ -45,6 +48,9 @@ def open_inputs(config: TrainConfig) -> Samples:
             find_backbone(backbone_name(config.backbone))
     except WeightsError as error:
         problems.append(str(error))
+    for extra in ("wandb", "tensorboard"):
+        if getattr(config, extra) and importlib.util.find_spec(extra) is None:
+            problems.append(f"--{extra} needs an extra that is not installed:\n  pip install 'vitface[{extra}]'")
     try:
         if config.train_data == "synthetic":
             samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
@@ -55,6 +61,14 @@ def open_inputs(config: TrainConfig) -> Samples:
     if samples is None or problems:
         raise ConfigError("\n\n".join(problems))
     return samples
+
+
+def final_benchmarks(config: TrainConfig) -> list[str]:
+    """What the run is evaluated on at its end; ConfigError for a `--val-data` that is none (the default may be)."""
+    if config.val_data not in (None, TrainConfig.val_data) and not Path(config.val_data).is_dir():
+        raise ConfigError(f"--val-data {config.val_data} is no folder; name the one of lfw.bin, cfp_fp.bin, ...")
+    real = available(config.val_data) if config.val_data else []
+    return ["synthetic", *real] if config.train_data == "synthetic" else real
 
 
 def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, MarginLoss]:
