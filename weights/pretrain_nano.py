@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitface.config import VIT_PRESETS, ViTConfig
+from vitface.data.counter import uniform
 from vitface.data.preprocess import normalise, to_float
-from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes, uniform
+from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
 from vitface.data.synthetic import PRETRAIN_PEOPLE, synthetic_pairs
 from vitface.evaluation.verify import pair_distance, verify
 from vitface.model.store import save_backbone

@@ -90,6 +90,7 @@ def test_uniforms_are_uniform_and_differ_by_seed_epoch_and_index():
     u = uniforms(1, 2, np.arange(5000))
     assert u.shape == (5000, NUM_UNIFORMS)
     assert u.min() >= 0 and u.max() < 1
+    assert torch.equal(uniforms(1, 2, np.array([7, 9])), u[[7, 9]])
     np.testing.assert_allclose(u.mean(0), 0.5, atol=0.02)
     np.testing.assert_allclose(u.var(0), 1 / 12, atol=0.005)
     correlations = np.corrcoef(u.numpy().T) - np.eye(NUM_UNIFORMS)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitface.data.canvas import HALF_VIEW
-from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes, uniform
+from vitface.data.counter import uniform
+from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes
 from vitface.data.synthetic import (
     DOMAINS,
     PRETRAIN_PEOPLE,

@@ -11,23 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitface.data.counter import uniform
+
 NUM_UNIFORMS = 24
 ROTATION, ZOOM, SHIFT, JITTER = math.radians(10), 0.12, 0.08, 0.5
 LOW_RESOLUTIONS = (24, 32, 48, 64, 88)
 
 
-def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int = NUM_UNIFORMS) -> Tensor:
-    """(B, count) float32 in [0, 1), a row per image index: SplitMix64 (Steele et al. 2014) of (seed, epoch, index)."""
-    state = _mix(_mix(_mix(np.full(1, seed, np.uint64)) + np.uint64(epoch)) + indices.astype(np.uint64))
-    bits = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def uniforms(seed: int, epoch: int, indices: np.ndarray) -> Tensor:
+    """(B, NUM_UNIFORMS) float32 in [0, 1), a row per image index."""
+    # the upper 24 bits only: rounding to float32 must not reach 1
+    return torch.from_numpy(np.floor(uniform(NUM_UNIFORMS, seed, epoch, indices) * 2**24).astype(np.float32) / 2**24)
 
 
 def augment(images: Tensor, u: Tensor, policy: str) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitface.data.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, View, meet, smooth_max, soft, unit
+from vitface.data.counter import uniform
 
 FACTORS = (
     "head_width", "head_height", "head_depth", "jaw_width", "jaw_length", "chin_size", "chin_forward", "cheek_fullness",
@@ -33,37 +34,15 @@ MOMENTS = (
     "shirt_r", "shirt_g", "shirt_b", "noise_level", "noise_start",
 )  # fmt: skip
 
-_MASK = (1 << 64) - 1
-
-
-def _mix(z):
-    """splitmix64's finaliser on a Python int or a uint64 array: the same stream with every version of numpy."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def uniform(count: int, *keys: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1), a pure function of the integer keys."""
-    state = 0
-    for key in keys:
-        state = _mix((state + 0x9E3779B97F4A7C15 + (int(key) & _MASK)) & _MASK)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(state)
-    z = (steps ^ (steps >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
 
 def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
     """The persons' factors in the order of `FACTORS`, (B,) -> (B, F) in [-1, 1), independent and uniform."""
-    rows = [2 * uniform(len(FACTORS), 1, person) - 1 for person in np.atleast_1d(people).tolist()]
-    return np.array(rows, np.float32).reshape(-1, len(FACTORS))
+    return (2 * uniform(len(FACTORS), 1, np.atleast_1d(people)) - 1).astype(np.float32)
 
 
 def photo_moments(seeds: ArrayLike) -> NDArray[np.float32]:
     """What changes from photo to photo, in the order of `MOMENTS`: (B,) -> (B, M) in [-1, 1), all uniform."""
-    rows = [2 * uniform(len(MOMENTS), 3, seed) - 1 for seed in np.atleast_1d(seeds).tolist()]
-    return np.array(rows, np.float32).reshape(-1, len(MOMENTS))
+    return (2 * uniform(len(MOMENTS), 3, np.atleast_1d(seeds)) - 1).astype(np.float32)
 
 
 def _noise_bank() -> NDArray[np.float32]:

@@ -8,7 +8,8 @@ lamp from one side); its other factors are mild. The people to pretrain, train a
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitface.data.render import render_faces, uniform
+from vitface.data.counter import uniform
+from vitface.data.render import render_faces
 from vitface.errors import DataError
 
 DOMAINS = ("pose", "age", "light")
