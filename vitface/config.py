@@ -127,6 +127,23 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     return FaceConfig(**{**settings, "vit": vit_config(settings["vit"])})
 
 
+_RECORDED: dict[str, Any] = {
+    "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
+}  # fmt: skip
+_DEMO: dict[str, Any] = {
+    "backbone": "vit_nano", "image_size": 112, "train_data": "synthetic", "use_dalora": True, "router_depth": 2,
+    "head": "bn", "embedding_dim": 128, "margin": 0.2, "scale": 32.0, "augment": "flip", "epochs": 3, "lr": 2e-3,
+    "head_lr": 1e-2, "warmup_epochs": 0.3, "num_workers": 0, "val_data": None,
+}  # fmt: skip
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "demo": _DEMO,
+    "exp_001": {**_RECORDED, "backbone": "dinov2", "use_dalora": False},
+    "exp_002": {**_RECORDED, "backbone": "clip", "use_dalora": False},
+    "exp_003": {**_RECORDED, "backbone": "dinov2", "use_dalora": True},
+    "exp_004": {**_RECORDED, "backbone": "clip", "use_dalora": True},
+}
+
+
 def flag(default: Any, text: str) -> Any:
     """A field of `TrainConfig` with its help text."""
     return field(default=default, metadata={"help": text})
@@ -136,7 +153,7 @@ def flag(default: Any, text: str) -> Any:
 class TrainConfig:
     """One training run, flat. Every field is a flag of train.py; the resolved values are saved in the run directory."""
 
-    exp: str | None = flag(None, "preset to start from; explicit flags win over it")
+    exp: str | None = flag(None, f"preset to start from: {', '.join(EXPERIMENTS)}; explicit flags win over it")
     backbone: str = flag("dinov2", "backbone preset or alias")
     weights: str | None = flag(None, "converted backbone file, or 'random'; default: look in the usual places")
     image_size: int = flag(224, "input side in pixels, a multiple of the patch")
@@ -205,23 +222,6 @@ class TrainConfig:
         vit.grid(self.image_size)
         if not 1 <= self.router_depth <= vit.depth:
             raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
-
-
-_RECORDED: dict[str, Any] = {
-    "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
-}  # fmt: skip
-_DEMO: dict[str, Any] = {
-    "backbone": "vit_nano", "image_size": 112, "train_data": "synthetic", "use_dalora": True, "router_depth": 2,
-    "head": "bn", "embedding_dim": 128, "margin": 0.2, "scale": 32.0, "augment": "flip", "epochs": 3, "lr": 2e-3,
-    "head_lr": 1e-2, "warmup_epochs": 0.3, "num_workers": 0, "val_data": None,
-}  # fmt: skip
-EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "demo": _DEMO,
-    "exp_001": {**_RECORDED, "backbone": "dinov2", "use_dalora": False},
-    "exp_002": {**_RECORDED, "backbone": "clip", "use_dalora": False},
-    "exp_003": {**_RECORDED, "backbone": "dinov2", "use_dalora": True},
-    "exp_004": {**_RECORDED, "backbone": "clip", "use_dalora": True},
-}
 
 
 def to_flag(name: str) -> str:

@@ -67,6 +67,8 @@ class Trainer:
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
         self.forward: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
+        domains = self.samples.domains
+        self.has_domain_labels = config.use_dalora and domains is not None and domains.max() + 1 == config.num_domains
         self.progress = Progress()
 
     def header(self) -> str:
@@ -79,7 +81,8 @@ class Trainer:
             [
                 textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
                 f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
-                f"{len(split.held_out):,} images of other people held out",
+                f"{len(split.held_out):,} images of other people held out"
+                f"{', with domain labels' if self.has_domain_labels else ''}",
                 f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
                 f"device: {config.device}, {config.dtype}, adapted layers: {config.impl}",
                 setup.parameter_table(self.model, self.margin),
@@ -153,7 +156,7 @@ class Trainer:
             order[at * config.batch_size : (at + 1) * config.batch_size]
             for at in range(self.progress.step - epoch * self.steps_per_epoch, self.steps_per_epoch)
         ]
-        domains = self.samples.domains if config.num_domains == _count(self.samples.domains) else None
+        domains = self.samples.domains if self.has_domain_labels else None
         pinned = self.device.type == "cuda"
         for where, images in read_batches(self.samples, split.indices, positions, config.num_workers, pinned):
             u = uniforms(config.seed, epoch, split.indices[where])
@@ -212,7 +215,3 @@ class Trainer:
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": moments, "param_groups": whole["param_groups"]})
         self.progress = Progress(**state["progress"])
-
-
-def _count(domains: np.ndarray | None) -> int:
-    return 0 if domains is None else int(domains.max()) + 1
