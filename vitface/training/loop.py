@@ -1,4 +1,4 @@
-"""The training loop: samples -> batches -> steps -> checkpoints, then one evaluation of the best epoch.
+"""The training loop: samples -> batches -> steps -> judged epochs -> checkpoints.
 
 The best epoch is chosen on held-out training people (AUC over their pairs), never on a benchmark. Everything random is
 a function of (seed, epoch, index), so a run resumed from any step continues as if it had not stopped.
