@@ -14,9 +14,14 @@ from vitface.model.vit import ViT, init_weights
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
-torch.set_num_threads(1)
 
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread, so that sums are added in one order; full-size runs take all there are."""
+    torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture
