@@ -298,6 +298,7 @@ def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
 def test_dry_run_needs_nothing_and_writes_nothing(tmp_path):
     """As a user would: a fresh process in an empty folder, the recorded DA-LoRA experiment on random weights."""
     command = [sys.executable, str(ROOT / "train.py"), "--exp", "exp_003", "--image-size", "56", "--dry-run"]
+    command += ["--wandb", "--patience", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1,623,555" in done.stdout

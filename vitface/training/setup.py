@@ -32,7 +32,8 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     if config.dry_run:
         config = dataclasses.replace(
             config, weights="random", train_data="synthetic", val_data=None, epochs=1, limit_batches=2,
-            batch_size=min(config.batch_size, 8), max_samples=64, holdout_people=0, num_workers=0, resume=None,
+            batch_size=min(config.batch_size, 8), max_samples=64, holdout_people=0, patience=0, num_workers=0,
+            resume=None, wandb=False, tensorboard=False,
         )  # fmt: skip
     return config
 
