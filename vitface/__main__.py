@@ -1,0 +1,28 @@
+"""python -m vitface COMMAND ...: everything beside training and evaluation."""
+
+import importlib
+import sys
+
+# command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS), default=0)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: python -m vitface COMMAND [--help]", "", *lines])
+
+
+def main(argv: list[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"unknown command {name!r}\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
