@@ -193,7 +193,7 @@ class TrainConfig:
     resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
     device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
-    impl: Literal["auto", "reference"] = flag("auto", "implementation of the adapted linear layers")
+    impl: Literal["auto", "reference", "fused"] = flag("auto", "of the adapted linear layers; auto: fused")
     compile: bool = flag(False, "torch.compile the model")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
     tensorboard: bool = flag(False, "also log for TensorBoard (extra: vitface[tensorboard])")

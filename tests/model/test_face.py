@@ -165,3 +165,14 @@ def test_seeds_decide_the_initialisation():
     assert all(torch.equal(first[key], again[key]) for key in first)
     for key in ("head.proj.weight", "router.fc1.weight", "vit.blocks.0.attn.qkv.lora_a"):
         assert not torch.equal(first[key], other[key])
+
+
+@pytest.mark.parametrize("num_domains", [1, 3])
+def test_the_last_block_computes_only_what_the_head_reads(num_domains):
+    model = tiny_face(num_domains=num_domains).double()
+    randomise_adapters(model)
+    tokens = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double())
+    gate = torch.tensor([[0.2, 0.7, 0.1], [1.0, 0.0, 0.0]]).double() if num_domains > 1 else None
+    cls = model.vit.encode(tokens, gate, queries=1)
+    assert cls.shape[1] == 1
+    torch.testing.assert_close(cls, model.vit.encode(tokens, gate)[:, :1], rtol=0, atol=1e-13)

@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
         assert part in printed
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["use_dalora"] is True
-    assert saved["impl"] == "reference"
+    assert saved["impl"] == "fused"
     rows = read_log(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(np.isfinite(float(row["loss"])) and 0 <= float(row["holdout_auc"]) <= 1 for row in rows)

@@ -40,6 +40,7 @@ class EmbeddingHead(nn.Module):
         width = num_tokens * TOKEN_WIDTH if kind == "patches" else embed_dim
         self.proj = nn.Identity() if kind == "cls" else nn.Linear(width, embedding_dim)
         self.norm = nn.BatchNorm1d(embedding_dim) if kind in ("bn", "patches") else nn.Identity()
+        self.queries = None if kind == "patches" else 1  # leading tokens that are read
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.reduce is None:
@@ -79,7 +80,7 @@ class FaceModel(nn.Module):
         tokens = self.vit.tokens(images)
         logits = self.route(tokens)
         gate = None if logits is None else logits.softmax(dim=1)
-        return self.head(self.vit.encode(tokens, gate)), logits
+        return self.head(self.vit.encode(tokens, gate, self.head.queries)), logits
 
     def route(self, tokens: Tensor) -> Tensor | None:
         """What enters the first block (B, N, D) -> domain logits (B, K), None for plain LoRA."""

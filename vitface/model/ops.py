@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "fused")
 EXPLICIT_TOKENS = 512  # above, the (N, N) map costs more memory than it saves time
 
 
@@ -32,12 +32,18 @@ def lora_linear(
     """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
 
     weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
-    pair. ValueError if the shapes disagree or `impl` is not one of `IMPLS`: a request never falls back in silence.
+    pair. "reference" is the formula as it stands; "fused" (vitface.kernels) makes no pass over x or y for the adapter
+    and needs frozen weights. ValueError if the shapes disagree or `impl` cannot run: a request never falls back in
+    silence.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not available; this version has {', '.join(IMPLS)}")
     if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or lora_a.shape[0] % gate.shape[1]):
         raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {lora_a.shape[0]}")
+    if impl == "fused":
+        from vitface.kernels import lora_linear as kernels  # the one import of the kernels
+
+        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate)
     return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate)
 
 

@@ -6,7 +6,7 @@ State-dict names are DINOv2's and timm's.
 
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
-alone.
+alone; `queries` asks for that many leading tokens only (1 is CLS), None for all.
 """
 
 import torch
@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention, (B, N, D) -> (B, N or queries, D)."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
@@ -44,9 +44,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x, gate, adapted)
         return rearrange(qkv, "b n (three nh hd) -> three b nh n hd", three=3, nh=self.num_heads)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
+    ) -> Tensor:
         q, k, v = self.split_heads(x, gate, adapted)
-        return self.proj(rearrange(attention(q, k, v), "b nh n hd -> b n (nh hd)"), gate, adapted)
+        return self.proj(rearrange(attention(q[:, :, :queries], k, v), "b nh n hd -> b n (nh hd)"), gate, adapted)
 
 
 class Mlp(nn.Module):
@@ -88,8 +90,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, config.act)
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), gate, adapted))
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
+    ) -> Tensor:
+        x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), gate, adapted, queries))
         return x + self.ls2(self.mlp(self.norm2(x), gate, adapted))
 
 
@@ -122,11 +126,15 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.encode(self.tokens(images), gate)
 
-    def encode(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """What enters the first block (B, N, D) -> final-norm tokens (B, N, D)."""
-        for block in self.blocks:
+    def encode(self, x: Tensor, gate: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """What enters the first block (B, N, D) -> final-norm tokens (B, N or queries, D).
+
+        The last block computes nothing for the tokens that nobody asks for; the others are exactly the same.
+        """
+        *body, last = self.blocks
+        for block in body:
             x = block(x, gate)
-        return self.norm(x)
+        return self.norm(last(x, gate, queries=queries))
 
     def attention(self, images: Tensor, gate: Tensor | None = None, block: int = -1) -> Tensor:
         """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, rows sum to one."""

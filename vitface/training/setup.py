@@ -26,7 +26,7 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    impl = "reference" if config.impl == "auto" else config.impl
+    impl = "fused" if config.impl == "auto" else config.impl
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
     if config.dry_run:
