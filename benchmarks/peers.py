@@ -1,0 +1,167 @@
+"""What users would otherwise run: timm or transformers with PEFT, and DA-LoRA written in plain PyTorch.
+
+Every contestant is the same function of the same weights: the backbone comes from one state dict, the adapters are
+copied from ours, and `train_step.py` and `embed.py` compare outputs and gradients before they time anything.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitface.config import VIT_PRESETS
+from vitface.model.lora import adapted_linears
+from vitface.model.store import load_backbone
+from vitface.model.vit import ViT
+from vitface.weights.convert import convert_file
+
+TIMM = {
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vitb14": "vit_base_patch14_dinov2",
+    "dinov2_vitl14": "vit_large_patch14_dinov2",
+    "clip_vitb16": "vit_base_patch16_clip_quickgelu_224",
+    "clip_vitl14": "vit_large_patch14_clip_quickgelu_224",
+    "vit_tiny_patch16": "vit_tiny_patch16_224",
+}
+TARGETS = {"timm": r".*\.attn\.(qkv|proj)", "transformers": r".*\.attention\.[qkvo]_proj"}
+
+
+def timm_backbone(vit: ViT, name: str, fused_attention: bool) -> nn.Module:
+    """timm's model with the weights of `vit`; (B, 3, S, S) -> CLS after the final norm (B, D)."""
+    import timm
+
+    model = timm.create_model(TIMM[name], img_size=vit.image_size, num_classes=0)
+    model.load_state_dict(vit.state_dict())
+    for block in model.blocks:
+        block.attn.fused_attn = fused_attention
+    return model
+
+
+def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[nn.Module, ViT]:
+    """A random transformers DINOv2 and the same weights in ours, through the converter."""
+    import transformers
+
+    config = VIT_PRESETS[name]
+    settings = transformers.Dinov2Config(
+        hidden_size=config.embed_dim, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
+        image_size=config.native_size, patch_size=config.patch_size, attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Dinov2Model(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        convert_file(name, config, Path(folder, "model.safetensors"), Path(folder, "ours.safetensors"))
+        return model, load_backbone(name, Path(folder, "ours.safetensors"), image_size)
+
+
+class PooledCLS(nn.Module):
+    """transformers' model as (B, 3, S, S) -> CLS after the final norm (B, D)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).pooler_output
+
+
+def with_peft(
+    model: nn.Module, kind: str, vit: ViT, rank: int, alpha: float, dtype: torch.dtype, cast: bool
+) -> nn.Module:
+    """PEFT's LoRA on qkv and proj, as its documentation does it, with our adapters' values.
+
+    `cast` is PEFT's autocast_adapter_dtype: under a bf16 model it keeps the adapters, and their products, in float32.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[kind])
+    model = get_peft_model(model.to(dtype), config, autocast_adapter_dtype=cast)
+    modules = dict(model.base_model.model.named_modules())
+    with torch.no_grad():
+        for path, layer in adapted_linears(vit).items():
+            for theirs, rows in peft_layers(path, kind, layer.out_features):
+                modules[theirs].lora_A["default"].weight.copy_(layer.lora_a)
+                modules[theirs].lora_B["default"].weight.copy_(layer.lora_b[rows])
+    return model
+
+
+def peft_layers(path: str, kind: str, outputs: int) -> list[tuple[str, slice]]:
+    """Which of their layers hold which rows of our layer `path`: transformers (5.x) splits q, k and v."""
+    if kind == "timm":
+        return [(path, slice(None))]
+    block = path.split(".")[1]
+    prefix = f"model.encoder.layer.{block}.attention"
+    if path.endswith("proj"):
+        return [(f"{prefix}.o_proj", slice(None))]
+    third = outputs // 3
+    return [(f"{prefix}.{part}_proj", slice(n * third, (n + 1) * third)) for n, part in enumerate("qkv")]
+
+
+class LoopedDomains(nn.Module):
+    """DA-LoRA as PEFT's X-LoRA computes its mixture: for each domain, B_k A_k of the weighted input is added."""
+
+    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float, num_domains: int):
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        self.a = nn.ParameterList(lora_a.chunk(num_domains))
+        self.b = nn.ParameterList(lora_b.chunk(num_domains, dim=1))
+        self.gate: Tensor | None = None  # (B, K), set before each forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.gate is None:
+            return y
+        for k, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            weighted = x * self.gate[:, k, None, None].to(x.dtype)
+            y = y + F.linear(F.linear(weighted, a.to(x.dtype)), b.to(x.dtype)) * self.scaling
+        return y
+
+
+class ConcatenatedDomains(nn.Module):
+    """DA-LoRA as an expert would write it: one wide pair, the gate on its bottleneck."""
+
+    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float, num_domains: int):
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        self.a, self.b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.gate: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.gate is None:
+            return y
+        gate = self.gate.repeat_interleave(len(self.a) // self.gate.shape[1], dim=1)[:, None].to(x.dtype)
+        return y + F.linear(F.linear(x, self.a.to(x.dtype)) * gate, self.b.to(x.dtype)) * self.scaling
+
+
+class TimmDALoRA(nn.Module):
+    """timm's ViT with DA-LoRA layers of one of the two kinds, and our router: (B, 3, S, S) -> CLS (B, D)."""
+
+    def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, depth: int, domains: int):
+        super().__init__()
+        self.model, self.router, self.depth = model.requires_grad_(False), router, depth
+        self.layers = []
+        for path, layer in adapted_linears(vit).items():
+            parent = model.get_submodule(path.rpartition(".")[0])
+            name = path.rpartition(".")[2]
+            a, b = layer.lora_a.detach().clone(), layer.lora_b.detach().clone()
+            adapted = kind(getattr(parent, name), a, b, layer.scaling, domains)
+            setattr(parent, name, adapted)
+            self.layers.append(adapted)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.model._pos_embed(self.model.patch_embed(images))
+        tokens = self.model.norm_pre(tokens)
+        self.set_gate(None)
+        with torch.no_grad():
+            early = tokens
+            for block in self.model.blocks[: self.depth]:
+                early = block(early)
+        self.set_gate(self.router(early[:, 1:].mean(1)).softmax(1))
+        return self.model.norm(self.model.blocks(tokens))[:, 0]
+
+    def set_gate(self, gate: Tensor | None) -> None:
+        for layer in self.layers:
+            layer.gate = gate
