@@ -4,6 +4,7 @@ Every contestant is the same function of the same weights: the backbone comes fr
 copied from ours, and `train_step.py` and `embed.py` compare outputs and gradients before they time anything.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -40,10 +41,13 @@ def timm_backbone(vit: ViT, name: str, fused_attention: bool) -> nn.Module:
 
 
 def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[nn.Module, ViT]:
-    """A random transformers DINOv2 and the same weights in ours, through the converter."""
+    """A random transformers DINOv2 and the same weights in ours, through the converter.
+
+    Both as if pretrained at `image_size`: transformers and Meta resample positions by different rules.
+    """
     import transformers
 
-    config = VIT_PRESETS[name]
+    config = dataclasses.replace(VIT_PRESETS[name], native_size=image_size)
     settings = transformers.Dinov2Config(
         hidden_size=config.embed_dim, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
         image_size=config.native_size, patch_size=config.patch_size, attn_implementation=attention,
