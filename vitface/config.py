@@ -195,6 +195,7 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the adapted linear layers; auto: fused")
     compile: bool = flag(False, "torch.compile the model")
+    memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
     tensorboard: bool = flag(False, "also log for TensorBoard (extra: vitface[tensorboard])")
     dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
@@ -202,7 +203,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        for name in (*positive, "epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples"):
+        for name in (*positive, "epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")

@@ -9,10 +9,13 @@ Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh he
 alone; `queries` asks for that many leading tokens only (1 is CLS), None for all.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitface.config import ViTConfig
 from vitface.model.lora import Linear
@@ -113,6 +116,7 @@ class ViT(nn.Module):
         self.norm_pre = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.recomputed = 0  # leading blocks that save their input only and run again in the backward pass
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> what enters the first block, (B, N, D), in the dtype of `pos_embed`."""
@@ -131,10 +135,10 @@ class ViT(nn.Module):
 
         The last block computes nothing for the tokens that nobody asks for; the others are exactly the same.
         """
-        *body, last = self.blocks
-        for block in body:
-            x = block(x, gate)
-        return self.norm(last(x, gate, queries=queries))
+        for number, block in enumerate(self.blocks, start=1):
+            run = partial(checkpoint, block, use_reentrant=False) if number <= self.recomputed else block
+            x = run(x, gate, True, queries if number == len(self.blocks) else None)
+        return self.norm(x)
 
     def attention(self, images: Tensor, gate: Tensor | None = None, block: int = -1) -> Tensor:
         """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, rows sum to one."""

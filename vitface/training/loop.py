@@ -28,6 +28,7 @@ from vitface.training import setup
 from vitface.training.checkpoint import load_training, save_checkpoint
 from vitface.training.interrupt import StopRequest, stop_requests
 from vitface.training.log import RunLog
+from vitface.training.memory import plan_memory
 from vitface.training.step import parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
@@ -63,6 +64,8 @@ class Trainer:
             self.steps_per_epoch = min(self.steps_per_epoch, config.limit_batches)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.model, self.margin = setup.build_model(config, self.split.num_people)
+        self.memory = plan_memory(self.model, self.margin, config.batch_size, config.memory_budget)
+        self.model.vit.recomputed = self.memory.recomputed
         groups = parameter_groups(self.model, self.margin, config)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
@@ -86,6 +89,7 @@ class Trainer:
                 f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
                 f"device: {config.device}, {config.dtype}, adapted layers: {config.impl}",
                 setup.parameter_table(self.model, self.margin),
+                f"memory: {self.memory}",
                 f"estimated time: {remaining / 60:.1f} min for {self.total_steps - self.progress.step:,} steps "
                 f"({config.batch_size / seconds:,.0f} img/s before reading and augmenting)",
             ]
