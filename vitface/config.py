@@ -178,9 +178,7 @@ class TrainConfig:
     margin: float = flag(0.35, "margin m")
     scale: float = flag(64.0, "scale s of the cosines")
     augment: Literal["none", "flip", "strong", "randaugment"] = flag("strong", "augmentation of the training images")
-    sampler: Literal["image", "identity"] = flag(
-        "image", "an epoch shows each image once, or each person equally often"
-    )
+    sampler: Literal["image", "identity"] = flag("image", "show each image once per epoch, or each person as often")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")
     max_images_per_identity: int | None = flag(None, "use at most this many training images of a person")
@@ -208,16 +206,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        for name in (
-            *positive,
-            "epochs",
-            "lr",
-            "head_lr",
-            "clip",
-            "limit_batches",
-            "max_samples",
-            "max_images_per_identity",
-        ):
+        positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
+        for name in positive:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")

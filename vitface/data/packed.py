@@ -87,7 +87,7 @@ class PackedSamples:
 
         def is_whole(shard: int) -> bool:
             count, sha256 = self._shards[shard]
-            return hashlib.sha256(images[ends[shard] - count : ends[shard]]).hexdigest() == sha256
+            return hashlib.sha256(images[ends[shard] - count : ends[shard]].data).hexdigest() == sha256
 
         shards = range(len(self._shards))
         with ThreadPoolExecutor() as pool:

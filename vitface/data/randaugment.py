@@ -108,24 +108,9 @@ def greyscale(x: Tensor, bins: Tensor, signs: Tensor) -> Tensor:
     return _grey(x).expand_as(x).clone()
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    operation.__name__: operation
-    for operation in (
-        identity,
-        shear_x,
-        translate_x,
-        rotate,
-        brightness,
-        colour,
-        contrast,
-        sharpness,
-        posterize,
-        solarize,
-        auto_contrast,
-        equalize,
-        greyscale,
-    )  # fmt: skip
-}
+_ALL = [identity, shear_x, translate_x, rotate, brightness, colour, contrast, sharpness, posterize, solarize]
+_ALL += [auto_contrast, equalize, greyscale]
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {each.__name__: each for each in _ALL}
 
 
 def _factor(bins: Tensor, signs: Tensor) -> Tensor:
