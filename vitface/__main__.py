@@ -4,7 +4,9 @@ import importlib
 import sys
 
 # command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+}
 
 
 def usage() -> str:

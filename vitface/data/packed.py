@@ -73,6 +73,11 @@ class PackedSamples:
         """uint8 (112, 112, 3)."""
         return self.gather(np.array([index]))[0]
 
+    image = read  # as the other kinds have it: what was stored
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, image {index}"
+
     def gather(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 (B, 112, 112, 3) of samples `indices` (B,), written into `out` if it is given."""
         if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):

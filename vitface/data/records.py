@@ -111,9 +111,15 @@ class RecordSamples:
 
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError or DataError names the file and the record's key."""
-        where = f"{self.path / 'train.rec'}, record {self._keys[index]}"
-        _, image = read_record(self._data(), int(self._offsets[index]), where)
-        return to_crop(decode_image(image, where), where)
+        return to_crop(self.image(index), self.where(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; errors as `read`."""
+        _, image = read_record(self._data(), int(self._offsets[index]), self.where(index))
+        return decode_image(image, self.where(index))
+
+    def where(self, index: int) -> str:
+        return f"{self.path / 'train.rec'}, record {self._keys[index]}"
 
     def _data(self) -> mmap:
         if self._map is None:
@@ -191,10 +197,16 @@ class FolderSamples:
     def file(self, index: int) -> Path:
         return self.path / self.names[self.labels[index]] / self._files[index]
 
+    def where(self, index: int) -> str:
+        return str(self.file(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; ImageError names the file."""
+        return read_image(self.file(index))
+
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError names the file."""
-        path = self.file(index)
-        return to_crop(read_image(path), str(path))
+        return to_crop(self.image(index), self.where(index))
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
