@@ -69,7 +69,7 @@ def unaligned(found: Scan) -> Findings:
         return
     (x, y), best = max(fits.items(), key=lambda item: item[1])
     what = f"eyes and mouth of the mean face are not at the template's places (correlation {fits[0, 0]:.2f})"
-    if best > fits[0, 0] + 0.1 and best > 0.4:
+    if best > fits[0, 0] + 0.1 and best > 0.3:
         what += f"; they fit {x:+d}, {y:+d} pixels away"
         what += ": the 96 x 112 template" if (x, y) == (-8, 0) else ""
     yield Finding(
