@@ -5,6 +5,7 @@ import sys
 
 # command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
 COMMANDS: dict[str, tuple[str, str]] = {
+    "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
     "data": ("vitface.data.commands", "pack training data, check it, look at it"),
 }
 

@@ -16,9 +16,10 @@ from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
+from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
-from vitface.model.store import cache_home, find_backbone, load_backbone, weights_sha256
+from vitface.model.store import find_backbone, load_backbone, weights_sha256
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
