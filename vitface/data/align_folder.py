@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vitface.errors import DataError, ImageError, exit_code
 
 MIN_FACE = 32  # pixels; smaller faces have less to show than the crop has room for
 CHUNK = 16
+CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 COLUMNS = ["file", "status", "faces", *POINTS]
 EXAMPLES = """examples:
@@ -33,9 +34,8 @@ EXAMPLES = """examples:
 
 OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
 (no crop). Its columns are those --landmarks takes, so landmarks can be mended in a copy of it. A second call goes on
-with the photos that are not in align.csv yet.
+with the photos that have no crop yet.
 """
-Landmarks = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,31 @@ class Row:
         return [self.file, self.status, str(self.faces), *points]
 
 
-def align_folder(
-    src: Path, out: Path, finder: FaceDetector | Landmarks, files: Iterable[str] | None = None, num_workers: int = 0
-) -> Counter[str]:
-    """Aligns `files` (default: every image below `src`) into `out`; how many photos had each status, old and new.
+@dataclass(frozen=True)
+class Finder:
+    """Landmarks (5, 2) by file name, and the detector for photos that have none; faces under `min_face` get no crop."""
 
-    DataError if there is no image. Photos that OUT/align.csv lists are not done again.
+    landmarks: dict[str, np.ndarray]
+    detector: FaceDetector | None = None
+    min_face: float = 0
+
+    def find(self, name: str, image: np.ndarray) -> Row:
+        if name in self.landmarks:
+            return Row(name, "ok", 1, self.landmarks[name])
+        faces = [] if self.detector is None else self.detector.detect(image)
+        if not faces:
+            return Row(name, "none", 0)
+        face = central_face(faces, *image.shape[:2])
+        status = "tiny" if min(face.box[2:]) < self.min_face else "ok" if len(faces) == 1 else "several"
+        return Row(name, status, len(faces), face.landmarks)
+
+
+def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> Counter[str]:
+    """Aligns every image below `src` into `out`; how many photos had each status, in this call or an earlier one.
+
+    DataError if there is no image. Photos that OUT/align.csv lists with a crop are not done again.
     """
-    names = photos_in(src) if files is None else sorted(set(files))
+    names = photos_in(src)
     if not names:
         raise DataError(f"{src} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +113,7 @@ def crop_path(out: Path, name: str) -> Path:
 
 
 def read_report(path: Path) -> dict[str, str]:
-    """File -> status of an align.csv; written anew without what a broken run left unfinished."""
+    """File -> status of the photos that have a crop according to an align.csv; a line left unfinished is cut off."""
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         return {}
@@ -107,10 +124,10 @@ def read_report(path: Path) -> dict[str, str]:
     rows = csv.DictReader(io.StringIO(whole))
     if rows.fieldnames != COLUMNS:
         raise DataError(f"{path} is not the report of an alignment; choose another folder")
-    return {row["file"]: row["status"] for row in rows}
+    return {row["file"]: row["status"] for row in rows if row["status"] in CROPPED}
 
 
-def read_landmarks(path: Path) -> Landmarks:
+def read_landmarks(path: Path) -> dict[str, np.ndarray]:
     """File -> (5, 2) of a CSV with the columns file, x1, y1, ... x5, y5; rows without landmarks are left out.
 
     DataError names the line that is wrong.
@@ -134,7 +151,7 @@ def read_landmarks(path: Path) -> Landmarks:
     return landmarks
 
 
-def _align_chunk(src: Path, out: Path, finder: FaceDetector | Landmarks, names: list[str]) -> str:
+def _align_chunk(src: Path, out: Path, finder: Finder, names: list[str]) -> str:
     """Writes the crops; the rows of align.csv as text."""
     text = io.StringIO()
     for name in names:
@@ -146,22 +163,12 @@ def _align_chunk(src: Path, out: Path, finder: FaceDetector | Landmarks, names: 
     return text.getvalue()
 
 
-def _align_photo(src: Path, out: Path, finder: FaceDetector | Landmarks, name: str) -> Row:
+def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
     image = read_image(src / name)
-    if isinstance(finder, FaceDetector):
-        faces = finder.detect(image)
-        if not faces:
-            return Row(name, "none", 0)
-        face = central_face(faces, *image.shape[:2])
-        row = Row(name, "ok" if len(faces) == 1 else "several", len(faces), face.landmarks)
-        if min(face.box[2:]) < MIN_FACE:
-            return Row(name, "tiny", len(faces), face.landmarks)
-    elif name not in finder:
-        return Row(name, "none", 0)
-    else:
-        row = Row(name, "ok", 1, finder[name])
-    assert row.landmarks is not None
-    write_crop(crop_path(out, name), align_face(image, row.landmarks))
+    row = finder.find(name, image)
+    if row.status in CROPPED:
+        assert row.landmarks is not None
+        write_crop(crop_path(out, name), align_face(image, row.landmarks))
     return row
 
 
@@ -185,6 +192,20 @@ def summary(statuses: Counter[str]) -> Iterator[str]:
     return (f"{statuses[status]:>8,} photos {text}" for status, text in words.items() if statuses[status])
 
 
+def add_finder_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--landmarks", type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector")
+    add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
+    add("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+
+
+def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:
+    """With --landmarks alone, nothing is detected."""
+    landmarks = read_landmarks(arguments.landmarks) if arguments.landmarks else {}
+    detector = FaceDetector(arguments.detector) if arguments.detector or not landmarks else None
+    return Finder(landmarks, detector, min_face)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m vitface align", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
@@ -192,15 +213,12 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of photos, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the crops, under the same names")
-    parser.add_argument("--landmarks", type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5 instead of a detector")
-    parser.add_argument("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
-    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add_finder_flags(parser)
     arguments = parser.parse_args(argv)
 
     def align() -> int:
-        landmarks, out = arguments.landmarks, arguments.out
-        finder = read_landmarks(landmarks) if landmarks else FaceDetector(arguments.detector)
-        statuses = align_folder(arguments.src, out, finder, num_workers=arguments.num_workers)
+        finder, out = make_finder(arguments, MIN_FACE), arguments.out
+        statuses = align_folder(arguments.src, out, finder, arguments.num_workers)
         print("\n".join(summary(statuses)))
         print(
             f"each photo is listed in {out / 'align.csv'}; look at the crops, then: python -m vitface data check {out}"

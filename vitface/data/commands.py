@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from vitface.data.align_folder import add_finder_flags, make_finder
+from vitface.data.build import RELEASES, build
 from vitface.data.check import check, report_text
 from vitface.data.packed import PackedSamples
 from vitface.data.packing import pack
@@ -18,6 +20,7 @@ EXAMPLES = """examples:
   python -m vitface data check data                         everything in the folder; exit code 1 if something is wrong
   python -m vitface data check data/my-people --against data/lfw.bin
   python -m vitface data pack data/casia-webface data/casia-packed
+  python -m vitface data build cplfw downloads/cplfw data
   python -m vitface data show data/casia-webface --augment strong --out sheet.png
 """
 
@@ -46,6 +49,12 @@ def make_parser() -> argparse.ArgumentParser:
     checking.add_argument("--json", action="store_true", help="print the reports as JSON")
     for sub in (packing, checking):
         sub.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    building = command("build", _build, "a benchmark's .bin from its official release: photos and pair list")
+    building.add_argument("name", choices=RELEASES, help="the benchmark")
+    building.add_argument("src", type=Path, metavar="SRC", help="folder of the release, as it unpacks")
+    building.add_argument("out", type=Path, metavar="OUT", help="folder for NAME.bin and, in NAME, the aligned crops")
+    building.add_argument("--pairs", type=Path, metavar="FILE", help="the pair list, where SRC does not hold it")
+    add_finder_flags(building)
     showing = command("show", _show, "draw what the model sees of a training set, before and after augmentation")
     showing.add_argument("path", type=Path, metavar="PATH", help="training set")
     showing.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
@@ -81,6 +90,14 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(map(report_text, reports)))
     return int(any(report.problems for report in reports))
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    finder = make_finder(arguments, min_face=0)
+    pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
+    print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
+    print(f"next: python -m vitface data check {arguments.out / arguments.name}.bin")
+    return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
