@@ -76,6 +76,8 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> 
 
     DataError if there is no image. Photos that OUT/align.csv lists with a crop are not done again.
     """
+    if out.resolve().is_relative_to(src.resolve()):
+        raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
     names = photos_in(src)
     if not names:
         raise DataError(f"{src} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
@@ -107,9 +109,8 @@ def photos_in(src: Path) -> list[str]:
 
 
 def crop_path(out: Path, name: str) -> Path:
-    """JPEG stays JPEG, everything else becomes PNG."""
-    path = out / name
-    return path if path.suffix.lower() in (".jpg", ".jpeg") else path.with_suffix(".png")
+    """JPEG and PNG keep their name, a.webp becomes a.webp.png."""
+    return out / (name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.png")
 
 
 def read_report(path: Path) -> dict[str, str]:
@@ -176,7 +177,7 @@ def write_crop(path: Path, crop: np.ndarray) -> None:
     """JPEG at quality 95 with full colour, or PNG; a broken write leaves no file of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    kind = {"format": "PNG"} if path.suffix == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    kind = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
     Image.fromarray(crop).save(partial, **kind)
     os.replace(partial, path)
 
