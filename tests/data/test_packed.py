@@ -196,7 +196,17 @@ def touched(folder):
     os.utime(folder.parents[1] / "set" / "p0" / "0.png", (1, 1))
 
 
+def without(key):
+    def fault(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[key]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return fault
+
+
 FAULTS = {
+    "no hash": (without("labels_sha256"), "manifest.json is damaged"),
     "nothing": (lambda folder: None, None),
     "image bit": (flip_bit("images.uint8"), "is damaged in shard"),
     "label bit": (flip_bit("labels.npy"), "labels.npy is damaged"),
@@ -219,7 +229,7 @@ def test_a_stale_or_damaged_cache_is_rebuilt_with_a_message(tmp_path, fault, cap
     source = FolderSamples(tmp_path / "set")
     packed = cached(source, tmp_path / "cache", 0, said.append)
     assert packed.path == first.path and len(said) == (1 if message is None else 2)
-    assert message is None or (message in said[1] and said[1].endswith(": packing it again"))
+    assert message is None or (message in said[1] and said[1].endswith("pack the set again (which is done now)"))
     np.testing.assert_array_equal(packed.gather(np.arange(len(source))), [source.read(i) for i in range(len(source))])
 
 

@@ -39,6 +39,7 @@ class PackedSamples:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._map: np.ndarray | None = None
         try:
             manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             labels = (self.path / "labels.npy").read_bytes()
@@ -48,12 +49,12 @@ class PackedSamples:
             raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{self.path / 'manifest.json'} is damaged; pack the set again") from None
-        if hashlib.sha256(labels).hexdigest() != manifest["labels_sha256"]:
+        if hashlib.sha256(labels).hexdigest() != self._labels_sha256:
             raise DataError(f"{self.path / 'labels.npy'} is damaged; pack the set again")
         self.labels = np.load(io.BytesIO(labels), allow_pickle=False)
-        if size != len(self.labels) * CROP_BYTES:
-            raise DataError(f"{self.path / 'images.uint8'} has {size} bytes, not those of {len(self.labels)} images")
-        self._map: np.ndarray | None = None
+        if size != len(self) * CROP_BYTES:
+            what = f"{self.path / 'images.uint8'} has {size} bytes, not those of {len(self)} images"
+            raise DataError(f"{what}; pack the set again")
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         if manifest["format"] != FORMAT:
@@ -61,6 +62,7 @@ class PackedSamples:
         self.names: list[str] = manifest["names"]
         self.source: str = manifest["source"]["identity"]
         self.skipped: list[str] = manifest["skipped"]
+        self._labels_sha256: str = manifest["labels_sha256"]
         self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
 
     def __len__(self) -> int:

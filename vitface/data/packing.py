@@ -56,11 +56,11 @@ def cached(samples: Source, cache: Path, num_workers: int, say: Callable[[str], 
         try:
             packed = PackedSamples(out)
             if packed.source != samples.identity():
-                raise DataError(f"{samples.path} has changed since it was packed")
+                raise DataError(f"{samples.path} has changed since it was packed; pack the set again")
             packed.verify()
         except DataError as error:
             if out.exists():
-                say(f"{error}: packing it again")
+                say(f"{error} (which is done now)")
             else:
                 say(f"packing {samples.path} into {out}, once (--no-pack decodes while training instead)")
             packed = _pack(samples, out, num_workers)
