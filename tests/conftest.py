@@ -19,6 +19,12 @@ TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] /
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """What a test fetches or packs stays out of the user's cache."""
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path_factory.getbasetemp() / "vitface-home"))
+
+
+@pytest.fixture(autouse=True)
 def threads(request):
     """One thread, so that sums are added in one order; full-size runs take all there are."""
     torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)

@@ -4,7 +4,10 @@ import importlib
 import sys
 
 # command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
+    "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+}
 
 
 def usage() -> str:

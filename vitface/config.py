@@ -157,7 +157,9 @@ class TrainConfig:
     backbone: str = flag("dinov2", "backbone preset or alias")
     weights: str | None = flag(None, "converted backbone file, or 'random'; default: look in the usual places")
     image_size: int = flag(224, "input side in pixels, a multiple of the patch")
-    train_data: str = flag("data/casia-webface", "RecordIO folder, image folder (one per person), or 'synthetic'")
+    train_data: str = flag("data/casia-webface", "RecordIO, packed or image folder (one per person), or 'synthetic'")
+    pack: bool = flag(True, "decode the training images once, into --cache; --no-pack: anew in every epoch")
+    cache: str | None = flag(None, "folder for packed training data; default ~/.cache/vitface/packed")
     val_data: str | None = flag("data", "folder of benchmark files, evaluated once at the end")
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a domain classifier")
     num_domains: int = flag(3, "adapters per layer with --use-dalora")
@@ -175,9 +177,11 @@ class TrainConfig:
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
     margin: float = flag(0.35, "margin m")
     scale: float = flag(64.0, "scale s of the cosines")
-    augment: Literal["none", "flip", "strong"] = flag("strong", "augmentation of the training images")
+    augment: Literal["none", "flip", "strong", "randaugment"] = flag("strong", "augmentation of the training images")
+    sampler: Literal["image", "identity"] = flag("image", "show each image once per epoch, or each person as often")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")
+    max_images_per_identity: int | None = flag(None, "use at most this many training images of a person")
     batch_size: int = flag(64, "images per step")
     limit_batches: int | None = flag(None, "at most this many steps per epoch")
     epochs: int = flag(20, "passes over the data")
@@ -187,7 +191,7 @@ class TrainConfig:
     weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
     warmup_epochs: float = flag(1.0, "epochs of linear warm-up before the cosine")
     clip: float = flag(5.0, "largest norm of the gradient")
-    num_workers: int = flag(2, "processes that read and decode images")
+    num_workers: int = flag(2, "processes that decode images")
     seed: int = flag(0, "seeds initialisation, order and augmentation")
     save_dir: str | None = flag(None, "run directory; default runs/EXP-DATE")
     resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
@@ -203,7 +207,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        for name in (*positive, "epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "memory_budget"):
+        positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
+        for name in (*positive, "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")

@@ -20,9 +20,10 @@ from tqdm import tqdm
 import vitface
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError, exit_code
-from vitface.model.store import cache_home, read_backbone, sha256_file
+from vitface.home import cache_home
+from vitface.model.store import read_backbone, sha256_file
 from vitface.weights.convert import Conversion, convert_file, next_command, report
-from vitface.weights.sources import SOURCES
+from vitface.weights.sources import DETECTOR, SOURCES
 
 TIMEOUT = 30  # seconds without a byte
 
@@ -143,12 +144,30 @@ def main(argv: list[str] | None = None) -> int:
         f"backbones: {', '.join(name for name, source in SOURCES.items() if source.url)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
+    parser.add_argument("name", metavar="NAME", help="dinov2, clip or one of the list below; yunet, the face detector")
     args = parser.parse_args(argv)
     return exit_code(lambda: _fetch_and_report(args.name))
 
 
+def fetch_detector() -> Path:
+    """Downloads YuNet, which `python -m vitface align` uses, unless it is there; WeightsError if that fails."""
+    assert DETECTOR.url is not None and DETECTOR.sha256 is not None
+    file = cache_home() / "face_detection_yunet.onnx"
+    if not file.is_file() or sha256_file(file) != DETECTOR.sha256:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download(DETECTOR.url, DETECTOR.sha256, file)
+        except (OSError, http.client.HTTPException) as error:
+            raise WeightsError(
+                f"cannot download {DETECTOR.url}: {error}\nDownload it by hand (sha256 {DETECTOR.sha256}) to {file}"
+            ) from None
+    return file
+
+
 def _fetch_and_report(name: str) -> None:
+    if name == "yunet":
+        print(f"{fetch_detector()} is there\nnext      python -m vitface align SRC OUT")
+        return
     name = backbone_name(name)
     done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
     print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")

@@ -21,6 +21,13 @@ def _clip(file: str, sha256: str) -> Source:
     return Source("OpenAI's CLIP", "MIT", f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", sha256)
 
 
+DETECTOR = Source(  # version 2026may, by its commit; Git LFS, so not at the address of the repository's text
+    "OpenCV Zoo's YuNet",
+    "MIT",
+    "https://media.githubusercontent.com/media/opencv/opencv_zoo/47534e27c9851bb1128ccc0102f1145e27f23f98/"
+    "models/face_detection_yunet/face_detection_yunet_2026may.onnx",
+    "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0",
+)
 SOURCES: dict[str, Source] = {
     "dinov2_vits14": _dinov2(
         "dinov2_vits14/dinov2_vits14_pretrain.pth",

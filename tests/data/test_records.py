@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import struct
 import time
 from io import BytesIO
@@ -20,6 +21,7 @@ from vitface.data.records import FolderSamples, RecordSamples, load_samples
 from vitface.errors import DataError, ImageError
 
 MAGIC = struct.pack("<I", 0xCED7230A)
+MUTATIONS = 20_000
 DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 
 
@@ -278,9 +280,22 @@ def test_a_file_cut_after_opening_is_an_error_not_a_wrong_image(tmp_path):
 
 @pytest.mark.parametrize("name", ["train.rec", "train.idx", "property"])
 def test_mutations_give_samples_or_a_data_error(tmp_path, name):
+    open_mutations(tmp_path, name, 400)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mutations_in_bounded_memory(tmp_path):
+    open_mutations(tmp_path, "train.rec", 200)  # what is loaded once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    open_mutations(tmp_path, "train.rec", MUTATIONS)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    print(f"{MUTATIONS} mutated .rec files")
+
+
+def open_mutations(tmp_path, name, count):
     folder = write_rec(tmp_path / "set", insightface([0.0, 1.0, 1.0]), 2)
     base, rng, outcomes = (folder / name).read_bytes(), random.Random(name), set()
-    for _ in range(400):
+    for _ in range(count):
         data = bytearray(base)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(data))

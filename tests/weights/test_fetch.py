@@ -306,3 +306,16 @@ def test_help_has_examples(capsys):
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert "python -m vitface.weights.fetch dinov2" in printed and "vit_tiny" not in printed
+
+
+def test_the_detector_is_fetched_once_and_checked(server, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "DETECTOR", SOURCES[NAME])
+    file = tmp_path / "home" / "face_detection_yunet.onnx"
+    for _ in range(2):
+        assert fetch.main(["yunet"]) == 0
+        assert file.read_bytes() == content and len(server.requests) == 1
+    file.write_bytes(b"another file")
+    assert fetch.fetch_detector().read_bytes() == content
+    monkeypatch.setattr(fetch, "DETECTOR", dataclasses.replace(SOURCES[NAME], sha256="0" * 64))
+    assert fetch.main(["yunet"]) == 2
+    assert "not the pinned" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitface.data.counter import uniform
+from vitface.data.randaugment import RAND_UNIFORMS, rand_augment
 
 NUM_UNIFORMS = 24
 ROTATION, ZOOM, SHIFT, JITTER = math.radians(10), 0.12, 0.08, 0.5
@@ -28,13 +29,15 @@ def augment(images: Tensor, u: Tensor, policy: str) -> Tensor:
     """float (B, 3, H, W) in [0, 1] -> the same shape; `u` from `uniforms`.
 
     "none"; "flip" mirrors half of them; "strong" adds rotation ±10°, scale ±12 %, shift ±8 %, AdaFace's crop and low
-    resolution (probability 0.2 each; Kim et al. 2022), brightness, contrast and saturation ±50 % (0.8), cut-out (0.25).
+    resolution (probability 0.2 each; Kim et al. 2022), brightness, contrast and saturation ±50 % (0.8), cut-out (0.25);
+    "randaugment" adds FRoundation's RandAugment to the mirroring instead (see `randaugment`).
     """
     if policy == "none":
         return images
     flip = u[:, 0] < 0.5
-    if policy == "flip":
-        return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
+    if policy in ("flip", "randaugment"):
+        images = torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
+        return images if policy == "flip" else rand_augment(images, u[:, 1 : 1 + RAND_UNIFORMS])
     images = _affine(images, flip, u[:, 1:5])
     images = _low_resolution(images, u[:, 5:7])
     images = _photometric(images, u[:, 7:11])

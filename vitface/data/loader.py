@@ -4,18 +4,19 @@ Any number of workers gives the same batches, and a resumed run continues in the
 later batch.
 """
 
+import functools
 import hashlib
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from vitface.data.background import in_processes, in_thread
+from vitface.data.packed import CROP_SHAPE, PackedSamples
 from vitface.data.records import Samples
-from vitface.errors import ConfigError, DataError
+from vitface.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,23 @@ class Split:
         return {"images": len(self.indices), "people": self.num_people, "sha256": digest.hexdigest()}
 
 
-def split_people(samples: Samples, holdout_people: int, max_samples: int | None, seed: int) -> Split:
-    """Keeps `holdout_people` people with at least two images aside, drawn by `seed`; caps the rest at `max_samples`.
+def split_people(
+    samples: Samples, holdout_people: int, max_samples: int | None, seed: int, max_per_identity: int | None = None
+) -> Split:
+    """Keeps `holdout_people` people with at least two images aside, drawn by `seed`.
 
-    ConfigError unless at least two people are left to train on.
+    Of the others, at most `max_per_identity` images each and `max_samples` in all are drawn to train on. ConfigError
+    unless at least two people are left.
     """
     rng = np.random.default_rng([seed, 1])
     counts = np.bincount(samples.labels)
     people = rng.permutation(np.flatnonzero(counts >= 2))[:holdout_people]
     kept_aside = np.isin(samples.labels, people)
     indices = np.flatnonzero(~kept_aside)
+    if max_per_identity is not None:
+        by_person = indices[_by_person(samples.labels[indices], rng)]
+        first = np.searchsorted(samples.labels[by_person], samples.labels[by_person])
+        indices = np.sort(by_person[np.arange(len(by_person)) - first < max_per_identity])
     if max_samples is not None and max_samples < len(indices):
         indices = np.sort(rng.permutation(indices)[:max_samples])
     names, labels = np.unique(samples.labels[indices], return_inverse=True)
@@ -54,22 +62,31 @@ def split_people(samples: Samples, holdout_people: int, max_samples: int | None,
     return Split(indices, labels, len(names), np.flatnonzero(kept_aside))
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count)."""
-    return np.random.default_rng([seed, 2, epoch]).permutation(count)
+def image_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Every position in `labels` (n,) once, shuffled: (n,)."""
+    return np.random.default_rng([seed, 2, epoch]).permutation(len(labels))
 
 
-class _Reader(Dataset):
-    """Positions in `indices` -> uint8 images (B, 112, 112, 3), or the error, which travels back to be raised."""
+def identity_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """n positions in `labels` (n,) that show each of the C people n / C times, rounded down or up: (n,).
 
-    def __init__(self, samples: Samples, indices: np.ndarray):
-        self.samples, self.indices = samples, indices
+    Rounds, in each of which every person has one turn, in a new order; a person's images take turns in shuffled order.
+    """
+    rng = np.random.default_rng([seed, 3, epoch])
+    counts = np.bincount(labels)
+    rounds = -(-len(labels) // len(counts))
+    people = rng.permuted(np.tile(np.arange(len(counts)), (rounds, 1)), axis=1)
+    images = _by_person(labels, rng)
+    turns = np.arange(rounds)[:, None] % counts[people]
+    return images[(np.cumsum(counts) - counts)[people] + turns].reshape(-1)[: len(labels)]
 
-    def __getitem__(self, positions: np.ndarray) -> Tensor | DataError:
-        try:
-            return torch.from_numpy(np.stack([self.samples.read(int(i)) for i in self.indices[positions]]))
-        except DataError as error:
-            return error
+
+EPOCH_ORDERS = {"image": image_order, "identity": identity_order}
+
+
+def _by_person(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Positions in `labels` by ascending label, shuffled within each."""
+    return np.lexsort((rng.random(len(labels)), labels))
 
 
 def read_batches(
@@ -77,18 +94,21 @@ def read_batches(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """For each array of `positions` into `indices`: (positions, images uint8 (B, 112, 112, 3)), in order.
 
-    DataError names the first image that cannot be read.
+    Packed samples are copied by a thread, a few batches ahead; others are decoded in `num_workers` processes. DataError
+    names the first image that cannot be read.
     """
-    # an own generator, so that making the iterator does not draw from the global one
-    loader = DataLoader(
-        _Reader(samples, indices), batch_size=None, sampler=positions, num_workers=num_workers,
-        generator=torch.Generator(), pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_run,
-    )  # fmt: skip
-    for where, images in zip(positions, loader, strict=True):
-        if isinstance(images, DataError):
-            raise images
-        yield where, images
+    if isinstance(samples, PackedSamples):
+        batches = in_thread(functools.partial(_gather, samples, indices, pinned), positions)
+    else:
+        batches = in_processes(functools.partial(_decode, samples, indices), positions, num_workers, pinned)
+    yield from zip(positions, batches, strict=True)
 
 
-def _leave_interrupts_to_the_run(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _gather(samples: PackedSamples, indices: np.ndarray, pinned: bool, positions: np.ndarray) -> Tensor:
+    images = torch.empty(len(positions), *CROP_SHAPE, dtype=torch.uint8, pin_memory=pinned)
+    samples.gather(indices[positions], images.numpy())
+    return images
+
+
+def _decode(samples: Samples, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    return np.stack([samples.read(int(i)) for i in indices[positions]])

@@ -142,18 +142,21 @@ def read_calfw_pairs(pairs_txt: str | Path, image_root: str | Path) -> Verificat
     return VerificationSet(Path(pairs_txt).stem, _read_images(paths), token > 0, folds)
 
 
-def read_cfp_pairs(protocol_dir: str | Path, kind: Literal["FP", "FF"]) -> VerificationSet:
+def read_cfp_pairs(
+    protocol_dir: str | Path, kind: Literal["FP", "FF"], image_root: Path | None = None
+) -> VerificationSet:
     """CFP's Protocol folder, frontal-profile or frontal-frontal; Split/KIND/01..10 are the folds, same pairs first.
 
     A line `i,j` of a split is row i of Pair_list_F.txt and row j of Pair_list_P.txt for FP (both of F for FF). Paths in
-    those lists are relative to the Protocol folder, and may not leave the folder that holds it. DataError names the
-    line that is wrong or whose image cannot be read.
+    those lists are relative to the Protocol folder, and may not leave the folder that holds it; with `image_root` the
+    images are taken from there instead of that folder. DataError names the line that is wrong or whose image cannot be
+    read.
     """
     if kind not in ("FP", "FF"):
         raise ValueError(f"CFP has the protocols FP and FF, not {kind!r}")
     root = Path(protocol_dir)
-    left = _cfp_list(root / "Pair_list_F.txt")
-    right = _cfp_list(root / "Pair_list_P.txt") if kind == "FP" else left
+    left = _cfp_list(root / "Pair_list_F.txt", image_root)
+    right = _cfp_list(root / "Pair_list_P.txt", image_root) if kind == "FP" else left
     paths, issame, folds = [], [], []
     for fold in range(10):
         for same, listing in ((True, "same.txt"), (False, "diff.txt")):
@@ -169,7 +172,27 @@ def read_cfp_pairs(protocol_dir: str | Path, kind: Literal["FP", "FF"]) -> Verif
     return VerificationSet(f"cfp_{kind.lower()}", _read_images(paths), np.array(issame), np.array(folds))
 
 
-def _cfp_list(path: Path) -> dict[int, Path]:
+def read_annotated_pairs(pairs_txt: str | Path, image_root: str | Path) -> VerificationSet:
+    """One line `label path path` per pair, 1 for the same person, paths below `image_root`; folds are not known.
+
+    The form in which AgeDB-30 goes round. DataError names the line that is wrong or whose image cannot be read.
+    """
+    home = Path(os.path.abspath(image_root))
+    paths, issame = [], []
+    for number, line in enumerate(_lines(pairs_txt), 1):
+        where = f"{pairs_txt}: line {number}"
+        label, *files = line.split()
+        if label not in ("0", "1") or len(files) != 2:
+            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}")
+        images = [Path(os.path.abspath(home / file)) for file in files]
+        if any(home not in image.parents for image in images):
+            raise DataError(f"{where} names a file outside {home}")
+        paths += [(image, where) for image in images]
+        issame.append(label == "1")
+    return VerificationSet(Path(pairs_txt).stem, _read_images(paths), np.array(issame))
+
+
+def _cfp_list(path: Path, image_root: Path | None) -> dict[int, Path]:
     """`index path` lines -> the image of each index."""
     home = Path(os.path.abspath(path.parent.parent))
     images = {}
@@ -179,7 +202,7 @@ def _cfp_list(path: Path) -> dict[int, Path]:
         image = Path(os.path.abspath(path.parent / relative))
         if "\0" in relative or home not in image.parents:
             raise DataError(f"{where} names {relative[:80]!r}, which is outside {home}")
-        images[_number(index, where)] = image
+        images[_number(index, where)] = image if image_root is None else image_root / image.relative_to(home)
     return images
 
 

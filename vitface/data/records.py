@@ -1,10 +1,11 @@
-"""Training samples: InsightFace RecordIO folders and image folders, behind one shape, `Samples`.
+"""Training samples: InsightFace RecordIO folders, image folders and packed folders, behind one shape, `Samples`.
 
 Opening checks everything that can be checked without decoding an image (offsets, headers, labels, names); an image is
 decoded when it is read. Nothing is held across a fork or a pickle but names and numbers, so samples can be handed to
 DataLoader workers as they are.
 """
 
+import hashlib
 import os
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from vitface.data.images import decode_image, read_image, to_crop
+from vitface.data.packed import PackedSamples, is_packed
 from vitface.data.recordio import image_records, read_index, read_labels, read_record
 from vitface.errors import DataError
 
@@ -39,8 +41,8 @@ class Samples(Protocol):
     def read(self, index: int) -> np.ndarray: ...
 
 
-def load_samples(path: str | Path) -> "RecordSamples | FolderSamples":
-    """The training set at `path`: a folder with train.rec, or one with a folder of images per person.
+def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSamples":
+    """The training set at `path`: a folder with train.rec, a packed one, or one with a folder of images per person.
 
     DataError says what was looked for and what would help.
     """
@@ -54,6 +56,8 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples":
         )
     if (path / "train.rec").exists():
         return RecordSamples(path)
+    if is_packed(path):
+        return PackedSamples(path)
     for nested in sorted(path.glob("*/train.rec")):
         raise DataError(f"{path} holds no train.rec, but {nested.parent} does; pass --train-data {nested.parent}")
     return FolderSamples(path)
@@ -97,11 +101,25 @@ class RecordSamples:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
 
+    def identity(self) -> str:
+        """A hexadecimal name of the files as they are: another one when the set has changed."""
+        status = (self.path / "train.rec").stat()
+        digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for name in ("train.idx", "property"):
+            digest.update((self.path / name).read_bytes())
+        return digest.hexdigest()
+
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError or DataError names the file and the record's key."""
-        where = f"{self.path / 'train.rec'}, record {self._keys[index]}"
-        _, image = read_record(self._data(), int(self._offsets[index]), where)
-        return to_crop(decode_image(image, where), where)
+        return to_crop(self.image(index), self.where(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; errors as `read`."""
+        _, image = read_record(self._data(), int(self._offsets[index]), self.where(index))
+        return decode_image(image, self.where(index))
+
+    def where(self, index: int) -> str:
+        return f"{self.path / 'train.rec'}, record {self._keys[index]}"
 
     def _data(self) -> mmap:
         if self._map is None:
@@ -167,10 +185,28 @@ class FolderSamples:
     def __len__(self) -> int:
         return len(self._files)
 
+    def identity(self) -> str:
+        """A hexadecimal name of the files as they are: another one when a name, a size or a time has changed."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            path = self.file(index)
+            status = path.stat()
+            digest.update(f"{path.relative_to(self.path)}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def file(self, index: int) -> Path:
+        return self.path / self.names[self.labels[index]] / self._files[index]
+
+    def where(self, index: int) -> str:
+        return str(self.file(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; ImageError names the file."""
+        return read_image(self.file(index))
+
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError names the file."""
-        path = self.path / self.names[self.labels[index]] / self._files[index]
-        return to_crop(read_image(path), str(path))
+        return to_crop(self.image(index), self.where(index))
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

@@ -31,6 +31,7 @@ from vitface.config import (
     vit_config,
 )
 from vitface.errors import CheckpointError, WeightsError
+from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
 from vitface.version import __version__
@@ -96,11 +97,6 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
         return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
     except (KeyError, TypeError, ValueError):
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
-
-
-def cache_home() -> Path:
-    """Where fetched weights are kept: $VITFACE_HOME, default ~/.cache/vitface."""
-    return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
 
 
 def find_backbone(name: str) -> Path:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vitface.config import TrainConfig
 from vitface.data.augment import augment, uniforms
-from vitface.data.loader import epoch_order, read_batches, split_people
+from vitface.data.loader import EPOCH_ORDERS, read_batches, split_people
 from vitface.data.preprocess import to_float
 from vitface.errors import CheckpointError, ConfigError
 from vitface.evaluation.verify import auc
@@ -54,7 +54,9 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.device = torch.device(config.device)
         self.samples = setup.open_inputs(config)
-        self.split = split_people(self.samples, config.holdout_people, config.max_samples, config.seed)
+        self.split = split_people(
+            self.samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
+        )
         if len(self.split.indices) < config.batch_size:
             raise ConfigError(
                 f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}"
@@ -155,7 +157,7 @@ class Trainer:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """What is left of the epoch: normalised images (B, 3, S, S), labels (B,), domains (B,) or None."""
         config, split = self.config, self.split
-        order = epoch_order(len(split.indices), config.seed, epoch)
+        order = EPOCH_ORDERS[config.sampler](split.labels, config.seed, epoch)
         positions = [
             order[at * config.batch_size : (at + 1) * config.batch_size]
             for at in range(self.progress.step - epoch * self.steps_per_epoch, self.steps_per_epoch)

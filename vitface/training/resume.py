@@ -10,6 +10,7 @@ from vitface.model.store import verify_checkpoint
 from vitface.training.checkpoint import ALL_FILES, newest_checkpoint
 
 MAY_CHANGE = {"resume", "save_dir", "device", "num_workers", "wandb", "tensorboard", "val_data", "weights"}
+MAY_CHANGE |= {"pack", "cache"}  # another way to the same images
 OF_THIS_MACHINE = {"device", "resume"}  # not taken over from the run that is resumed
 RUN_FILES = ("config.json", "log.jsonl", "log.csv", "checkpoints")
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from vitface.config import FaceConfig, TrainConfig, backbone_name
-from vitface.data.records import Samples, load_samples
+from vitface.data.packed import PackedSamples
+from vitface.data.packing import cached
+from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples
 from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
+from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
 from vitface.model.store import find_backbone, load_backbone, weights_sha256
@@ -39,7 +42,7 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
 
 
 def open_inputs(config: TrainConfig) -> Samples:
-    """The training samples that `--train-data` names.
+    """The training samples that `--train-data` names, packed on first use unless `--no-pack`.
 
     ConfigError names everything that is missing at once, the backbone's weights and the data alike.
     """
@@ -61,6 +64,11 @@ def open_inputs(config: TrainConfig) -> Samples:
         problems.append(str(error))
     if samples is None or problems:
         raise ConfigError("\n\n".join(problems))
+    if isinstance(samples, PackedSamples):
+        samples.verify()
+    elif config.pack and isinstance(samples, RecordSamples | FolderSamples):
+        cache = Path(config.cache) if config.cache else cache_home() / "packed"
+        samples = cached(samples, cache, config.num_workers, print)
     return samples
 
 

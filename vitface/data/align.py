@@ -1,0 +1,46 @@
+"""Five landmarks -> the 112 x 112 crop that InsightFace's training sets and benchmarks are made of.
+
+Landmarks are (x, y) in pixels, the centre of the upper left pixel at (0, 0), in the order: the eye and then the corner
+of the mouth that are on the image's left come first - left eye, right eye, nose, left corner, right corner.
+"""
+
+import numpy as np
+from PIL import Image
+
+from vitface.data.images import CROP_SIZE
+from vitface.errors import ImageError
+
+# insightface/utils/face_align.py: arcface_dst
+_X, _Y = (38.2946, 73.5318, 56.0252, 41.5493, 70.7299), (51.6963, 51.5014, 71.7366, 92.3655, 92.2041)
+TEMPLATE = np.column_stack([_X, _Y])
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The (2, 3) matrix of rotation, scale and shift that takes points (n, 2) nearest to `target`, in least squares.
+
+    Umeyama 1991, equations 34 to 43; never a reflection. ImageError if the points coincide.
+    """
+    centre, aim = source.mean(0), target.mean(0)
+    points, goals = source - centre, target - aim
+    u, singular, vt = np.linalg.svd(goals.T @ points / len(source))
+    signs = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    variance = (points**2).sum() / len(source)
+    if variance < 1e-6:
+        raise ImageError("the five landmarks are one point")
+    linear = (u * signs) @ vt * ((singular * signs).sum() / variance)
+    return np.column_stack([linear, aim - linear @ centre])
+
+
+def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) and landmarks (5, 2) -> the aligned crop, uint8 (112, 112, 3); black beyond the image, bilinear.
+
+    ImageError for landmarks that are not finite or coincide.
+    """
+    if landmarks.shape != (5, 2) or not np.isfinite(landmarks).all():
+        raise ImageError(f"landmarks must be five pairs of finite numbers, not {landmarks.tolist()}")
+    matrix = similarity(landmarks.astype(np.float64), TEMPLATE)
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+    inverse[:, 2] += 0.5 - inverse[:, :2].sum(1) / 2  # Pillow's pixel centres are at .5
+    size = (CROP_SIZE, CROP_SIZE)
+    data = tuple(inverse.ravel().tolist())
+    return np.array(Image.fromarray(image).transform(size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))

@@ -1,0 +1,60 @@
+"""Work done ahead of its use, in processes or in a thread; results arrive in order, however many there are."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitface.errors import DataError
+
+AHEAD = 3  # items that the thread works ahead
+
+
+class _Task(Dataset):
+    """An item -> `work(item)`, or the error, which travels back to be raised."""
+
+    def __init__(self, work: Callable[[Any], Any]):
+        self.work = work
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.work(item)
+        except DataError as error:
+            return error
+
+
+def in_processes(
+    work: Callable[[Any], Any], items: Sequence[Any], num_workers: int, pinned: bool = False
+) -> Iterator[Any]:
+    """`work(item)` of each item, in `num_workers` processes (0: in this one). `work` is to be picklable.
+
+    Arrays arrive as tensors. The DataError of an item is raised in its turn.
+    """
+    # an own generator, so that making the iterator does not draw from the global one
+    loader = DataLoader(
+        _Task(work), batch_size=None, sampler=items, num_workers=num_workers, generator=torch.Generator(),
+        pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_parent,
+    )  # fmt: skip
+    for result in loader:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+def in_thread(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`work(item)` of each item, AHEAD of them in one thread; what `work` raises is raised in the item's turn."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(work, item) for item in items[:AHEAD])
+        for item in items[AHEAD:]:
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(work, item))
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

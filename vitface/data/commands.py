@@ -1,0 +1,119 @@
+"""Prepare training data and benchmarks, look at them, and find out what is wrong with them."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from vitface.data.align_folder import add_finder_flags, make_finder
+from vitface.data.build import RELEASES, build
+from vitface.data.check import check, report_text
+from vitface.data.packed import PackedSamples
+from vitface.data.packing import pack
+from vitface.data.records import load_samples
+from vitface.data.show import contact_sheet
+from vitface.errors import ConfigError, DataError, exit_code
+
+EXAMPLES = """examples:
+  python -m vitface data check data                         everything in the folder; exit code 1 if something is wrong
+  python -m vitface data check data/my-people --against data/lfw.bin
+  python -m vitface data pack data/casia-webface data/casia-packed
+  python -m vitface data build cplfw downloads/cplfw data
+  python -m vitface data show data/casia-webface --augment strong --out sheet.png
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m vitface data", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, action, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(action=action)
+        return sub
+
+    packing = command("pack", _pack, "decode a training set once, into a folder that training maps into memory")
+    packing.add_argument("src", type=Path, metavar="SRC", help="folder with train.rec, or with a folder per person")
+    packing.add_argument("out", type=Path, metavar="OUT", help="the packed folder; --train-data OUT trains on it")
+    checking = command("check", _check, "what is wrong with training sets and benchmarks; exit code 1 if anything is")
+    checking.add_argument("path", type=Path, metavar="PATH", help="training set, .bin, or a folder of them")
+    checking.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE",
+        help="benchmarks that training must not have seen: .bin files, or published pair lists (names are compared)",
+    )  # fmt: skip
+    checking.add_argument("--json", action="store_true", help="print the reports as JSON")
+    for sub in (packing, checking):
+        sub.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    building = command("build", _build, "a benchmark's .bin from its official release: photos and pair list")
+    building.add_argument("name", choices=RELEASES, help="the benchmark")
+    building.add_argument("src", type=Path, metavar="SRC", help="folder of the release, as it unpacks")
+    building.add_argument("out", type=Path, metavar="OUT", help="folder for NAME.bin and, in NAME, the aligned crops")
+    building.add_argument("--pairs", type=Path, metavar="FILE", help="the pair list, where SRC does not hold it")
+    add_finder_flags(building)
+    showing = command("show", _show, "draw what the model sees of a training set, before and after augmentation")
+    showing.add_argument("path", type=Path, metavar="PATH", help="training set")
+    showing.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+    showing.add_argument("--augment", choices=["none", "flip", "strong", "randaugment"], default="strong")
+    showing.add_argument("--count", type=int, default=8, help="images, a row each (default: 8)")
+    showing.add_argument("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
+    showing.add_argument("--image-size", type=int, default=112, help="input side of the model (default: 112)")
+    showing.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    samples = load_samples(arguments.src)
+    if isinstance(samples, PackedSamples):
+        raise DataError(f"{arguments.src} is packed already; train on it with --train-data {arguments.src}")
+    packed = pack(samples, arguments.out, arguments.num_workers)
+    print(f"{arguments.out}: {len(packed):,} images of {len(packed.names):,} people, {len(packed.skipped)} skipped")
+    for why in packed.skipped[:10]:
+        print(f"  skipped {why}")
+    if packed.skipped[10:]:
+        print(f"  and {len(packed.skipped) - 10} more, listed in {arguments.out / 'manifest.json'}")
+    print(f"next: python train.py --train-data {arguments.out}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    for file in arguments.against:
+        if not file.is_file():
+            raise ConfigError(f"--against {file}: no such file")
+    reports = check(arguments.path, arguments.against, arguments.num_workers)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    else:
+        print("\n".join(map(report_text, reports)))
+    return int(any(report.problems for report in reports))
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    finder = make_finder(arguments, min_face=0)
+    pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
+    print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
+    print(f"next: python -m vitface data check {arguments.out / arguments.name}.bin")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    samples = load_samples(arguments.path)
+    sheet = contact_sheet(
+        samples, arguments.count, arguments.augment, arguments.epochs, arguments.image_size, arguments.seed
+    )
+    sheet.save(arguments.out)
+    print(f"wrote {arguments.out}: as stored, then as epochs 1 to {arguments.epochs} show it to the model")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: arguments.action(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""One pass over a set's images: what `check` judges them by, a few numbers per image and a mean face.
+
+Letters: n images, H W pixels.
+"""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from vitface.data.background import in_processes
+from vitface.data.images import CROP_SIZE, decode_image, to_crop
+from vitface.errors import DataError
+
+CHUNK = 256
+PATTERN_SIDE = 28
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+class Images(Protocol):
+    """What is scanned: `image(i)` uint8 (H, W, 3), DataError if it is damaged; `where(i)` says in words which it is."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> np.ndarray: ...
+
+    def where(self, index: int) -> str: ...
+
+
+class EncodedImages:
+    """The images of a verification set."""
+
+    def __init__(self, name: str, images: list[bytes]):
+        self.name, self.images = name, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, image {index}"
+
+    def image(self, index: int) -> np.ndarray:
+        return decode_image(self.images[index], self.where(index))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """`damaged` says which images cannot be used as crops and why; their rows are blank."""
+
+    damaged: list[str]
+    digests: np.ndarray  # (n,) bytes: equal for equal crops
+    sizes: np.ndarray  # (n, 2) height and width as stored
+    redness: np.ndarray  # (n,) mean of R minus mean of B, in 0..255
+    contrast: np.ndarray  # (n,) standard deviation of the grey values
+    mean_face: np.ndarray  # (112, 112) grey
+    patterns: np.ndarray  # (min(n, limit), 784) unit-norm local contrast of the first `limit` images
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def usable(self) -> np.ndarray:
+        return self.sizes[:, 0] > 0
+
+
+def scan(images: Images, num_workers: int, limit: int) -> Scan:
+    """Reads every image once; patterns are kept of the first `limit`."""
+    starts = range(0, len(images), CHUNK)
+    work = functools.partial(_scan_chunk, images, limit)
+    parts = []
+    with tqdm(desc="reading", total=len(images), unit="img", leave=False, dynamic_ncols=True) as bar:
+        for part in in_processes(work, starts, num_workers):
+            parts.append(part)
+            bar.update(len(part[2]))
+    damaged = [why for part in parts for why in part[0]]
+    columns = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in (1, 2, 3, 4, 6)]
+    digests, sizes, redness, contrast, patterns = columns
+    total = np.sum([np.asarray(part[5]) for part in parts], axis=0)
+    mean_face = total / max(np.count_nonzero(sizes[:, 0]), 1)
+    digests = np.ascontiguousarray(digests).view("S16")[:, 0]
+    return Scan(damaged, digests, sizes, redness, contrast, mean_face, _comparable(patterns))
+
+
+def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
+    stop = min(start + CHUNK, len(images))
+    damaged, crops, kept = [], [], []
+    sizes = np.zeros((stop - start, 2), np.int64)
+    for index in range(start, stop):
+        try:
+            image = images.image(index)
+            crops.append(to_crop(image, images.where(index)))
+        except DataError as error:
+            damaged.append(str(error))
+            continue
+        sizes[index - start] = image.shape[:2]
+        kept.append(index - start)
+    stack = np.zeros((stop - start, CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    if crops:
+        stack[kept] = crops
+    digests = np.array([list(hashlib.sha256(crop.data).digest()[:16]) for crop in stack], np.uint8)
+    means = stack.reshape(len(stack), -1, 3).sum(1, dtype=np.uint32) / CROP_SIZE**2
+    grey = stack @ LUMA
+    patterns = local_contrast(grey[: max(limit - start, 0)])
+    return damaged, digests, sizes, means[:, 0] - means[:, 2], grey.std((1, 2)), grey.sum(0, dtype=np.float64), patterns
+
+
+def local_contrast(grey: np.ndarray) -> np.ndarray:
+    """(n, 112, 112) -> (n, 784): at 28 x 28, each pixel against its 7 x 7 surroundings; light cancels out."""
+    step = CROP_SIZE // PATTERN_SIDE
+    small = grey.reshape(-1, PATTERN_SIDE, step, PATTERN_SIDE, step).mean((2, 4))
+    above = small - _blurred(small, 3)
+    deviation = np.sqrt(np.maximum(_blurred(above**2, 3), 0))  # running sums may round below zero
+    return (above / (deviation + 4)).reshape(len(grey), -1).astype(np.float32)
+
+
+def _comparable(patterns: np.ndarray) -> np.ndarray:
+    """Differences from the mean face at unit norm, so that a product of two is a similarity."""
+    if len(patterns):
+        patterns = patterns - patterns.mean(0)
+        patterns /= np.linalg.norm(patterns, axis=1, keepdims=True) + 1e-9
+    return patterns
+
+
+def dark_spots(mean_face: np.ndarray) -> np.ndarray:
+    """(112, 112) grey -> (56, 56): where a mean face is darker than its surroundings, which is at eyes and mouth."""
+    face = mean_face[None]
+    return np.clip((_blurred(_blurred(face, 12), 6) - _blurred(_blurred(face, 2), 2))[0, ::2, ::2], 0, None)
+
+
+def _blurred(images: np.ndarray, radius: int) -> np.ndarray:
+    """(n, H, W) box blur of side 2 radius + 1, by running sums."""
+    side = 2 * radius + 1
+    padded = np.pad(images, ((0, 0), (radius + 1, radius), (radius + 1, radius)), mode="edge").astype(np.float64)
+    sums = padded.cumsum(1).cumsum(2)
+    blurred = sums[:, side:, side:] - sums[:, :-side, side:] - sums[:, side:, :-side] + sums[:, :-side, :-side]
+    return blurred / side**2
