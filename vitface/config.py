@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vitface.credentials import find_secret
 from vitface.errors import CheckpointError, ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+MAX_SIZE = 1 << 13  # of anything that a model file may ask for: widths, depths, ranks, pixels
 Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
 
 
@@ -117,14 +119,38 @@ class FaceConfig:
 
 
 def vit_config(settings: dict[str, Any]) -> ViTConfig:
-    """A `ViTConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
+    """A `ViTConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
     colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
-    return ViTConfig(**{**settings, **colours})
+    return _checked(ViTConfig(**{**settings, **colours}))
 
 
 def face_config(settings: dict[str, Any]) -> FaceConfig:
-    """A `FaceConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
-    return FaceConfig(**{**settings, "vit": vit_config(settings["vit"])})
+    """A `FaceConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
+    config = _checked(FaceConfig(**{**settings, "vit": vit_config(settings["vit"])}))
+    backbone_name(config.backbone)
+    config.vit.grid(config.image_size)
+    if config.num_domains < 1 or config.router_depth > config.vit.depth or not config.embedding_dim:
+        raise ValueError("sizes that fit no model")
+    return config
+
+
+def _checked(config: Any) -> Any:
+    """`config` as it is; ValueError unless each value has its field's type and a size to be expected of a model."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint is int:
+            good = type(value) is int and 0 <= value <= MAX_SIZE
+        elif hint is float:
+            good = type(value) in (int, float) and math.isfinite(value)
+        elif typing.get_origin(hint) is Literal:
+            good = value in typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            good = len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+        else:
+            good = isinstance(value, hint)
+        if not good:
+            raise ValueError(f"{name} cannot be {str(value)[:40]}")
+    return config
 
 
 _RECORDED: dict[str, Any] = {
@@ -191,6 +217,7 @@ class TrainConfig:
     seed: int = flag(0, "seeds initialisation, order and augmentation")
     save_dir: str | None = flag(None, "run directory; default runs/EXP-DATE")
     resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
+    allow_changed: bool = flag(False, "resume although settings or data changed; the epoch under way starts again")
     device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
     impl: Literal["auto", "reference"] = flag("auto", "implementation of the adapted linear layers")
@@ -200,6 +227,10 @@ class TrainConfig:
     dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = find_secret(value) if isinstance(value, str) else None
+            if kind:
+                raise ConfigError(f"{to_flag(name)} holds {kind}; settings are saved with the run, so they hold none")
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
         for name in (*positive, "epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples"):
