@@ -20,7 +20,7 @@ from vitface.errors import CheckpointError, ConfigError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-MAX_SIZE = 1 << 13  # of anything that a model file may ask for: widths, depths, ranks, pixels
+MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything that a model file may ask for; of its images
 Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
 
 
@@ -129,7 +129,8 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     config = _checked(FaceConfig(**{**settings, "vit": vit_config(settings["vit"])}))
     backbone_name(config.backbone)
     config.vit.grid(config.image_size)
-    if config.num_domains < 1 or config.router_depth > config.vit.depth or not config.embedding_dim:
+    too_large = config.image_size > MAX_IMAGE_SIZE or config.router_depth > config.vit.depth
+    if too_large or not (config.num_domains and config.embedding_dim):
         raise ValueError("sizes that fit no model")
     return config
 

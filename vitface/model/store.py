@@ -32,7 +32,7 @@ from vitface.config import (
 )
 from vitface.errors import CheckpointError, WeightsError
 from vitface.files import replace_file
-from vitface.model.face import FaceModel
+from vitface.model.face import TOKEN_WIDTH, FaceModel
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
 from vitface.version import __version__
 
@@ -228,9 +228,20 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
     vit = load_backbone(config.backbone, _backbone_of(step, config, weights), config.image_size)
     if vit.config != config.vit:
         raise CheckpointError(f"{step}/model.json describes another {config.backbone} than the backbone file")
+    _check_size(config, step / "model.safetensors")
     model = FaceModel(vit, config)
     load_trained(model, step / "model.safetensors")
     return model.eval()
+
+
+def _check_size(config: FaceConfig, path: Path) -> None:
+    """CheckpointError if the settings ask for more than `path` can hold, before memory is asked for."""
+    dim = config.vit.embed_dim
+    width = (1 + config.vit.grid(config.image_size) ** 2) * TOKEN_WIDTH if config.head == "patches" else dim
+    head = 0 if config.head == "cls" else width * config.embedding_dim
+    adapters = config.vit.depth * config.lora_rank * config.num_domains * dim
+    if 4 * (head + adapters) > path.stat().st_size:
+        raise CheckpointError(f"{path} is smaller than the model that model.json describes")
 
 
 def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:
