@@ -29,8 +29,8 @@ ROWS = {
         "120", 120, 600, "the old or the new checkpoint, never a bad one; the control without fsync loses steps",
     ),
     "failpoints": Row(
-        "a fault at each of 16 operations of a save: SIGKILL, SIGTERM, Ctrl-C, ENOSPC, EIO, MemoryError",
-        "96", 24, 96, "the earlier checkpoints are intact, the message is clear, the next save works",
+        "a fault at each operation of a save: SIGKILL, SIGTERM, Ctrl-C, ENOSPC, EIO, MemoryError",
+        "96", 24, 150, "the earlier checkpoints are intact, the message is clear, the next save works",
     ),
     "kill training": Row(
         "SIGKILL of the training process at step k, before the update or in a save; then resume", "24", 4, 24,

@@ -18,6 +18,7 @@ from sandbox import assault
 from vitface.config import VIT_PRESETS, face_config
 from vitface.data.bin_format import parse_bin
 from vitface.data.images import decode_image
+from vitface.data.pairs import VerificationSet
 from vitface.data.records import RecordSamples
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
 from vitface.model.store import load_face, load_trained, read_tensors, sha256_file, trained_tensors
@@ -91,12 +92,13 @@ def test_bin_files(ran, cases):
 
     def attempt(case):
         try:
-            found, issame = parse_bin(mutated(rng, originals[case % len(originals)], OPCODES + NUMBERS), "here")
+            images, issame = parse_bin(mutated(rng, originals[case % len(originals)], OPCODES + NUMBERS), "here")
+            found = VerificationSet("here", images, np.array(issame, bool))
         except DataError as error:
             assert str(error).startswith("here")
             return "error"
-        assert len(found) == 2 * len(issame) and {type(image) for image in found} <= {bytes}
-        assert {type(flag) for flag in issame} <= {bool}
+        assert len(found.images) == 2 * len(found.issame) and {type(image) for image in images} == {bytes}
+        assert {type(flag) for flag in issame} == {bool}
         return "valid"
 
     assault(attempt, cases, lambda: [parse_bin(data, "here") for data in originals])

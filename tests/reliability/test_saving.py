@@ -4,11 +4,13 @@ import errno
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from disk import FILE_RULES, NAME_RULES, Disk, replay
@@ -18,6 +20,7 @@ from tiny import fingerprint, in_child, settings, start, use_tiny
 
 import train
 from vitface.errors import CheckpointError, exit_code
+from vitface.model.store import MODEL_FILES
 from vitface.training.checkpoint import ALL_FILES, newest_checkpoint, save_checkpoint, step_directories
 from vitface.training.interrupt import stop_requests
 from vitface.training.run import run
@@ -199,10 +202,10 @@ def test_a_fault_at_every_operation(tmp_path, monkeypatch, ran, cases):
         save(tmp_path / "counted", 4)
     kinds = {op[0] for op in disk.ops}
     assert kinds == {"mkdir", "create", "write", "fsync", "rename", "symlink", "rmtree"}
-    points = [i * len(disk.ops) // (cases // 6) for i in range(cases // 6)]
+    points = [round(at) for at in np.linspace(0, len(disk.ops) - 1, cases // 6)]
     assert len(set(points)) == cases // 6
     if cases == ROWS["failpoints"].full:
-        assert {disk.ops[at][0] for at in points} == kinds
+        assert points == list(range(len(disk.ops)))
     run_dir = tmp_path / "run"
     for at in points:
         for name in FAULTS:
@@ -307,6 +310,32 @@ def test_a_full_disk_in_the_middle_of_training(tmp_path, monkeypatch, capsys):
     assert "error: step 8 could not be saved: [Errno 28] No space left on device" in printed.err
     assert train.main(["--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_a_file_system_that_takes_no_more(tmp_path):
+    """Not a stand-in: the kernel refuses to let a file grow."""
+    save(tmp_path, 1)
+
+    def save_large():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with pytest.raises(CheckpointError, match=r"step 2 could not be saved: \[Errno 27\] File too large"):
+            save_checkpoint(tmp_path, 2, {"x": torch.zeros(4096)}, {}, {}, {}, False)
+
+    assert in_child(save_large) == 0
+    assert newest(tmp_path) == 1 and not list(tmp_path.glob("checkpoints/.*"))
+
+
+def test_people_stay_in_the_training_checkpoint(tmp_path, monkeypatch):
+    """A row of the identity matrix tells who a training person is: no shared file has it, nor a tensor per person."""
+    use_tiny(monkeypatch)
+    step = run(settings(tmp_path / "run", embedding_dim=6)) / "checkpoints" / "last"
+    people = load_file(step / "training.safetensors")["margin.weight"]
+    assert people.shape == (8, 6)
+    shared = load_file(step / "model.safetensors")
+    assert not any("margin" in name or tensor.shape == people.shape for name, tensor in shared.items())
+    data = b"".join((step / name).read_bytes() for name in MODEL_FILES)
+    assert not any(row.numpy().tobytes() in data for row in people)
+    assert all(row.numpy().tobytes() in (step / "training.safetensors").read_bytes() for row in people)
 
 
 def test_a_read_only_run_directory_is_named(tmp_path, monkeypatch, capsys):
