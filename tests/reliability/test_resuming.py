@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,26 @@ def test_training_consumes_no_global_random_numbers(tmp_path):
     trainer.fit(None)
     assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
     assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypatch):
+    run_dir, events = tmp_path / "run", []
+    save_step, fsync = loop.save_checkpoint, os.fsync
+
+    def synced(descriptor):
+        if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / "log.jsonl")):
+            events.append(("log", (run_dir / "log.jsonl").read_text().count("\n")))
+        fsync(descriptor)
+
+    def saved(*arguments):
+        events.append(("saved", (run_dir / "log.jsonl").read_text().count("\n")))
+        save_step(*arguments)
+
+    monkeypatch.setattr("vitface.training.log.os", SimpleNamespace(fsync=synced))
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    run(settings(run_dir), quiet)
+    rows = (1, 2, 4)  # one at the end of each epoch, and one at step 10
+    assert events == [(name, count) for count in rows for name in ("log", "saved")]
 
 
 def test_a_second_process_on_one_run_directory_is_refused(tmp_path):

@@ -155,7 +155,7 @@ def _remove_leftovers(parent: Path) -> None:
     """What a killed process left of a checkpoint it was writing or deleting."""
     for pattern in (".partial-*", ".deleted-*"):
         for leftover in parent.glob(pattern):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed is no reason not to save
 
 
 def _prune(parent: Path) -> None:
