@@ -20,7 +20,7 @@ from vitface.errors import CheckpointError, ConfigError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything that a model file may ask for; of its images
+MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything in a model, of its images; larger model files are refused
 Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
 
 
@@ -118,42 +118,6 @@ class FaceConfig:
     dtype: Dtype = "fp32"
 
 
-def vit_config(settings: dict[str, Any]) -> ViTConfig:
-    """A `ViTConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
-    colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
-    return _checked(ViTConfig(**{**settings, **colours}))
-
-
-def face_config(settings: dict[str, Any]) -> FaceConfig:
-    """A `FaceConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
-    config = _checked(FaceConfig(**{**settings, "vit": vit_config(settings["vit"])}))
-    backbone_name(config.backbone)
-    config.vit.grid(config.image_size)
-    too_large = config.image_size > MAX_IMAGE_SIZE or config.router_depth > config.vit.depth
-    if too_large or not (config.num_domains and config.embedding_dim):
-        raise ValueError("sizes that fit no model")
-    return config
-
-
-def _checked(config: Any) -> Any:
-    """`config` as it is; ValueError unless each value has its field's type and a size to be expected of a model."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if hint is int:
-            good = type(value) is int and 0 <= value <= MAX_SIZE
-        elif hint is float:
-            good = type(value) in (int, float) and math.isfinite(value)
-        elif typing.get_origin(hint) is Literal:
-            good = value in typing.get_args(hint)
-        elif typing.get_origin(hint) is tuple:
-            good = len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
-        else:
-            good = isinstance(value, hint)
-        if not good:
-            raise ValueError(f"{name} cannot be {str(value)[:40]}")
-    return config
-
-
 _RECORDED: dict[str, Any] = {
     "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
 }  # fmt: skip
@@ -242,6 +206,10 @@ class TrainConfig:
         for name in (*not_negative, "balance_loss_weight", "router_z_loss_weight", "domain_loss_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
+        for name in ("image_size", "num_domains", "lora_rank", "embedding_dim"):
+            limit = MAX_IMAGE_SIZE if name == "image_size" else MAX_SIZE
+            if getattr(self, name) > limit:
+                raise ConfigError(f"{to_flag(name)} must be at most {limit}, not {getattr(self, name)}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.use_dalora and self.num_domains < 2:

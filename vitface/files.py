@@ -6,6 +6,7 @@ for other processes, but says nothing about what is on the disk when the power f
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -30,7 +31,8 @@ def make_folder(path: Path) -> None:
     """Creates a folder and its missing parents, on the disk."""
     if not path.is_dir():
         make_folder(path.parent)
-        os.mkdir(path)
+        with suppress(FileExistsError):  # another process was faster
+            os.mkdir(path)
         sync_folder(path.parent)
 
 

@@ -15,12 +15,13 @@ from matrix import ROWS, sizes
 from PIL import Image
 from sandbox import assault
 
-from vitface.config import VIT_PRESETS, face_config
+from vitface.config import VIT_PRESETS
 from vitface.data.bin_format import parse_bin
 from vitface.data.images import decode_image
 from vitface.data.pairs import VerificationSet
 from vitface.data.records import RecordSamples
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
+from vitface.model.settings import face_config
 from vitface.model.store import load_face, load_trained, read_tensors, sha256_file, trained_tensors
 from vitface.training.checkpoint import save_checkpoint
 

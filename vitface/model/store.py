@@ -26,13 +26,12 @@ from vitface.config import (
     FaceConfig,
     ViTConfig,
     backbone_name,
-    face_config,
     read_config,
-    vit_config,
 )
 from vitface.errors import CheckpointError, WeightsError
 from vitface.files import replace_file
 from vitface.model.face import TOKEN_WIDTH, FaceModel
+from vitface.model.settings import face_config, vit_config
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
 from vitface.version import __version__
 

@@ -138,8 +138,9 @@ class Trainer:
                 step=progress.step, epoch=progress.epoch, loss=loss, holdout_auc=score, alarms=", ".join(found),
                 img_per_s=round(rate, 1),
             )  # fmt: skip
-        for name in found.keys() - self.alarmed:
-            tqdm.write(f"ALARM {name}: {found[name]}")
+        for name, text in found.items():
+            if name not in self.alarmed:
+                tqdm.write(f"ALARM {name}: {text}")
         self.alarmed |= found.keys()
         return is_best
 
@@ -248,17 +249,16 @@ class Trainer:
                 f"{difference(before, now, str)}"
             )
         state = load_state(checkpoint)
-        changes = difference(state["settings"], settings_of(self.config))
-        changes += difference(state["data"], self.split.fingerprint(), "data, {}".format)
-        if state["data"] != self.split.fingerprint() and not self.config.allow_changed:
+        other_data = difference(state["data"], self.split.fingerprint(), "data, {}".format)
+        if other_data and not self.config.allow_changed:
             raise CheckpointError(
                 f"{self.config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n"
-                f"{changes}"
+                f"{other_data}"
             )
         tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
         load_trained(self.model, checkpoint / "model.safetensors")
         load_training(tensors, self.margin, self.optimizer)
         self.progress = Progress(**state["progress"])
         self.progress.finished = is_finished(self.config, state)
-        if changes:
+        if other_data or difference(state["settings"], settings_of(self.config)):
             self.progress.first_step, self.progress.epoch_loss = self.progress.step, 0.0

@@ -74,7 +74,7 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
 
     Other settings go on from the newest step only: later steps of the old ones would be taken for theirs.
     """
-    changes = difference(load_state(checkpoint).get("settings", {}), settings_of(config))
+    changes = difference(load_state(checkpoint)["settings"], settings_of(config))
     if changes and not config.allow_changed:
         raise CheckpointError(
             f"{checkpoint} was trained with other settings; resume with the same ones, or add --allow-changed:\n"
@@ -87,7 +87,7 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
 
 def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
     """Whether nothing is left to train after a checkpoint with this `state`; changed settings may ask for more."""
-    if difference(state.get("settings", {}), settings_of(config)):
+    if difference(state["settings"], settings_of(config)):
         return state["progress"]["epoch"] >= config.epochs
     return state["progress"]["finished"]
 

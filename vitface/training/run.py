@@ -44,7 +44,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
     if not run_dir.is_dir():  # what is wrong or missing is said before anything is created
         checkpoint_to_resume(config, run_dir, say)
         trainer = Trainer(config, run_dir)
-        make_folder(run_dir.absolute())
+        make_folder(run_dir)
     with run_lock(run_dir):
         checkpoint = checkpoint_to_resume(config, run_dir, say)
         if checkpoint is not None:
@@ -71,13 +71,10 @@ def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
 
 def what_is_saved(run_dir: Path) -> str:
     """What to say when training stops before its end."""
-    steps = step_directories(run_dir)
+    steps, again = step_directories(run_dir), f"python train.py --save-dir {run_dir} --resume auto"
     if not steps:
-        return f"stopped before the first checkpoint; nothing to continue in {run_dir}"
-    return (
-        f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n"
-        f"  python train.py --save-dir {run_dir} --resume auto"
-    )
+        return f"stopped before the first checkpoint; start again with\n  {again}"
+    return f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}"
 
 
 def _finish_again(config: TrainConfig, run_dir: Path, say: Say) -> None:
