@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   python train.py --backbone dinov2 --train-data data/my-people  one folder of aligned faces per person
   python train.py --use-dalora --num-domains 3 --save-dir runs/a
   python train.py --save-dir runs/a --resume auto                continues it with its own settings
+  python train.py --save-dir runs/a --resume auto --epochs 30 --allow-changed
 """
 
 

@@ -15,6 +15,7 @@ from vitface.model.vit import ViT, init_weights
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
 
+CASES = pytest.StashKey[dict[str, int]]()
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -28,6 +29,17 @@ def own_cache(tmp_path_factory, monkeypatch):
 def threads(request):
     """One thread, so that sums are added in one order; full-size runs take all there are."""
     torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
+
+
+@pytest.fixture
+def ran(request):
+    """`ran(row, count)` notes how many cases of a row of docs/reliability.md were run; printed at the end."""
+    return request.config.stash.setdefault(CASES, {}).__setitem__
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for row, count in config.stash.get(CASES, {}).items():
+        terminalreporter.write_line(f"reliability: {count:>6,} x {row}")
 
 
 @pytest.fixture

@@ -156,3 +156,11 @@ def test_aliases():
     assert backbone_name("clip") == "clip_vitb16"
     assert {VIT_PRESETS[backbone_name(name)].patch_size for name in ("dinov2", "clip")} == {14, 16}
     assert all(backbone_name(EXPERIMENTS[name]["backbone"]) in VIT_PRESETS for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"), [({"image_size": 1036}, 1024), ({"embedding_dim": 8193}, 8192), ({"lora_rank": 9000}, 8192)]
+)
+def test_no_model_is_trained_that_could_not_be_loaded(changes, limit):
+    with pytest.raises(ConfigError, match=f"must be at most {limit}"):
+        resolve(changes)

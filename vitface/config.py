@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vitface.credentials import find_secret
 from vitface.errors import CheckpointError, ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything in a model, of its images; larger model files are refused
 Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
 
 
@@ -116,17 +118,6 @@ class FaceConfig:
     dtype: Dtype = "fp32"
 
 
-def vit_config(settings: dict[str, Any]) -> ViTConfig:
-    """A `ViTConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
-    colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
-    return ViTConfig(**{**settings, **colours})
-
-
-def face_config(settings: dict[str, Any]) -> FaceConfig:
-    """A `FaceConfig` from its JSON form; TypeError or KeyError for missing or unknown keys."""
-    return FaceConfig(**{**settings, "vit": vit_config(settings["vit"])})
-
-
 _RECORDED: dict[str, Any] = {
     "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
 }  # fmt: skip
@@ -195,6 +186,7 @@ class TrainConfig:
     seed: int = flag(0, "seeds initialisation, order and augmentation")
     save_dir: str | None = flag(None, "run directory; default runs/EXP-DATE")
     resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
+    allow_changed: bool = flag(False, "resume although settings or data changed; the epoch under way starts again")
     device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the adapted linear layers; auto: fused")
@@ -205,6 +197,10 @@ class TrainConfig:
     dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = find_secret(value) if isinstance(value, str) else None
+            if kind:
+                raise ConfigError(f"{to_flag(name)} holds {kind}; settings are saved with the run, so they hold none")
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
         positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
@@ -216,6 +212,10 @@ class TrainConfig:
         for name in (*not_negative, "balance_loss_weight", "router_z_loss_weight", "domain_loss_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
+        for name in ("image_size", "num_domains", "lora_rank", "embedding_dim"):
+            limit = MAX_IMAGE_SIZE if name == "image_size" else MAX_SIZE
+            if getattr(self, name) > limit:
+                raise ConfigError(f"{to_flag(name)} must be at most {limit}, not {getattr(self, name)}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.use_dalora and self.num_domains < 2:

@@ -579,12 +579,12 @@ def test_an_existing_file_is_replaced_only_by_a_complete_one(monkeypatch, tmp_pa
         convert_file("dinov2_vits14", config, bad, out)
     assert out.read_bytes() == b"what was there"
 
-    def full_disk(path, tensors, metadata):
+    def full_disk(path, data):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vitface.model.store.write_tensors", full_disk)
+        patch.setattr("vitface.files.write_synced", full_disk)
         with pytest.raises(WeightsError, match=r"cannot write .*No space left"):
             convert_file("dinov2_vits14", config, good, out)
     assert out.read_bytes() == b"what was there"

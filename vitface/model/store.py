@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -26,17 +25,18 @@ from vitface.config import (
     FaceConfig,
     ViTConfig,
     backbone_name,
-    face_config,
     read_config,
-    vit_config,
 )
 from vitface.errors import CheckpointError, WeightsError
+from vitface.files import replace_file
 from vitface.home import cache_home
-from vitface.model.face import FaceModel
+from vitface.model.face import TOKEN_WIDTH, FaceModel
+from vitface.model.settings import face_config, vit_config
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
 from vitface.version import __version__
 
 BACKBONE_FORMAT = "vitface-backbone-1"
+MAX_HEADER_BYTES = 1 << 20
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
 
 
@@ -48,13 +48,13 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written like any other file: safetensors' own writer makes it unreadable to one's group."""
-    path.write_bytes(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
+def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file's contents; written by us, as safetensors' own writer does not fsync."""
+    return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Writes a backbone file, under a temporary name first so that a broken write leaves no half file.
+    """Writes a backbone file, whole or not at all.
 
     `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
     file, sha256, licence and anything else worth keeping.
@@ -66,12 +66,7 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
         "source": json.dumps(source),
         "vitface_version": __version__,
     }
-    partial = path.with_name(path.name + ".part")
-    try:
-        write_tensors(partial, tensors, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, tensor_bytes(tensors, metadata))
 
 
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
@@ -148,22 +143,52 @@ def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """WeightsError unless `tensors` has exactly these names, shapes and kinds of dtype, all finite."""
+    fault = _first_fault(tensors, expected, exact_dtype=False)
+    if fault:
+        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
+
+
+def _first_fault(tensors: dict[str, Tensor], expected: dict[str, Tensor], exact_dtype: bool) -> str | None:
     for key in sorted(expected.keys() ^ tensors.keys()):
-        raise WeightsError(f"{path}: {'missing' if key in expected else 'unknown'} tensor {key}")
+        return f"{'missing' if key in expected else 'unknown'} tensor {key}"
     for key, tensor in tensors.items():
         want = expected[key]
-        if tensor.shape != want.shape or tensor.is_floating_point() != want.is_floating_point():
-            raise WeightsError(
-                f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected {want.dtype} {tuple(want.shape)}"
-            )
+        same_kind = tensor.is_floating_point() == want.is_floating_point()
+        if tensor.shape != want.shape or not (tensor.dtype == want.dtype if exact_dtype else same_kind):
+            return f"{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {want.dtype} {tuple(want.shape)}"
         if not tensor.isfinite().all():
-            raise WeightsError(f"{path}: {key} has NaN or infinite values; fetch or convert the file again")
+            return f"{key} has NaN or infinite values"
+    return None
+
+
+def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's safetensors file: exactly the names, shapes and dtypes of `expected`, all finite.
+
+    CheckpointError for any other file; a header of more than 1 MB is not even parsed.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: damaged, or not ours: its header claims {header:,} bytes")
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    fault = _first_fault(tensors, expected, exact_dtype=True)
+    if fault:
+        raise CheckpointError(f"{path}: {fault}; it is not of the model that its settings describe")
+    return tensors
 
 
 def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
     """What a checkpoint keeps of a face model: trained parameters and running statistics, by state-dict name."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: FaceModel, path: Path) -> None:
+    """Puts model.safetensors into its model; CheckpointError as `read_tensors`, with the model as it was."""
+    model.load_state_dict(read_tensors(path, trained_tensors(model)), strict=False)  # the frozen ones are not in it
 
 
 def frozen_face(
@@ -191,14 +216,26 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
     """
     step = find_checkpoint(Path(path))
     try:
-        config = face_config(json.loads((step / "model.json").read_text()))
-    except (TypeError, KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{step}/model.json was not written by this version of vitface") from None
-    model = FaceModel(load_backbone(config.backbone, _backbone_of(step, config, weights), config.image_size), config)
-    tensors = load_file(step / "model.safetensors")
-    check_tensors(step / "model.safetensors", tensors, trained_tensors(model))
-    model.load_state_dict(tensors, strict=False)  # names were just checked; the frozen ones come from the backbone
+        config = face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{step}/model.json was not written by this version of vitface ({error})") from None
+    vit = load_backbone(config.backbone, _backbone_of(step, config, weights), config.image_size)
+    if vit.config != config.vit:
+        raise CheckpointError(f"{step}/model.json describes another {config.backbone} than the backbone file")
+    _check_size(config, step / "model.safetensors")
+    model = FaceModel(vit, config)
+    load_trained(model, step / "model.safetensors")
     return model.eval()
+
+
+def _check_size(config: FaceConfig, path: Path) -> None:
+    """CheckpointError if the settings ask for more than `path` can hold, before memory is asked for."""
+    dim = config.vit.embed_dim
+    width = (1 + config.vit.grid(config.image_size) ** 2) * TOKEN_WIDTH if config.head == "patches" else dim
+    head = 0 if config.head == "cls" else width * config.embedding_dim
+    adapters = config.vit.depth * config.lora_rank * config.num_domains * dim
+    if 4 * (head + adapters) > path.stat().st_size:
+        raise CheckpointError(f"{path} is smaller than the model that model.json describes")
 
 
 def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:

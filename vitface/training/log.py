@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from vitface.config import TrainConfig
+from vitface.files import replace_file
 
 
 class RunLog:
@@ -15,23 +17,28 @@ class RunLog:
     def __init__(self, run_dir: Path, config: TrainConfig, resumed_step: int = 0):
         self.jsonl, self.csv = run_dir / "log.jsonl", run_dir / "log.csv"
         epochs = [row for row in self._keep_until(resumed_step) if "holdout_auc" in row]
-        self.csv.unlink(missing_ok=True)
+        self.csv.unlink(missing_ok=True)  # a copy of what log.jsonl says
         for row in epochs:
             self._append_csv(row)
         self.trackers = [*_wandb(run_dir, config), *_tensorboard(run_dir, config)]
 
     def _keep_until(self, step: int) -> list[dict]:
-        lines = self.jsonl.read_text(encoding="utf-8").splitlines() if self.jsonl.exists() else []
+        lines = self.jsonl.read_text(encoding="utf-8", errors="replace").splitlines() if self.jsonl.exists() else []
         kept = []
         for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # a line torn by a kill; its step comes again
+            except ValueError:  # a line torn by a kill; its step comes again
                 continue
             if row["step"] <= step:
                 kept.append(row)
-        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replace_file(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept).encode())
         return kept
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk: a checkpoint is never newer than the log that leads to it."""
+        with open(self.jsonl, "a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
 
     def step(self, **values: Any) -> None:
         with open(self.jsonl, "a", encoding="utf-8") as file:

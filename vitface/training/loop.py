@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,13 +22,17 @@ from vitface.data.loader import EPOCH_ORDERS, read_batches, split_people
 from vitface.data.preprocess import to_float
 from vitface.errors import CheckpointError, ConfigError
 from vitface.evaluation.verify import auc
-from vitface.model.store import trained_tensors
+from vitface.model.store import load_trained, trained_tensors
 from vitface.training import setup
-from vitface.training.checkpoint import load_training, save_checkpoint
+from vitface.training.alarms import alarms
+from vitface.training.checkpoint import load_state, save_checkpoint
+from vitface.training.diagnose import write_diagnosis
 from vitface.training.interrupt import StopRequest, stop_requests
 from vitface.training.log import RunLog
 from vitface.training.memory import plan_memory
-from vitface.training.step import parameter_groups, schedule, total_loss, update
+from vitface.training.resume import difference, is_finished, settings_of
+from vitface.training.state import load_training, read_training, training_tensors
+from vitface.training.step import NonFiniteError, parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
 HOLDOUT_IMAGES = 2000
@@ -41,6 +44,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
+    first_step: int = 0  # of the epoch under way
     epoch_loss: float = 0.0  # summed over the steps of the epoch under way
     best_epoch: int = 0
     best_auc: float = -1.0
@@ -64,7 +68,6 @@ class Trainer:
         self.steps_per_epoch = len(self.split.indices) // config.batch_size
         if config.limit_batches is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, config.limit_batches)
-        self.total_steps = self.steps_per_epoch * config.epochs
         self.model, self.margin = setup.build_model(config, self.split.num_people)
         self.memory = plan_memory(self.model, self.margin, config.batch_size, config.memory_budget)
         self.model.vit.recomputed = self.memory.recomputed
@@ -75,6 +78,15 @@ class Trainer:
         domains = self.samples.domains
         self.has_domain_labels = config.use_dalora and domains is not None and domains.max() + 1 == config.num_domains
         self.progress = Progress()
+        self.alarmed: set[str] = set()
+
+    @property
+    def total_steps(self) -> int:
+        return self.progress.first_step + self.steps_per_epoch * (self.config.epochs - self.progress.epoch)
+
+    @property
+    def steps_into_epoch(self) -> int:
+        return self.progress.step - self.progress.first_step
 
     def header(self) -> str:
         """What is printed before the first step: config, data, machine, parameters, estimated time."""
@@ -108,7 +120,9 @@ class Trainer:
                 self._epoch(log, stop)
                 rate = (self.progress.step - first) * self.config.batch_size / (time.perf_counter() - started)
                 # an epoch whose last step is done is judged before stopping: a step is saved once, in one state
-                is_best = self.progress.step % self.steps_per_epoch == 0 and self._judge(rate, log)
+                is_best = self.steps_into_epoch == self.steps_per_epoch and self._judge(rate, log)
+                if log is not None:
+                    log.sync()
                 self._save(is_best)
                 if stop.requested:
                     raise KeyboardInterrupt
@@ -116,8 +130,8 @@ class Trainer:
     def _judge(self, rate: float, log: RunLog | None) -> bool:
         """Ends an epoch: its held-out AUC, whether it is the best, whether training is finished."""
         progress, config = self.progress, self.config
-        loss, score = progress.epoch_loss / self.steps_per_epoch, self.holdout_auc()
-        progress.epoch, progress.epoch_loss = progress.epoch + 1, 0.0
+        loss, (score, found) = progress.epoch_loss / self.steps_per_epoch, self.judge_held_out()
+        progress.epoch, progress.first_step, progress.epoch_loss = progress.epoch + 1, progress.step, 0.0
         is_best = score is None or score > progress.best_auc
         if is_best:
             progress.best_epoch, progress.best_auc = progress.epoch, -1.0 if score is None else score
@@ -126,8 +140,14 @@ class Trainer:
         judged = "" if score is None else f"  held-out AUC {score:.4f}{' (best)' if is_best else ''}"
         tqdm.write(f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s")
         if log is not None:
-            rate = round(rate, 1)
-            log.epoch(step=progress.step, epoch=progress.epoch, loss=loss, holdout_auc=score, img_per_s=rate)
+            log.epoch(
+                step=progress.step, epoch=progress.epoch, loss=loss, holdout_auc=score, alarms=", ".join(found),
+                img_per_s=round(rate, 1),
+            )  # fmt: skip
+        for name, text in found.items():
+            if name not in self.alarmed:
+                tqdm.write(f"ALARM {name}: {text}")
+        self.alarmed |= found.keys()
         return is_best
 
     def _epoch(self, log: RunLog | None, stop: StopRequest) -> None:
@@ -135,7 +155,7 @@ class Trainer:
         config, epoch = self.config, self.progress.epoch
         self.model.train()
         bar = tqdm(
-            self._batches(epoch), initial=self.progress.step - epoch * self.steps_per_epoch, total=self.steps_per_epoch,
+            self._batches(epoch), initial=self.steps_into_epoch, total=self.steps_per_epoch,
             desc=f"epoch {epoch + 1}/{config.epochs}", unit_scale=config.batch_size, unit="img", leave=False,
             dynamic_ncols=True,
         )  # fmt: skip
@@ -144,7 +164,10 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             parts = total_loss(self.forward, self.margin, images, labels, domains, config)
-            norm = update(self.optimizer, parts["loss"], self.trained, config.clip)
+            try:
+                norm = update(self.optimizer, parts["loss"], self.trained, config.clip)
+            except NonFiniteError as error:
+                raise self._diagnosed(error, images, parts) from None
             values = dict(zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist(), strict=True))
             self.progress.step += 1
             self.progress.epoch_loss += values["loss"]
@@ -154,13 +177,23 @@ class Trainer:
             if stop.requested:
                 return
 
+    def _diagnosed(self, error: NonFiniteError, images: Tensor, parts: dict[str, Tensor]) -> NonFiniteError:
+        if self.run_dir is None:
+            return error
+        path = self.run_dir / "non_finite.json"
+        step, epoch, rate = self.progress.step + 1, self.progress.epoch + 1, self.optimizer.param_groups[0]["lr"]
+        where = {"step": step, "epoch": epoch, "seed": self.config.seed, "lr": rate, "reason": str(error)}
+        modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
+        write_diagnosis(path, where, images, parts, modules)
+        return NonFiniteError(f"step {step:,}: {error}; {path} says more")
+
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """What is left of the epoch: normalised images (B, 3, S, S), labels (B,), domains (B,) or None."""
         config, split = self.config, self.split
         order = EPOCH_ORDERS[config.sampler](split.labels, config.seed, epoch)
         positions = [
             order[at * config.batch_size : (at + 1) * config.batch_size]
-            for at in range(self.progress.step - epoch * self.steps_per_epoch, self.steps_per_epoch)
+            for at in range(self.steps_into_epoch, self.steps_per_epoch)
         ]
         domains = self.samples.domains if self.has_domain_labels else None
         pinned = self.device.type == "cuda"
@@ -171,53 +204,67 @@ class Trainer:
             known = None if domains is None else torch.from_numpy(domains[split.indices[where]]).to(self.device)
             yield self.model.preprocess(pixels), labels, known
 
-    def holdout_auc(self) -> float | None:
-        """AUC over all pairs of (at most HOLDOUT_IMAGES images of) the held-out people; None where there are none."""
+    def judge_held_out(self) -> tuple[float | None, dict[str, str]]:
+        """AUC over all pairs of (at most HOLDOUT_IMAGES images of) the held-out people, and alarms, a sentence by name.
+
+        (None, {}) where nobody is held out.
+        """
         held_out = self.split.held_out
         if not len(held_out):
-            return None
+            return None, {}
         held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
         positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
         self.model.eval()
-        rows = [self.model.embed(images, flip=False) for _, images in read_batches(self.samples, held_out, positions)]
+        rows, gates = [], []
+        for _, images in read_batches(self.samples, held_out, positions):
+            rows.append(self.model.embed(images, flip=False))
+            gates.append(self.model.domain_weights(images))
         embeddings, labels = np.concatenate(rows), self.samples.labels[held_out]
         first, second = np.triu_indices(len(labels), 1)
-        return auc((embeddings @ embeddings.T)[first, second], labels[first] == labels[second])
+        score = auc((embeddings @ embeddings.T)[first, second], labels[first] == labels[second])
+        return score, alarms(embeddings, score, np.concatenate(gates) if self.config.use_dalora else None)
 
     def _save(self, is_best: bool) -> None:
         if self.run_dir is None:
             return
-        state = self.optimizer.state_dict()["state"]
-        moments = {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-        margin = {f"margin.{name}": value for name, value in self.margin.state_dict().items()}
         save_checkpoint(
             self.run_dir,
             self.progress.step,
             trained_tensors(self.model),
             dataclasses.asdict(self.model.config),
-            {**margin, **moments},
-            {"progress": dataclasses.asdict(self.progress), "data": self.split.fingerprint()},
+            training_tensors(self.margin, self.optimizer),
+            {
+                "progress": dataclasses.asdict(self.progress),
+                "is_best": is_best,
+                "settings": settings_of(self.config),
+                "data": self.split.fingerprint(),
+            },
             is_best,
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Continues where a verified checkpoint stopped; CheckpointError if it is of another model or other data."""
-        settings = json.loads((checkpoint / "model.json").read_text())
-        if settings != json.loads(json.dumps(dataclasses.asdict(self.model.config))):
-            raise CheckpointError(f"{checkpoint} is of another model or was trained on another backbone file")
-        tensors, state = load_training(checkpoint)
-        if state["data"] != self.split.fingerprint():
+        """Continues where a verified checkpoint stopped; CheckpointError if it is of another model or other data.
+
+        --allow-changed lets other settings and other data of as many people pass: the epoch under way starts again.
+        """
+        before = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(dataclasses.asdict(self.model.config)))
+        if before != now:
             raise CheckpointError(
-                f"{self.config.train_data} is not the data {checkpoint} was trained on: "
-                f"{state['data']} then, {self.split.fingerprint()} now"
+                f"{checkpoint} is of another model or was trained on another backbone file:\n"
+                f"{difference(before, now, str)}"
             )
-        self.model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-        self.margin.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("margin.")})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".")
-                moments.setdefault(int(number), {})[key] = tensor
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": moments, "param_groups": whole["param_groups"]})
+        state = load_state(checkpoint)
+        other_data = difference(state["data"], self.split.fingerprint(), "data, {}".format)
+        if other_data and not self.config.allow_changed:
+            raise CheckpointError(
+                f"{self.config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n"
+                f"{other_data}"
+            )
+        tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
+        load_trained(self.model, checkpoint / "model.safetensors")
+        load_training(tensors, self.margin, self.optimizer)
         self.progress = Progress(**state["progress"])
+        self.progress.finished = is_finished(self.config, state)
+        if other_data or difference(state["settings"], settings_of(self.config)):
+            self.progress.first_step, self.progress.epoch_loss = self.progress.step, 0.0

@@ -1,17 +1,20 @@
 """What `--resume` means: which checkpoint, and with which settings."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vitface.config import TrainConfig, read_config, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
-from vitface.model.store import verify_checkpoint
-from vitface.training.checkpoint import ALL_FILES, newest_checkpoint
+from vitface.training.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
-MAY_CHANGE = {"resume", "save_dir", "device", "num_workers", "wandb", "tensorboard", "val_data", "weights"}
-MAY_CHANGE |= {"pack", "cache"}  # another way to the same images
-OF_THIS_MACHINE = {"device", "resume"}  # not taken over from the run that is resumed
+# what does not shape the training, or is checked by its contents (the backbone's SHA-256 is in model.json)
+MAY_CHANGE = {
+    "resume", "allow_changed", "save_dir", "device", "num_workers", "wandb", "tensorboard", "val_data", "weights",
+    "pack", "cache", "memory_budget",  # other ways to the same images and the same numbers
+}  # fmt: skip
+NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
 RUN_FILES = ("config.json", "log.jsonl", "log.csv", "checkpoints")
 
 
@@ -23,7 +26,7 @@ def configure(given: dict[str, Any]) -> TrainConfig:
     run_dir = Path(save_dir or "") if resume == "auto" else run_directory(Path(resume))
     if save_dir is not None and Path(save_dir).resolve() != run_dir.resolve():
         raise ConfigError(f"--resume {resume} continues in {run_dir}; leave --save-dir {save_dir} out")
-    saved = {name: value for name, value in read_config(run_dir).items() if name not in OF_THIS_MACHINE}
+    saved = {name: value for name, value in read_config(run_dir).items() if name not in NOT_INHERITED}
     if not saved:
         return resolve({**given, "save_dir": str(run_dir)})
     try:
@@ -37,10 +40,10 @@ def run_directory(path: Path) -> Path:
     return path.resolve().parent.parent if (path / "manifest.json").is_file() else path
 
 
-def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> Path | None:
     """The newest verified checkpoint of the run (or the one named), None to start afresh.
 
-    CheckpointError if `run_dir` holds a run that is not to be resumed, or one that was started with other settings.
+    CheckpointError if `run_dir` holds a run that is not to be resumed, or one that was trained with other settings.
     """
     if config.resume is None:
         for name in RUN_FILES:
@@ -50,21 +53,48 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
                 )
         return None
     path = run_dir if config.resume == "auto" else Path(config.resume)
-    found = newest_checkpoint(path)
     if (path / "manifest.json").is_file():
-        verify_checkpoint(path, ALL_FILES)
+        verify_step(path)
         found = path
+    else:
+        found = newest_checkpoint(path, say)
     if found is None and config.resume != "auto":
         raise CheckpointError(f"{path} holds no checkpoint; --resume auto starts afresh where there is none")
     if found is not None:
-        check_same_settings(config, run_dir)
+        check_same_settings(config, run_dir, found)
     return found
 
 
-def check_same_settings(config: TrainConfig, run_dir: Path) -> None:
-    """CheckpointError with a diff, unless the run in `run_dir` was started with the same settings."""
-    before, now = read_config(run_dir), dataclasses.asdict(config)
-    changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-    if changed:
-        lines = "\n".join(f"  {to_flag(name)}: {before.get(name)} -> {now[name]}" for name in changed)
-        raise CheckpointError(f"{run_dir} was started with other settings; resume it with the same ones:\n{lines}")
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings that shape the training, which a checkpoint keeps."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+
+
+def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
+    """CheckpointError with a diff unless `checkpoint` was trained with the same settings, or --allow-changed was given.
+
+    Other settings go on from the newest step only: later steps of the old ones would be taken for theirs.
+    """
+    changes = difference(load_state(checkpoint)["settings"], settings_of(config))
+    if changes and not config.allow_changed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other settings; resume with the same ones, or add --allow-changed:\n"
+            f"{changes}"
+        )
+    newest = step_directories(run_dir)[0].name
+    if changes and newest != checkpoint.resolve().name:
+        raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
+
+
+def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
+    """Whether nothing is left to train after a checkpoint with this `state`; changed settings may ask for more."""
+    if difference(state["settings"], settings_of(config)):
+        return state["progress"]["epoch"] >= config.epochs
+    return state["progress"]["finished"]
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], label: Callable[[str], str] = to_flag) -> str:
+    """What changed, a line for each setting; empty if nothing did."""
+    names = [*now, *(name for name in before if name not in now)]
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    return "\n".join(f"  {label(name)}: {before.get(name)} -> {now.get(name)}" for name in changed)

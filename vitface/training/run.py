@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 from vitface.config import TrainConfig
-from vitface.errors import ConfigError
+from vitface.errors import ConfigError, VitfaceError
 from vitface.evaluation.benchmarks import Evaluation, evaluate_all
 from vitface.evaluation.report import results_table
+from vitface.files import make_folder, replace_file
 from vitface.model.store import frozen_face, load_face
-from vitface.training.checkpoint import load_training
+from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
+from vitface.training.lock import run_lock
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
-from vitface.training.resume import checkpoint_to_resume
+from vitface.training.resume import checkpoint_to_resume, is_finished
 from vitface.training.setup import default_save_dir, final_benchmarks, resolve_choices
 from vitface.version import __version__
 
@@ -38,29 +40,48 @@ def run(config: TrainConfig, say: Say = print) -> Path | None:
 
 
 def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
-    checkpoint = checkpoint_to_resume(config, run_dir)
-    again = f"python train.py --save-dir {run_dir} --resume auto"
-    if checkpoint is not None and load_training(checkpoint)[1]["progress"]["finished"]:
-        if (run_dir / "results.md").is_file():
-            say(f"{run_dir} is finished; evaluate it with\n  python evaluate.py --checkpoint {run_dir} --bench all")
-        else:
-            finish(config, run_dir, say)
-        return run_dir
-    trainer = Trainer(config, run_dir)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        say(f"resumed {checkpoint} at step {trainer.progress.step:,}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
-    say(f"run directory: {run_dir}")
-    say(trainer.header())
-    try:
-        trainer.fit(RunLog(run_dir, config, trainer.progress.step))
-    except KeyboardInterrupt:
-        say(f"stopped and saved at step {trainer.progress.step:,}; continue with\n  {again}")
-        raise
-    finish(config, run_dir, say)
+    trainer = None
+    if not run_dir.is_dir():  # what is wrong or missing is said before anything is created
+        checkpoint_to_resume(config, run_dir, say)
+        trainer = Trainer(config, run_dir)
+        make_folder(run_dir)
+    with run_lock(run_dir):
+        checkpoint = checkpoint_to_resume(config, run_dir, say)
+        if checkpoint is not None:
+            state = load_state(checkpoint)
+            link_checkpoint(checkpoint, state["is_best"])  # a kill may have come between the checkpoint and its links
+            if is_finished(config, state):
+                _finish_again(config, run_dir, say)
+                return run_dir
+        trainer = trainer or Trainer(config, run_dir)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            say(f"resumed {checkpoint} at step {trainer.progress.step:,}")
+        replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+        say(f"run directory: {run_dir}")
+        say(trainer.header())
+        try:
+            trainer.fit(RunLog(run_dir, config, trainer.progress.step))
+        except (KeyboardInterrupt, VitfaceError, OSError):
+            say(what_is_saved(run_dir))
+            raise
+        finish(config, run_dir, say)
     return run_dir
+
+
+def what_is_saved(run_dir: Path) -> str:
+    """What to say when training stops before its end."""
+    steps, again = step_directories(run_dir), f"python train.py --save-dir {run_dir} --resume auto"
+    if not steps:
+        return f"stopped before the first checkpoint; start again with\n  {again}"
+    return f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}"
+
+
+def _finish_again(config: TrainConfig, run_dir: Path, say: Say) -> None:
+    if (run_dir / "results.md").is_file():
+        say(f"{run_dir} is finished; evaluate it with\n  python evaluate.py --checkpoint {run_dir} --bench all")
+    else:
+        finish(config, run_dir, say)
 
 
 def finish(config: TrainConfig, run_dir: Path, say: Say) -> None:
@@ -73,7 +94,7 @@ def finish(config: TrainConfig, run_dir: Path, say: Say) -> None:
         for title, model in (("frozen backbone, raw CLS", frozen), ("adapted, best epoch", adapted)):
             sections[title] = evaluate_all(model.embed, names, config.val_data or "")
             say(f"\n{title}\n{evaluation_text(sections[title])}")
-    (run_dir / "results.md").write_text(results_markdown(config, run_dir, sections), encoding="utf-8")
+    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections).encode())
     bench = "synthetic" if names == ["synthetic"] else "all"
     say(
         f"\nwrote {run_dir}/results.md; evaluate again with\n"

@@ -1,0 +1,49 @@
+"""Where hostile files are opened: a process of its own that notices execution and growing memory."""
+
+import os
+import pickle
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tiny import in_child
+
+MAX_GROWTH = 256 << 20
+EXECUTION = {
+    "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
+    "socket.connect", "shutil.unpack_archive", "ctypes.dlopen",
+}  # fmt: skip
+
+
+def assault(attempt: Callable[[int], str], cases: int, warm_up: Callable[[], object]) -> None:
+    """Calls `attempt(0)` ... `attempt(cases - 1)`, each of which names its outcome, in a process of its own.
+
+    Asserts that both "error" and "valid" came out, that nothing was executed, and that memory grew by less than
+    MAX_GROWTH. That the watch is awake is shown by a pickle that names a function.
+    """
+    assert in_child(lambda: _watched(attempt, cases, warm_up)) == 0
+
+
+def _watched(attempt, cases, warm_up):
+    events: Counter[str] = Counter()
+
+    def watch(event, arguments):
+        if event == "exec" and Path(arguments[0].co_filename).is_file():
+            return  # Python itself imports a module, on first use
+        if event in EXECUTION:
+            events[f"{event} {arguments}"] += 1
+
+    sys.addaudithook(watch)
+    assert pickle.loads(pickle.dumps(os.getcwd)) is os.getcwd and len(events) == 1
+    warm_up()  # what is imported on first use
+    events.clear()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
+    resource.setrlimit(resource.RLIMIT_AS, (pages + 2 * MAX_GROWTH, resource.RLIM_INFINITY))
+    outcomes = Counter(attempt(case) for case in range(cases))
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert not events, events
+    assert growth < MAX_GROWTH, growth
+    assert set(outcomes) == {"error", "valid"} and outcomes.total() == cases, outcomes

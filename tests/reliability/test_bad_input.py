@@ -1,0 +1,325 @@
+"""Files from strangers: a named error or what they claim to be; never code, never a half-loaded model."""
+
+import io
+import json
+import pickle
+import random
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise_adapters, tiny_config, tiny_face
+from matrix import ROWS, sizes
+from PIL import Image
+from sandbox import assault
+
+from vitface.config import VIT_PRESETS
+from vitface.data.bin_format import parse_bin
+from vitface.data.images import decode_image
+from vitface.data.pairs import VerificationSet
+from vitface.data.records import RecordSamples
+from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
+from vitface.model.settings import face_config
+from vitface.model.store import load_face, load_trained, read_tensors, sha256_file, trained_tensors
+from vitface.training.checkpoint import save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def encoded(kind, side, seed=0, **options):
+    y, x = np.mgrid[:side, :side]
+    pixels = np.stack([2 * x, 2 * y, x + y + seed], 2) % 256
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def mutated(rng, data, pieces) -> bytes:
+    """`data` after one to four of: a byte or a bit changed, a piece put in or over, cut, doubled, shuffled."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at, kind = rng.randrange(len(data) + 1), rng.randrange(7)
+        end = min(len(data), at + rng.choice([1, 2, 4, 8, 64]))
+        if kind == 0 and at < len(data):
+            data[at] = rng.randrange(256)
+        elif kind == 1 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            data[at:at] = rng.choice(pieces)
+        elif kind == 3:
+            piece = rng.choice(pieces)
+            data[at : at + len(piece)] = piece
+        elif kind == 4:
+            del data[at:end]
+        elif kind == 5:
+            data[at:at] = data[at:end]
+        else:
+            other = rng.randrange(len(data) + 1)
+            data[at:end] = data[other : other + end - at]
+        data = data or bytearray(b"\0")
+    return bytes(data)
+
+
+def rewrite(path, data):
+    """A new file: to truncate one that is there makes some file systems wait for the disk."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+NUMBERS = [struct.pack("<I", value) for value in (0, 1, 16, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)]
+OPCODES = [
+    b"cos\nsystem\n", b"(S'true'\ntR", b"R", b"b", b"\x93", b"\x81", b"r\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f",
+    b"Pid\n", b"\x8e" + b"\xff" * 8, b"\x82\x01", b"o", b"i", b"(", b"t", b"l", b"]", b"e", b"a", b"2", b"0", b"h\0",
+    b"q\0", b".", b"\x95" + b"\xff" * 8, b"\x8c\x05numpy\x8c\x07ndarray\x93", b"c_codecs\nencode\n",
+    b"cbuiltins\neval\n", b"\x88", b"N",
+]  # fmt: skip
+
+
+@sizes("bin")
+def test_bin_files(ran, cases):
+    rng = random.Random(0)
+    images = [encoded("JPEG", 16, seed) for seed in range(4)]
+    columns = [np.frombuffer(image, np.uint8).reshape(-1, 1) for image in images]
+    flags = ([True, False], [np.True_, np.False_])
+    originals = [pickle.dumps((images, flags[p % 2]), protocol=p) for p in range(6)]
+    originals += [pickle.dumps((columns, flags[p % 2]), protocol=p) for p in range(5)]
+
+    def attempt(case):
+        try:
+            images, issame = parse_bin(mutated(rng, originals[case % len(originals)], OPCODES + NUMBERS), "here")
+            found = VerificationSet("here", images, np.array(issame, bool))
+        except DataError as error:
+            assert str(error).startswith("here")
+            return "error"
+        assert len(found.images) == 2 * len(found.issame) and {type(image) for image in images} == {bytes}
+        assert {type(flag) for flag in issame} == {bool}
+        return "valid"
+
+    assault(attempt, cases, lambda: [parse_bin(data, "here") for data in originals])
+    ran(ROWS["bin"].fault, cases)
+
+
+def write_records(folder):
+    """InsightFace's layout: a header record, 4 images of 2 people, a range per person."""
+    payloads = [struct.pack("<IfQQ2f", 2, 0, 0, 0, 5, 7)]
+    payloads += [struct.pack("<IfQQ", 0, i // 2, i, 0) + encoded("JPEG", 112, i, quality=20) for i in range(4)]
+    payloads += [struct.pack("<IfQQ2f", 2, 0, 0, 0, 1 + 2 * i, 3 + 2 * i) for i in range(2)]
+    data, index = b"", ""
+    for key, payload in enumerate(payloads):
+        index += f"{key}\t{len(data)}\n"
+        data += struct.pack("<II", 0xCED7230A, len(payload)) + payload + bytes(-len(payload) % 4)
+    folder.mkdir()
+    (folder / "train.rec").write_bytes(data)
+    (folder / "train.idx").write_text(index)
+    (folder / "property").write_text("2,112,112")
+
+
+@sizes("rec")
+def test_record_files(tmp_path, ran, cases):
+    rng, folder = random.Random(0), tmp_path / "set"
+    write_records(folder)
+    originals = {name: (folder / name).read_bytes() for name in ("train.rec", "train.idx")}
+    pieces = [*NUMBERS, struct.pack("<I", 0xCED7230A), struct.pack("<f", float("nan")), b"-1", b"\t", b"\n", b"9" * 30]
+
+    def read_one(case=0):
+        samples = RecordSamples(folder)
+        return samples.read(case % len(samples))
+
+    def attempt(case):
+        name = ("train.rec", "train.idx")[case % 2]
+        data = bytearray(originals[name])
+        if name == "train.rec":  # in and around the headers: the images have a test of their own
+            at = rng.choice([i for i in range(0, len(data), 4) if data[i : i + 4] == b"\x0a\x23\xd7\xce"])
+            data[at : at + 40] = mutated(rng, data[at : at + 40], pieces)
+        else:
+            data = mutated(rng, data, pieces)
+        rewrite(folder / name, data)
+        try:
+            image = read_one(case)
+        except DataError as error:
+            assert str(folder) in str(error)
+            return "error"
+        finally:
+            rewrite(folder / name, originals[name])
+        assert image.shape == (112, 112, 3) and image.dtype == np.uint8
+        return "valid"
+
+    assault(attempt, cases, read_one)
+    ran(ROWS["rec"].fault, cases)
+
+
+@sizes("images")
+def test_images(ran, cases):
+    rng = random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    originals = [encoded(kind, 24, exif=exif.tobytes()) for kind in ("JPEG", "PNG", "WEBP")]
+
+    def attempt(case):
+        data = mutated(rng, originals[case % 3], [*NUMBERS, b"Exif\0\0", b"IDAT", b"VP8L", b"\xff\xd9", b"\xff\xda"])
+        try:
+            image = decode_image(data, "here")
+        except ImageError as error:
+            assert str(error).startswith("here")
+            return "error"
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        return "valid"
+
+    assault(attempt, cases, lambda: [decode_image(data) for data in originals])
+    ran(ROWS["images"].fault, cases)
+
+
+def other_value(rng, value):
+    """Something else in place of a JSON value."""
+    strange = [None, True, -1, 0, 1, 7, 1 << 13, 1 << 40, 2**63, 1e308, float("nan"), "", "F64", "I8", "x" * 99]
+    if isinstance(value, int) and rng.random() < 0.5:
+        return value + rng.choice([-8, -1, 1, 4, 8])
+    return rng.choice([*strange, [], [1], {}])
+
+
+def mutated_json(rng, value):
+    """A JSON object with one entry changed, removed, added or renamed, at any depth."""
+    at = value = json.loads(json.dumps(value))
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        if not keys:
+            return value
+        key = rng.choice(keys)
+        if isinstance(at[key], dict | list) and rng.random() < 0.7:
+            at = at[key]
+            continue
+        kind = rng.randrange(6)
+        if kind == 0:
+            del at[key]
+        elif kind == 1 and isinstance(at, dict):
+            at[rng.choice(["../../x", "head.extra", "__class__", str(key) + "."])] = at[key]
+        elif kind == 2 and isinstance(at, dict):
+            at[rng.choice(keys)], at[key] = at[key], at[rng.choice(keys)]
+        else:
+            at[key] = other_value(rng, at[key])
+        return value
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """A step directory with an adapter for the tiny backbone, and its model."""
+    monkeypatch.setitem(VIT_PRESETS, "tiny", tiny_config())
+    model = tiny_face(num_domains=2)
+    randomise_adapters(model)
+    settings = {**vars(model.config), "backbone": "tiny", "vit": vars(model.config.vit)}
+    step = save_checkpoint(tmp_path / "run", 1, trained_tensors(model), settings, {}, {}, True)
+    return step, model, settings
+
+
+def mutated_adapter(rng, data) -> bytes:
+    """A safetensors file changed in its header's length, its JSON, its bytes or its values."""
+    length = int.from_bytes(data[:8], "little")
+    header, values = data[8 : 8 + length], data[8 + length :]
+    kind = rng.randrange(6)
+    if kind == 0:
+        return rng.choice([0, 1, length - 1, length + 8, 1 << 21, 10**8 + 1, 1 << 63]).to_bytes(8, "little") + data[8:]
+    if kind == 1:
+        return data[:8] + mutated(rng, header, [b"{", b"}", b'"', b":", b",", b"[", b"\\u0000", b"9" * 20]) + values
+    if kind == 2:
+        return data[: rng.randrange(len(data))]
+    if kind == 3:
+        at = rng.randrange(0, len(values) - 4, 4)
+        number = struct.pack("<f", rng.choice([float("nan"), float("inf"), 3.5, -1e38]))
+        return data[: 8 + length] + values[:at] + number + values[at + 4 :]
+    changed = json.dumps(mutated_json(rng, json.loads(header))).encode()
+    changed += b" " * (-len(changed) % 8)
+    return len(changed).to_bytes(8, "little") + changed + values + bytes(rng.choice([0, 0, 0, 4]))
+
+
+@sizes("safetensors")
+def test_adapter_files(adapter, ran, cases):
+    step, model, settings = adapter
+    rng, tensors, trained = random.Random(0), step / "model.safetensors", trained_tensors(model)
+    original, expected = tensors.read_bytes(), {name: t.clone() for name, t in model.state_dict().items()}
+
+    def same():
+        return all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+    def attempt_reading():
+        rewrite(tensors, mutated_adapter(rng, original))
+        try:
+            found = read_tensors(tensors, trained)
+        except CheckpointError as error:
+            assert str(tensors) in str(error)
+            return "error"
+        assert all(t.shape == trained[name].shape and t.isfinite().all() for name, t in found.items())
+        return "valid"
+
+    def attempt_loading():
+        rewrite(tensors, mutated_adapter(rng, original))
+        try:
+            load_trained(model, tensors)
+        except CheckpointError:
+            assert same()
+            return "error"
+        model.load_state_dict(expected)
+        return "valid"
+
+    def attempt_settings():
+        """A stranger's checkpoint: other settings, sealed as they are."""
+        rewrite(tensors, original)
+        (step / "model.json").write_text(json.dumps(mutated_json(rng, settings)))
+        sealed = {name: {"size": (step / name).stat().st_size, "sha256": sha256_file(step / name)} for name in
+                  ("model.safetensors", "model.json")}  # fmt: skip
+        (step / "manifest.json").write_text(json.dumps({"files": sealed}))
+        try:
+            loaded = load_face(step)
+        except VitfaceError:
+            return "error"
+        assert loaded.embed(np.zeros((1, 112, 112, 3), np.uint8)).shape == (1, loaded.config.embedding_dim)
+        return "valid"
+
+    def warm_up():
+        load_trained(model, tensors)
+        load_face(step).embed(np.zeros((1, 112, 112, 3), np.uint8))
+
+    attempts = {0: attempt_settings, 1: attempt_loading, 2: attempt_loading}  # of every 20; the others only read
+    assault(lambda case: attempts.get(case % 20, attempt_reading)(), cases, warm_up)
+    ran(ROWS["safetensors"].fault, cases)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_rank": 8192}, "smaller than the model"),
+        ({"lora_rank": 1 << 40}, "lora_rank cannot be 1099511627776"),
+        ({"image_size": 8192}, "sizes that fit no model"),
+        ({"embedding_dim": 8192}, "smaller than the model"),
+        ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"),
+        ({"head": "tail"}, "head cannot be tail"),
+        ({"num_domains": True}, "num_domains cannot be True"),
+        ({"weights_sha256": 3}, "weights_sha256 cannot be 3"),
+        ({"colour": 1}, "unexpected keyword"),
+    ],
+)
+def test_settings_no_model_can_have_are_named(adapter, change, message):
+    step, _, settings = adapter
+    text = json.dumps({**settings, **change})
+    assert face_config(json.loads(json.dumps(settings))).backbone == "tiny"
+    (step / "model.json").write_text(text)
+    sealed = {name: {"size": (step / name).stat().st_size, "sha256": sha256_file(step / name)} for name in
+              ("model.safetensors", "model.json")}  # fmt: skip
+    (step / "manifest.json").write_text(json.dumps({"files": sealed}))
+    with pytest.raises(CheckpointError, match=message):
+        load_face(step)
+
+
+def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path):
+    step, _, settings = adapter
+    other = {**settings, "vit": {**settings["vit"], "norm_eps": 0.5}}
+    shutil.rmtree(step)
+    save_checkpoint(tmp_path / "run", 1, trained_tensors(tiny_face(num_domains=2)), other, {}, {}, True)
+    with pytest.raises(CheckpointError, match="describes another tiny than the backbone file"):
+        load_face(step)

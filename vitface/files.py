@@ -1,0 +1,73 @@
+"""Files that are whole or not there, also after a power loss.
+
+Data is fsynced before it gets its name, and a folder is fsynced after a name in it has changed: rename alone is atomic
+for other processes, but says nothing about what is on the disk when the power fails.
+"""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and waits until its contents are on the disk; its name is not before `sync_folder`."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until what was created, renamed or removed in a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and its missing parents, on the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with suppress(FileExistsError):  # another process was faster
+            os.mkdir(path)
+        sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that there is always the old one or the new one; a failure leaves the old one."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        write_synced(partial, data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Points a relative link elsewhere; not on the disk before `sync_folder`."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    os.symlink(target, fresh)
+    os.replace(fresh, link)
+
+
+def publish_folder(partial: Path, final: Path) -> None:
+    """Gives a folder of synced files its name; what bears the name already is removed first."""
+    sync_folder(partial)
+    if final.exists():
+        remove_folder(final)
+    os.rename(partial, final)
+    sync_folder(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, which loses its name first: no half of it is ever found under that name."""
+    doomed = path.with_name(f".deleted-{path.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

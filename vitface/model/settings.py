@@ -1,0 +1,49 @@
+"""The settings in a model file -> `ViTConfig`, `FaceConfig`.
+
+Files may come from strangers: a value that no model can have is refused before anything is built from it.
+"""
+
+import math
+import typing
+from typing import Any, Literal
+
+from vitface.config import MAX_IMAGE_SIZE, MAX_SIZE, FaceConfig, ViTConfig, backbone_name
+
+
+def vit_config(settings: dict[str, Any]) -> ViTConfig:
+    """A `ViTConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
+    colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
+    config = _checked(ViTConfig(**{**settings, **colours}))
+    if not (config.patch_size and config.depth and config.num_heads) or config.embed_dim % config.num_heads:
+        raise ValueError("sizes that fit no model")
+    return config
+
+
+def face_config(settings: dict[str, Any]) -> FaceConfig:
+    """A `FaceConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
+    config = _checked(FaceConfig(**{**settings, "vit": vit_config(settings["vit"])}))
+    backbone_name(config.backbone)
+    config.vit.grid(config.image_size)
+    too_large = config.image_size > MAX_IMAGE_SIZE or config.router_depth > config.vit.depth
+    if too_large or not (config.num_domains and config.embedding_dim):
+        raise ValueError("sizes that fit no model")
+    return config
+
+
+def _checked(config: Any) -> Any:
+    """`config` as it is; ValueError unless each value has its field's type and a size to be expected of a model."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint is int:
+            good = type(value) is int and 0 <= value <= MAX_SIZE
+        elif hint is float:
+            good = type(value) in (int, float) and math.isfinite(value)
+        elif typing.get_origin(hint) is Literal:
+            good = value in typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            good = len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+        else:
+            good = isinstance(value, hint)
+        if not good:
+            raise ValueError(f"{name} cannot be {str(value)[:40]}")
+    return config
