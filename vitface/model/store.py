@@ -37,6 +37,8 @@ from vitface.version import __version__
 
 BACKBONE_FORMAT = "vitface-backbone-1"
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
+THRESHOLDS_FILE = "thresholds.json"  # of a run directory, see vitface.training.holdout
+FARS = (1e-2, 1e-3, 1e-4)
 
 
 def sha256_file(path: Path) -> str:
@@ -202,7 +204,32 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
     tensors = load_file(step / "model.safetensors")
     check_tensors(step / "model.safetensors", tensors, trained_tensors(model))
     model.load_state_dict(tensors, strict=False)  # names were just checked; the frozen ones come from the backbone
+    model.thresholds = read_thresholds(step)
     return model.eval()
+
+
+def model_sha256(path: Path) -> str:
+    """The SHA-256 of the trained tensors of a run's best checkpoint, or of one checkpoint, from its manifest."""
+    manifest = json.loads((find_checkpoint(path) / "manifest.json").read_text())
+    return manifest["files"]["model.safetensors"]["sha256"]
+
+
+def read_thresholds(step: Path) -> dict[float, float]:
+    """{FAR: cosine} calibrated for this very checkpoint; empty if its run has none for it.
+
+    CheckpointError if the run's file is damaged.
+    """
+    path = step.resolve().parent.parent / THRESHOLDS_FILE
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if written["model"] != model_sha256(step):
+            return {}
+        entries = written["thresholds"].items()
+        return {float(far): float(entry["threshold"]) for far, entry in entries if "threshold" in entry}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
 
 
 def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:

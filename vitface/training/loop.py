@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,12 +25,12 @@ from vitface.evaluation.verify import auc
 from vitface.model.store import trained_tensors
 from vitface.training import setup
 from vitface.training.checkpoint import load_training, save_checkpoint
+from vitface.training.holdout import holdout_scores
 from vitface.training.interrupt import StopRequest, stop_requests
 from vitface.training.log import RunLog
 from vitface.training.step import parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
-HOLDOUT_IMAGES = 2000
 
 
 @dataclasses.dataclass
@@ -166,17 +165,11 @@ class Trainer:
             yield self.model.preprocess(pixels), labels, known
 
     def holdout_auc(self) -> float | None:
-        """AUC over all pairs of (at most HOLDOUT_IMAGES images of) the held-out people; None where there are none."""
-        held_out = self.split.held_out
-        if not len(held_out):
+        """AUC over all pairs of the held-out people; None where there are none."""
+        if not len(self.split.held_out):
             return None
-        held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
-        positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
         self.model.eval()
-        rows = [self.model.embed(images, flip=False) for _, images in read_batches(self.samples, held_out, positions)]
-        embeddings, labels = np.concatenate(rows), self.samples.labels[held_out]
-        first, second = np.triu_indices(len(labels), 1)
-        return auc((embeddings @ embeddings.T)[first, second], labels[first] == labels[second])
+        return auc(*holdout_scores(self.model, self.samples, self.split.held_out))
 
     def _save(self, is_best: bool) -> None:
         if self.run_dir is None:

@@ -86,6 +86,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         lora_scaling=config.lora_scaling,
         lora_targets=config.lora_targets,
         num_domains=config.num_domains if config.use_dalora else 1,
+        gate=config.gate,
         router_depth=config.router_depth,
         head=config.head,
         embedding_dim=config.embedding_dim,
