@@ -4,7 +4,9 @@ import importlib
 import sys
 
 # command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
+}
 
 
 def usage() -> str:

@@ -151,14 +151,15 @@ def test_random_scores_are_at_chance():
     assert 0.46 < np.mean(accuracies) < 0.503
 
 
-def test_interval_has_the_binomial_width():
+def test_interval_is_a_little_wider_than_the_binomial_one():
+    """Deciding 6,000 pairs at given thresholds is binomial; that the thresholds were chosen on them comes on top."""
     rng = np.random.default_rng(0)
     issame = rng.permutation(np.arange(6000) % 2 == 0)
     result = verify(np.where(issame, 0.8, 1.2) + rng.normal(0, 0.16, 6000), issame)
     low, high = accuracy_interval(result)
     half_width = 1.96 * np.sqrt(result.accuracy * (1 - result.accuracy) / 6000)
     assert low < result.accuracy < high
-    assert (high - low) / 2 == pytest.approx(half_width, rel=0.05)
+    assert 1.0 < (high - low) / 2 / half_width < 1.3
 
 
 def test_identity_interval_is_none_without_names_and_wider_where_people_are_shared():
@@ -194,13 +195,13 @@ SIMULATIONS = 1000
 @pytest.mark.slow
 def test_coverage_of_the_pair_bootstrap():
     """Simulated sets whose pairs are independent: the interval holds the procedure's true accuracy in 95 % of them."""
-    issame, rng = np.arange(600) % 2 == 0, np.random.default_rng(0)
+    issame, rng = np.arange(2000) % 2 == 0, np.random.default_rng(0)
     results = [
-        verify(np.clip(np.where(issame, 0.85, 1.15) + rng.normal(0, 0.15, 600), 0, 4), issame)
+        verify(np.clip(np.where(issame, 0.85, 1.15) + rng.normal(0, 0.15, 2000), 0, 4), issame)
         for _ in range(SIMULATIONS)
     ]
-    truth = np.mean([result.accuracy for result in results])  # its standard error is 0.04 points
-    intervals = np.array([accuracy_interval(result, draws=2000, seed=i) for i, result in enumerate(results)])
+    truth = np.mean([result.accuracy for result in results])  # its standard error is 0.03 points
+    intervals = np.array([accuracy_interval(result, draws=400, seed=i) for i, result in enumerate(results)])
     covered = np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1]))
     print(f"coverage of the pair bootstrap over {SIMULATIONS} sets: {100 * covered:.1f} %")
     assert 0.93 <= covered <= 0.97

@@ -101,19 +101,13 @@ def compare(a: Side, b: Side) -> Comparison:
         )
     for name in names:
         _check_same_pairs(name, [results[name] for results in every])
-    correct = [
-        (
-            np.stack([results[name].correct for results in a.results]),
-            np.stack([results[name].correct for results in b.results]),
-            every[0][name].folds,
-        )
-        for name in names
-    ]
-    draws = difference_draws(correct, matched=a.seeds == b.seeds)
+    first, second = ([[results[name] for results in side.results] for name in names] for side in (a, b))
+    draws = difference_draws(first, second, matched=a.seeds == b.seeds)
     rows = []
-    for name, (first, second, _), drawn in zip(names, correct, draws, strict=True):
-        of_a, of_b = (float(np.mean([results[name].accuracy for results in side.results])) for side in (a, b))
-        rows.append(Difference(name, of_a, of_b, of_b - of_a, interval(drawn), *mcnemar(first, second)))
+    for name, of_a, of_b, drawn in zip(names, first, second, draws, strict=True):
+        mean_a, mean_b = (float(np.mean([result.accuracy for result in results])) for results in (of_a, of_b))
+        pairs = mcnemar(*(np.stack([result.correct for result in results]) for results in (of_a, of_b)))
+        rows.append(Difference(name, mean_a, mean_b, mean_b - mean_a, interval(drawn), *pairs))
     if len(rows) > 1:
         of_a, of_b = (float(np.mean([getattr(row, key) for row in rows])) for key in ("accuracy_a", "accuracy_b"))
         rows.append(Difference(f"average of {len(rows)}", of_a, of_b, of_b - of_a, interval(draws.mean(axis=0))))

@@ -5,22 +5,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitface.evaluation.verify import Verification
+from vitface.evaluation.verify import Verification, right_at_thresholds
 
-DRAWS = 10_000
+DRAWS = 2000
+
+
+def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Bootstrap draws (R, draws) of the accuracies of R results on the same pairs, as fractions.
+
+    Pairs are redrawn within folds, the same ones for all results, and the whole protocol is repeated on them, choice of
+    thresholds included: with the thresholds kept, an interval holds the truth in 91 to 93 % of cases instead of 95. A
+    resample's thresholds are a little worse than the sample's, so each row is moved to the mean that was measured.
+    """
+    rng, folds = np.random.default_rng(seed), results[0].folds
+    sizes = np.bincount(folds)
+    times = [rng.multinomial(size, np.full(size, 1 / size), size=draws).astype("f4") for size in sizes]  # (draws, M_f)
+    rows = []
+    for result in results:
+        right = right_at_thresholds(result.distance, result.issame).astype("f4")  # (T, M)
+        curves = np.stack([times[fold] @ right[:, folds == fold].T for fold in range(len(sizes))])  # (folds, draws, T)
+        best = (curves.sum(axis=0) - curves).argmax(axis=2)  # on the other folds
+        tested = np.take_along_axis(curves, best[..., None], axis=2)[..., 0] / sizes[:, None]
+        row = tested.mean(axis=0)
+        rows.append(row - row.mean() + result.accuracy)
+    return np.stack(rows)
 
 
 def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the accuracy by pair bootstrap within folds, as fractions.
+    """95 % interval of the accuracy by pair bootstrap, as fractions (see `accuracy_draws`).
 
     Pairs that share people are not independent, so this is a lower bound on the uncertainty.
     """
-    # a resample of M right-or-wrong decisions has a binomial number of right ones, fold by fold
-    rng = np.random.default_rng(seed)
-    sizes = np.bincount(result.folds)
-    right = np.bincount(result.folds, weights=result.correct)
-    means = (rng.binomial(sizes, right / sizes, size=(draws, len(sizes))) / sizes).mean(axis=1)
-    return interval(means)
+    return interval(accuracy_draws([result], draws, seed)[0])
 
 
 def identity_interval(result: Verification, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
@@ -61,29 +77,23 @@ def seed_weights(runs: int, draws: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def difference_draws(
-    benchmarks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], matched: bool, draws: int = DRAWS, seed: int = 0
+    first: Sequence[Sequence[Verification]],
+    second: Sequence[Sequence[Verification]],
+    matched: bool,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> np.ndarray:
     """Bootstrap draws (benchmarks, draws) of B's accuracy minus A's, as fractions.
 
-    Each benchmark is (correct of A's runs (Ra, M), of B's runs (Rb, M), folds (M,)): the same pairs judged by all runs,
-    in the same order on every benchmark. Pairs are redrawn within folds, the same for all runs; so are runs, those of A
-    and B together if they are `matched` by seed.
+    `first[i]` and `second[i]` are the results of A's and B's runs on benchmark i, all on the same pairs, runs in one
+    order throughout. Pairs are redrawn for all runs alike; so are runs, A's and B's together if `matched` by seed.
     """
-    rng = np.random.default_rng(seed)
-    first, second, _ = benchmarks[0]
-    of_a = seed_weights(len(first), draws, rng)
-    of_b = of_a if matched else seed_weights(len(second), draws, rng)
-    sign = np.concatenate([-of_a, of_b], axis=1)  # (draws, R)
-    rows = []
-    for first, second, folds in benchmarks:
-        correct, mean = np.concatenate([first, second]), np.zeros(draws)
-        for fold in range(folds.max() + 1):
-            # pairs that all runs decided alike are exchangeable, so draw how often each pattern of decisions comes
-            patterns, counts = np.unique(correct[:, folds == fold], axis=1, return_counts=True)
-            share = rng.multinomial(counts.sum(), counts / counts.sum(), size=draws) / counts.sum()
-            mean += ((share @ patterns.T) * sign).sum(axis=1)
-        rows.append(mean / (folds.max() + 1))
-    return np.stack(rows)
+    rng = np.random.default_rng([seed, 1])
+    of_a = seed_weights(len(first[0]), draws, rng)
+    of_b = of_a if matched else seed_weights(len(second[0]), draws, rng)
+    weights = np.concatenate([-of_a, of_b], axis=1).T  # (R, draws)
+    accuracies = [accuracy_draws([*a, *b], draws, seed) for a, b in zip(first, second, strict=True)]
+    return np.stack([(weights * rows).sum(axis=0) for rows in accuracies])
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:

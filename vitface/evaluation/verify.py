@@ -75,7 +75,7 @@ def verify(
     distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
     check_scores(distance, issame)
     folds = contiguous_folds(len(issame)) if folds is None else folds
-    right = (distance[None] < THRESHOLDS[:, None]) == issame[None]  # (T, M)
+    right = right_at_thresholds(distance, issame)
     accuracies, thresholds = np.zeros(folds.max() + 1), np.zeros(folds.max() + 1)
     correct = np.zeros(len(issame), bool)
     for fold in range(len(accuracies)):
@@ -96,6 +96,11 @@ def verify(
         issame=issame,
         people=people,
     )
+
+
+def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:
+    """Whether each of the THRESHOLDS decides each pair rightly, bool (T, M)."""
+    return (distance[None] < THRESHOLDS[:, None]) == issame[None]
 
 
 def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
