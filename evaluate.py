@@ -10,6 +10,7 @@ from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all
 from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
+from vitface.evaluation.page import report_page
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.model.face import FaceModel, shuffle_gate
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   python evaluate.py --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
   python evaluate.py --checkpoint runs/a --bench all     every benchmark there is a file for
   python evaluate.py --checkpoint runs/a --bench synthetic --json results.json
+  python evaluate.py --bench all --output report.html    the same as a page with curves and pictures
   python evaluate.py --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
   python evaluate.py --compare runs/lora-s* runs/dalora-s*   is the second one better?
   python evaluate.py --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
@@ -41,6 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
+    add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
+    add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
     add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
@@ -68,8 +72,9 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: its folder does not exist")
+    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag} {path}: its folder does not exist")
     if arguments.compare:
         return compare_runs(arguments)
     if arguments.bench is None:
@@ -91,6 +96,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
             keep_scores(arguments.checkpoint, evaluation.results, model_sha256(arguments.checkpoint))
     if arguments.json:
         arguments.json.write_text(json.dumps({"benchmarks": results_json(evaluation.results)}, indent=1) + "\n")
+    if arguments.output:
+        title = str(arguments.checkpoint or f"{arguments.backbone}, frozen")
+        page = report_page(title, model, evaluation, arguments.checkpoint, arguments.data_dir, arguments.show_faces)
+        arguments.output.write_text(page, encoding="utf-8")
+        print(f"wrote {arguments.output}")
     for alarm in evaluation.alarms:
         print(f"ALARM {alarm}", file=sys.stderr)
     for failure in evaluation.failures:

@@ -227,6 +227,8 @@ class TrainConfig:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
         if self.gate != "learned" and not self.use_dalora:
             raise ConfigError(f"--gate {self.gate} is a control for DA-LoRA; add --use-dalora")
+        if self.domain_labels is not None and self.train_data == "synthetic":
+            raise ConfigError("--domain-labels is for your own images; synthetic faces come with their domains")
         if self.holdout_people == 1 or (self.patience and not self.holdout_people):
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size < 2 and self.head != "linear":

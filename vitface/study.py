@@ -1,7 +1,8 @@
 """Train and compare a grid of controls over seeds: python -m vitface study NAME. Resumes where it stopped.
 
 Each cell is one ordinary run directory, FOLDER/VARIANT-sSEED. Two kinds of cell are only evaluated: the frozen
-backbone, and each DA-LoRA run with its gate shuffled. FOLDER/study.md and study.json hold the table, after each seed anew.
+backbone, and each DA-LoRA run with its gate shuffled. FOLDER/study.md and
+study.json hold the table, after each seed anew.
 """
 
 import argparse

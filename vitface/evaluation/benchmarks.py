@@ -17,7 +17,7 @@ from vitface.data.pairs import VerificationSet, read_bin, read_calfw_pairs, read
 from vitface.data.synthetic import pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
-from vitface.evaluation.verify import Verification, pair_distance, verify
+from vitface.evaluation.verify import Verification, check_embeddings, pair_distance, verify
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
 
@@ -88,6 +88,7 @@ def evaluate_benchmark(
         pairs = read_benchmark(name, data_dir)
         first, second = embed_pairs(embed, pairs, batch_size)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
+    check_embeddings(np.concatenate([first, second]))
     result = verify(pair_distance(first, second), issame, folds, people)
     return result, [*alarms, *order_alarms(name, first, second, issame)]
 

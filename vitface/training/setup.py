@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitface.config import FaceConfig, TrainConfig, backbone_name
-from vitface.data.records import Samples, load_samples
+from vitface.data.records import Samples, load_samples, read_domains
 from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
@@ -57,11 +57,22 @@ def open_inputs(config: TrainConfig) -> Samples:
             samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
         else:
             samples = load_samples(config.train_data)
+            if config.domain_labels is not None and config.use_dalora:
+                samples.domains = read_domains(config.domain_labels, samples.image_names())
+                check_domains(config, int(samples.domains.max()) + 1)
     except DataError as error:
         problems.append(str(error))
     if samples is None or problems:
         raise ConfigError("\n\n".join(problems))
     return samples
+
+
+def check_domains(config: TrainConfig, found: int) -> None:
+    """DataError unless there are as many domain labels as domains."""
+    if found != config.num_domains:
+        raise DataError(
+            f"{config.domain_labels} has {found} different domains; pass --num-domains {found} to train with them"
+        )
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
