@@ -9,7 +9,7 @@ from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.model.lora import lora_scaling
-from vitface.study import adapter_parameters, variants
+from vitface.study import adapter_parameters, put_between_markers, variants
 from vitface.training import setup
 
 
@@ -79,3 +79,19 @@ def test_a_study_refuses_what_it_sets_itself(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="--gate uniform is a control for DA-LoRA; add --use-dalora"):
         resolve({"gate": "uniform"})
+
+
+def test_the_generated_part_of_a_document_is_replaced_and_nothing_else(tmp_path):
+    path = tmp_path / "experiments.md"
+    path.write_text("# Experiments\n\nby hand\n")
+    put_between_markers(path, "a", "first\n")
+    put_between_markers(path, "b", "other\n")
+    with open(path, "a") as file:
+        file.write("by hand too\n")
+    once = path.read_text()
+    assert once.startswith("# Experiments\n\nby hand\n\n<!-- study a") and once.endswith("by hand too\n")
+    put_between_markers(path, "a", "second\n")
+    assert path.read_text() == once.replace("first", "second")
+    path.write_text(once.replace("<!-- end of study a -->", ""))
+    with pytest.raises(ConfigError, match="put it back or remove both"):
+        put_between_markers(path, "a", "third\n")

@@ -169,7 +169,8 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparison
     parts = [
         f"Command: `{about['command']}`; {about['date']}, {about['device']}, torch {about['torch']}, seeds "
         f"{', '.join(map(str, about['seeds']))}. Accuracies in %, mean ± deviation over seeds; intervals by paired "
-        f"bootstrap over pairs and seeds, {len(comparisons)} comparisons, not corrected for their number.",
+        f"bootstrap over pairs and seeds with thresholds chosen anew, {len(comparisons)} comparisons, not corrected "
+        f"for their number. McNemar's p takes the thresholds as given, and several seeds by majority.",
         "\n".join(lines),
         "\n".join(f"- {comparison.verdict}" for comparison in comparisons.values()),
         "\n".join(f"- {line}" for line in routing),
@@ -190,13 +191,14 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("name", choices=STUDIES, help="which study; train.py's flags change its settings")
+    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    return exit_code(lambda: study(given.pop("name"), given.pop("seeds"), given))
+    return exit_code(lambda: study(given.pop("name"), given.pop("seeds"), given.pop("docs"), given))
 
 
-def study(name: str, seeds: list[int], given: dict[str, Any]) -> None:
+def study(name: str, seeds: list[int], docs: Path | None, given: dict[str, Any]) -> None:
     """Runs study `name` with the `given` flags of train.py on top; ConfigError for flags that it sets itself."""
     for key in SET_BY_THE_STUDY:
         if key in given:
@@ -204,6 +206,21 @@ def study(name: str, seeds: list[int], given: dict[str, Any]) -> None:
     folder = Path(given.pop("save_dir", None) or Path("studies") / name)
     command = shlex.join(["python", "-m", "vitface", "study", *sys.argv[2:]])
     run_study(resolve({**STUDIES[name], **given}), list(dict.fromkeys(seeds)), folder, command, print)
+    if docs is not None:
+        put_between_markers(docs, folder.name, (folder / "study.md").read_text(encoding="utf-8"))
+        print(f"wrote {docs}")
+
+
+def put_between_markers(path: Path, name: str, text: str) -> None:
+    """Replaces the generated part `name` of a document, or adds it at the end; the rest stays as it is."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    first, last = f"<!-- study {name}: generated, do not edit -->\n", f"<!-- end of study {name} -->\n"
+    head, begun, rest = before.partition(first)
+    if begun and last not in rest:
+        raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
+    tail = rest.partition(last)[2]
+    gap = "" if begun or not head else "\n"
+    _write(path, f"{head}{gap}{first}\n## Study: {name}\n\n{text}\n{last}{tail}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Side:
     """Runs of one experiment, one per seed, and what each scored by benchmark."""
 
     name: str
-    seeds: list[int | None]
+    seeds: list[int | None]  # [None] for a model that was not trained, which a comparison has on one side at most
     results: list[dict[str, Verification]]
 
 
@@ -124,7 +124,7 @@ def _check_same_pairs(name: str, results: list[Verification]) -> None:
 def verdict(a: Side, b: Side, row: Difference) -> str:
     """What the interval allows to say, and what it does not."""
     low, high = (100 * bound for bound in row.interval)
-    size, seeds = 100 * row.difference, min(len(a.seeds), len(b.seeds))
+    size, seeds = 100 * row.difference, min(len(side.seeds) for side in (a, b) if side.seeds != [None])
     if low > 0 or high < 0:
         better, worse = (b.name, a.name) if low > 0 else (a.name, b.name)
         near, far = sorted((abs(low), abs(high)))
