@@ -9,15 +9,21 @@ from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all
+from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
+from vitface.evaluation.page import report_page
 from vitface.evaluation.report import results_json, results_table
-from vitface.model.face import FaceModel
-from vitface.model.store import frozen_face, load_face, newest_run
+from vitface.evaluation.scores import keep_scores
+from vitface.model.face import FaceModel, shuffle_gate
+from vitface.model.store import frozen_face, load_face, model_sha256, newest_run
 
 EXAMPLES = """examples:
   python evaluate.py --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
   python evaluate.py --checkpoint runs/a --bench all     every benchmark there is a file for
   python evaluate.py --checkpoint runs/a --bench synthetic --json results.json
+  python evaluate.py --bench all --output report.html    the same as a page with curves and pictures
   python evaluate.py --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
+  python evaluate.py --compare runs/lora-s* runs/dalora-s*   is the second one better?
+  python evaluate.py --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
 """
 
 
@@ -27,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--bench", choices=[*BENCHMARKS, "all"], required=True, help="which benchmark; 'all': each that has a file")
+    add("--bench", choices=[*BENCHMARKS, "all"], help="which benchmark; 'all': each that has a file")
     add(
         "--checkpoint",
         type=Path,
@@ -35,6 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="run (its best) or checkpoint directory; default: newest in runs/",
     )
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
+    add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
+    add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
+    add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
     add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
@@ -49,9 +59,12 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
     if arguments.backbone is None:
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
-        run = arguments.checkpoint or newest_run()
-        print(f"checkpoint: {run}")
-        return load_face(run, arguments.weights).to(device)
+        arguments.checkpoint = arguments.checkpoint or newest_run()
+        print(f"checkpoint: {arguments.checkpoint}")
+        model = load_face(arguments.checkpoint, arguments.weights).to(device)
+        return shuffle_gate(model) if arguments.gate else model
+    if arguments.gate:
+        raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
     dtype = resolve_dtype("auto", device)
@@ -59,8 +72,13 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: its folder does not exist")
+    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag} {path}: its folder does not exist")
+    if arguments.compare:
+        return compare_runs(arguments)
+    if arguments.bench is None:
+        raise ConfigError("name a benchmark with --bench, or runs with --compare")
     model = load_model(arguments)
     if arguments.bench == "all":
         names = available(arguments.data_dir)
@@ -74,13 +92,34 @@ def evaluate(arguments: argparse.Namespace) -> int:
     evaluation = evaluate_all(model.embed, names, arguments.data_dir)
     if evaluation.results:
         print(results_table(evaluation.results))
+        if arguments.checkpoint and (arguments.checkpoint / "checkpoints").is_dir() and not arguments.gate:
+            keep_scores(arguments.checkpoint, evaluation.results, model_sha256(arguments.checkpoint))
     if arguments.json:
         arguments.json.write_text(json.dumps({"benchmarks": results_json(evaluation.results)}, indent=1) + "\n")
+    if arguments.output:
+        title = str(arguments.checkpoint or f"{arguments.backbone}, frozen")
+        page = report_page(title, model, evaluation, arguments.checkpoint, arguments.data_dir, arguments.show_faces)
+        arguments.output.write_text(page, encoding="utf-8")
+        print(f"wrote {arguments.output}")
     for alarm in evaluation.alarms:
         print(f"ALARM {alarm}", file=sys.stderr)
     for failure in evaluation.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 2 if evaluation.failures else 0
+
+
+def compare_runs(arguments: argparse.Namespace) -> int:
+    """Every experiment against the first one named, from the scores that the runs kept."""
+    runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
+    wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
+    results = [{name: result for name, result in read_run(run).items() if name in wanted} for run in runs]
+    first, *others = group_runs(runs, results)
+    comparisons = [compare(first, other) for other in others]
+    print("\n\n".join(comparison_text(comparison) for comparison in comparisons))
+    if arguments.json:
+        entries = [comparison_json(comparison) for comparison in comparisons]
+        arguments.json.write_text(json.dumps({"comparisons": entries}, indent=1) + "\n")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
     "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+    "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
 }
 
 

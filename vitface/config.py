@@ -97,8 +97,9 @@ def backbone_name(name: str) -> str:
 class FaceConfig:
     """Everything that shapes a face model; stored beside its tensors, so that no script can contradict it.
 
-    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. `weights_sha256` is that of
-    the converted backbone file, or "random".
+    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. Each `gate` but "learned" is
+    a control (see `vitface.model.face.FaceModel.gate`). `weights_sha256` is that of the converted backbone file, or
+    "random".
     """
 
     backbone: str
@@ -110,6 +111,7 @@ class FaceConfig:
     lora_scaling: Literal["lora", "rslora"] = "lora"
     lora_targets: Literal["attn", "attn+mlp"] = "attn"
     num_domains: int = 1
+    gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     embedding_dim: int = 512
@@ -132,6 +134,11 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "exp_002": {**_RECORDED, "backbone": "clip", "use_dalora": False},
     "exp_003": {**_RECORDED, "backbone": "dinov2", "use_dalora": True},
     "exp_004": {**_RECORDED, "backbone": "clip", "use_dalora": True},
+    # the controls of exp_003: LoRA with as many parameters and the same alpha / rank, and gates that choose nothing
+    "exp_003_lora48": {**_RECORDED, "backbone": "dinov2", "use_dalora": False, "lora_rank": 48, "lora_alpha": 48.0},
+    "exp_003_uniform": {**_RECORDED, "backbone": "dinov2", "use_dalora": True, "gate": "uniform"},
+    "exp_003_random": {**_RECORDED, "backbone": "dinov2", "use_dalora": True, "gate": "random"},
+    "exp_003_shuffled": {**_RECORDED, "backbone": "dinov2", "use_dalora": True, "gate": "shuffled"},
 }
 
 
@@ -154,6 +161,9 @@ class TrainConfig:
     val_data: str | None = flag("data", "folder of benchmark files, evaluated once at the end")
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a domain classifier")
     num_domains: int = flag(3, "adapters per layer with --use-dalora")
+    gate: Literal["learned", "uniform", "random", "shuffled"] = flag(
+        "learned", "DA-LoRA's mix: the router's; controls: 1/K each, random for all, another image's"
+    )
     lora_rank: int = flag(16, "rank of each adapter")
     lora_alpha: float = flag(64.0, "adapter strength; see --lora-scaling")
     lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
@@ -162,6 +172,7 @@ class TrainConfig:
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
     router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
     domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
+    domain_labels: str | None = flag(None, "CSV with the columns image,domain: the domain of each training image")
     train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
     head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
     embedding_dim: int = flag(512, "size of the embedding")
@@ -220,6 +231,10 @@ class TrainConfig:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.use_dalora and self.num_domains < 2:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
+        if self.gate != "learned" and not self.use_dalora:
+            raise ConfigError(f"--gate {self.gate} is a control for DA-LoRA; add --use-dalora")
+        if self.domain_labels is not None and self.train_data == "synthetic":
+            raise ConfigError("--domain-labels is for your own images; synthetic faces come with their domains")
         if self.holdout_people == 1 or (self.patience and not self.holdout_people):
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size < 2 and self.head != "linear":

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vitface.config import resolve
 from vitface.data.recordio import read_index, read_labels, read_record
-from vitface.data.records import FolderSamples, RecordSamples, load_samples
-from vitface.errors import DataError, ImageError
+from vitface.data.records import FolderSamples, RecordSamples, load_samples, read_domains
+from vitface.errors import ConfigError, DataError, ImageError
+from vitface.training.setup import open_inputs
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 MUTATIONS = 20_000
@@ -452,3 +454,31 @@ def test_real_recordio():
         at = idx[i + 1]
         jpeg = data[at + 32 : at + 8 + struct.unpack_from("<I", data, at + 4)[0]]
         np.testing.assert_array_equal(image, np.asarray(Image.open(BytesIO(jpeg))))
+
+
+def test_domain_labels_from_a_csv(tmp_path):
+    names = ["ann/1.jpg", "ann/2.jpg", "bob/1.jpg"]
+    path = tmp_path / "domains.csv"
+    path.write_text("image,domain\nbob/1.jpg,profile\nann/1.jpg,frontal\nann/2.jpg,profile\nzoe/1.jpg,dark\n")
+    assert read_domains(path, names).tolist() == [0, 1, 1]  # numbered over the images there are
+    path.write_text("image,domain\nbob/1.jpg,profile\n")
+    with pytest.raises(DataError, match=r"no domain for 2 of 3 images, first ann/1\.jpg"):
+        read_domains(path, names)
+    path.write_text("bob/1.jpg,profile\nann/1.jpg,frontal\n")
+    with pytest.raises(DataError, match="first line is image,domain"):
+        read_domains(path, names)
+    with pytest.raises(DataError, match="No such file"):
+        read_domains(tmp_path / "nothing.csv", names)
+
+
+def test_images_have_the_names_that_domain_labels_use(tmp_path):
+    for name in ("bob", "ann"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (112, 112)).save(tmp_path / name / "1.png")
+    assert FolderSamples(tmp_path).image_names() == ["ann/1.png", "bob/1.png"]
+    (tmp_path / "domains.csv").write_text("image,domain\nann/1.png,a\nbob/1.png,b\n")
+    flags = {"train_data": str(tmp_path), "domain_labels": str(tmp_path / "domains.csv"), "weights": "random"}
+    assert open_inputs(resolve({**flags, "use_dalora": True, "num_domains": 2})).domains.tolist() == [0, 1]
+    with pytest.raises(ConfigError, match="2 different domains; pass --num-domains 2"):
+        open_inputs(resolve({**flags, "use_dalora": True}))
+    assert open_inputs(resolve(flags)).domains is None

@@ -3,12 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitface.data.pairs import read_bin
 from vitface.errors import EvaluationError
-from vitface.evaluation.statistics import accuracy_interval
+from vitface.evaluation.alarms import pair_alarms
+from vitface.evaluation.benchmarks import embed_pairs
+from vitface.evaluation.statistics import accuracy_interval, identity_interval
 from vitface.evaluation.verify import (
     auc,
     contiguous_folds,
     equal_error_rate,
+    far_threshold,
     pair_distance,
     roc,
     tar_at_far,
@@ -147,11 +151,70 @@ def test_random_scores_are_at_chance():
     assert 0.46 < np.mean(accuracies) < 0.503
 
 
-def test_interval_has_the_binomial_width():
+def test_interval_is_a_little_wider_than_the_binomial_one():
+    """Deciding 6,000 pairs at given thresholds is binomial; that the thresholds were chosen on them comes on top."""
     rng = np.random.default_rng(0)
     issame = rng.permutation(np.arange(6000) % 2 == 0)
     result = verify(np.where(issame, 0.8, 1.2) + rng.normal(0, 0.16, 6000), issame)
     low, high = accuracy_interval(result)
     half_width = 1.96 * np.sqrt(result.accuracy * (1 - result.accuracy) / 6000)
     assert low < result.accuracy < high
-    assert (high - low) / 2 == pytest.approx(half_width, rel=0.05)
+    assert 1.0 < (high - low) / 2 / half_width < 1.3
+
+
+def test_identity_interval_is_none_without_names_and_wider_where_people_are_shared():
+    issame = np.arange(2000) % 2 == 0
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 60, 2000)
+    people = np.stack([first, np.where(issame, first, (first + rng.integers(1, 60, 2000)) % 60)], 1)
+    hard = rng.normal(0, 0.3, 60)  # some people are hard wherever they appear
+    distance = np.clip(np.where(issame, 0.8, 1.2) + hard[people].mean(1) + rng.normal(0, 0.05, 2000), 0, 4)
+    result = verify(distance, issame, people=people + 10**12)
+    assert identity_interval(verify(distance, issame)) is None
+    narrow, wide = accuracy_interval(result), identity_interval(result, draws=500)
+    assert wide[0] < result.accuracy < wide[1]
+    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
+
+
+def test_far_threshold_is_the_lowest_one_that_keeps_the_rate():
+    score, issame = scores(20_000, 1, decimals=2)  # with ties
+    threshold, tar = far_threshold(score, issame, 0.01)
+    assert (score[~issame] >= threshold).mean() <= 0.01
+    lower = score[score < threshold].max()
+    assert (score[~issame] >= lower).mean() > 0.01
+    assert tar == (score[issame] >= threshold).mean() == tar_at_far(score, issame, 0.01)
+    few, labels = scores(6000, 0)
+    far_threshold(few, labels, 0.01)  # exactly 30 of 3,000: allowed
+    with pytest.raises(EvaluationError, match="FAR=0.001 needs 30,000 different pairs, there are 3,000"):
+        far_threshold(few, labels, 0.001)
+
+
+SIMULATIONS = 1000
+
+
+@pytest.mark.slow
+def test_coverage_of_the_pair_bootstrap():
+    """Simulated sets whose pairs are independent: the interval holds the procedure's true accuracy in 95 % of them."""
+    issame, rng = np.arange(2000) % 2 == 0, np.random.default_rng(0)
+    results = [
+        verify(np.clip(np.where(issame, 0.85, 1.15) + rng.normal(0, 0.15, 2000), 0, 4), issame)
+        for _ in range(SIMULATIONS)
+    ]
+    truth = np.mean([result.accuracy for result in results])  # its standard error is 0.03 points
+    intervals = np.array([accuracy_interval(result, draws=400, seed=i) for i, result in enumerate(results)])
+    covered = np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1]))
+    print(f"coverage of the pair bootstrap over {SIMULATIONS} sets: {100 * covered:.1f} %")
+    assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.slow
+def test_equals_the_field_on_real_faces(real_data):
+    """LFW itself, embedded by its raw pixels: the protocol's numbers equal scikit-learn's and the brute-force ones."""
+    pairs = read_bin(real_data / "lfw.bin")
+    assert pair_alarms("lfw", pairs) == []
+    first, second = embed_pairs(lambda x: x[:, ::8, ::8].reshape(len(x), -1) / 255 - 0.5, pairs, 500)
+    result = verify(pair_distance(first, second), pairs.issame)
+    accuracy, std = field_protocol(first, second, pairs.issame)
+    assert (result.accuracy, result.std) == (pytest.approx(accuracy, abs=1e-12), pytest.approx(std, abs=1e-12))
+    assert result.auc == pytest.approx(metrics.roc_auc_score(pairs.issame, -result.distance), abs=1e-12)
+    assert 0.55 < result.accuracy < 0.75

@@ -7,8 +7,8 @@ from conftest import randomise_adapters, tiny_face, tiny_vit
 from PIL import Image
 
 from vitface.config import resolve
-from vitface.errors import ImageError
-from vitface.model.face import EmbeddingHead, FaceModel
+from vitface.errors import ConfigError, ImageError
+from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
 from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss
 from vitface.training.setup import build_model, parameter_counts
 
@@ -176,3 +176,45 @@ def test_the_last_block_computes_only_what_the_head_reads(num_domains):
     cls = model.vit.encode(tokens, gate, queries=1)
     assert cls.shape[1] == 1
     torch.testing.assert_close(cls, model.vit.encode(tokens, gate)[:, :1], rtol=0, atol=1e-13)
+
+
+def gates(model, images):
+    """What the blocks got, by spying on `encode`."""
+    seen, encode = [], model.vit.encode
+
+    def spy(tokens, gate=None, queries=None):
+        seen.append(gate)
+        return encode(tokens, gate, queries)
+
+    model.vit.encode = spy
+    model.embed(images, flip=False)
+    del model.vit.encode
+    return torch.cat(seen).numpy()
+
+
+def test_fixed_gates_are_the_same_for_every_image_and_are_stored():
+    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
+    uniform, random = (tiny_face(num_domains=3, gate=kind, seed=5) for kind in ("uniform", "random"))
+    np.testing.assert_allclose(gates(uniform, images), 1 / 3, atol=1e-7)
+    rows = gates(random, images)
+    np.testing.assert_array_equal(rows, rows[:1].repeat(4, 0))
+    assert rows[0].std() > 0.01 and rows[0].sum() == pytest.approx(1)
+    np.testing.assert_allclose(random.domain_weights(images), rows, atol=1e-7)
+    other = tiny_face(num_domains=3, gate="random", seed=6)
+    assert abs(gates(other, images) - rows).max() > 0.05
+    other.load_state_dict(random.state_dict())  # the gate travels with the checkpoint, whatever the seed
+    np.testing.assert_array_equal(gates(other, images), rows)
+    assert not any(name.startswith("router") for name, _ in random.named_parameters())
+
+
+def test_the_shuffled_gate_is_another_images():
+    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
+    model = tiny_face(num_domains=3)
+    own = gates(model, images)
+    np.testing.assert_allclose(own, model.domain_weights(images), atol=1e-7)
+    shuffled = shuffle_gate(model)
+    np.testing.assert_allclose(gates(shuffled, images), own[[2, 3, 0, 1]], atol=1e-7)
+    np.testing.assert_allclose(shuffled.domain_weights(images), own, atol=1e-7)
+    for refused in (tiny_face(), tiny_face(num_domains=3, gate="uniform"), shuffled):
+        with pytest.raises(ConfigError, match="learned gate"):
+            shuffle_gate(refused)

@@ -35,7 +35,7 @@ class PackedSamples:
     checks everything but the pixels, `verify` those too; DataError says what is damaged.
     """
 
-    domains = None
+    domains: np.ndarray | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

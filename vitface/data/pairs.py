@@ -29,13 +29,15 @@ class VerificationSet:
     """N pairs: pair i is `images[2 i]` and `images[2 i + 1]`, JPEG or PNG bytes; `issame` bool (N,).
 
     `folds` int64 (N,) numbers each pair's cross-validation fold from 0, or is None: ten contiguous folds in file
-    order. DataError if the lengths disagree, there is no pair, or an image does not begin as one.
+    order. `people` int64 (N, 2) numbers whom a pair shows, or is None where the source has no names. DataError if the
+    lengths disagree, there is no pair, or an image does not begin as one.
     """
 
     name: str
     images: list[bytes]
     issame: np.ndarray
     folds: np.ndarray | None = None
+    people: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.issame)
@@ -96,7 +98,7 @@ def read_lfw_pairs(pairs_txt: str | Path, image_root: str | Path) -> Verificatio
             f"{where} promises {num_folds} folds of {half} same and {half} different pairs, not {len(lines)}"
         )
     issame = np.arange(n) // max(half, 1) % 2 == 0
-    paths = []
+    paths, names = [], []
     for number, (line, same) in enumerate(zip(lines, issame.tolist(), strict=True), 2):
         where = f"{pairs_txt}: line {number}"
         match [*line.split(), same]:
@@ -106,11 +108,13 @@ def read_lfw_pairs(pairs_txt: str | Path, image_root: str | Path) -> Verificatio
                 pass
             case _:
                 raise DataError(f"{where} is not a {'same' if same else 'different'} pair: {line[:80]!r}")
+        names += [name, other]
         for person, index in ((name, i), (other, j)):
             stem = Path(image_root) / _bare(person, where) / f"{person}_{_number(index, where):04d}"
             jpg, png = (stem.with_name(stem.name + suffix) for suffix in (".jpg", ".png"))
             paths.append((png if png.exists() and not jpg.exists() else jpg, where))
-    return VerificationSet(Path(pairs_txt).stem, _read_images(paths), issame, np.arange(n) // max(2 * half, 1))
+    folds = np.arange(n) // max(2 * half, 1)
+    return VerificationSet(Path(pairs_txt).stem, _read_images(paths), issame, folds, _numbered(names))
 
 
 def read_calfw_pairs(pairs_txt: str | Path, image_root: str | Path) -> VerificationSet:
@@ -139,7 +143,8 @@ def read_calfw_pairs(pairs_txt: str | Path, image_root: str | Path) -> Verificat
         )
     folds = token - 1
     folds[token == 0] = np.arange(np.sum(token == 0)) % num_folds
-    return VerificationSet(Path(pairs_txt).stem, _read_images(paths), token > 0, folds)
+    people = _numbered([path.stem.rsplit("_", 1)[0] for path, _ in paths])
+    return VerificationSet(Path(pairs_txt).stem, _read_images(paths), token > 0, folds, people)
 
 
 def read_cfp_pairs(
@@ -169,7 +174,8 @@ def read_cfp_pairs(
                 paths += [(left[i], where), (right[j], where)]
                 issame.append(same)
                 folds.append(fold)
-    return VerificationSet(f"cfp_{kind.lower()}", _read_images(paths), np.array(issame), np.array(folds))
+    people = _numbered([path.parent.parent.name for path, _ in paths])  # .../PERSON/frontal/01.jpg
+    return VerificationSet(f"cfp_{kind.lower()}", _read_images(paths), np.array(issame), np.array(folds), people)
 
 
 def read_annotated_pairs(pairs_txt: str | Path, image_root: str | Path) -> VerificationSet:
@@ -216,6 +222,11 @@ def _lines(path: str | Path) -> list[str]:
     if not text:
         raise DataError(f"{path}: empty file")
     return [line.strip() for line in text.split("\n")]
+
+
+def _numbered(names: list[str]) -> np.ndarray:
+    """2 N names -> int64 (N, 2), a number for each name."""
+    return np.unique(names, return_inverse=True)[1].reshape(-1, 2).astype(np.int64)
 
 
 def _number(word: str, where: str) -> int:

@@ -5,6 +5,7 @@ decoded when it is read. Nothing is held across a fork or a pickle but names and
 DataLoader workers as they are.
 """
 
+import csv
 import hashlib
 import os
 from mmap import ACCESS_READ, mmap
@@ -26,8 +27,8 @@ class Samples(Protocol):
     """n aligned faces of C people.
 
     `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C people, by label; `domains` int64
-    (n,) or None where the source has no domain labels; `read(i)` uint8 (112, 112, 3) RGB, ImageError or DataError if
-    that sample is damaged.
+    (n,), None where the source has no domain labels (see `read_domains`); `read(i)` uint8 (112, 112, 3) RGB, ImageError
+    or DataError if that sample is damaged.
     """
 
     labels: np.ndarray
@@ -70,7 +71,7 @@ class RecordSamples:
     image. The .rec file is mapped on first use in each process.
     """
 
-    domains = None
+    domains: np.ndarray | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -108,6 +109,10 @@ class RecordSamples:
         for name in ("train.idx", "property"):
             digest.update((self.path / name).read_bytes())
         return digest.hexdigest()
+
+    def image_names(self) -> list[str]:
+        """The records' keys."""
+        return [str(key) for key in self._keys]
 
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError or DataError names the file and the record's key."""
@@ -168,7 +173,7 @@ class FolderSamples:
     image that is no regular file (a FIFO, a broken link, a folder).
     """
 
-    domains = None
+    domains: np.ndarray | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -204,9 +209,32 @@ class FolderSamples:
         """uint8 (H, W, 3), as it was stored; ImageError names the file."""
         return read_image(self.file(index))
 
+    def image_names(self) -> list[str]:
+        """PERSON/IMAGE of each."""
+        return [f"{self.names[label]}/{file}" for label, file in zip(self.labels, self._files, strict=True)]
+
     def read(self, index: int) -> np.ndarray:
         """uint8 (112, 112, 3); ImageError names the file."""
         return to_crop(self.image(index), self.where(index))
+
+
+def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
+    """The domain of each image, int64 (n,), from a CSV file with the columns `image` and `domain`.
+
+    Images are named as `image_names` has them: PERSON/IMAGE.jpg in a folder, the record's key in a .rec. Domains may
+    have any names; they are numbered in sorted order. DataError for another file, or an image without a domain.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            domain_of = {row["image"]: row["domain"] for row in csv.DictReader(file)}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (KeyError, UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path} is no CSV file whose first line is image,domain") from None
+    missing = [name for name in image_names if not domain_of.get(name)]
+    if missing:
+        raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")
+    return np.unique([domain_of[name] for name in image_names], return_inverse=True)[1].astype(np.int64)
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

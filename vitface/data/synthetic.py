@@ -97,14 +97,25 @@ def synthetic_pairs(
         raise DataError(f"unknown kind of pairs {kind!r}; known: mixed, frontal-profile")
     if num_people < 2 or num_pairs < 1:
         raise DataError(f"pairs need two people and a pair, not {num_people} people and {num_pairs} pairs")
-    rows, issame = [], np.zeros(num_pairs, bool)
+    people, rows = pair_people(num_pairs, seed, first_person, num_people), []
+    for pair in range(num_pairs):
+        domains = uniform(4, 6, seed, pair)[2:].tolist()
+        kinds = [int(d * len(DOMAINS)) for d in domains] if kind == "mixed" else [FRONTAL, PROFILE]
+        for side, (who, what) in enumerate(zip(people[pair].tolist(), kinds, strict=True)):
+            rows.append((who, *photo_factors(what, 7, seed, pair, side)))
+    return render_faces(*zip(*rows, strict=True)), people[:, 0] == people[:, 1]
+
+
+def pair_people(
+    num_pairs: int, seed: int = 0, first_person: int = TEST_PEOPLE.start, num_people: int = 500
+) -> NDArray[np.int64]:
+    """Whom the pairs of `synthetic_pairs` show: int64 (N, 2)."""
+    people = np.zeros((num_pairs, 2), np.int64)
     for pair in range(num_pairs):
         (first_same,) = uniform(1, 5, seed, pair // 2)
-        issame[pair] = (first_same < 0.5) == (pair % 2 == 0)
-        a, b, *domains = uniform(4, 6, seed, pair).tolist()
-        person = int(a * num_people)
-        other = person if issame[pair] else (person + 1 + int(b * (num_people - 1))) % num_people
-        kinds = [int(d * len(DOMAINS)) for d in domains] if kind == "mixed" else [FRONTAL, PROFILE]
-        for side, (who, what) in enumerate(zip((person, other), kinds, strict=True)):
-            rows.append((first_person + who, *photo_factors(what, 7, seed, pair, side)))
-    return render_faces(*zip(*rows, strict=True)), issame
+        a, b = uniform(4, 6, seed, pair).tolist()[:2]
+        person = other = int(a * num_people)
+        if (first_same < 0.5) != (pair % 2 == 0):
+            other = (person + 1 + int(b * (num_people - 1))) % num_people
+        people[pair] = first_person + person, first_person + other
+    return people

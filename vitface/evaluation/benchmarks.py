@@ -14,9 +14,10 @@ import numpy as np
 
 from vitface.data.images import decode_image, to_crop
 from vitface.data.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
-from vitface.data.synthetic import synthetic_pairs
+from vitface.data.synthetic import pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
-from vitface.evaluation.verify import Verification, pair_distance, verify
+from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
+from vitface.evaluation.verify import Verification, check_embeddings, pair_distance, verify
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
 
@@ -63,7 +64,7 @@ def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
     if not path.exists():
         raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
     pairs = read_bin(path) if path.suffix == ".bin" else PAIR_LISTS[name][1](path)
-    check_pairs(name, pairs)
+    check_pairs(name, pairs, BENCHMARKS[name].pairs)
     return pairs
 
 
@@ -72,35 +73,29 @@ def available(data_dir: str | Path) -> list[str]:
     return [name for name in BENCHMARKS if name != "synthetic" and benchmark_path(name, data_dir).exists()]
 
 
-def evaluate_benchmark(embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128) -> Verification:
-    """The field's protocol on one benchmark.
+def evaluate_benchmark(
+    embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128
+) -> tuple[Verification, list[str]]:
+    """The field's protocol on one benchmark, and the alarms it raises.
 
     DataError if its file is missing or not what it should be, EvaluationError if the scores cannot be judged.
     """
     if name == "synthetic":
         images, issame = _synthetic_benchmark()
         rows = np.concatenate([embed(images[at : at + batch_size]) for at in range(0, len(images), batch_size)])
-        return verify(pair_distance(rows[::2], rows[1::2]), issame)
-    pairs = read_benchmark(name, data_dir)
-    first, second = embed_pairs(embed, pairs, batch_size)
-    return verify(pair_distance(first, second), pairs.issame, pairs.folds)
+        first, second, folds, alarms, people = rows[::2], rows[1::2], None, [], pair_people(len(issame))
+    else:
+        pairs = read_benchmark(name, data_dir)
+        first, second = embed_pairs(embed, pairs, batch_size)
+        issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
+    check_embeddings(np.concatenate([first, second]))
+    result = verify(pair_distance(first, second), issame, folds, people)
+    return result, [*alarms, *order_alarms(name, first, second, issame)]
 
 
 @functools.cache
 def _synthetic_benchmark() -> tuple[np.ndarray, np.ndarray]:
     return synthetic_pairs(BENCHMARKS["synthetic"].pairs)
-
-
-def check_pairs(name: str, pairs: VerificationSet) -> None:
-    """DataError unless the set has the benchmark's pair count, half of them same."""
-    expected, count, same = BENCHMARKS[name].pairs, len(pairs.issame), int(pairs.issame.sum())
-    if count != expected:
-        raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
-    if 2 * same != count:
-        raise DataError(
-            f"{name} has {same} same and {count - same} different pairs, the published set half of each: "
-            f"its labels were written wrongly (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
-        )
 
 
 def embed_pairs(embed: Embed, pairs: VerificationSet, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +115,7 @@ def _decoded(images: list[bytes], batch_size: int, name: str) -> Iterator[np.nda
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by benchmark; `alarms` are hardly plausible results, `failures` sets or results that are wrong."""
+    """Results by benchmark; `alarms` are hardly plausible sets or results, `failures` ones that are wrong."""
 
     results: dict[str, Verification]
     alarms: list[str]
@@ -132,22 +127,9 @@ def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path) -> Evalua
     evaluation = Evaluation({}, [], [])
     for name in names:
         try:
-            evaluation.results[name] = evaluate_benchmark(embed, name, data_dir)
-            alarm = judge(name, evaluation.results[name])
-            if alarm:
-                evaluation.alarms.append(alarm)
+            evaluation.results[name], alarms = evaluate_benchmark(embed, name, data_dir)
+            evaluation.alarms.extend(alarms)
+            evaluation.alarms.extend(judge(name, evaluation.results[name]))
         except (DataError, EvaluationError) as error:
             evaluation.failures.append(str(error))
     return evaluation
-
-
-def judge(name: str, result: Verification) -> str | None:
-    """An alarm in words, or None; EvaluationError if the result is impossible for a working pipeline."""
-    if result.auc < 0.5:
-        raise EvaluationError(
-            f"{name}: AUC {result.auc:.4f} is below chance: labels are shifted or shuffled against the pairs, "
-            f"inverted, or a distance is used as a similarity"
-        )
-    if result.auc < 0.55:
-        return f"{name}: AUC {result.auc:.4f} is chance level: wrong pair order, unaligned images or a broken model"
-    return None

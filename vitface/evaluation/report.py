@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from vitface.errors import EvaluationError
 from vitface.evaluation.benchmarks import BENCHMARKS
-from vitface.evaluation.statistics import accuracy_interval
-from vitface.evaluation.verify import Verification
+from vitface.evaluation.statistics import accuracy_interval, identity_interval
+from vitface.evaluation.verify import Verification, tar_at_far
+from vitface.model.store import FARS
 
 Results = Mapping[str, Verification]  # by benchmark name
 
@@ -33,15 +35,27 @@ def _mean(results: Results) -> float:
     return sum(result.accuracy for result in results.values()) / len(results)
 
 
+def _tar(result: Verification, far: float) -> float | None:
+    try:
+        return tar_at_far(-result.distance, result.issame, far)
+    except EvaluationError:
+        return None
+
+
 def results_json(results: Results) -> dict[str, dict]:
-    """{benchmark: {"accuracy", "std", "interval", "auc", "eer", "pairs"}}, accuracies as fractions."""
+    """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs"}}.
+
+    "identity_interval" is None where the pairs' people are not known, a TAR where there are too few different pairs.
+    """
     return {
         name: {
             "accuracy": result.accuracy,
             "std": result.std,
             "interval": accuracy_interval(result),
+            "identity_interval": identity_interval(result),
             "auc": result.auc,
             "eer": result.eer,
+            "tar_at_far": {f"{far:g}": _tar(result, far) for far in FARS},
             "pairs": len(result.correct),
         }
         for name, result in results.items()

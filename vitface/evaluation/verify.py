@@ -18,7 +18,7 @@ NUM_FOLDS = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions."""
+    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions; and what they come from."""
 
     accuracy: float
     std: float
@@ -27,6 +27,25 @@ class Verification:
     folds: np.ndarray  # (M,) which fold tested this pair, from 0
     correct: np.ndarray  # bool (M,): was this pair decided rightly there
     thresholds: np.ndarray  # (folds,) on the squared distance
+    distance: np.ndarray  # (M,) float64
+    issame: np.ndarray  # bool (M,)
+    people: np.ndarray | None = None  # (M, 2) whom the pairs show, where names are known
+
+
+def check_embeddings(rows: np.ndarray) -> None:
+    """EvaluationError for embeddings (N, E) that are not finite, zero, or all the same, with the likely cause."""
+    bad = int((~np.isfinite(rows).all(axis=1)).sum())
+    if bad:
+        raise EvaluationError(
+            f"{bad} of {len(rows)} embeddings are NaN or infinite: the model or its weights are broken"
+        )
+    zero = int((np.abs(rows).max(axis=1) == 0).sum())
+    if zero:
+        raise EvaluationError(
+            f"{zero} of {len(rows)} embeddings are zero: the embedding head is dead or its file is cut"
+        )
+    if np.abs(rows - rows[0]).max() <= 1e-6 * np.abs(rows[0]).max():
+        raise EvaluationError("all embeddings are equal: the model has collapsed to one point, or sees blank images")
 
 
 def pair_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -42,7 +61,9 @@ def contiguous_folds(count: int, num_folds: int = NUM_FOLDS) -> np.ndarray:
     return np.repeat(np.arange(num_folds), sizes)
 
 
-def verify(distance: np.ndarray, issame: np.ndarray, folds: np.ndarray | None = None) -> Verification:
+def verify(
+    distance: np.ndarray, issame: np.ndarray, folds: np.ndarray | None = None, people: np.ndarray | None = None
+) -> Verification:
     """distance (M,), issame bool (M,) -> the protocol's numbers. `folds` (M,) replaces file order where it is known.
 
     EvaluationError if the scores are not finite or all equal, or if there is but one class.
@@ -50,7 +71,7 @@ def verify(distance: np.ndarray, issame: np.ndarray, folds: np.ndarray | None = 
     distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
     check_scores(distance, issame)
     folds = contiguous_folds(len(issame)) if folds is None else folds
-    right = (distance[None] < THRESHOLDS[:, None]) == issame[None]  # (T, M)
+    right = right_at_thresholds(distance, issame)
     accuracies, thresholds = np.zeros(folds.max() + 1), np.zeros(folds.max() + 1)
     correct = np.zeros(len(issame), bool)
     for fold in range(len(accuracies)):
@@ -67,7 +88,15 @@ def verify(distance: np.ndarray, issame: np.ndarray, folds: np.ndarray | None = 
         folds=folds,
         correct=correct,
         thresholds=thresholds,
+        distance=distance,
+        issame=issame,
+        people=people,
     )
+
+
+def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:
+    """Whether each of the THRESHOLDS decides each pair rightly, bool (T, M)."""
+    return (distance[None] < THRESHOLDS[:, None]) == issame[None]
 
 
 def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
@@ -111,15 +140,19 @@ def equal_error_rate(score: np.ndarray, issame: np.ndarray) -> float:
     return float(far[i - 1] + t * (far[i] - far[i - 1]))
 
 
-def tar_at_far(score: np.ndarray, issame: np.ndarray, far: float) -> float:
-    """The largest true accept rate whose false accept rate is at most `far`.
+def far_threshold(score: np.ndarray, issame: np.ndarray, far: float) -> tuple[float, float]:
+    """(threshold, TAR) of the lowest threshold whose false accept rate is at most `far`; accepted is score >= it.
 
     EvaluationError if fewer than 30 false accepts would decide it (Doddington's rule of 30).
     """
     negatives = int((~issame).sum())
-    if far * negatives < 30:
-        raise EvaluationError(
-            f"TAR@FAR={far:g} needs {int(np.ceil(30 / far)):,} different pairs, there are {negatives:,}"
-        )
-    rates, tar, _ = roc(score, issame)
-    return float(tar[rates <= far].max())
+    if round(far * negatives, 6) < 30:
+        raise EvaluationError(f"FAR={far:g} needs {int(np.ceil(30 / far)):,} different pairs, there are {negatives:,}")
+    rates, tar, thresholds = roc(score, issame)
+    last = np.searchsorted(rates, far, side="right") - 1  # FAR and TAR rise together
+    return float(thresholds[last]), float(tar[last])
+
+
+def tar_at_far(score: np.ndarray, issame: np.ndarray, far: float) -> float:
+    """The largest true accept rate whose false accept rate is at most `far`; EvaluationError as `far_threshold`."""
+    return far_threshold(score, issame, far)[1]

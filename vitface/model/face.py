@@ -3,6 +3,7 @@
 Letters: B images, S input side, N tokens, D width, E embedding, K domains.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from vitface.config import FaceConfig
 from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
 from vitface.data.preprocess import normalise, resize, to_float
+from vitface.errors import ConfigError
 from vitface.model.lora import TARGETS, add_lora
-from vitface.model.router import DomainClassifier
+from vitface.model.router import DomainClassifier, FixedGate
 from vitface.model.vit import ViT
 
 TOKEN_WIDTH = 32
@@ -52,13 +54,15 @@ class FaceModel(nn.Module):
     """Normalised images (B, 3, S, S) -> embedding (B, E) float32 and the router's logits (B, K), None for plain LoRA.
 
     `vit` is frozen here, in `config.dtype`; adapters, router and head are float32 and the only trained parameters,
-    with the patch convolution if `config.train_patch_embed`.
+    with the patch convolution if `config.train_patch_embed`. `thresholds` {FAR: cosine} is what two embeddings have to
+    reach to be called the same person at that false accept rate, where the run calibrated it.
     """
 
     def __init__(self, vit: ViT, config: FaceConfig, impl: str = "reference", seed: int = 0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.config = config
+        self.thresholds: dict[float, float] = {}
         self.vit = vit.requires_grad_(False)
         for name, parameter in vit.named_parameters():
             if not (config.train_patch_embed and name.startswith("patch_embed.")):
@@ -73,21 +77,36 @@ class FaceModel(nn.Module):
         dim = config.vit.embed_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.router = DomainClassifier(dim, config.num_domains) if config.num_domains > 1 else None
+            self.router = None
+            if config.num_domains > 1 and config.gate in ("uniform", "random"):
+                self.router = FixedGate(config.gate, config.num_domains)
+            elif config.num_domains > 1:
+                self.router = DomainClassifier(dim, config.num_domains)
             self.head = EmbeddingHead(config.head, dim, vit.pos_embed.shape[1], config.embedding_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens = self.vit.tokens(images)
         logits = self.route(tokens)
-        gate = None if logits is None else logits.softmax(dim=1)
-        return self.head(self.vit.encode(tokens, gate, self.head.queries)), logits
+        return self.head(self.vit.encode(tokens, self.gate(logits), self.head.queries)), logits
+
+    def gate(self, logits: Tensor | None) -> Tensor | None:
+        """Domain logits (B, K) -> the weights that the blocks use, (B, K), rows sum to one; None for plain LoRA.
+
+        The control "shuffled" hands each image the weights of the one half a batch further on: the only gate, and the
+        only part of the project, that depends on the company of an image.
+        """
+        if logits is None:
+            return None
+        gate = logits.softmax(dim=1)
+        return gate.roll(max(len(gate) // 2, 1), 0) if self.config.gate == "shuffled" else gate
 
     def route(self, tokens: Tensor) -> Tensor | None:
         """What enters the first block (B, N, D) -> domain logits (B, K), None for plain LoRA."""
         if self.router is None:
             return None
+        depth = 0 if isinstance(self.router, FixedGate) else self.config.router_depth
         with torch.no_grad():
-            for block in self.vit.blocks[: self.config.router_depth]:
+            for block in self.vit.blocks[:depth]:
                 tokens = block(tokens, adapted=False)
         return self.router(tokens[:, 1:].mean(dim=1))
 
@@ -114,7 +133,7 @@ class FaceModel(nn.Module):
 
     @torch.no_grad()
     def domain_weights(self, images: Images, batch_size: int = 128) -> np.ndarray:
-        """The gate of each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA."""
+        """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA."""
         rows = []
         for batch in self._batches(images, batch_size):
             logits = self.route(self.vit.tokens(self.preprocess(batch)))
@@ -128,7 +147,7 @@ class FaceModel(nn.Module):
         for batch in self._batches(images, 32):
             inputs = self.preprocess(batch)
             logits = self.route(self.vit.tokens(inputs))
-            maps = self.vit.attention(inputs, None if logits is None else logits.softmax(dim=1), block)
+            maps = self.vit.attention(inputs, self.gate(logits), block)
             rows.append(
                 rearrange(maps[:, :, 0, 1:], "b nh (h w) -> b nh h w", h=self.config.vit.grid(inputs.shape[-1]))
             )
@@ -148,6 +167,17 @@ class FaceModel(nn.Module):
             if chunk.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
                 raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(chunk.shape)}")
             yield to_float(chunk.to(self.vit.pos_embed.device))
+
+
+def shuffle_gate(model: FaceModel) -> FaceModel:
+    """The model itself, from now on with each image's domain weights given to another image.
+
+    ConfigError unless it is DA-LoRA with a router that learned.
+    """
+    if model.config.num_domains == 1 or model.config.gate != "learned":
+        raise ConfigError("only a DA-LoRA model with a learned gate can be evaluated with it shuffled")
+    model.config = dataclasses.replace(model.config, gate="shuffled")
+    return model
 
 
 def _as_crop(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:

@@ -24,6 +24,20 @@ class DomainClassifier(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class FixedGate(nn.Module):
+    """A control without a choice: the same logits (K,) for every image, zero ("uniform") or normal ("random").
+
+    They are stored with the model and never trained.
+    """
+
+    def __init__(self, kind: str, num_domains: int):
+        super().__init__()
+        self.register_buffer("logits", torch.randn(num_domains) if kind == "random" else torch.zeros(num_domains))
+
+    def forward(self, mean_patch: Tensor) -> Tensor:
+        return self.get_buffer("logits").expand(len(mean_patch), -1)
+
+
 def load_balance_loss(logits: Tensor) -> Tensor:
     """K · sum_k (mean gate of domain k)² - 1: zero when the batch uses all domains alike, K - 1 when it uses one.
 

@@ -38,6 +38,8 @@ from vitface.version import __version__
 BACKBONE_FORMAT = "vitface-backbone-1"
 MAX_HEADER_BYTES = 1 << 20
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
+THRESHOLDS_FILE = "thresholds.json"  # of a run directory, see vitface.training.holdout
+FARS = (1e-2, 1e-3, 1e-4)
 
 
 def sha256_file(path: Path) -> str:
@@ -225,6 +227,7 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
     _check_size(config, step / "model.safetensors")
     model = FaceModel(vit, config)
     load_trained(model, step / "model.safetensors")
+    model.thresholds = read_thresholds(step)
     return model.eval()
 
 
@@ -236,6 +239,30 @@ def _check_size(config: FaceConfig, path: Path) -> None:
     adapters = config.vit.depth * config.lora_rank * config.num_domains * dim
     if 4 * (head + adapters) > path.stat().st_size:
         raise CheckpointError(f"{path} is smaller than the model that model.json describes")
+
+
+def model_sha256(path: Path) -> str:
+    """The SHA-256 of the trained tensors of a run's best checkpoint, or of one checkpoint, from its manifest."""
+    manifest = json.loads((find_checkpoint(path) / "manifest.json").read_text())
+    return manifest["files"]["model.safetensors"]["sha256"]
+
+
+def read_thresholds(step: Path) -> dict[float, float]:
+    """{FAR: cosine} calibrated for this very checkpoint; empty if its run has none for it.
+
+    CheckpointError if the run's file is damaged.
+    """
+    path = step.resolve().parent.parent / THRESHOLDS_FILE
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if written["model"] != model_sha256(step):
+            return {}
+        entries = written["thresholds"].items()
+        return {float(far): float(entry["threshold"]) for far, entry in entries if "threshold" in entry}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
 
 
 def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from vitface.training import setup
 from vitface.training.alarms import alarms
 from vitface.training.checkpoint import load_state, save_checkpoint
 from vitface.training.diagnose import write_diagnosis
+from vitface.training.holdout import all_pairs, embed_held_out
 from vitface.training.interrupt import StopRequest, stop_requests
 from vitface.training.log import RunLog
 from vitface.training.memory import plan_memory
@@ -35,7 +35,6 @@ from vitface.training.state import load_training, read_training, training_tensor
 from vitface.training.step import NonFiniteError, parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
-HOLDOUT_IMAGES = 2000
 
 
 @dataclasses.dataclass
@@ -205,24 +204,13 @@ class Trainer:
             yield self.model.preprocess(pixels), labels, known
 
     def judge_held_out(self) -> tuple[float | None, dict[str, str]]:
-        """AUC over all pairs of (at most HOLDOUT_IMAGES images of) the held-out people, and alarms, a sentence by name.
-
-        (None, {}) where nobody is held out.
-        """
-        held_out = self.split.held_out
-        if not len(held_out):
+        """AUC over all pairs of the held-out people, and alarms, a sentence by name; (None, {}) where nobody is."""
+        if not len(self.split.held_out):
             return None, {}
-        held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
-        positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
         self.model.eval()
-        rows, gates = [], []
-        for _, images in read_batches(self.samples, held_out, positions):
-            rows.append(self.model.embed(images, flip=False))
-            gates.append(self.model.domain_weights(images))
-        embeddings, labels = np.concatenate(rows), self.samples.labels[held_out]
-        first, second = np.triu_indices(len(labels), 1)
-        score = auc((embeddings @ embeddings.T)[first, second], labels[first] == labels[second])
-        return score, alarms(embeddings, score, np.concatenate(gates) if self.config.use_dalora else None)
+        embeddings, gates, labels = embed_held_out(self.model, self.samples, self.split.held_out)
+        score = auc(*all_pairs(embeddings, labels))
+        return score, alarms(embeddings, score, gates if self.config.use_dalora else None)
 
     def _save(self, is_best: bool) -> None:
         if self.run_dir is None:

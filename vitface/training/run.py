@@ -12,9 +12,11 @@ from vitface.config import TrainConfig
 from vitface.errors import ConfigError, VitfaceError
 from vitface.evaluation.benchmarks import Evaluation, evaluate_all
 from vitface.evaluation.report import results_table
+from vitface.evaluation.scores import keep_scores
 from vitface.files import make_folder, replace_file
-from vitface.model.store import frozen_face, load_face
+from vitface.model.store import frozen_face, load_face, model_sha256
 from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
+from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.lock import run_lock
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
@@ -25,8 +27,11 @@ from vitface.version import __version__
 Say = Callable[[str], None]
 
 
-def run(config: TrainConfig, say: Say = print) -> Path | None:
-    """Trains as `config` says and returns the run directory, None for a dry run."""
+def run(config: TrainConfig, say: Say = print, with_frozen: bool = True) -> Path | None:
+    """Trains as `config` says and returns the run directory, None for a dry run.
+
+    At the end it is evaluated, the frozen backbone too if `with_frozen`.
+    """
     config = resolve_choices(config)
     try:
         if config.dry_run:
@@ -34,12 +39,13 @@ def run(config: TrainConfig, say: Say = print) -> Path | None:
             say(trainer.header())
             trainer.fit(None)
             return None
-        return _run(config, Path(config.save_dir) if config.save_dir else default_save_dir(config), say)
+        run_dir = Path(config.save_dir) if config.save_dir else default_save_dir(config)
+        return _run(config, run_dir, say, with_frozen)
     except torch.OutOfMemoryError:
         raise ConfigError(f"out of memory on {config.device}: lower --batch-size (now {config.batch_size})") from None
 
 
-def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
+def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Path:
     trainer = None
     if not run_dir.is_dir():  # what is wrong or missing is said before anything is created
         checkpoint_to_resume(config, run_dir, say)
@@ -51,7 +57,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
             state = load_state(checkpoint)
             link_checkpoint(checkpoint, state["is_best"])  # a kill may have come between the checkpoint and its links
             if is_finished(config, state):
-                _finish_again(config, run_dir, say)
+                _finish_again(config, run_dir, say, with_frozen)
                 return run_dir
         trainer = trainer or Trainer(config, run_dir)
         if checkpoint is not None:
@@ -65,7 +71,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say) -> Path:
         except (KeyboardInterrupt, VitfaceError, OSError):
             say(what_is_saved(run_dir))
             raise
-        finish(config, run_dir, say)
+        finish(config, run_dir, say, with_frozen)
     return run_dir
 
 
@@ -77,24 +83,32 @@ def what_is_saved(run_dir: Path) -> str:
     return f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}"
 
 
-def _finish_again(config: TrainConfig, run_dir: Path, say: Say) -> None:
+def _finish_again(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> None:
     if (run_dir / "results.md").is_file():
         say(f"{run_dir} is finished; evaluate it with\n  python evaluate.py --checkpoint {run_dir} --bench all")
     else:
-        finish(config, run_dir, say)
+        finish(config, run_dir, say, with_frozen)
 
 
-def finish(config: TrainConfig, run_dir: Path, say: Say) -> None:
-    """Evaluates the best epoch and the frozen backbone on the benchmarks there are, and writes results.md."""
+def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = True) -> None:
+    """Evaluates the best epoch (and the frozen backbone) on the benchmarks there are; leaves thresholds.json, the
+    scores and results.md."""
     names = final_benchmarks(config)
+    adapted = load_face(run_dir, config.weights).to(config.device)
+    thresholds = calibrate(config, run_dir, adapted)
+    models = {"adapted, best epoch": adapted}
+    if with_frozen:
+        frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
+        models = {"frozen backbone, raw CLS": frozen.to(config.device), **models}
     sections = {}
+    for title, model in models.items() if names else ():
+        sections[title] = evaluate_all(model.embed, names, config.val_data or "")
+        say(f"\n{title}\n{evaluation_text(sections[title])}")
     if names:
-        adapted = load_face(run_dir, config.weights).to(config.device)
-        frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype).to(config.device)
-        for title, model in (("frozen backbone, raw CLS", frozen), ("adapted, best epoch", adapted)):
-            sections[title] = evaluate_all(model.embed, names, config.val_data or "")
-            say(f"\n{title}\n{evaluation_text(sections[title])}")
-    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections).encode())
+        keep_scores(run_dir, sections["adapted, best epoch"].results, model_sha256(run_dir))
+    text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"
+    say(f"\n{text}")
+    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())
     bench = "synthetic" if names == ["synthetic"] else "all"
     say(
         f"\nwrote {run_dir}/results.md; evaluate again with\n"
@@ -108,7 +122,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     return "\n".join([*([results_table(evaluation.results)] if evaluation.results else []), *problems])
 
 
-def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation]) -> str:
+def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
     """The run on one page: results, learning curve, settings."""
     with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
         curve = "".join(
@@ -120,6 +134,7 @@ def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Eva
         f"# {run_dir.name}",
         f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
         *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
+        f"## Thresholds\n\n```\n{thresholds}\n```",
         f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}",
         f"## Settings\n\n{settings}",
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.packed import PackedSamples
 from vitface.data.packing import cached
-from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples
+from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples, read_domains
 from vitface.data.synthetic import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
@@ -60,6 +60,11 @@ def open_inputs(config: TrainConfig) -> Samples:
             samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
         else:
             samples = load_samples(config.train_data)
+            if config.domain_labels is not None and config.use_dalora:
+                if isinstance(samples, PackedSamples):
+                    raise DataError("--domain-labels names images: pass the folder that was packed, it has the names")
+                samples.domains = read_domains(config.domain_labels, samples.image_names())
+                check_domains(config, int(samples.domains.max()) + 1)
     except DataError as error:
         problems.append(str(error))
     if samples is None or problems:
@@ -68,8 +73,19 @@ def open_inputs(config: TrainConfig) -> Samples:
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):
         cache = Path(config.cache) if config.cache else cache_home() / "packed"
-        samples = cached(samples, cache, config.num_workers, print)
+        packed = cached(samples, cache, config.num_workers, print)
+        if samples.domains is not None and packed.skipped:
+            raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
+        packed.domains, samples = samples.domains, packed
     return samples
+
+
+def check_domains(config: TrainConfig, found: int) -> None:
+    """DataError unless there are as many domain labels as domains."""
+    if found != config.num_domains:
+        raise DataError(
+            f"{config.domain_labels} has {found} different domains; pass --num-domains {found} to train with them"
+        )
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
@@ -94,6 +110,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         lora_scaling=config.lora_scaling,
         lora_targets=config.lora_targets,
         num_domains=config.num_domains if config.use_dalora else 1,
+        gate=config.gate,
         router_depth=config.router_depth,
         head=config.head,
         embedding_dim=config.embedding_dim,

@@ -45,7 +45,7 @@ def total_loss(
     embedding, logits = model(images)
     parts = {"margin_loss": margin(embedding, labels)}
     loss = parts["margin_loss"]
-    if logits is not None:
+    if logits is not None and logits.requires_grad:  # a fixed gate learns nothing
         parts["balance_loss"] = load_balance_loss(logits)
         loss = loss + config.balance_loss_weight * parts["balance_loss"]
         loss = loss + config.router_z_loss_weight * router_z_loss(logits)

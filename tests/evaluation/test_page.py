@@ -1,0 +1,91 @@
+from html.parser import HTMLParser
+
+import numpy as np
+from conftest import tiny_face
+
+from vitface.evaluation.benchmarks import Evaluation
+from vitface.evaluation.page import report_page
+from vitface.evaluation.report import results_json
+from vitface.evaluation.verify import verify
+
+VOID = {"meta", "img"}
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and collects what a reader of the page would see."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.headings, self.text, self.outside = [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        self.outside += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+        assert tag != "img" or attributes["alt"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def page_of(tmp_path, **changes):
+    rng = np.random.default_rng(0)
+    issame = np.arange(200) % 2 == 0
+    results = {
+        name: verify(np.clip(1 + 0.3 * (rng.normal(size=200) - 2 * (issame - 0.5)), 0, 4), issame)
+        for name in ("lfw", "cfp_fp", "synthetic")
+    }
+    (tmp_path / "log.csv").write_text("step,epoch,loss,holdout_auc,img_per_s\n2,1,9.5,0.7,80\n4,2,4.25,0.8,80\n")
+    evaluation = Evaluation(results, ["lfw: AUC <0.52> is chance level"], [])
+    page = report_page("runs/a & b", tiny_face(**changes), evaluation, tmp_path, tmp_path, faces=False)
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    return page, outline, results
+
+
+def test_the_page_is_whole_and_says_the_same_as_the_json(tmp_path):
+    _, outline, results = page_of(tmp_path, num_domains=3)
+    assert outline.headings == [
+        "Summary", "Beside what others report", "Learning curve", "ROC", "Scores", "By category", "Where CLS looks",
+        "Routing", "Settings",
+    ]  # fmt: skip
+    text = " ".join(outline.text)
+    for name, entry in results_json(results).items():
+        low, high = entry["interval"]
+        assert name in text
+        assert f"{100 * entry['accuracy']:.2f} ± {100 * entry['std']:.2f}" in text
+        assert f"{100 * low:.2f} to {100 * high:.2f}" in text
+        assert entry["tar_at_far"] == {"0.01": None, "0.001": None, "0.0001": None}
+    assert text.count("too few pairs") == 3
+    assert "runs/a & b" in text and "<0.52>" in text  # escaped in the source
+    assert "recorded; threshold chosen on the test pairs" in text
+    assert outline.tags.count("svg") == 2 + 1 + 3 + 1 + 1
+    assert outline.tags.count("img") == 6
+
+
+def test_the_page_needs_no_network_and_fits_phones_and_the_dark(tmp_path):
+    page, outline, _ = page_of(tmp_path)
+    assert outline.outside == []
+    assert "script" not in outline.tags and "link" not in outline.tags
+    assert "http" not in page and "url(" not in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme:dark" in page
+    assert "Routing" not in outline.headings  # plain LoRA has no router
+
+
+def test_curves_have_a_point_for_each_value(tmp_path):
+    page, _, _ = page_of(tmp_path)
+    loss = page.split('aria-label="training loss"')[1].split("</svg>")[0]
+    first, second = (tuple(map(float, point.split(","))) for point in loss.split('points="')[1].split('"')[0].split())
+    assert first[0] < second[0] and first[1] < second[1]  # the loss falls, so y grows downwards

@@ -1,0 +1,97 @@
+import json
+from functools import partial
+
+import pytest
+
+import evaluate
+from vitface import study
+from vitface.config import resolve
+from vitface.errors import ConfigError
+from vitface.evaluation import benchmarks
+from vitface.model.lora import lora_scaling
+from vitface.study import adapter_parameters, put_between_markers, variants
+from vitface.training import setup
+
+
+@pytest.fixture
+def few_faces(monkeypatch):
+    """16 synthetic people with 4 photos each and 40 benchmark pairs."""
+    monkeypatch.setattr(setup, "SYNTHETIC_PEOPLE", 16)
+    monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 4)
+    monkeypatch.setattr(study, "synthetic_routing", partial(study.synthetic_routing, num_people=4, images_per_person=3))
+    benchmarks._synthetic_benchmark.cache_clear()
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "synthetic", benchmarks.Benchmark("synthetic", 40))
+    yield
+    benchmarks._synthetic_benchmark.cache_clear()
+
+
+@pytest.mark.parametrize("formula", ["lora", "rslora"])
+def test_lora_at_equal_parameters_has_the_same_scaling(formula):
+    base = resolve({"num_domains": 3, "lora_scaling": formula, "lora_alpha": 16.0})
+    wide = variants(base)["lora_wide"]
+    assert wide["lora_rank"] == 48
+    assert lora_scaling(formula, wide["lora_alpha"], 48) == pytest.approx(lora_scaling(formula, 16, 16))
+    assert "dalora_unlabelled" not in variants(base)
+    exp = resolve({"exp": "exp_003_lora48"})
+    assert (exp.lora_rank, exp.lora_alpha / exp.lora_rank) == (48, resolve({"exp": "exp_003"}).lora_alpha / 16)
+
+
+def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_faces, monkeypatch, capsys):
+    folder = tmp_path / "grid"
+    command = ["tiny", "--seeds", "0", "--save-dir", str(folder), "--limit-batches", "1", "--batch-size", "8"]
+    assert study.main(command) == 0
+    printed = capsys.readouterr().out
+    grid = ["lora", "lora_wide", "dalora", "uniform", "random", "shuffled", "dalora_unlabelled"]
+    for variant in grid:
+        assert (folder / f"{variant}-s0" / "checkpoints" / "best").is_dir()
+    table = json.loads((folder / "study.json").read_text())
+    rows = {row["variant"]: row for row in table["variants"]}
+    assert list(rows) == ["frozen", *grid, "dalora_shuffled_at_test"]
+    assert rows["lora_wide"]["adapter_parameters"] == rows["uniform"]["adapter_parameters"] == 147_456
+    assert rows["dalora"]["adapter_parameters"] == 147_456 + 128 * 256 + 256 + 256 * 3 + 3
+    assert set(table["comparisons"]) == set(rows) - {"dalora"}
+    assert 0 <= rows["dalora"]["agreement"] <= 1
+    assert (folder / "study.md").read_text() in printed
+    for variant in ("lora", "dalora"):
+        assert f"| {variant} |" in printed
+
+    def never(*arguments):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("vitface.training.run.Trainer", never)
+    monkeypatch.setattr("vitface.study.evaluate_all", never)
+    assert study.main(command) == 0  # all cells are there: the table alone is made anew
+    again = json.loads((folder / "study.json").read_text())
+    assert again["variants"] == table["variants"] and again["comparisons"] == table["comparisons"]
+    assert evaluate.main(["--compare", str(folder / "lora-s0"), str(folder / "dalora-s0")]) == 0
+    assert "verdict: " in capsys.readouterr().out
+    assert adapter_parameters(folder / "frozen") is None
+
+
+def test_a_study_refuses_what_it_sets_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["tiny", "--seed", "3"]) == 2
+    assert "a study sets --seed itself, from --seeds" in capsys.readouterr().err
+    assert study.main(["tiny", "--gate", "uniform"]) == 2
+    assert "a study sets --gate itself" in capsys.readouterr().err
+    assert study.main(["controls"]) == 2
+    assert "a study needs a benchmark" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="--gate uniform is a control for DA-LoRA; add --use-dalora"):
+        resolve({"gate": "uniform"})
+
+
+def test_the_generated_part_of_a_document_is_replaced_and_nothing_else(tmp_path):
+    path = tmp_path / "experiments.md"
+    path.write_text("# Experiments\n\nby hand\n")
+    put_between_markers(path, "a", "first\n")
+    put_between_markers(path, "b", "other\n")
+    with open(path, "a") as file:
+        file.write("by hand too\n")
+    once = path.read_text()
+    assert once.startswith("# Experiments\n\nby hand\n\n<!-- study a") and once.endswith("by hand too\n")
+    put_between_markers(path, "a", "second\n")
+    assert path.read_text() == once.replace("first", "second")
+    path.write_text(once.replace("<!-- end of study a -->", ""))
+    with pytest.raises(ConfigError, match="put it back or remove both"):
+        put_between_markers(path, "a", "third\n")

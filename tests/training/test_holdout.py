@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_face
+
+import train
+import vitface
+from vitface.data.synthetic import SyntheticSamples
+from vitface.errors import CheckpointError
+from vitface.evaluation.verify import roc
+from vitface.model.store import model_sha256
+from vitface.training import holdout, setup
+from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text
+
+
+def test_scores_of_all_pairs():
+    samples, model = SyntheticSamples(3, 3), tiny_face()
+    held_out = np.array([0, 1, 4, 8])
+    embeddings, gates, people = embed_held_out(model, samples, held_out)
+    assert (gates == 1).all() and gates.shape == (4, 1)
+    score, issame = all_pairs(embeddings, people)
+    rows = model.embed(samples.render(held_out), flip=False)
+    expected = [(rows[i] @ rows[j], samples.labels[held_out[i]] == samples.labels[held_out[j]])
+                for i in range(4) for j in range(i + 1, 4)]  # fmt: skip
+    np.testing.assert_allclose(score, [cosine for cosine, _ in expected], atol=1e-6)
+    assert issame.tolist() == [same for _, same in expected] and issame.sum() == 1
+
+
+def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "SYNTHETIC_PEOPLE", 24)
+    monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 5)
+    command = ["--backbone", "vit_nano", "--image-size", "112", "--train-data", "synthetic", "--limit-batches", "1"]
+    command += ["--val-data", str(tmp_path), "--epochs", "1", "--batch-size", "8", "--holdout-people", "16"]
+    command += ["--num-workers", "0", "--device", "cpu", "--head", "bn", "--save-dir", str(tmp_path / "run")]
+    monkeypatch.setattr("vitface.training.run.final_benchmarks", lambda config: [])
+    assert train.main(command) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "thresholds.json").read_text())
+    assert written["pairs"] == {"same": 16 * 10, "different": 80 * 79 // 2 - 160}
+    assert written["model"] == model_sha256(tmp_path / "run")
+    assert "needs 30,000 different pairs, there are 3,000" in written["thresholds"]["0.001"]["refused"]
+    assert thresholds_text(written) in printed
+    assert thresholds_text(written) in (tmp_path / "run" / "results.md").read_text()
+    model = vitface.load(tmp_path / "run")
+    assert list(model.thresholds) == [0.01]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(holdout, "far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())
+        holdout.calibrate(vitface.config.TrainConfig(**saved), tmp_path / "run", model)
+    far, tar, thresholds = roc(*seen[0][:2])
+    allowed = thresholds[far <= 0.01].min()
+    assert model.thresholds[0.01] == pytest.approx(allowed, abs=1e-6)
+    assert written["thresholds"]["0.01"]["tar"] == pytest.approx(tar[far <= 0.01].max(), abs=1e-6)
+    written["model"] = "of another checkpoint"
+    (tmp_path / "run" / "thresholds.json").write_text(json.dumps(written))
+    assert vitface.load(tmp_path / "run").thresholds == {}
+    (tmp_path / "run" / "thresholds.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"thresholds\.json is damaged"):
+        vitface.load(tmp_path / "run")

@@ -1,0 +1,132 @@
+"""What is wrong with a benchmark or a result, and the likely cause: mistakes that have cost people months.
+
+Failures raise (`DataError`, `EvaluationError`): no number can be taken from such a set. Alarms are returned: the number
+stands, but hardly means what it seems to.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from vitface.data.pairs import VerificationSet
+from vitface.errors import DataError, EvaluationError
+from vitface.evaluation.verify import Verification, auc, contiguous_folds
+
+SHIFTS = (-3, -2, -1, 1, 2, 3)
+DISJOINT_FOLDS = ("lfw", "cfp_ff", "cfp_fp")  # a person, hence an image, is in one fold only
+SURE = -3.0  # standard deviations of the rank statistic
+
+
+def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
+    """DataError unless the set has the benchmark's pair count, half of them same, both in every fold."""
+    count, same = len(pairs.issame), int(pairs.issame.sum())
+    if count != expected:
+        raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
+    if 20 * same == count:
+        raise DataError(
+            f"{name} has {same} same pairs, a tenth of the published {count // 2}: its labels were written by the rule "
+            f"token == 1, but the token numbers a same pair's fold, 1 to 10; 0 means different"
+        )
+    if 2 * same != count:
+        raise DataError(
+            f"{name} has {same} same and {count - same} different pairs, the published set half of each: "
+            f"its labels were written wrongly (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
+        )
+    folds = contiguous_folds(count) if pairs.folds is None else pairs.folds
+    for fold, share in enumerate(np.bincount(folds, pairs.issame) / np.bincount(folds)):
+        if share in (0, 1):
+            raise DataError(
+                f"{name}: fold {fold + 1} holds only {'same' if share else 'different'} pairs: they are sorted by "
+                f"label, so file order gives no folds; use the published list, which names them"
+            )
+
+
+def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
+    """Alarms that the images and labels raise before any model has looked."""
+    folds = contiguous_folds(len(pairs.issame)) if pairs.folds is None else pairs.folds
+    alarms = []
+    twins = sum(a == b for a, b in zip(pairs.images[::2], pairs.images[1::2], strict=True))
+    wrong = sum(pairs.images[2 * i] == pairs.images[2 * i + 1] for i in np.flatnonzero(~pairs.issame))
+    if wrong:
+        alarms.append(f"{name}: {wrong} different pairs show one image twice: labels are shifted against the pairs")
+    elif twins:
+        alarms.append(f"{name}: {twins} same pairs show one image twice, which tests nothing")
+    sizes = np.bincount(folds)
+    share = np.bincount(folds, pairs.issame) / sizes
+    worst = int(np.abs(share - 0.5).argmax())
+    if abs(share[worst] - 0.5) > max(0.1, 4 * 0.5 / sizes[worst] ** 0.5):  # 4 standard deviations of a random order
+        alarms.append(
+            f"{name}: {share[worst]:.0%} of fold {worst + 1} are same pairs: the pairs were put in another order"
+        )
+    if name in DISJOINT_FOLDS:
+        fold_of: dict[bytes, int] = {}
+        images = zip(pairs.images, np.repeat(folds, 2).tolist(), strict=True)
+        moved = sum(fold_of.setdefault(image, fold) != fold for image, fold in images)
+        if moved:
+            alarms.append(
+                f"{name}: {moved} images are in a fold besides another's, the published folds share no person: "
+                f"folds were swapped or the pairs shuffled, so thresholds see whom they are tested on"
+            )
+    return alarms
+
+
+def judge(name: str, result: Verification) -> list[str]:
+    """Alarms in words; EvaluationError if the result is impossible for a working pipeline, with the likely cause."""
+    cause = label_fault(result.distance, result.issame)
+    if result.auc < 0.5:
+        raise EvaluationError(
+            f"{name}: AUC {result.auc:.4f} is below chance: "
+            f"{cause or chance_cause(result.issame) + ', or a distance is used as a similarity'}"
+        )
+    if cause:
+        raise EvaluationError(f"{name}: AUC {result.auc:.4f}, but {cause}")
+    if result.auc < 0.55:
+        return [f"{name}: AUC {result.auc:.4f} is chance level: {chance_cause(result.issame)}"]
+    return []
+
+
+def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
+    """Inverted or shifted labels, or None if the distances do not speak for another reading of the labels.
+
+    They are asked on the pairs where the two readings differ, by the rank statistic of Mann and Whitney. Of several
+    likely readings the best is named.
+    """
+    readings = {"the labels are inverted (1 means different, or True was written as 0)": ~issame}
+    for shift in SHIFTS:
+        way = "later" if shift < 0 else "earlier"
+        readings[f"the labels are shifted against the pairs: they come {abs(shift)} {way}"] = np.roll(issame, shift)
+    likely = [
+        (auc(-distance, labels), text)
+        for text, labels in readings.items()
+        if rank_deviation(distance[labels != issame], issame[labels != issame]) < SURE
+    ]
+    return max(likely)[1] if likely else None
+
+
+def rank_deviation(distance: np.ndarray, issame: np.ndarray) -> float:
+    """By how many standard deviations under chance the AUC of these pairs differs from one half; 0 for one class."""
+    same, different = int(issame.sum()), int((~issame).sum())
+    if not same or not different:
+        return 0.0
+    return (auc(-distance, issame) - 0.5) / ((same + different + 1) / (12 * same * different)) ** 0.5
+
+
+def chance_cause(issame: np.ndarray) -> str:
+    """Why distances tell nothing about these labels."""
+    blocks = 1 + int(np.count_nonzero(np.diff(issame.astype(int))))
+    if blocks * 10 <= len(issame):
+        return (
+            f"the labels lie in {blocks} blocks, like LFW's, and the pairs do not: block labels on a shuffled list "
+            f"(or unaligned images, or a broken model)"
+        )
+    return "labels shuffled against the pairs, unaligned images or a broken model"
+
+
+def order_alarms(name: str, first: np.ndarray, second: np.ndarray, issame: np.ndarray) -> Iterator[str]:
+    """Embeddings (M, E) twice: an alarm if each pair's second image fits the next pair's first one better."""
+    cosine = (first * second).sum(axis=1)
+    late = (second[:-1] * first[1:]).sum(axis=1)
+    for labels in (issame[:-1], issame[1:]):
+        if auc(late, labels) > auc(cosine, issame) + 0.1 and rank_deviation(-late, labels) > -SURE:
+            yield f"{name}: the image order is off by one: image 2i+1 belongs with 2i+2, not with 2i"
+            return

@@ -1,0 +1,166 @@
+"""Does B verify better than A? Runs alike but for the seed are one side; both sides are judged on the same pairs."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitface.config import read_config
+from vitface.errors import CheckpointError, ConfigError, EvaluationError
+from vitface.evaluation.scores import SCORES, load_scores
+from vitface.evaluation.statistics import difference_draws, interval, mcnemar
+from vitface.evaluation.verify import Verification
+from vitface.model.store import model_sha256
+
+# settings that do not make another experiment
+BOOKKEEPING = {"exp", "seed", "save_dir", "resume", "device", "num_workers", "wandb", "tensorboard", "val_data"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs of one experiment, one per seed, and what each scored by benchmark."""
+
+    name: str
+    seeds: list[int | None]  # [None] for a model that was not trained, which a comparison has on one side at most
+    results: list[dict[str, Verification]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """B against A on one benchmark or on their average; accuracies and differences are fractions.
+
+    `only_a` and `only_b` count the pairs that one side alone decides rightly, `p` is McNemar's; None for the average.
+    """
+
+    benchmark: str
+    accuracy_a: float
+    accuracy_b: float
+    difference: float
+    interval: tuple[float, float]
+    only_a: int | None = None
+    only_b: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: str
+    b: str
+    seeds_a: list[int | None]
+    seeds_b: list[int | None]
+    rows: list[Difference]  # the last one is the average where there are several benchmarks
+    verdict: str
+
+
+def read_run(run: Path) -> dict[str, Verification]:
+    """A run's scores by benchmark; CheckpointError if they are missing or older than its best checkpoint."""
+    results, model = load_scores(run / SCORES)
+    if (run / "checkpoints").is_dir() and model != model_sha256(run):
+        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate it again")
+    return results
+
+
+def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]]) -> list[Side]:
+    """Sides in the order of their first run; a side is named after the settings in which the sides differ.
+
+    ConfigError for a run or a seed that comes twice, or fewer than two sides.
+    """
+    settings = [{k: v for k, v in read_config(run).items() if k not in BOOKKEEPING} for run in runs]
+    seeds = [read_config(run).get("seed") for run in runs]
+    kinds = [kind for i, kind in enumerate(settings) if kind not in settings[:i]]
+    if len(kinds) < 2:
+        raise ConfigError("these runs differ in nothing but the seed; --compare needs at least two experiments")
+    keys = dict.fromkeys(key for kind in kinds for key in kind)
+    differ = [key for key in keys if any(kind.get(key) != kinds[0].get(key) for kind in kinds)]
+    sides = []
+    for kind in kinds:
+        members = sorted((i for i in range(len(runs)) if settings[i] == kind), key=lambda i: str(seeds[i]))
+        if len({seeds[i] for i in members}) < len(members):
+            names = ", ".join(str(runs[i]) for i in members)
+            raise ConfigError(f"{names}: one experiment with one seed twice; a repeated run is no further seed")
+        name = ", ".join(f"{key} {kind[key]}" for key in differ if kind.get(key) is not None)
+        sides.append(Side(name, [seeds[i] for i in members], [results[i] for i in members]))
+    return sides
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """B minus A on every benchmark that all their runs have, and on average (without "synthetic" if there are others).
+
+    EvaluationError if they have no benchmark in common, or were judged on different pairs.
+    """
+    every = [*a.results, *b.results]
+    names = [name for name in a.results[0] if all(name in results for results in every)]
+    names = [name for name in names if name != "synthetic"] or names
+    if not names:
+        raise EvaluationError(
+            f"{a.name} and {b.name} have no benchmark in common; evaluate them with "
+            "evaluate.py --checkpoint RUN --bench NAME, which adds to their scores"
+        )
+    for name in names:
+        _check_same_pairs(name, [results[name] for results in every])
+    first, second = ([[results[name] for results in side.results] for name in names] for side in (a, b))
+    draws = difference_draws(first, second, matched=a.seeds == b.seeds)
+    rows = []
+    for name, of_a, of_b, drawn in zip(names, first, second, draws, strict=True):
+        mean_a, mean_b = (float(np.mean([result.accuracy for result in results])) for results in (of_a, of_b))
+        pairs = mcnemar(*(np.stack([result.correct for result in results]) for results in (of_a, of_b)))
+        rows.append(Difference(name, mean_a, mean_b, mean_b - mean_a, interval(drawn), *pairs))
+    if len(rows) > 1:
+        of_a, of_b = (float(np.mean([getattr(row, key) for row in rows])) for key in ("accuracy_a", "accuracy_b"))
+        rows.append(Difference(f"average of {len(rows)}", of_a, of_b, of_b - of_a, interval(draws.mean(axis=0))))
+    return Comparison(a.name, b.name, a.seeds, b.seeds, rows, verdict(a, b, rows[-1]))
+
+
+def _check_same_pairs(name: str, results: list[Verification]) -> None:
+    for other in results[1:]:
+        for ours, theirs in ((results[0].issame, other.issame), (results[0].folds, other.folds)):
+            if not np.array_equal(ours, theirs):
+                raise EvaluationError(f"{name}: the runs were not judged on the same pairs; evaluate them on one file")
+
+
+def verdict(a: Side, b: Side, row: Difference) -> str:
+    """What the interval allows to say, and what it does not."""
+    low, high = (100 * bound for bound in row.interval)
+    size, seeds = 100 * row.difference, min(len(side.seeds) for side in (a, b) if side.seeds != [None])
+    if low > 0 or high < 0:
+        better, worse = (b.name, a.name) if low > 0 else (a.name, b.name)
+        near, far = sorted((abs(low), abs(high)))
+        text = f"[{better}] is better than [{worse}] by {abs(size):.2f} points (95 % interval {near:.2f} to {far:.2f})"
+    else:
+        text = (
+            f"no difference shown between [{a.name}] and [{b.name}]: {size:+.2f} points; gains above {high:.2f} and "
+            f"losses beyond {-low:.2f} are unlikely (95 % interval)"
+        )
+    if seeds == 1:
+        return text + ". One seed: this is about these runs, not about the methods."
+    return text + f", over {seeds} seeds."
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The table and the verdict; accuracies and differences in % and points."""
+    lines = [
+        f"A: {comparison.a}  ({_seeds(comparison.seeds_a)})",
+        f"B: {comparison.b}  ({_seeds(comparison.seeds_b)})",
+        f"{'benchmark':<14}{'A':>7}{'B':>8}{'B - A':>8}  {'95 % interval':<18}{'only A':>7}{'only B':>8}  McNemar p",
+    ]
+    for row in comparison.rows:
+        low, high = (100 * bound for bound in row.interval)
+        pairs = "" if row.p is None else f"{row.only_a:>7}{row.only_b:>8}  {row.p:.2g}"
+        lines.append(
+            f"{row.benchmark:<14}{100 * row.accuracy_a:>7.2f}{100 * row.accuracy_b:>8.2f}"
+            f"{100 * row.difference:>+8.2f}  {f'{low:+.2f} to {high:+.2f}':<18}{pairs}".rstrip()
+        )
+    return "\n".join([*lines, f"verdict: {comparison.verdict}"])
+
+
+def _seeds(seeds: list[int | None]) -> str:
+    known = [str(seed) for seed in seeds if seed is not None]
+    return f"seed{'s' if len(known) > 1 else ''} {', '.join(known)}" if known else "no seed"
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """`Comparison` as JSON has it; accuracies and differences as fractions."""
+    return dataclasses.asdict(comparison)

@@ -1,0 +1,84 @@
+"""The people a run never trained on: they choose its best epoch, and its thresholds.
+
+Thresholds are for the cosine of two embeddings as `FaceModel.embed` gives them: the same person if it is >= the
+threshold. They lie in the run's thresholds.json, {"model": SHA-256 of the checkpoint, "pairs": {"same", "different"},
+"thresholds": {FAR: {"threshold", "tar"} or {"refused": why}}}, and on the model that `vitface.load` returns.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitface.config import TrainConfig
+from vitface.data.loader import read_batches, split_people
+from vitface.data.records import Samples
+from vitface.errors import EvaluationError
+from vitface.evaluation.verify import far_threshold
+from vitface.files import replace_file
+from vitface.model.face import FaceModel
+from vitface.model.store import FARS, THRESHOLDS_FILE, model_sha256
+from vitface.training.setup import open_inputs
+
+HOLDOUT_IMAGES = 2000
+
+
+def embed_held_out(
+    model: FaceModel, samples: Samples, held_out: np.ndarray, flip: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings (n, E), gates (n, K) and people (n,) of (at most HOLDOUT_IMAGES of) these samples, in eval mode."""
+    held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
+    positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
+    embeddings, gates = [], []
+    for _, images in read_batches(samples, held_out, positions):
+        embeddings.append(model.embed(images, flip=flip))
+        gates.append(model.domain_weights(images))
+    return np.concatenate(embeddings), np.concatenate(gates), samples.labels[held_out]
+
+
+def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cosine, issame) of each of the n (n - 1) / 2 pairs of unit-norm embeddings (n, E)."""
+    first, second = np.triu_indices(len(people), 1)
+    return (embeddings @ embeddings.T)[first, second], people[first] == people[second]
+
+
+def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str, Any] | None:
+    """Writes the thresholds of the run's best checkpoint, and returns what it wrote; None if nobody was held out."""
+    samples = open_inputs(config)
+    split = split_people(
+        samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
+    )
+    if not len(split.held_out):
+        return None
+    embeddings, _, people = embed_held_out(model, samples, split.held_out, flip=True)
+    score, issame = all_pairs(embeddings, people)
+    thresholds: dict[str, dict[str, float | str]] = {}
+    for far in FARS:
+        try:
+            threshold, tar = far_threshold(score, issame, far)
+            thresholds[f"{far:g}"] = {"threshold": threshold, "tar": tar}
+        except EvaluationError as error:
+            thresholds[f"{far:g}"] = {"refused": str(error)}
+    written = {
+        "model": model_sha256(run_dir),
+        "pairs": {"same": int(issame.sum()), "different": int((~issame).sum())},
+        "thresholds": thresholds,
+    }
+    replace_file(run_dir / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
+    return written
+
+
+def thresholds_text(written: dict[str, Any]) -> str:
+    """The thresholds in words, a line per FAR."""
+    pairs = written["pairs"]
+    lines = [
+        f"thresholds on the cosine, from {pairs['same']:,} same and {pairs['different']:,} different pairs held out"
+    ]
+    for far, entry in written["thresholds"].items():
+        lines.append(
+            f"  FAR {far}: not enough pairs ({entry['refused']})"
+            if "refused" in entry
+            else f"  FAR {far}: {entry['threshold']:.4f}, accepts {100 * entry['tar']:.2f} % of same pairs"
+        )
+    return "\n".join(lines)
