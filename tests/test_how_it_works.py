@@ -137,7 +137,7 @@ def the_whole_way() -> list[str]:
     seen, face = shapes(), model(exp="exp_003")
     vit, (_, channels, side, _) = face.config.vit, seen["input"]
     black_and_white = to_float(torch.tensor([[[[0, 0, 0], [255, 255, 255]]]], dtype=torch.uint8))
-    tokens = seen["vit.norm"][1:]
+    tokens = seen["vit.blocks.0"][1:]
     return [
         say("DINOv2 ViT-S/{} at {} pixels", vit.patch_size, side),
         say("uint8 (B, {}, {}, {})", *seen["photo"][1:]),
@@ -148,7 +148,7 @@ def the_whole_way() -> list[str]:
         say("tokens (B, {}, {}) ----> {} frozen blocks", *tokens, face.config.router_depth),
         say("gate (B, {})", seen["router"][1]),
         say("| {} blocks of attention", len(face.vit.blocks)),
-        say("tokens (B, {}, {})", *tokens),
+        say("CLS (B, {}, {}), all that the last block computes", *seen["vit.norm"][1:]),
         say("embedding (B, {})", seen["head"][1]),
         say("sphere (B, {})", seen["head"][1]),
     ]
@@ -207,7 +207,7 @@ def tokens() -> list[str]:
 
 def attention_section() -> list[str]:
     seen, raw, given = shapes(), [8, 0, -8], [3, 2, 1]
-    width, wide = seen["vit.norm"][2], seen["vit.blocks.0.attn.qkv"][2]
+    width, wide = seen["vit.blocks.0"][2], seen["vit.blocks.0.attn.qkv"][2]
     _, heads, rows, head = seen["q"]
     root, wrong = math.isqrt(head), math.sqrt(width)
     weights, flat = attend(raw, head), attend(raw, width)
@@ -241,7 +241,7 @@ def attention_section() -> list[str]:
 
 def blocks() -> list[str]:
     seen, frozen = shapes(), bare("dinov2_vits14", 224)
-    block, (_, rows, width) = frozen.blocks[0], seen["vit.norm"]
+    block, (_, rows, width) = frozen.blocks[0], seen["vit.blocks.0"]
     small = count(block) - count(block.attn) - count(block.mlp)
     positions = frozen.cls_token.numel() + frozen.pos_embed.numel()
     return [
@@ -258,7 +258,7 @@ def blocks() -> list[str]:
 
 
 def heads() -> list[str]:
-    _, rows, width = shapes()["vit.norm"]
+    _, rows, width = shapes()["vit.blocks.0"]
     size = TrainConfig().embedding_dim
     linear, norm, patches = (EmbeddingHead(kind, width, rows, size) for kind in ("linear", "bn", "patches"))
     axes = np.eye(2)

@@ -19,7 +19,7 @@ from vitface.evaluation.verify import far_threshold
 from vitface.files import replace_file
 from vitface.model.face import FaceModel
 from vitface.model.store import FARS, THRESHOLDS_FILE, model_sha256
-from vitface.training.setup import open_inputs
+from vitface.training import setup
 
 HOLDOUT_IMAGES = 2000
 
@@ -45,7 +45,7 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
 
 def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str, Any] | None:
     """Writes the thresholds of the run's best checkpoint, and returns what it wrote; None if nobody was held out."""
-    samples = open_inputs(config)
+    samples = setup.open_inputs(config)
     split = split_people(
         samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
     )
