@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from vitface.config import EXPERIMENTS, VIT_PRESETS, TrainConfig, add_flags, backbone_name, resolve, to_flag
+from vitface.config import (
+    BOOKKEEPING,
+    EXPERIMENTS,
+    VIT_PRESETS,
+    TrainConfig,
+    add_flags,
+    backbone_name,
+    resolve,
+    to_flag,
+)
 from vitface.errors import ConfigError
 
 
@@ -164,3 +173,7 @@ def test_aliases():
 def test_no_model_is_trained_that_could_not_be_loaded(changes, limit):
     with pytest.raises(ConfigError, match=f"must be at most {limit}"):
         resolve(changes)
+
+
+def test_bookkeeping_names_fields():
+    assert {item.name for item in dataclasses.fields(TrainConfig)} > BOOKKEEPING

@@ -245,6 +245,13 @@ class TrainConfig:
             raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
 
 
+# fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
+BOOKKEEPING = frozenset({
+    "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights", "val_data",
+    "wandb", "tensorboard",
+})  # fmt: skip
+
+
 def to_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from vitface.config import read_config
+from vitface.config import BOOKKEEPING, read_config
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
 from vitface.evaluation.verify import Verification
 from vitface.model.store import model_sha256
 
-# settings that do not make another experiment
-BOOKKEEPING = {"exp", "seed", "save_dir", "resume", "device", "num_workers", "wandb", "tensorboard", "val_data"}
+SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
 
     ConfigError for a run or a seed that comes twice, or fewer than two sides.
     """
-    settings = [{k: v for k, v in read_config(run).items() if k not in BOOKKEEPING} for run in runs]
+    settings = [{k: v for k, v in read_config(run).items() if k not in SAME_EXPERIMENT} for run in runs]
     seeds = [read_config(run).get("seed") for run in runs]
     kinds = [kind for i, kind in enumerate(settings) if kind not in settings[:i]]
     if len(kinds) < 2:

@@ -5,15 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vitface.config import TrainConfig, read_config, resolve, to_flag
+from vitface.config import BOOKKEEPING, TrainConfig, read_config, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
 from vitface.training.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
-# what does not shape the training, or is checked by its contents (the backbone's SHA-256 is in model.json)
-MAY_CHANGE = {
-    "resume", "allow_changed", "save_dir", "device", "num_workers", "wandb", "tensorboard", "val_data", "weights",
-    "pack", "cache", "memory_budget",  # other ways to the same images and the same numbers
-}  # fmt: skip
 NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
 RUN_FILES = ("config.json", "log.jsonl", "log.csv", "checkpoints")
 
@@ -67,7 +62,7 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str]
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that shape the training, which a checkpoint keeps."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in BOOKKEEPING}
 
 
 def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
