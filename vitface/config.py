@@ -247,8 +247,8 @@ class TrainConfig:
 
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
-    "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights", "val_data",
-    "wandb", "tensorboard",
+    "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights",
+    "val_data", "wandb", "tensorboard",
 })  # fmt: skip
 
 
