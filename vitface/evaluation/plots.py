@@ -21,8 +21,17 @@ def _frame(title: str, x_label: str, y_label: str, body: str) -> str:
     )
 
 
-def _scale(values: np.ndarray, low: float, high: float, start: float, stop: float) -> np.ndarray:
+def _scale(values: np.ndarray | float, low: float, high: float, start: float, stop: float) -> np.ndarray:
     return start + (np.clip(values, low, high) - low) / ((high - low) or 1) * (stop - start)
+
+
+def ticks(low: float, high: float, whole: bool = False) -> np.ndarray:
+    """Round numbers from `low` to `high`: about five, 1, 2 or 5 times a power of ten apart, at least one if `whole`."""
+    rough = max(high - low, 1e-12) / 5
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
+    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
 
 
 def line_chart(
@@ -37,13 +46,12 @@ def line_chart(
     xs, ys = (np.concatenate([np.asarray(curve[i], float) for curve in curves.values()]) for i in (0, 1))
     low, high, bottom, top = (float(f(v)) for v in (np.log10(xs) if log_x else xs, ys) for f in (np.min, np.max))
     body = []
-    for at in np.linspace(0, 1, 5):
-        value, level = low + at * (high - low), bottom + at * (top - bottom)
-        x, y = LEFT + at * (WIDTH - LEFT - 10), HEIGHT - BOTTOM - at * (HEIGHT - BOTTOM - TOP)
-        label = f"{10**value:.1g}" if log_x else f"{value:.2f}".rstrip("0").rstrip(".")
-        anchor = "end" if at == 1 else "middle"
-        body.append(f'<text x="{x:.0f}" y="{HEIGHT - 22}" text-anchor="{anchor}">{label}</text>')
-        body.append(f'<text x="{LEFT - 4}" y="{y + 4:.0f}" text-anchor="end">{level:.3g}</text>')
+    for value in ticks(low, high, whole=log_x):
+        x, label = _scale(value, low, high, LEFT, WIDTH - 10), 10**value if log_x else value
+        body.append(f'<text x="{x:.0f}" y="{HEIGHT - 22}" text-anchor="middle">{label:.6g}</text>')
+    for value in ticks(bottom, top):
+        y = _scale(value, bottom, top, HEIGHT - BOTTOM, TOP)
+        body.append(f'<text x="{LEFT - 4}" y="{y + 4:.0f}" text-anchor="end">{value:.6g}</text>')
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.0f}" y2="{y:.0f}"/>')
     for number, (name, (x, y)) in enumerate(curves.items()):
         px = _scale(np.log10(x) if log_x else np.asarray(x, float), low, high, LEFT, WIDTH - 10)
