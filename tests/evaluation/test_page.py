@@ -1,7 +1,11 @@
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 from conftest import tiny_face
+from PIL import Image
 
 from vitface.evaluation.benchmarks import Evaluation
 from vitface.evaluation.page import report_page
@@ -89,3 +93,25 @@ def test_curves_have_a_point_for_each_value(tmp_path):
     loss = page.split('aria-label="training loss"')[1].split("</svg>")[0]
     first, second = (tuple(map(float, point.split(","))) for point in loss.split('points="')[1].split('"')[0].split())
     assert first[0] < second[0] and first[1] < second[1]  # the loss falls, so y grows downwards
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_draws_it_without_sideways_scrolling(tmp_path, width):
+    page, _, _ = page_of(tmp_path, num_domains=3)
+    measure = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join()</script>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{measure}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    command += [f"--window-size={width},900", "--hide-scrollbars", f"--screenshot={tmp_path / 'page.png'}"]
+    subprocess.run([*command, (tmp_path / "page.html").as_uri()], check=True, capture_output=True, timeout=120)
+    drawn = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"), int)
+    background = drawn[2, 2]
+    assert drawn.shape[1] == width
+    assert 0.02 < (np.abs(drawn - background).sum(2) > 60).mean() < 0.6  # text and curves, neither blank nor a blot
+    dumped = subprocess.run(
+        [*command[:-1], "--dump-dom", (tmp_path / "page.html").as_uri()], check=True, capture_output=True, timeout=120
+    )
+    inner, needed = map(int, dumped.stdout.decode().split("<title>")[1].split("</title>")[0].split(","))
+    assert needed <= inner
