@@ -342,6 +342,17 @@ def test_a_file_system_that_takes_no_more(tmp_path):
     assert newest(tmp_path) == 1 and not list(tmp_path.glob("checkpoints/.*"))
 
 
+def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path):
+    """Each name a save can be killed at, planted."""
+    save(tmp_path, 1)
+    for name in (".partial-step-2", ".deleted-step-0"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    for name in (".best.new", ".last.new"):
+        (tmp_path / "checkpoints" / name).symlink_to("step-1")
+    save(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "last", "step-1", "step-2"]
+
+
 def test_people_stay_in_the_training_checkpoint(tmp_path, monkeypatch):
     """A row of the identity matrix tells who a training person is: no shared file has it, nor a tensor per person."""
     use_tiny(monkeypatch)

@@ -18,6 +18,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def _remove_leftovers(parent: Path) -> None:
     for pattern in (".partial-*", ".deleted-*"):
         for leftover in parent.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed is no reason not to save
+    for link in parent.glob(".*.new"):
+        with suppress(OSError):
+            link.unlink()
 
 
 def _prune(parent: Path) -> None:
