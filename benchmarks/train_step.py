@@ -23,7 +23,7 @@ from timing import interleave, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig, backbone_name
-from vitface.device import resolve_device, resolve_dtype
+from vitface.device import keep_freed_memory, resolve_device, resolve_dtype
 from vitface.model.face import DTYPES, FaceModel
 from vitface.model.lora import adapted_linears
 from vitface.model.margin import MarginLoss
@@ -232,6 +232,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    keep_freed_memory()  # for all alike
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator).to(args.device)
     labels = torch.randint(PEOPLE, (args.batch_size,), generator=generator).to(args.device)

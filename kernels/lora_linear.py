@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitface.kernels.frozen import product
+
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, gate: Tensor | None
@@ -37,7 +39,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """x (M, I) -> y (M, O), low (M, K·R)."""
     low = F.linear(x, lora_a.to(x.dtype))
-    out = F.linear(x, weight, bias)
+    out = product(x, weight, bias)
     return out.addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t()), low
 
 

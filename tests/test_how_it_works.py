@@ -25,7 +25,7 @@ from vitface.evaluation.verify import THRESHOLDS, auc, contiguous_folds, pair_di
 from vitface.model.face import EmbeddingHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
 from vitface.model.margin import MarginLoss
-from vitface.model.ops import attention, attention_map, lora_linear
+from vitface.model.ops import attention, attention_map, lora_linear, split_heads
 from vitface.model.router import load_balance_loss
 from vitface.model.vit import ViT
 from vitface.training.setup import build_model, parameter_counts
@@ -86,7 +86,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
     face(image)
     for hook in hooks:
         hook.remove()
-    q, k, v = face.vit.blocks[0].attn.split_heads(face.vit.tokens(image))
+    attn = face.vit.blocks[0].attn
+    q, k, v = split_heads(attn.qkv(face.vit.tokens(image)), attn.num_heads)
     seen.update(photo=photo, input=image, q=q, weights=attention_map(q, k), attended=attention(q, k, v))
     passes = sum(re.fullmatch(r"vit\.blocks\.\d+", name) is not None for name in names)
     return {**{n: tuple(x.shape) for n, x in seen.items() if isinstance(x, torch.Tensor)}, "passes": (passes,)}

@@ -1,5 +1,7 @@
 """What "auto" means on this machine."""
 
+import ctypes
+import sys
 from typing import Literal
 
 import torch
@@ -27,3 +29,15 @@ def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """On Linux, asks glibc to keep what is freed for the next allocation, as torch does on a GPU.
+
+    Else it hands large blocks back to the kernel, and every step takes the page faults for its activations anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 32 << 20)  # the largest it takes
+        mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from precision import assert_as_precise, poison
 
 from vitface.kernels.lora_linear import _backward, _lora_linear
 from vitface.model.ops import lora_linear
@@ -64,10 +65,7 @@ def test_error_is_at_most_twice_that_of_eager(dtype, case):
     fused = results(tensors, dtype, "fused", case["contiguous"])
     sizes = results([None if t is None else t.abs() for t in tensors], torch.float64, "reference")
     for name, want, size, other, got in zip(NAMES, exact, sizes, eager, fused, strict=False):
-        # where eager happens to be exact: rounding of the result, or of its terms where few results leave it to chance
-        rounding = torch.finfo(dtype).eps * (want if want.numel() >= 32 else size).square().mean().sqrt()
-        error, allowed = (got - want).square().mean().sqrt(), 2 * (other - want).square().mean().sqrt() + rounding
-        assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
+        assert_as_precise(name, want, size, other, got, dtype)
 
 
 @given(cases)
@@ -120,13 +118,7 @@ def test_compiled_equals_eager(backend):
 
 
 def test_nothing_read_from_fresh_memory(monkeypatch):
-    """Every buffer that the layer allocates starts as NaN: none may reach a result."""
-    for name in ("empty", "empty_like"):
-        plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, plain=plain, **kwargs: plain(*args, **kwargs).fill_(torch.nan))
-    plain_new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: plain_new(*args, **kwargs).fill_(torch.nan))
-    assert torch.empty(1).isnan() and torch.zeros(1).new_empty(1).isnan()
+    poison(monkeypatch)
     tensors = draw({**SMALL, "domains": 3})
     assert all(t.isfinite().all() for t in results(tensors, torch.float32, "fused"))
 

@@ -186,7 +186,7 @@ def test_peft_agrees(formula, use_rslora):
     theirs = peft.get_peft_model(
         Twin(ours), peft.LoraConfig(r=4, lora_alpha=12, target_modules=["fc"], use_rslora=use_rslora)
     )
-    ours.add_lora(4, lora_scaling(formula, 12, 4), 1, "reference", None)
+    ours.add_lora(4, lora_scaling(formula, 12, 4), 1, None)
     ours.double()
     randomise_adapters(ours)
     layer = theirs.base_model.model.fc

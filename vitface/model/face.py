@@ -18,7 +18,7 @@ from vitface.config import FaceConfig
 from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
 from vitface.data.preprocess import normalise, resize, to_float
 from vitface.errors import ConfigError
-from vitface.model.lora import TARGETS, add_lora
+from vitface.model.lora import TARGETS, add_lora, use_impl
 from vitface.model.router import DomainClassifier, FixedGate
 from vitface.model.vit import ViT
 
@@ -58,7 +58,7 @@ class FaceModel(nn.Module):
     reach to be called the same person at that false accept rate, where the run calibrated it.
     """
 
-    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "reference", seed: int = 0):
+    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "fused", seed: int = 0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.config = config
@@ -67,10 +67,11 @@ class FaceModel(nn.Module):
         for name, parameter in vit.named_parameters():
             if not (config.train_patch_embed and name.startswith("patch_embed.")):
                 parameter.data = parameter.data.to(DTYPES[config.dtype])
+        use_impl(vit, impl)
         if config.lora_rank:
             add_lora(
                 vit, TARGETS[config.lora_targets], config.lora_rank, config.lora_alpha, config.lora_scaling,
-                config.num_domains, impl, generator,
+                config.num_domains, generator,
             )  # fmt: skip
         if config.train_patch_embed:
             vit.patch_embed.requires_grad_(True)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vitface.model.ops import lora_linear
+from vitface.model.ops import check_impl, linear, lora_linear
 
 TARGETS = {
     "attn": ("attn.qkv", "attn.proj"),
@@ -40,23 +40,35 @@ class Linear(nn.Linear):
         self.scaling, self.num_domains = 0.0, 1
         self.impl = "reference"
 
-    def add_lora(self, rank: int, scaling: float, num_domains: int, impl: str, generator: torch.Generator | None):
+    @property
+    def has_lora(self) -> bool:
+        return self.lora_a is not None
+
+    def add_lora(self, rank: int, scaling: float, num_domains: int, generator: torch.Generator | None):
         """Allocates K adapter pairs: A ~ U(-1/sqrt(I), 1/sqrt(I)) (kaiming-uniform with a = sqrt(5)), B = 0."""
         bound = self.in_features**-0.5
         a = torch.empty(num_domains * rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a.to(self.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, num_domains * rank, device=self.weight.device))
-        self.scaling, self.num_domains, self.impl = scaling, num_domains, impl
+        self.scaling, self.num_domains = scaling, num_domains
 
     def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
         if self.lora_a is None or self.lora_b is None or not adapted:
-            return super().forward(x)
+            return linear(x, self.weight, self.bias, impl=self.impl)
         return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, gate, impl=self.impl)
+
+
+def use_impl(model: nn.Module, impl: str) -> None:
+    """Which implementation every layer of `model` runs, "reference" or "fused"; ValueError for another."""
+    check_impl(impl)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.impl = impl
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Linear]:
     """The layers of `model` that carry an adapter, by full path."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_a is not None}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.has_lora}
 
 
 def add_lora(
@@ -66,7 +78,6 @@ def add_lora(
     alpha: float,
     scaling: str = "lora",
     num_domains: int = 1,
-    impl: str = "reference",
     generator: torch.Generator | None = None,
 ) -> None:
     """Adds adapters in place to every `blocks.{i}.{target}` of a ViT.
@@ -84,7 +95,7 @@ def add_lora(
             known = sorted({name.split(".", 2)[2] for name in linears if name.startswith("blocks.")})
             raise ValueError(f"LoRA target {target!r} names no layer; known: {', '.join(known)}")
         for layer in layers:
-            layer.add_lora(rank, factor, num_domains, impl, generator)
+            layer.add_lora(rank, factor, num_domains, generator)
 
 
 @torch.no_grad()

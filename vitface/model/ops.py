@@ -7,15 +7,26 @@
 LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) is K = 1 without a gate. DA-LoRA stacks K pairs along the rank and scales
 each pair's R activations by the image's domain weight, which is W' = W + scaling · sum_k w_k B_k A_k for that image.
 
-Letters: B images, N tokens, I in, O out, K domains, R rank; nh heads, hd head dim.
+"reference" is each formula as it stands, "fused" the kernels (vitface.kernels): the same functions with fewer passes
+over memory, for frozen weights. A request never falls back in silence. The kernels are imported here
+alone, and not before they are asked for.
+
+Letters: B images, N tokens, Q of them asked for, D width, I in, O out, K domains, R rank; nh heads, hd head dim.
 """
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 IMPLS = ("reference", "fused")
 EXPLICIT_TOKENS = 512  # above, the (N, N) map costs more memory than it saves time
+
+
+def check_impl(impl: str) -> None:
+    """ValueError unless this version has it."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl {impl!r} is not available; this version has {', '.join(IMPLS)}")
 
 
 def lora_linear(
@@ -32,16 +43,13 @@ def lora_linear(
     """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
 
     weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
-    pair. "reference" is the formula as it stands; "fused" (vitface.kernels) makes no pass over x or y for the adapter
-    and needs frozen weights. ValueError if the shapes disagree or `impl` cannot run: a request never falls back in
-    silence.
+    pair. "fused" makes no pass over x or y for the adapter. ValueError if the shapes disagree or `impl` cannot run.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl {impl!r} is not available; this version has {', '.join(IMPLS)}")
+    check_impl(impl)
     if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or lora_a.shape[0] % gate.shape[1]):
         raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {lora_a.shape[0]}")
     if impl == "fused":
-        from vitface.kernels import lora_linear as kernels  # the one import of the kernels
+        from vitface.kernels import lora_linear as kernels
 
         return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate)
     return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate)
@@ -55,15 +63,63 @@ def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate):
     return F.linear(x, weight, bias) + F.linear(low * scaling, lora_b.to(x.dtype))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "reference") -> Tensor:
+    """x Wᵀ + b without an adapter: (..., I) -> (..., O). "fused" where no gradient is asked for."""
+    if impl == "fused" and not torch.is_grad_enabled():
+        from vitface.kernels import frozen
+
+        return frozen.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def frozen_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
+    """act(x W1ᵀ + b1) W2ᵀ + b2 without adapters, "fused": (B, N, D) -> (B, N, D).
+
+    `act` as in `activate`. ValueError if a weight asks for a gradient.
+    """
+    from vitface.kernels import frozen
+
+    return frozen.mlp(x, w1, b1, w2, b2, act)
+
+
+def activate(u: Tensor, act: str) -> Tensor:
+    """ "gelu" (the exact one), or "quick_gelu", x · sigmoid(1.702 x), as in OpenAI's CLIP."""
+    return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
+
+
+def self_attention(qkv: Tensor, num_heads: int, queries: int | None = None, *, impl: str = "reference") -> Tensor:
+    """Multi-head attention of the first `queries` tokens (None: all) to all: (B, N, 3 D) -> (B, Q, D).
+
+    On the CPU at a ViT's few hundred tokens "fused" is our kernel; for longer sequences, and on devices that have a
+    good one, it is SDPA.
+    """
+    if impl == "fused" and explicit(qkv.device.type, qkv.shape[1]):
+        from vitface.kernels import attention as kernels
+
+        return kernels.attention(qkv, num_heads, queries)
+    q, k, v = split_heads(qkv, num_heads)
+    return rearrange(attention(q[:, :, :queries], k, v), "b nh n hd -> b n (nh hd)")
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """(B, N, 3 D) -> q, k, v stacked, (3, B, nh, N, hd)."""
+    return rearrange(qkv, "b n (three nh hd) -> three b nh n hd", three=3, nh=num_heads)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(hd)) v over (B, nh, N, hd) (Vaswani et al. 2017, eq. 1).
 
-    On the CPU at a ViT's few hundred tokens the two matrix products as they stand beat the fused kernel, most of all
-    in the backward pass (docs/experiments.md); SDPA is for longer sequences, and for devices that have a good one.
+    On the CPU at a ViT's few hundred tokens the two matrix products as they stand beat SDPA, most of all in the
+    backward pass (docs/experiments.md).
     """
-    if q.device.type == "cpu" and q.shape[-2] <= EXPLICIT_TOKENS:
+    if explicit(q.device.type, k.shape[-2]):
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def explicit(device: str, tokens: int) -> bool:
+    """Whether the (N, N) map is written out."""
+    return device == "cpu" and tokens <= EXPLICIT_TOKENS
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:

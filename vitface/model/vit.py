@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitface.config import ViTConfig
 from vitface.model.lora import Linear
-from vitface.model.ops import attention, attention_map
+from vitface.model.ops import activate, attention_map, frozen_mlp, self_attention, split_heads
 
 
 class PatchEmbed(nn.Module):
@@ -42,20 +42,15 @@ class Attention(nn.Module):
         self.qkv = Linear(embed_dim, 3 * embed_dim)
         self.proj = Linear(embed_dim, embed_dim)
 
-    def split_heads(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
-        """(B, N, D) -> q, k, v stacked, (3, B, nh, N, hd)."""
-        qkv = self.qkv(x, gate, adapted)
-        return rearrange(qkv, "b n (three nh hd) -> three b nh n hd", three=3, nh=self.num_heads)
-
     def forward(
         self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
     ) -> Tensor:
-        q, k, v = self.split_heads(x, gate, adapted)
-        return self.proj(rearrange(attention(q[:, :, :queries], k, v), "b nh n hd -> b n (nh hd)"), gate, adapted)
+        qkv = self.qkv(x, gate, adapted)
+        return self.proj(self_attention(qkv, self.num_heads, queries, impl=self.qkv.impl), gate, adapted)
 
 
 class Mlp(nn.Module):
-    """fc1 -> activation -> fc2, hidden width 4 D. QuickGELU is x · sigmoid(1.702 x), as in OpenAI's CLIP."""
+    """fc1 -> activation -> fc2, hidden width 4 D."""
 
     def __init__(self, embed_dim: int, act: str):
         super().__init__()
@@ -64,9 +59,10 @@ class Mlp(nn.Module):
         self.fc2 = Linear(4 * embed_dim, embed_dim)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
-        u = self.fc1(x, gate, adapted)
-        u = F.gelu(u) if self.act == "gelu" else u * torch.sigmoid(1.702 * u)
-        return self.fc2(u, gate, adapted)
+        fc1, fc2 = self.fc1, self.fc2
+        if fc1.impl == "fused" and not (adapted and (fc1.has_lora or fc2.has_lora)):
+            return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act)
+        return fc2(activate(fc1(x, gate, adapted), self.act), gate, adapted)
 
 
 class LayerScale(nn.Module):
@@ -150,7 +146,7 @@ class ViT(nn.Module):
             x = earlier(x, gate)
         chosen = self.blocks[block]
         assert isinstance(chosen, Block)
-        q, k, _ = chosen.attn.split_heads(chosen.norm1(x), gate)
+        q, k, _ = split_heads(chosen.attn.qkv(chosen.norm1(x), gate), chosen.attn.num_heads)
         return attention_map(q, k)
 
 

@@ -1,0 +1,92 @@
+"""Frozen layers without an adapter: the linear map, and the MLP with its own backward pass.
+
+    u = x W1ᵀ + b1    h = act(u)    y = h W2ᵀ + b2
+    dh = dy W2        du = dh ⊙ act'(u), where dh stands        dx = du W1
+
+Nothing but u is kept, which autograd keeps too; it also writes dh and du to two places and asks for none of the four
+gradients that nobody needs. On the CPU the bias is added inside oneDNN's product: ATen's addmm first fills the output
+with it, one pass over the output more (docs/experiments.md).
+
+Letters: M rows (images x tokens), I in, O out, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitface.model.ops import activate
+
+_ONEDNN = (torch.float32, torch.bfloat16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The contract of `vitface.model.ops.linear`, without a gradient."""
+    return _linear(x, weight, bias) if torch.compiler.is_compiling() else product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, (..., I) -> (..., O)."""
+    if x.device.type == "cpu" and x.dtype in _ONEDNN and torch.backends.mkldnn.is_available() and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+    return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("vitface::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
+    """The contract of `vitface.model.ops.frozen_mlp`."""
+    if any(parameter.requires_grad for parameter in (w1, b1, w2, b2)):
+        raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train the MLP")
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _mlp(x, w1, b1, w2, b2, act)[0]
+    return product(activate(product(x, w1, b1), act), w2, b2)
+
+
+@torch.library.custom_op("vitface::mlp", mutates_args=())
+def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """x (..., D) -> y (..., D), u (..., 4 D)."""
+    u = product(x, w1, b1)
+    return product(activate(u, act), w2, b2), u
+
+
+@_mlp.register_fake
+def _(x, w1, b1, w2, b2, act):
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], len(w1))
+
+
+@torch.library.custom_op("vitface::mlp_backward", mutates_args=())
+def _backward(dy: Tensor, u: Tensor, w1: Tensor, w2: Tensor, act: str) -> Tensor:
+    dh = dy @ w2
+    if act == "gelu":
+        du = torch.ops.aten.gelu_backward.grad_input(dh, u, grad_input=dh)
+    else:
+        s = torch.sigmoid(1.702 * u)
+        du = dh.mul_(s * (1 + 1.702 * u * (1 - s)))
+    return du @ w1
+
+
+@_backward.register_fake
+def _(dy, u, w1, w2, act):
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    _, w1, _, w2, _, ctx.act = inputs
+    ctx.save_for_backward(output[1], w1, w2)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, du):
+    dx = None if dy is None else _backward(dy, *ctx.saved_tensors, ctx.act)
+    return dx, None, None, None, None, None
+
+
+_mlp.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,126 @@
+"""The frozen layers' kernels against float64, beside eager PyTorch in the same dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from precision import assert_as_precise, poison
+
+from vitface.kernels import frozen
+from vitface.model.lora import use_impl
+from vitface.model.ops import activate, frozen_mlp, linear
+from vitface.model.vit import Mlp
+
+cases = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "tokens": st.sampled_from([1, 2, 17, 50]),
+        "width": st.sampled_from([1, 8, 33, 64]),
+        "act": st.sampled_from(["gelu", "quick_gelu"]),
+        "contiguous": st.booleans(),
+        "seed": st.integers(0, 1000),
+    }
+)
+SMALL = {"batch": 2, "tokens": 3, "width": 4, "act": "gelu", "contiguous": True, "seed": 0}
+
+
+def draw(case):
+    """float64 x, w1, b1, w2, b2, dy."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    batch, tokens, d = case["batch"], case["tokens"], case["width"]
+    shapes = ((batch, tokens, d), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (batch, tokens, d))
+    x, w1, b1, w2, b2, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return x, w1 * d**-0.5, b1, w2 * (4 * d) ** -0.5, b2, dy
+
+
+def eager(x, w1, b1, w2, b2, act):
+    return F.linear(activate(F.linear(x, w1, b1), act), w2, b2)
+
+
+def results(tensors, case, dtype, function):
+    """Output and gradient of x, in float64."""
+    x, *weights, dy = (t.to(dtype) for t in tensors)
+    if not case["contiguous"]:
+        x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
+    x.requires_grad_()
+    y = function(x, *weights, case["act"])
+    return y.detach().double(), torch.autograd.grad(y, x, dy)[0].double()
+
+
+@given(cases)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_eager(dtype, case):
+    tensors = [t.to(dtype).double() for t in draw(case)]
+    exact = results(tensors, case, torch.float64, eager)
+    size = results([t.abs() for t in tensors], case, torch.float64, eager)
+    pair = (results(tensors, case, dtype, function) for function in (eager, frozen_mlp))
+    for name, *row in zip(("y", "dx"), exact, size, *pair, strict=True):
+        assert_as_precise(name, *row, dtype)
+
+
+@given(cases)
+def test_float64_is_the_formula(case):
+    want, got = (results(draw(case), case, torch.float64, function) for function in (eager, frozen_mlp))
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11)
+
+
+@given(cases)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_it_is_the_same(dtype, case):
+    x, *weights, _ = (t.to(dtype) for t in draw(case))
+    if not case["contiguous"]:
+        x = x.mT.contiguous().mT
+    want = frozen_mlp(x, *weights, case["act"])
+    with torch.no_grad():
+        assert torch.equal(frozen_mlp(x, *weights, case["act"]), want)
+        got, exact = linear(x, *weights[:2], impl="fused"), linear(*(t.double() for t in (x, *weights[:2])))
+    assert_as_precise("u", exact, exact, linear(x, *weights[:2]).double(), got.double(), dtype)
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_gradcheck_and_opcheck(act):
+    x, *weights, dy = draw(SMALL)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen_mlp(x, *weights, act), x)
+    torch.library.opcheck(frozen._mlp, (x, *weights, act))
+    u = F.linear(x.detach(), *weights[:2])
+    torch.library.opcheck(frozen._backward, (dy, u, weights[0], weights[2], act))
+    torch.library.opcheck(frozen._linear, (x.detach(), *weights[:2]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, inside inductor
+def test_compiled_equals_eager():
+    x, *weights, dy = draw(SMALL)
+    x.requires_grad_()
+
+    def layer(x):
+        with torch.no_grad():
+            early = linear(x, weights[2].mT, None, impl="fused").mean()
+        return frozen_mlp(2 * x, *weights, "gelu") * early
+
+    y, compiled = layer(x), torch.compile(layer, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(o, x, dy)[0] for o in (compiled, y)), rtol=0, atol=1e-12)
+
+
+def test_nothing_read_from_fresh_memory(monkeypatch):
+    poison(monkeypatch)
+    assert all(t.isfinite().all() for t in results(draw(SMALL), SMALL, torch.float32, frozen_mlp))
+
+
+def test_keeps_the_hidden_layer_once():
+    x, *weights, _ = draw(SMALL)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        frozen_mlp(x.requires_grad_(), *weights, "gelu")
+    parameters = {t.data_ptr() for t in weights}
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in parameters] == [(2, 3, 16)]
+
+
+def test_weights_that_train_are_refused():
+    module = Mlp(4, "gelu")
+    use_impl(module, "fused")
+    with pytest.raises(ValueError, match="impl 'fused' is for frozen weights"):
+        module(torch.zeros(1, 2, 4))
