@@ -48,7 +48,7 @@ def _backward(dout: Tensor, heads: Tensor, p: Tensor) -> Tensor:
     dq, dk, dv = dheads
     torch.bmm(p.mT, do, out=dv)
     ds = torch.bmm(do, v.mT)
-    torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
     torch.baddbmm(dk, ds.mT, q[:, :queries], beta=0, alpha=hd**-0.5, out=dk)
     dq[:, queries:].zero_()
     torch.baddbmm(dq[:, :queries], ds, k, beta=0, alpha=hd**-0.5, out=dq[:, :queries])

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitface.model.ops import activate
-
 _ONEDNN = (torch.float32, torch.bfloat16)
 
 
@@ -41,20 +39,24 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+def _activate(u: Tensor, act: str) -> Tensor:
+    return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
+
+
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
     """The contract of `vitface.model.ops.frozen_mlp`."""
     if any(parameter.requires_grad for parameter in (w1, b1, w2, b2)):
         raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train the MLP")
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _mlp(x, w1, b1, w2, b2, act)[0]
-    return product(activate(product(x, w1, b1), act), w2, b2)
+    return product(_activate(product(x, w1, b1), act), w2, b2)
 
 
 @torch.library.custom_op("vitface::mlp", mutates_args=())
 def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """x (..., D) -> y (..., D), u (..., 4 D)."""
     u = product(x, w1, b1)
-    return product(activate(u, act), w2, b2), u
+    return product(_activate(u, act), w2, b2), u
 
 
 @_mlp.register_fake
