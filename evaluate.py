@@ -14,6 +14,7 @@ from vitface.evaluation.page import report_page
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.model.face import FaceModel, shuffle_gate
+from vitface.model.inference import prepare_inference
 from vitface.model.store import frozen_face, load_face, model_sha256, newest_run
 
 EXAMPLES = """examples:
@@ -63,13 +64,14 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
         arguments.checkpoint = arguments.checkpoint or newest_run()
         print(f"checkpoint: {arguments.checkpoint}")
         model = load_face(arguments.checkpoint, arguments.weights).to(device)
-        return shuffle_gate(model) if arguments.gate else model
+        return prepare_inference(shuffle_gate(model) if arguments.gate else model)
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
     dtype = resolve_dtype("auto", device)
-    return frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype).to(device)
+    model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype).to(device)
+    return prepare_inference(model)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ONEDNN = (torch.float32, torch.bfloat16)
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The contract of `vitface.model.ops.linear`, without a gradient."""
@@ -24,9 +22,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, (..., I) -> (..., O)."""
-    if x.device.type == "cpu" and x.dtype in _ONEDNN and torch.backends.mkldnn.is_available() and x.numel():
+    if _onednn(x) and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
     return F.linear(x, weight, bias)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The contract of `vitface.model.ops.pack_weight`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if _onednn(weight) else weight
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether oneDNN has products for it. In float32 torch would take MKL's, which are slow on processors by AMD."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return fits and torch.backends.mkldnn.is_available()
 
 
 @torch.library.custom_op("vitface::linear", mutates_args=())
@@ -49,7 +58,11 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> 
         raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train the MLP")
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _mlp(x, w1, b1, w2, b2, act)[0]
-    return product(_activate(product(x, w1, b1), act), w2, b2)
+    if act == "gelu" and _onednn(x) and x.numel():
+        h = torch.ops.mkldnn._linear_pointwise(x, w1, b1, "gelu", [], "none")
+    else:
+        h = _activate(product(x, w1, b1), act)
+    return product(h, w2, b2)
 
 
 @torch.library.custom_op("vitface::mlp", mutates_args=())

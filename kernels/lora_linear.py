@@ -29,7 +29,8 @@ def lora_linear(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train weight or bias")
     rows = x.reshape(-1, x.shape[-1])
-    out, _ = _lora_linear(rows, weight, bias, lora_a, lora_b, scaling, gate)
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    out, _ = (_lora_linear if traced else _forward)(rows, weight, bias, lora_a, lora_b, scaling, gate)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -38,6 +39,10 @@ def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x (M, I) -> y (M, O), low (M, K·R)."""
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, gate)
+
+
+def _forward(x, weight, bias, lora_a, lora_b, scaling, gate):
     low = F.linear(x, lora_a.to(x.dtype))
     out = product(x, weight, bias)
     return out.addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t()), low

@@ -63,6 +63,7 @@ class FaceModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.config = config
         self.thresholds: dict[float, float] = {}
+        self.stem: nn.Module | None = None  # see `vitface.model.inference`
         self.vit = vit.requires_grad_(False)
         for name, parameter in vit.named_parameters():
             if not (config.train_patch_embed and name.startswith("patch_embed.")):
@@ -86,7 +87,16 @@ class FaceModel(nn.Module):
             self.head = EmbeddingHead(config.head, dim, vit.pos_embed.shape[1], config.embedding_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        tokens = self.vit.tokens(images)
+        return self.read(self.vit.tokens(images))
+
+    def tokens(self, crops: Tensor) -> Tensor:
+        """Crops, uint8 (B, 112, 112, 3) -> what enters the first block, (B, N, D)."""
+        if self.stem is not None:
+            return self.vit.with_positions(self.stem(crops))
+        return self.vit.tokens(self.preprocess(to_float(crops)))
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters the first block -> what `forward` returns."""
         logits = self.route(tokens)
         return self.head(self.vit.encode(tokens, self.gate(logits), self.head.queries)), logits
 
@@ -126,9 +136,9 @@ class FaceModel(nn.Module):
         """
         rows = []
         for batch in self._batches(images, batch_size):
-            embedding = self(self.preprocess(batch))[0]
+            embedding = self.read(self.tokens(batch))[0]
             if flip:
-                embedding = embedding + self(self.preprocess(batch.flip(3)))[0]
+                embedding = embedding + self.read(self.tokens(batch.flip(2)))[0]
             rows.append(F.normalize(embedding, dim=1).cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.embedding_dim), np.float32)
 
@@ -137,7 +147,7 @@ class FaceModel(nn.Module):
         """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA."""
         rows = []
         for batch in self._batches(images, batch_size):
-            logits = self.route(self.vit.tokens(self.preprocess(batch)))
+            logits = self.route(self.tokens(batch))
             rows.append(torch.ones(len(batch), 1) if logits is None else logits.softmax(dim=1).cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.num_domains), np.float32)
 
@@ -146,7 +156,7 @@ class FaceModel(nn.Module):
         """Where CLS looks in one block: float32 (B, nh, g, g) over the patch grid, from the adapted model."""
         rows = []
         for batch in self._batches(images, 32):
-            inputs = self.preprocess(batch)
+            inputs = self.preprocess(to_float(batch))
             logits = self.route(self.vit.tokens(inputs))
             maps = self.vit.attention(inputs, self.gate(logits), block)
             rows.append(
@@ -156,7 +166,7 @@ class FaceModel(nn.Module):
         return torch.cat(rows).cpu().numpy() if rows else np.zeros((0, heads, side, side), np.float32)
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
-        """float (B, 3, 112, 112) in [0, 1] on the model's device, `batch_size` at a time."""
+        """uint8 (B, 112, 112, 3) on the model's device, `batch_size` at a time."""
         if self.training:
             raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
         if isinstance(images, str | Path):
@@ -167,7 +177,7 @@ class FaceModel(nn.Module):
                 chunk = torch.from_numpy(np.stack([_as_crop(item) for item in chunk]))
             if chunk.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
                 raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(chunk.shape)}")
-            yield to_float(chunk.to(self.vit.pos_embed.device))
+            yield chunk.to(self.vit.pos_embed.device)
 
 
 def shuffle_gate(model: FaceModel) -> FaceModel:

@@ -72,6 +72,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "refer
     return F.linear(x, weight, bias)
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight (O, I) as "fused" `linear`, `lora_linear` and `frozen_mlp` read it fastest; itself off the CPU."""
+    from vitface.kernels import frozen
+
+    return frozen.pack(weight)
+
+
 def frozen_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
     """act(x W1ᵀ + b1) W2ᵀ + b2 without adapters, "fused": (B, N, D) -> (B, N, D).
 

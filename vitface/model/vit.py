@@ -119,8 +119,12 @@ class ViT(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             want = f"(B, 3, {self.image_size}, {self.image_size})"
             raise ValueError(f"images are {tuple(images.shape)}, this model takes {want}")
-        patches = self.patch_embed(images).to(self.pos_embed.dtype)
-        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(images))
+        return self.with_positions(self.patch_embed(images))
+
+    def with_positions(self, patches: Tensor) -> Tensor:
+        """(B, N - 1, D) -> what enters the first block: CLS in front, positions added."""
+        patches = patches.to(self.pos_embed.dtype)
+        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
         return self.norm_pre(torch.cat([cls, patches], dim=1) + self.pos_embed)
 
     def forward(self, images: Tensor, gate: Tensor | None = None) -> Tensor:

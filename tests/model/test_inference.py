@@ -1,0 +1,91 @@
+"""A prepared model computes the function of the model it was, to rounding."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise_adapters, tiny_face
+
+from vitface.config import FaceConfig
+from vitface.data.preprocess import to_float
+from vitface.model.face import FaceModel
+from vitface.model.inference import fold_stem, prepare_inference
+from vitface.model.lora import adapted_linears
+from vitface.model.store import load_backbone
+
+
+def face_model(backbone="dinov2_vits14", image_size=56, depth=2, **fields) -> FaceModel:
+    """Random weights, LayerScale and adapters; few blocks, so that it is quick."""
+    vit = load_backbone(backbone, "random", image_size)
+    del vit.blocks[depth:]
+    fields = dict(lora_rank=4, lora_alpha=8, head="bn", embedding_dim=16, router_depth=1) | fields
+    model = FaceModel(vit, FaceConfig(backbone, "random", vit.config, image_size, **fields)).eval()
+    randomise_adapters(model)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.vit.named_parameters():
+        if name.endswith("gamma") or name.endswith("bias"):
+            parameter.data = torch.rand(parameter.shape, generator=generator).to(parameter) + 0.1
+    return model
+
+
+@pytest.fixture(scope="module")
+def crops() -> np.ndarray:
+    """Noise, the hardest picture to resize; its border is unlike its neighbours too."""
+    return np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("domains", [1, 3])
+@pytest.mark.parametrize(("backbone", "image_size"), [("dinov2_vits14", 112), ("clip_vitb16", 224), ("vit_nano", 112)])
+def test_embeddings_and_domain_weights_are_the_same(backbone, image_size, domains, crops):
+    model = face_model(backbone, image_size, num_domains=domains, lora_targets="attn+mlp" if domains > 1 else "attn")
+    want, want_domains = model.embed(crops), model.domain_weights(crops)
+    assert prepare_inference(model) is model
+    np.testing.assert_allclose(model.embed(crops), want, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(model.domain_weights(crops), want_domains, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(model.attention(crops).sum((2, 3)), model.attention(crops).sum((2, 3)))
+    assert len(adapted_linears(model)) == (0 if domains == 1 else 8)
+
+
+def test_rounding_once_in_bf16_is_no_worse(crops):
+    """Error against float32 of the prepared bf16 model and of the plain one."""
+    exact = face_model(depth=4, image_size=112)
+    plain = face_model(depth=4, image_size=112, dtype="bf16")
+    want = exact.embed(crops)
+    plain_error = np.abs(plain.embed(crops) - want).mean()
+    assert 0 < np.abs(prepare_inference(plain).embed(crops) - want).mean() <= 2 * plain_error
+
+
+@pytest.mark.parametrize("rule", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "kernel"),
+    [
+        ("dinov2_vits14", 224, {"bicubic": 11, "bilinear": 9}),
+        ("clip_vitb16", 224, {"bicubic": 12, "bilinear": 10}),
+        ("dinov2_vits14", 112, {"bicubic": 14, "bilinear": 14}),
+        ("vit_tiny_patch16", 448, {"bicubic": 8, "bilinear": 6}),
+    ],
+)
+def test_folded_stem_is_the_stem_in_float64(backbone, image_size, kernel, rule, crops):
+    model = face_model(backbone, image_size, depth=1, resize=rule)
+    model.vit.patch_embed.double()
+    stem = fold_stem(model)
+    assert stem is not None and stem.kernel.shape[-1] == kernel[rule]
+    pixels = torch.from_numpy(crops)
+    want = model.vit.patch_embed(model.preprocess(to_float(pixels).double()))
+    torch.testing.assert_close(stem(pixels), want, rtol=0, atol=1e-6)  # to_float divides in float32
+    exact = model.vit.patch_embed(model.preprocess(pixels.permute(0, 3, 1, 2).double() / 255))
+    torch.testing.assert_close(stem(pixels), exact, rtol=0, atol=1e-10)
+
+
+def test_a_size_that_cannot_be_folded_is_left_as_it_is(crops):
+    model = face_model("dinov2_vits14", 70, depth=1)
+    want = model.embed(crops)
+    assert prepare_inference(model).stem is None
+    np.testing.assert_allclose(model.embed(crops), want, rtol=0, atol=2e-6)
+
+
+def test_the_frozen_backbone_can_be_prepared(crops):
+    model = tiny_face(lora_rank=0, head="cls")
+    want = model.embed(crops)
+    np.testing.assert_allclose(prepare_inference(copy.deepcopy(model)).embed(crops), want, rtol=0, atol=2e-6)

@@ -1,0 +1,102 @@
+"""A face model prepared for embedding: fewer and cheaper operations that compute the same function.
+
+Letters: B images, S input side, P patch, N tokens, D width; a crop is 112 pixels wide.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vitface.data.images import CROP_SIZE
+from vitface.data.preprocess import normalise, resize
+from vitface.model.face import FaceModel
+from vitface.model.lora import Linear, merge_lora
+from vitface.model.ops import pack_weight
+from vitface.model.vit import Block
+
+
+@torch.no_grad()
+def prepare_inference(model: FaceModel) -> FaceModel:
+    """The model itself, from now on for `embed` and `domain_weights` only: it can be neither trained nor saved.
+
+    LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale goes into the layer before it, the stem
+    becomes one convolution of the crop, and on the CPU each weight is laid out once the way oneDNN reads it. All of it
+    is done in float64 and rounded once, to the dtype the weights had.
+    """
+    model.eval().requires_grad_(False)
+    dtype = model.vit.pos_embed.dtype
+    linears = [module for module in model.vit.modules() if isinstance(module, Linear)]
+    for layer in linears:
+        layer.double()
+    if model.config.lora_rank and model.config.num_domains == 1:
+        merge_lora(model.vit)
+    for block in model.vit.blocks:
+        _fold_layer_scale(block)
+    for layer in linears:
+        layer.to(dtype)
+        layer.weight = nn.Parameter(pack_weight(layer.weight), requires_grad=False)
+    model.stem = fold_stem(model)
+    return model
+
+
+def _fold_layer_scale(block: Block) -> None:
+    """γ ⊙ (x Wᵀ + b + s (low ⊙ gate) Bᵀ) is the same layer with γ in the rows of W, b and B."""
+    for name, layer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+        scale = getattr(block, name)
+        if isinstance(scale, nn.Identity):
+            continue
+        gamma = scale.gamma.double()
+        for parameter in (layer.weight, layer.lora_b):
+            if parameter is not None:
+                parameter.mul_(gamma[:, None])
+        layer.bias.mul_(gamma)
+        setattr(block, name, nn.Identity())
+
+
+class FoldedStem(nn.Module):
+    """Crops, uint8 (B, 112, 112, 3) -> patch embeddings (B, N - 1, D), in one convolution.
+
+    Division by 255, resizing, normalising and the patch convolution are all linear in the pixels, and a patch is a
+    whole number of the crop's pixels wide, so each patch sees the crop through the same kernel: `stride` pixels and as
+    far around as the resizing rule reaches. Beyond the border the resizing repeats the outermost pixel.
+    """
+
+    def __init__(self, kernel: Tensor, bias: Tensor, stride: int):
+        super().__init__()
+        self.kernel, self.bias = nn.Parameter(kernel, False), nn.Parameter(bias, False)
+        self.stride, self.reach = stride, (kernel.shape[-1] - stride) // 2
+
+    def forward(self, crops: Tensor) -> Tensor:
+        pixels = rearrange(crops, "b h w c -> b c h w").to(self.kernel.dtype)  # whole numbers to 255, exact in bf16
+        pixels = F.pad(pixels, [self.reach] * 4, mode="replicate")
+        return rearrange(F.conv2d(pixels, self.kernel, self.bias, self.stride), "b d h w -> b (h w) d")
+
+
+@torch.no_grad()
+def fold_stem(model: FaceModel) -> FoldedStem | None:
+    """None where a patch is no whole number of the crop's pixels wide, as at 518 px."""
+    patch, side = model.config.vit.patch_size, model.config.image_size
+    stride, rest = divmod(patch * CROP_SIZE, side)
+    if rest:
+        return None
+    reach = 0 if side == CROP_SIZE else {"bilinear": 1, "bicubic": 2}[model.config.resize]
+    config, proj = model.config.vit, copy.deepcopy(model.vit.patch_embed.proj).double().cpu()
+
+    def patches(crops: Tensor) -> Tensor:
+        """A patch that sees no border, (B, D), of float64 crops five patches wide with pixels 0 to 255."""
+        images = normalise(resize(crops / 255, 5 * patch, model.config.resize), config.mean, config.std)
+        return proj(images)[:, :, 2, 2]
+
+    # the response to each single pixel of the kernel's window, less that to black, is the kernel
+    width = stride + 2 * reach
+    black = torch.zeros(1, 3, 5 * stride, 5 * stride, dtype=torch.float64)
+    bias = patches(black)[0]
+    lit = black.repeat(3 * width * width, 1, 1, 1)
+    window = lit[:, :, 2 * stride - reach : 3 * stride + reach, 2 * stride - reach : 3 * stride + reach]
+    window.copy_(torch.eye(3 * width * width).view(-1, 3, width, width))
+    kernel = rearrange(patches(lit) - bias, "(c h w) d -> d c h w", h=width, w=width)
+    like = model.vit.patch_embed.proj.weight
+    return FoldedStem(kernel.to(like), bias.to(like), stride)
