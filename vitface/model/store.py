@@ -57,8 +57,8 @@ def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = N
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
-def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Writes a backbone file, whole or not at all.
+def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
+    """A backbone file's contents.
 
     `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
     file, sha256, licence and anything else worth keeping.
@@ -70,7 +70,12 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
         "source": json.dumps(source),
         "vitface_version": __version__,
     }
-    replace_file(path, tensor_bytes(tensors, metadata))
+    return tensor_bytes(tensors, metadata)
+
+
+def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
+    """Writes a backbone file, see `backbone_bytes`, whole or not at all."""
+    replace_file(path, backbone_bytes(name, config, tensors, source))
 
 
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
@@ -117,15 +122,16 @@ def find_backbone(name: str) -> Path:
     )
 
 
-def backbone_sha256(config: ViTConfig, tensors: dict[str, Tensor]) -> str:
+def contents_sha256(path: Path) -> str:
     """The SHA-256 of what a backbone file means: its settings and, in the order of their names, its tensors.
 
     Files of the same weights differ in their bytes where another version of vitface converted them, or another source.
     """
+    _, config, tensors, _ = read_backbone(path)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().contiguous().numpy().tobytes())
+        digest.update(tensor.float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -305,24 +311,13 @@ def backbone_of(step: Path, config: FaceConfig, weights: str | Path | None = Non
     usual = [step / f"{config.backbone}.safetensors", *([Path(recorded)] if recorded else [])]
     places = [Path(weights)] if weights else [*filter(Path.is_file, usual), *backbone_files(config.backbone)]
     contents = json.loads((step / "manifest.json").read_text()).get("backbone_sha256")
-    for path in places or [find_backbone(config.backbone)]:
-        if path.is_file() and (
-            sha256_file(path) == config.weights_sha256 or (contents and _contents(path) == contents)
-        ):
+    for path in filter(Path.is_file, places or [find_backbone(config.backbone)]):
+        if sha256_file(path) == config.weights_sha256 or (contents and contents_sha256(path) == contents):
             return path
     raise CheckpointError(
         f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is not "
         f"{' nor '.join(map(str, places))}; name the right file with --weights FILE"
     )
-
-
-def _contents(path: Path) -> str | None:
-    """`backbone_sha256` of a file, None if it is no backbone file."""
-    try:
-        _, config, tensors, _ = read_backbone(path)
-    except WeightsError:
-        return None
-    return backbone_sha256(config, tensors)
 
 
 def run_folder(step: Path) -> Path:
