@@ -23,11 +23,13 @@ from vitface.model.store import (
 from vitface.version import __version__
 
 
-def face_files(model: FaceModel, backbone: str | Path, thresholds: dict[str, Any] | None = None) -> dict[str, bytes]:
+def face_files(
+    model: FaceModel, backbone: str | Path | None, thresholds: dict[str, Any] | None = None
+) -> dict[str, bytes]:
     """model.safetensors, model.json, thresholds.json where there are any, and the manifest that seals them.
 
     `backbone` is the model's backbone file: the manifest says what is in it, so that the same weights in another file
-    are known again. It is None, or "random", where there is none to look for. `thresholds` are those of `thresholds_of`.
+    are known again. None or "random": there is none to look for. `thresholds` are those of `thresholds_of`.
     """
     files = {
         "model.safetensors": tensor_bytes(trained_tensors(model)),

@@ -8,11 +8,11 @@ from vitface.errors import ConfigError, ExchangeError, exit_code
 from vitface.exchange.bundle import write_folder
 from vitface.exchange.graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
 from vitface.exchange.merged import merged_files
-from vitface.exchange.peft import TIMM, Layout, base_model, peft_files, transformers_layout
+from vitface.exchange.peft import TIMM, base_model, peft_files, transformers_layout
 from vitface.files import replace_file
 from vitface.model.face import FaceModel
 from vitface.model.lora import adapter_state_dict
-from vitface.model.store import find_checkpoint, load_face
+from vitface.model.store import find_checkpoint, load_face, read_face_config
 
 EXAMPLES = """examples:
   python -m vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
@@ -53,10 +53,9 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format in ("onnx", "torch"):
         _export_graph(load_face(step, arguments.weights, dtype="fp32"), arguments)
     elif arguments.format == "merged":
-        files = merged_files(step, arguments.weights)
-        write_folder(out, {"": files})
-        backbone = next(name for name in files if name not in ("model.safetensors",) and name.endswith(".safetensors"))
-        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone} for --weights")
+        write_folder(out, {"": merged_files(step, arguments.weights)})
+        backbone = read_face_config(step).backbone
+        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone}.safetensors for --weights")
     else:
         _export_peft(load_face(step, arguments.weights), arguments)
 
@@ -75,8 +74,9 @@ def _export_graph(model: FaceModel, arguments: argparse.Namespace) -> None:
 
 def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
     config = model.config
-    if not config.lora_rank:
-        raise ExchangeError(f"{arguments.checkpoint} has no adapters")
+    if not config.lora_rank or config.train_patch_embed:
+        why = "trained the patch convolution, which PEFT's format has not" if config.lora_rank else "has no adapters"
+        raise ExchangeError(f"{arguments.checkpoint} {why}; --format onnx takes any model")
     layout = TIMM
     if arguments.format == "peft-transformers":
         layout = transformers_layout(config.backbone, arguments.transformers_version)
@@ -84,21 +84,11 @@ def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
     names = [f"domain-{k}" for k in range(config.num_domains)] if config.num_domains > 1 else [""]
     folders = {name: peft_files(adapters, config, layout, domain) for domain, name in enumerate(names)}
     write_folder(arguments.out, folders)
-    print(
-        f"wrote {arguments.out}: {len(folders)} PEFT folder{'s' * (len(folders) > 1)} for {_base(config.backbone, layout)}"
-    )
-    print(
-        "the embedding head" + (" and the router are" if model.router is not None else " is") + " not in PEFT's format"
-    )
-    if config.train_patch_embed:
-        print("neither is the patch convolution, which this run trained: the base model alone has another one")
-
-
-def _base(backbone: str, layout: Layout) -> str:
-    name = base_model(backbone, layout)
-    if layout is TIMM:
-        return f'timm.create_model("{name}")' if name else f"a {backbone} in timm's names"
-    return f"{name or backbone} in transformers {layout.version}"
+    library = "timm" if layout is TIMM else f"transformers {layout.version}"
+    base = base_model(config.backbone, layout) or f"a {config.backbone} in its names"
+    left = "the embedding head" if model.router is None else "the router and the embedding head"
+    print(f"wrote {', '.join(str(arguments.out / name) for name in names)}")
+    print(f"for {library}: {base}; without {left}, for which PEFT has no place")
 
 
 def main(argv: list[str] | None = None) -> int:

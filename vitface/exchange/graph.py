@@ -33,7 +33,7 @@ CHECKED_BATCHES = (1, 32)
 
 
 class Embedder(nn.Module):
-    """Aligned faces, uint8 (B, 112, 112, 3) RGB -> unit-norm embeddings (B, E) and, of DA-LoRA, domain weights (B, K)."""
+    """Aligned faces, uint8 (B, 112, 112, 3) RGB -> unit-norm embeddings (B, E); DA-LoRA: and domain weights (B, K)."""
 
     def __init__(self, model: FaceModel, flip: bool):
         super().__init__()
