@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from vitface.errors import ConfigError, ExchangeError
+from vitface.errors import CheckpointError, ConfigError, ExchangeError
 from vitface.files import make_folder, publish_folder, sync_folder, write_synced
 from vitface.model.face import FaceModel
 from vitface.model.store import (
+    FARS,
     THRESHOLDS_FILE,
     contents_sha256,
     read_thresholds,
@@ -47,20 +48,23 @@ def face_files(
 def thresholds_of(step: Path) -> dict[str, Any] | None:
     """Counts of pairs, thresholds and true accept rates of a checkpoint directory, as `face_files` takes them.
 
-    Numbers alone, whatever else its file holds; None if it has no thresholds.
+    Numbers alone, whatever else its file holds; None if it has no thresholds. CheckpointError if the file is damaged.
     """
     if not read_thresholds(step):
         return None
-    written = json.loads((run_folder(step) / THRESHOLDS_FILE).read_text(encoding="utf-8"))
-    entries = written["thresholds"].items()
-    return {
-        "pairs": {kind: int(written["pairs"][kind]) for kind in ("same", "different")},
-        "thresholds": {
-            f"{float(far):g}": {"threshold": float(entry["threshold"]), "tar": float(entry["tar"])}
-            for far, entry in entries
-            if "threshold" in entry
-        },
-    }
+    path = run_folder(step) / THRESHOLDS_FILE
+    written = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return {
+            "pairs": {kind: int(written["pairs"][kind]) for kind in ("same", "different")},
+            "thresholds": {
+                f"{float(far):g}": {"threshold": float(entry["threshold"]), "tar": float(entry["tar"])}
+                for far, entry in written["thresholds"].items()
+                if "threshold" in entry and float(far) in FARS
+            },
+        }
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
 
 
 def write_folder(out: Path, folders: dict[str, dict[str, bytes]]) -> None:

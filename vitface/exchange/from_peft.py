@@ -117,10 +117,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: ViTConfig) -> dict[str, Parts]:
     """Our layer -> its parts; every tensor of the file is in one of them."""
     modules = _pair(path, load_tensors(path))
-    _check_targets(path, settings.get("target_modules"), set(modules))
+    _check_targets(path, settings.get("target_modules"), list(modules))
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
     layers: dict[str, Parts] = {}
-    for module, target in _name(path, set(modules), backbone).items():
+    for module, target in _name(path, list(modules), backbone).items():
         layer, _, mark = target.partition(".weight")
         if layer.split(".", 2)[2] not in TARGETS["attn+mlp"] or f"{layer}.weight" not in shapes:
             raise ExchangeError(f"{path}: {module} is no layer of {backbone} that gets adapters")
@@ -154,30 +154,30 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     return {module: (sides["A"], sides["B"]) for module, sides in modules.items()}
 
 
-def _name(path: Path, modules: set[str], backbone: str) -> dict[str, str]:
+def _name(path: Path, modules: list[str], backbone: str) -> dict[str, str]:
     """Module -> our tensor with its mark, in the one layout that knows them all."""
     unknown = []
     for family in (META_TIMM, transformers_family(backbone)):
         for prefix in family.prefixes:
             names = {m: family.target(f"{m.removeprefix(prefix)}.weight") for m in modules if m.startswith(prefix)}
             known = {module: target for module, target in names.items() if target and target.startswith("blocks.")}
-            unknown.append(modules - known.keys())
+            unknown.append([module for module in modules if module not in known])
             if not unknown[-1]:
                 if len(set(known.values())) < len(known):
                     raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
                 return known
-    first = min(min(unknown, key=len))
+    first = min(unknown, key=len)[0]
     raise ExchangeError(
         f"{path}: {first} is no block's layer in a {backbone} of timm or transformers; nothing was read"
     )
 
 
-def _check_targets(path: Path, targets: Any, modules: set[str]) -> None:
+def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:
     """What the configuration says was adapted is what there is; a pattern, for PEFT's own use, is not run."""
     for target in targets if isinstance(targets, list) else ():
         if not any(f".{module}".endswith(f".{target}") for module in modules):
             raise ExchangeError(f"{path}: {CONFIG} has the target {str(target)[:60]}, the file no such layer")
-    for module in sorted(modules) if isinstance(targets, list) else ():
+    for module in modules if isinstance(targets, list) else ():
         if not any(f".{module}".endswith(f".{target}") for target in targets):
             raise ExchangeError(f"{path}: {module} is none of the targets in {CONFIG}")
 
