@@ -11,14 +11,14 @@ from vitface.weights.sources import SOURCES
 RESEARCH_ONLY = "non-commercial-research"
 CLIP_CARD = "https://github.com/openai/CLIP/blob/main/model-card.md"
 CLIP_NOTE = f"""The backbone is CLIP. [Its model card]({CLIP_CARD})
-calls surveillance and facial recognition "always out-of-scope", and any deployed use "currently out of scope". This model
-is for research on the method only.
+calls surveillance and facial recognition "always out-of-scope", and any deployed use "currently out of scope". This
+model is for research on the method only.
 
 """
-LIMITS = """- It compares faces; it detects and aligns none. Images are aligned to InsightFace's 112 x 112 template before.
-- It has not been tested for bias. Accuracy differs between groups of people, and the benchmarks below do not show by how
-  much. It must not decide about anybody.
-- Embeddings of faces are biometric data in many places, and may be stored and compared only where the law allows it.
+LIMITS = """- It compares faces, and detects and aligns none: it takes images aligned to InsightFace's 112 x 112 template.
+- It has not been tested for bias. Accuracy differs between groups of people, and the benchmarks below do not show by
+  how much. It must not decide about anybody.
+- Embeddings of faces are biometric data in many places: store and compare them only where the law allows it.
 - Face data sets such as CASIA-WebFace, CelebA and LFW are for non-commercial research, and so is what they trained.
 """
 

@@ -21,8 +21,8 @@ EXAMPLES = """examples:
   python -m vitface publish runs/a --repo me/dinov2-faces --data "CASIA-WebFace, 490,623 images"     a dry run
   python -m vitface publish runs/a --repo me/dinov2-faces --data "..." --upload                      and upload it
 
-OUT is what is uploaded, and its card may be edited in between: a folder that is there is not written again. It is checked
-each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card.
+OUT is what is uploaded, and its card may be edited in between: a folder that is there is not written again. It is
+checked each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card.
 """
 
 
@@ -100,7 +100,7 @@ def people_of(step: Path) -> list[str]:
 
 
 def upload(repository: str, files: dict[str, bytes]) -> str:
-    """Uploads the bytes that were checked, in one commit; the repository's address. ExchangeError if the Hub refuses."""
+    """Uploads the bytes that were checked, in one commit; the address. ExchangeError if the Hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     try:

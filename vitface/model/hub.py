@@ -27,7 +27,7 @@ def download(path: Path) -> Path:
     repository, _, revision = path.as_posix().partition("@")
     missing = f"there is no folder {path} here"
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise ConfigError(f"{missing}; if it is meant to be on the Hub: {NO_HUB}")
+        raise ConfigError(f"{missing}, and {NO_HUB}")
     from huggingface_hub import snapshot_download
 
     try:
