@@ -282,8 +282,9 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
     assert publish() == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     (accuracy, auc, eer) = card.data.eval_results
-    assert (accuracy.dataset_type, accuracy.metric_type, accuracy.metric_value) == ("lfw", "accuracy", result.accuracy)
-    assert (auc.metric_value, eer.metric_value) == (result.auc, result.eer)
+    assert (accuracy.dataset_type, accuracy.metric_type) == ("lfw", "accuracy")
+    found = [one.metric_value for one in (accuracy, auc, eer)]
+    assert found == pytest.approx([result.accuracy, result.auc, result.eer], abs=1e-6)
     assert card.data.library_name == "vitface" and card.data.license_name == "non-commercial-research"
     assert f"| lfw | 600 | {100 * result.accuracy:.2f} ± {100 * result.std:.2f} |" in card.text
     assert "two people who agreed" in card.text and "not been tested for bias" in card.text
@@ -306,10 +307,10 @@ def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
     front = yaml.safe_load(text.split("---\n")[1])
     assert front.get("base_model") == base and front["license"] == "mit"
     assert front.get("base_model_relation") == (base and "adapter")
-    assert ("always\nout-of-scope" in text or "always out-of-scope" in text) == backbone.startswith("clip")
+    assert ("always out-of-scope" in text) == backbone.startswith("clip")
+    assert (f"weights.fetch {backbone}" in text) == backbone.startswith(("dinov2", "clip"))
     assert "Not evaluated" in text and "None were calibrated" in text
     check_card(text.encode())
-    assert all(len(line) < 400 for line in text.splitlines())
 
 
 # The Hub, as `vitface.load` sees it

@@ -15,7 +15,7 @@ calls surveillance and facial recognition "always out-of-scope", and any deploye
 model is for research on the method only.
 
 """
-LIMITS = """- It compares faces, and detects and aligns none: it takes images aligned to InsightFace's 112 x 112 template.
+LIMITS = """- It compares faces, and neither finds nor aligns them: it takes crops in InsightFace's 112 x 112 template.
 - It has not been tested for bias. Accuracy differs between groups of people, and the benchmarks below do not show by
   how much. It must not decide about anybody.
 - Embeddings of faces are biometric data in many places: store and compare them only where the law allows it.
@@ -39,6 +39,7 @@ def model_card(
     kind = "LoRA" if config.num_domains == 1 else f"DA-LoRA ({config.num_domains} domains)"
     source = SOURCES.get(config.backbone)
     origin = f"{source.origin}, {source.licence}" if source else "ships with vitface, Apache-2.0"
+    fetch = f"\n    python -m vitface.weights.fetch {config.backbone}" if source and source.url else ""
     parts = "adapters, router and embedding head" if config.num_domains > 1 else "adapters and embedding head"
     clip = CLIP_NOTE if config.backbone.startswith("clip") else ""
     return f"""{_front_matter(repository, config, licence, results)}
@@ -47,8 +48,7 @@ def model_card(
 A face recogniser: {config.backbone}, frozen, with {kind}; made with vitface {__version__}. Two aligned faces give
 two unit vectors, and their dot product says how alike they are.
 
-    pip install 'vitface[hub]'
-    python -m vitface.weights.fetch {config.backbone}
+    pip install 'vitface[hub]'{fetch}
 
     import vitface
     model = vitface.load("{repository}")
