@@ -7,8 +7,7 @@ from dataclasses import dataclass
 class Source:
     """`url` and `sha256` are None where no original is pinned: such a backbone is converted from a file one has.
 
-    `transformers` is the repository of the same weights on the Hugging Face Hub, `timm` what `timm.create_model` calls
-    them; None where there is none.
+    `transformers` and `timm` are the same weights' repositories on the Hugging Face Hub, None where there is none.
     """
 
     origin: str
@@ -21,14 +20,13 @@ class Source:
 
 def _dinov2(file: str, sha256: str, size: str) -> Source:
     url = f"https://dl.fbaipublicfiles.com/dinov2/{file}"
-    hub = f"facebook/dinov2-{size}", f"vit_{size}_patch14_dinov2.lvd142m"
+    hub = f"facebook/dinov2-{size}", f"timm/vit_{size}_patch14_dinov2.lvd142m"
     return Source("Meta's DINOv2", "Apache-2.0", url, sha256, *hub)
 
 
 def _clip(file: str, sha256: str, size: str, patch: int) -> Source:
     url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
-    # timm's model without "quickgelu" in its name runs the same weights with another activation
-    hub = f"openai/clip-vit-{size}-patch{patch}", f"vit_{size}_patch{patch}_clip_quickgelu_224.openai"
+    hub = f"openai/clip-vit-{size}-patch{patch}", f"timm/vit_{size}_patch{patch}_clip_224.openai"
     return Source("OpenAI's CLIP", "MIT", url, sha256, *hub)
 
 
@@ -60,6 +58,6 @@ SOURCES: dict[str, Source] = {
         "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "large", 14
     ),
     "vit_tiny_patch16": Source(
-        "timm's vit_tiny_patch16_224 (AugReg)", "Apache-2.0", timm="vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        "timm's vit_tiny_patch16_224 (AugReg)", "Apache-2.0", timm="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     ),
 }

@@ -415,6 +415,34 @@ def test_peft_itself_only_warns_of_what_is_refused_here(tmp_path):
         PeftModel.from_pretrained(TimmLike(vit), folder)
 
 
+def test_two_names_of_one_layer_are_refused(tmp_path):
+    tensors = {}
+    for name in ("q_proj", "attention.query"):
+        for block in (0, 1):
+            module = f"{BASE}encoder.layer.{block}.attention.{name}"
+            tensors |= {f"{module}.lora_A.weight": torch.zeros(4, 16), f"{module}.lora_B.weight": torch.zeros(16, 4)}
+    save_file(tensors, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    with pytest.raises(ExchangeError, match="as transformers 4 and as transformers 5 does"):
+        read_peft(tmp_path, "dinov2_vits14", tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layout", "base"),
+    [
+        ("dinov2_vits14", TIMM, "timm/vit_small_patch14_dinov2.lvd142m"),
+        ("dinov2_vits14", transformers_layout("dinov2_vits14"), "facebook/dinov2-small"),
+        ("clip_vitb16", TIMM, "timm/vit_base_patch16_clip_224.openai"),
+        ("clip_vitb16", transformers_layout("clip_vitb16"), "openai/clip-vit-base-patch16"),
+        ("vit_tiny_patch16", transformers_layout("vit_tiny_patch16"), None),
+    ],
+)
+def test_the_base_model_is_named(backbone, layout, base):
+    config = settings(backbone)
+    files = peft_files(adapter_state_dict(adapted_vit(backbone, config)), config, layout)
+    assert json.loads(files[CONFIG])["base_model_name_or_path"] == base
+
+
 def test_folders_of_other_things_are_named(tmp_path):
     with pytest.raises(ExchangeError, match="no PEFT folder"):
         read_peft(tmp_path, "dinov2_vits14", tiny_config())

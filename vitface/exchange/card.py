@@ -84,7 +84,7 @@ machine by its SHA-256.
 
 def _front_matter(repository: str, config: FaceConfig, licence: str, results: dict[str, dict[str, Any]]) -> str:
     source = SOURCES.get(config.backbone)
-    base = source and (source.transformers or (source.timm and f"timm/{source.timm}"))
+    base = source and (source.transformers or source.timm)
     lines = ["---", f"license: {'other' if licence == RESEARCH_ONLY else licence}"]
     lines += [f"license_name: {licence}"] * (licence == RESEARCH_ONLY)
     lines += ["library_name: vitface", "pipeline_tag: image-feature-extraction"]

@@ -89,6 +89,8 @@ def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
     left = "the embedding head" if model.router is None else "the router and the embedding head"
     print(f"wrote {', '.join(str(arguments.out / name) for name in names)}")
     print(f"for {library}: {base}; without {left}, for which PEFT has no place")
+    if layout is TIMM and config.vit.act == "quick_gelu":
+        print("timm's model has to be one with clip_quickgelu in its name; the others run another activation")
 
 
 def main(argv: list[str] | None = None) -> int:

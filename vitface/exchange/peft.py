@@ -67,7 +67,7 @@ def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layou
 
 
 def base_model(backbone: str, layout: Layout) -> str | None:
-    """What timm.create_model, or transformers' from_pretrained, calls the preset's weights; None if they have not."""
+    """The repository on the Hub of the preset's weights for timm, or for transformers; None if there is none."""
     source = SOURCES.get(backbone)
     return source and (source.timm if layout.family is META_TIMM else source.transformers)
 
