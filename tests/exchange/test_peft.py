@@ -386,7 +386,8 @@ def test_keys_that_do_not_fit_are_refused(tmp_path, name):
         {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["head"]}, {"rank_pattern": {"qkv": 8}},
         {"alpha_pattern": {"qkv": 8}}, {"layers_to_transform": [0]}, {"fan_in_fan_out": True}, {"peft_type": "LOHA"},
         {"init_lora_weights": "pissa"}, {"init_lora_weights": ["x"]}, {"r": 0}, {"r": 1 << 40}, {"r": "4"}, {"r": 8},
-        {"lora_alpha": float("nan")}, {"lora_alpha": -1}, {"lora_alpha": None}, {"lora_alpha": True},
+        {"lora_alpha": float("nan")}, {"lora_alpha": -1},
+        {"lora_alpha": 10**400}, {"lora_alpha": None}, {"lora_alpha": True},
         {"use_rslora": "yes"}, {"target_modules": ["attn.qkv"]}, {"target_modules": ["attn.qkv", "attn.proj", "fc1"]},
         {"a_setting_of_the_future": 1},
     ],
@@ -399,7 +400,7 @@ def test_settings_that_change_the_formula_are_refused(tmp_path, change):
         read_peft(folder, "dinov2_vits14", tiny_config())
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff\xfe", b'{"peft_type": "LORA"}'])
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 200_000, b"\xff\xfe", b'{"peft_type": "LORA"}'])
 def test_damaged_settings_are_named(tmp_path, data):
     folder, _, _ = written(tmp_path)
     (folder / CONFIG).write_bytes(data)

@@ -95,7 +95,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             settings = json.loads(file.read(MAX_CONFIG_BYTES))
     except FileNotFoundError:
         raise ExchangeError(f"{path.parent} is no PEFT folder: it has no {CONFIG}") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested to do harm
         settings = None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ExchangeError(f"{path} is not the configuration of a LoRA")
@@ -104,7 +104,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise ExchangeError(f"{path}: {name} is {str(settings[name])[:60]}, which the LoRA here has not")
     good = {
         "r": type(settings.get("r")) is int and 0 < settings["r"] <= MAX_SIZE,
-        "lora_alpha": type(settings.get("lora_alpha")) in (int, float) and 0 < settings["lora_alpha"] < math.inf,
+        "lora_alpha": type(settings.get("lora_alpha")) in (int, float) and 0 < settings["lora_alpha"] < 1e9,
         "use_rslora": settings.setdefault("use_rslora", False) in (True, False),
         "bias": settings.get("bias", "none") == "none",
         "init_lora_weights": settings.get("init_lora_weights") in UNTOUCHED_BASE,
