@@ -7,6 +7,9 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
     "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+    "export": ("vitface.exchange.export", "a trained model for PEFT, ONNX Runtime, torch.export"),
+    "import-peft": ("vitface.exchange.import_peft", "a face model from adapters that PEFT trained"),
+    "publish": ("vitface.exchange.publish", "a model for the Hugging Face Hub, without what must not leave"),
     "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
 }
 

@@ -20,6 +20,10 @@ class CheckpointError(VitfaceError):
     """A run or checkpoint directory that is missing, incomplete, damaged, or does not belong to this run."""
 
 
+class ExchangeError(VitfaceError):
+    """An adapter folder, an export or a bundle that is not what other programs, or other people, should be given."""
+
+
 class DataError(VitfaceError):
     """Training data or a benchmark that cannot be read as what it claims to be."""
 

@@ -112,6 +112,39 @@ TRANSFORMERS_DINOV2 = Family(
     registers=("embeddings.register_tokens",),
 )
 
+# transformers' ViTModel. Since version 5 its modules have the second names of the blocks; its files keep the first.
+TRANSFORMERS_VIT = Family(
+    title="transformers ViT",
+    cls_token="embeddings.cls_token",
+    keys=_weights_and_biases(
+        {
+            "embeddings.cls_token": "cls_token",
+            "embeddings.position_embeddings": "pos_embed",
+            "embeddings.patch_embeddings.projection.*": "patch_embed.proj.*",
+            "encoder.layer.{i}.layernorm_before.*": "blocks.{i}.norm1.*",
+            "encoder.layer.{i}.attention.attention.query.*": "blocks.{i}.attn.qkv.*[q]",
+            "encoder.layer.{i}.attention.attention.key.*": "blocks.{i}.attn.qkv.*[k]",
+            "encoder.layer.{i}.attention.attention.value.*": "blocks.{i}.attn.qkv.*[v]",
+            "encoder.layer.{i}.attention.output.dense.*": "blocks.{i}.attn.proj.*",
+            "encoder.layer.{i}.layernorm_after.*": "blocks.{i}.norm2.*",
+            "encoder.layer.{i}.intermediate.dense.*": "blocks.{i}.mlp.fc1.*",
+            "encoder.layer.{i}.output.dense.*": "blocks.{i}.mlp.fc2.*",
+            "layers.{i}.layernorm_before.*": "blocks.{i}.norm1.*",
+            "layers.{i}.attention.q_proj.*": "blocks.{i}.attn.qkv.*[q]",
+            "layers.{i}.attention.k_proj.*": "blocks.{i}.attn.qkv.*[k]",
+            "layers.{i}.attention.v_proj.*": "blocks.{i}.attn.qkv.*[v]",
+            "layers.{i}.attention.o_proj.*": "blocks.{i}.attn.proj.*",
+            "layers.{i}.layernorm_after.*": "blocks.{i}.norm2.*",
+            "layers.{i}.mlp.fc1.*": "blocks.{i}.mlp.fc1.*",
+            "layers.{i}.mlp.fc2.*": "blocks.{i}.mlp.fc2.*",
+            "layernorm.*": "norm.*",
+        }
+    ),
+    prefixes=("", "vit."),
+    dropped=("embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"),
+    beside=("classifier.weight", "classifier.bias"),
+)
+
 # transformers' CLIPVisionModel (no prefix since version 5), CLIPVisionModelWithProjection and the whole CLIPModel.
 TRANSFORMERS_CLIP = Family(
     title="transformers CLIP",
@@ -166,10 +199,25 @@ OPENAI_CLIP = Family(
     ),
 )  # fmt: skip
 
-FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, OPENAI_CLIP)
+FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_VIT, TRANSFORMERS_CLIP, OPENAI_CLIP)
 
 
 def find_family(names: set[str]) -> tuple[Family, str] | None:
-    """The family of a file that holds `names`, and the prefix of its vision tower; None for any other file."""
-    matches = ((family, prefix) for family in FAMILIES for prefix in family.prefixes)
-    return next(((family, prefix) for family, prefix in matches if prefix + family.cls_token in names), None)
+    """The family of a file that holds `names`, and the prefix of its vision tower; None for any other file.
+
+    transformers' DINOv2 and ViT share the CLS token's name: of several families the one that knows more of the names.
+    """
+
+    def known(match: tuple[Family, str]) -> int:
+        return sum(match[0].target(name.removeprefix(match[1])) is not None for name in names)
+
+    matches = [
+        (family, prefix) for family in FAMILIES for prefix in family.prefixes if prefix + family.cls_token in names
+    ]
+    return max(matches, key=known, default=None)
+
+
+def transformers_family(backbone: str) -> Family:
+    """The layout of the transformers model that is the preset `backbone`."""
+    kinds = {"dinov2": TRANSFORMERS_DINOV2, "clip": TRANSFORMERS_CLIP, "vit": TRANSFORMERS_VIT}
+    return kinds[backbone.split("_")[0]]

@@ -91,6 +91,26 @@ def as_transformers_dinov2(ours: dict[str, Tensor], version: int = 4, prefix: st
     return theirs
 
 
+def as_transformers_vit(ours: dict[str, Tensor], version: int = 4, prefix: str = "") -> dict[str, Tensor]:
+    table = [
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+        ("attn.proj", "attention.output.dense" if version == 4 else "attention.o_proj"),
+        *([("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")] if version == 4 else []),
+    ]  # fmt: skip
+    theirs = renamed(ours, table, "attention.attention.X" if version == 4 else "attention.X")
+    for part in ("query", "key", "value") if version == 5 else ():
+        theirs = {key.replace(f"attention.{part}", f"attention.{part[0]}_proj"): t for key, t in theirs.items()}
+    blocks = "encoder.layer" if version == 4 else "layers"
+    theirs = {f"{blocks}{key[6:]}" if key.startswith("blocks.") else key: t for key, t in theirs.items()}
+    theirs = {f"layernorm{key[4:]}" if key.startswith("norm.") else key: t for key, t in theirs.items()}
+    theirs = {**theirs, "pooler.dense.weight": randn(8, 8), "pooler.dense.bias": randn(8)}
+    if prefix:
+        theirs = {prefix + key: tensor for key, tensor in theirs.items()}
+        theirs |= {"classifier.weight": randn(5, 8), "classifier.bias": randn(5)}
+    return theirs
+
+
 def as_transformers_clip(ours: dict[str, Tensor], prefix: str = "vision_model.") -> dict[str, Tensor]:
     table = [
         ("norm_pre", "pre_layrnorm"), ("patch_embed.proj", "embeddings.patch_embedding"),
@@ -146,6 +166,9 @@ LAYOUTS = {
     "transformers dinov2, v4": ("dinov2_vits14", as_transformers_dinov2),
     "transformers dinov2, v5": ("dinov2_vits14", lambda ours: as_transformers_dinov2(ours, 5)),
     "transformers dinov2, classifier": ("dinov2_vits14", lambda ours: as_transformers_dinov2(ours, 4, "dinov2.")),
+    "transformers vit, v4": ("vit_tiny_patch16", as_transformers_vit),
+    "transformers vit, v5": ("vit_tiny_patch16", lambda ours: as_transformers_vit(ours, 5)),
+    "transformers vit, classifier": ("vit_tiny_patch16", lambda ours: as_transformers_vit(ours, 4, "vit.")),
     "transformers clip, v4": ("clip_vitb16", as_transformers_clip),
     "transformers clip, v5": ("clip_vitb16", lambda ours: as_transformers_clip(ours, "")),
     "transformers clip, nested": ("clip_vitb16", lambda ours: as_transformers_clip(ours, "vision_model.vision_model.")),
@@ -194,7 +217,7 @@ def test_every_source_tensor_is_needed_or_listed(layout, tmp_path):
     config = tiny(name, depth=1)
     theirs = write_as(random_state(config))
     path = tmp_path / "source.safetensors"
-    dropped = {"mask", "head.", "classifier", "position_ids", "proj", "text", "logit", "token_", "ln_final"}
+    dropped = {"mask", "head.", "pooler", "classifier", "position_ids", "proj", "text", "logit", "token_", "ln_final"}
     for key in theirs:
         rest = {other: tensor for other, tensor in theirs.items() if other != key}
         try:

@@ -5,7 +5,8 @@ as JSON in its metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...)
 them.
 
 A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
-SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256.
+SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256. A checkpoint lies in a run's
+`checkpoints/`, or is a folder of its own (a bundle: published, imported or merged) that has its thresholds with it.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from vitface.config import (
 from vitface.errors import CheckpointError, WeightsError
 from vitface.files import replace_file
 from vitface.home import cache_home
+from vitface.model import hub
 from vitface.model.face import TOKEN_WIDTH, FaceModel
 from vitface.model.settings import face_config, vit_config
 from vitface.model.vit import ViT, init_weights, resample_pos_embed
@@ -55,8 +57,8 @@ def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = N
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
-def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Writes a backbone file, whole or not at all.
+def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
+    """A backbone file's contents.
 
     `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
     file, sha256, licence and anything else worth keeping.
@@ -68,7 +70,12 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
         "source": json.dumps(source),
         "vitface_version": __version__,
     }
-    replace_file(path, tensor_bytes(tensors, metadata))
+    return tensor_bytes(tensors, metadata)
+
+
+def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
+    """Writes a backbone file, see `backbone_bytes`, whole or not at all."""
+    replace_file(path, backbone_bytes(name, config, tensors, source))
 
 
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
@@ -96,22 +103,36 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 
 
-def find_backbone(name: str) -> Path:
-    """Where NAME.safetensors lies: ./weights, $VITFACE_HOME (default ~/.cache/vitface), then the package.
-
-    WeightsError names the places and the fetch command.
-    """
-    file, home = f"{name}.safetensors", cache_home()
+def backbone_files(name: str) -> list[Path]:
+    """Every NAME.safetensors there is in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
     packaged = importlib.util.find_spec("vitface.weights")  # absent in a clone that was not installed
-    folders = [Path("weights"), home, *map(Path, packaged.submodule_search_locations or [] if packaged else [])]
-    for folder in folders:
-        if (folder / file).is_file():
-            return folder / file
+    folders = [Path("weights"), cache_home(), *(packaged.submodule_search_locations or [] if packaged else [])]
+    return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
+
+
+def find_backbone(name: str) -> Path:
+    """The first of `backbone_files`; WeightsError names the places and the fetch command."""
+    for path in backbone_files(name):
+        return path
     raise WeightsError(
-        f"no weights for {name}: looked for {file} in ./weights, {home} and the package. Get them with\n"
+        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. "
+        "Get them with\n"
         f"  python -m vitface.weights.fetch {name}\n"
         f"or name a converted file with --weights FILE"
     )
+
+
+def contents_sha256(path: Path) -> str:
+    """The SHA-256 of what a backbone file means: its settings and, in the order of their names, its tensors.
+
+    Files of the same weights differ in their bytes where another version of vitface converted them, or another source.
+    """
+    _, config, tensors, _ = read_backbone(path)
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
@@ -163,19 +184,24 @@ def _first_fault(tensors: dict[str, Tensor], expected: dict[str, Tensor], exact_
     return None
 
 
-def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's safetensors file: exactly the names, shapes and dtypes of `expected`, all finite.
-
-    CheckpointError for any other file; a header of more than 1 MB is not even parsed.
-    """
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file from anybody; CheckpointError if it is none, or has a header of over 1 MB."""
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: damaged, or not ours: its header claims {header:,} bytes")
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
+
+
+def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's safetensors file: exactly the names, shapes and dtypes of `expected`, all finite.
+
+    CheckpointError for any other file; a header of more than 1 MB is not even parsed.
+    """
+    tensors = load_tensors(path)
     fault = _first_fault(tensors, expected, exact_dtype=True)
     if fault:
         raise CheckpointError(f"{path}: {fault}; it is not of the model that its settings describe")
@@ -210,18 +236,18 @@ def weights_sha256(name: str, weights: str | Path | None) -> str:
     return "random" if weights == "random" else sha256_file(find_backbone(name) if weights is None else Path(weights))
 
 
-def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
-    """The face model of a run directory (its best checkpoint) or of one checkpoint directory, in eval mode.
+def load_face(path: str | Path, weights: str | Path | None = None, dtype: Dtype | None = None) -> FaceModel:
+    """The face model of a run directory (its best checkpoint), of one checkpoint directory, or of a repository
+    `owner/name` (`owner/name@revision`) on the Hugging Face Hub, in eval mode.
 
     `weights` names the frozen backbone's file; by default the file the run was trained with is looked for where it was,
-    then in the usual places. CheckpointError if the checkpoint is not whole or fits no such backbone.
+    then in the usual places. `dtype` runs the frozen part in another precision than the stored one. CheckpointError if
+    the checkpoint is not whole or fits no such backbone.
     """
     step = find_checkpoint(Path(path))
-    try:
-        config = face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{step}/model.json was not written by this version of vitface ({error})") from None
-    vit = load_backbone(config.backbone, _backbone_of(step, config, weights), config.image_size)
+    config = read_face_config(step)
+    config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
+    vit = load_backbone(config.backbone, backbone_of(step, config, weights), config.image_size)
     if vit.config != config.vit:
         raise CheckpointError(f"{step}/model.json describes another {config.backbone} than the backbone file")
     _check_size(config, step / "model.safetensors")
@@ -229,6 +255,14 @@ def load_face(path: str | Path, weights: str | Path | None = None) -> FaceModel:
     load_trained(model, step / "model.safetensors")
     model.thresholds = read_thresholds(step)
     return model.eval()
+
+
+def read_face_config(step: Path) -> FaceConfig:
+    """The settings of a checkpoint directory; CheckpointError if they cannot be those of a model."""
+    try:
+        return face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{step}/model.json was not written by this version of vitface ({error})") from None
 
 
 def _check_size(config: FaceConfig, path: Path) -> None:
@@ -252,7 +286,7 @@ def read_thresholds(step: Path) -> dict[float, float]:
 
     CheckpointError if the run's file is damaged.
     """
-    path = step.resolve().parent.parent / THRESHOLDS_FILE
+    path = run_folder(step) / THRESHOLDS_FILE
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         if written["model"] != model_sha256(step):
@@ -265,17 +299,31 @@ def read_thresholds(step: Path) -> dict[float, float]:
         raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
 
 
-def _backbone_of(step: Path, config: FaceConfig, weights: str | Path | None) -> str | Path:
+def backbone_of(step: Path, config: FaceConfig, weights: str | Path | None = None) -> str | Path:
+    """The backbone file of a checkpoint directory, "random" if it has none: `weights`, else the file beside it, the one
+    that the run was started with, or one of `backbone_files`, whichever is the right one.
+
+    CheckpointError if there are such files, but none is the right one; WeightsError if there is none.
+    """
     if config.weights_sha256 == "random":
         return "random"
-    recorded = read_config(step.resolve().parent.parent).get("weights") if weights is None else weights
-    path = Path(recorded) if recorded and (weights or Path(recorded).is_file()) else find_backbone(config.backbone)
-    if not path.is_file() or sha256_file(path) != config.weights_sha256:
-        raise CheckpointError(
-            f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is "
-            f"not {path}; name the right file with --weights FILE"
-        )
-    return path
+    recorded = read_config(run_folder(step)).get("weights")
+    usual = [step / f"{config.backbone}.safetensors", *([Path(recorded)] if recorded else [])]
+    places = [Path(weights)] if weights else [*filter(Path.is_file, usual), *backbone_files(config.backbone)]
+    contents = json.loads((step / "manifest.json").read_text()).get("backbone_sha256")
+    for path in filter(Path.is_file, places or [find_backbone(config.backbone)]):
+        if sha256_file(path) == config.weights_sha256 or (contents and contents_sha256(path) == contents):
+            return path
+    raise CheckpointError(
+        f"{step} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which is not "
+        f"{' nor '.join(map(str, places))}; name the right file with --weights FILE"
+    )
+
+
+def run_folder(step: Path) -> Path:
+    """Where the settings and thresholds of a checkpoint directory lie: its run, or itself if it is in no run."""
+    folder = step.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else step
 
 
 def verify_checkpoint(path: Path, files: tuple[str, ...]) -> None:
@@ -293,7 +341,9 @@ def verify_checkpoint(path: Path, files: tuple[str, ...]) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The step directory for `path`, a run directory (its best) or a step directory; its model files verify."""
+    """Where the model files of `path` lie, which is a run (its best), a checkpoint, or on the Hub; they verify."""
+    if not path.exists() and hub.is_repository(path):
+        path = hub.download(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "best"
     if not path.is_dir():

@@ -1,0 +1,206 @@
+"""Graphs and merged backbones compute what the model does; the commands write whole files or say why not."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import NAME, face_on, faces, save_run, use_tiny
+
+import vitface
+from vitface.__main__ import main
+from vitface.errors import ExchangeError
+from vitface.exchange import graph
+from vitface.model.store import load_backbone, read_backbone
+
+KINDS = {
+    "lora": {},
+    "dalora": {"num_domains": 3, "head": "patches"},
+    "rslora, mlp": {"lora_scaling": "rslora", "lora_targets": "attn+mlp", "head": "linear"},
+    "uniform gate": {"num_domains": 2, "gate": "uniform", "head": "bn"},
+    "bf16, patch convolution": {"num_domains": 2, "dtype": "bf16", "train_patch_embed": True},
+}
+
+
+@pytest.fixture
+def backbone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return use_tiny(monkeypatch, tmp_path / "home")
+
+
+def trained(backbone, tmp_path, **changes):
+    return save_run(tmp_path / "run", face_on(backbone, **{"head": "bn", **changes}))
+
+
+def export(kind: str, out: str, *more: str) -> int:
+    return main(["export", "run", "--format", kind, "--out", out, *more])
+
+
+def in_float32(run):
+    return vitface.load(run, dtype="fp32")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dalora"])
+def test_onnx_runtime_computes_the_same(backbone, tmp_path, kind, capsys):
+    import onnxruntime
+
+    run = trained(backbone, tmp_path, **KINDS[kind])
+    assert export("onnx", "face.onnx") == 0
+    assert "in ONNX Runtime" in capsys.readouterr().out
+    data, model = (tmp_path / "face.onnx").read_bytes(), in_float32(run)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    for count in (1, 2, 5, 32):
+        outputs = session.run(None, {"images": faces(count)})
+        assert outputs[0].shape == (count, 8)
+        assert (outputs[0] * model.embed(faces(count))).sum(axis=1).min() >= 0.99999
+        np.testing.assert_allclose(outputs[0], model.embed(faces(count)), atol=5e-5)
+        if model.router is not None:
+            np.testing.assert_allclose(outputs[1], model.domain_weights(faces(count)), atol=1e-5)
+    names = ["embeddings", *(["domain_weights"] if model.router is not None else [])]
+    assert [output.name for output in session.get_outputs()] == names
+    described = json.loads(session.get_modelmeta().custom_metadata_map["vitface"])
+    assert described["thresholds"] == {"0.01": 0.25} and described["backbone"] == NAME
+    with pytest.raises(ExchangeError, match=r"differ from the model's \(cosine .*nothing was written"):
+        graph.check_onnx(data, face_on(backbone, **{"head": "bn", **KINDS[kind], "lora_alpha": 9}), flip=True)
+
+
+def test_a_graph_that_differs_is_not_written(backbone, tmp_path, monkeypatch, capsys):
+    trained(backbone, tmp_path)
+
+    def differs(*arguments):
+        raise ExchangeError("cosine 0.9")
+
+    for name, stand_in in {"trace": lambda *_: None, "onnx_bytes": lambda *_: b"x", "check_onnx": differs}.items():
+        monkeypatch.setattr(f"vitface.exchange.export.{name}", stand_in)
+    assert export("onnx", "face.onnx") == 2
+    assert "cosine 0.9" in capsys.readouterr().err and not (tmp_path / "face.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "flip"), [("bf16, patch convolution", True), ("uniform gate", True), ("rslora, mlp", False)]
+)
+def test_torch_export_computes_the_same(backbone, tmp_path, kind, flip):
+    run = trained(backbone, tmp_path, **KINDS[kind])
+    assert export("torch", "face.pt2", *([] if flip else ["--no-flip"])) == 0
+    program, model = torch.export.load(tmp_path / "face.pt2"), in_float32(run)
+    for count in (1, 32):
+        found = program.module()(torch.from_numpy(faces(count)))[0].detach().numpy()
+        np.testing.assert_allclose(found, model.embed(faces(count), flip=flip), atol=1e-5)
+        assert np.abs(found - model.embed(faces(count), flip=not flip)).max() > 1e-3
+
+
+def test_a_gate_that_mixes_images_has_no_graph(backbone, tmp_path, capsys):
+    trained(backbone, tmp_path, num_domains=2, gate="shuffled")
+    assert export("onnx", "face.onnx") == 2
+    assert "mixes the images of a batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_named(backbone, tmp_path, missing, monkeypatch, capsys):
+    trained(backbone, tmp_path)
+    find = graph.importlib.util.find_spec
+    monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    assert export("onnx", "face.onnx") == 2
+    assert f"needs {missing}:\n  pip install 'vitface[onnx]'" in capsys.readouterr().err
+
+
+def test_nothing_optional_is_imported_before_it_is_needed():
+    import subprocess
+
+    code = (
+        "import sys, vitface, vitface.exchange.export, vitface.exchange.import_peft, vitface.exchange.publish\n"
+        "print([name for name in ('onnx', 'onnxscript', 'onnxruntime', 'huggingface_hub', 'peft', 'transformers')"
+        " if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora, mlp"])
+def test_a_merged_model_computes_the_same_without_adapters(backbone, tmp_path, kind):
+    run = trained(backbone, tmp_path, **KINDS[kind])
+    assert export("merged", "merged") == 0
+    model, merged = vitface.load(run), vitface.load(tmp_path / "merged")
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    np.testing.assert_allclose(merged.embed(faces()), model.embed(faces()), atol=1e-6)
+    assert merged.thresholds == model.thresholds == {0.01: 0.25}
+    file = tmp_path / "merged" / f"{NAME}.safetensors"
+    vit = load_backbone(NAME, file, 32)
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(inputs), model.vit(inputs), atol=2e-6, rtol=1e-5)
+    assert "sha256" in read_backbone(file)[3]["merged"]
+
+
+def test_the_patch_convolution_that_was_trained_is_merged_too(backbone, tmp_path):
+    model = face_on(backbone, head="bn", train_patch_embed=True)
+    with torch.no_grad():
+        model.vit.patch_embed.proj.weight.mul_(1.5)
+    run = save_run(tmp_path / "run", model)
+    assert export("merged", "merged") == 0
+    np.testing.assert_allclose(vitface.load("merged").embed(faces()), vitface.load(run).embed(faces()), atol=1e-6)
+    assert export("peft-timm", "adapter") == 2
+
+
+def test_dalora_is_not_merged(backbone, tmp_path, capsys):
+    trained(backbone, tmp_path, num_domains=3)
+    assert export("merged", "merged") == 2
+    assert "weights depend on the image" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "layout", [["peft-timm"], ["peft-transformers"], ["peft-transformers", "--transformers-version", "4"]]
+)
+@pytest.mark.parametrize("kind", ["lora", "dalora", "rslora, mlp"])
+def test_adapters_go_out_and_come_back(backbone, tmp_path, kind, layout, capsys):
+    run = trained(backbone, tmp_path, **KINDS[kind])
+    assert export(layout[0], "adapter", *layout[1:]) == 0
+    assert "for which PEFT has no place" in capsys.readouterr().out
+    assert main(["import-peft", "adapter", "--into", "run", "--out", "back"]) == 0
+    back, model = vitface.load("back"), vitface.load(run)
+    assert back.config == model.config and back.thresholds == {}
+    np.testing.assert_array_equal(back.embed(faces()), model.embed(faces()))
+
+
+def test_an_adapter_alone_becomes_a_model_of_the_raw_cls(backbone, tmp_path, capsys):
+    run = trained(backbone, tmp_path, lora_scaling="rslora")
+    assert export("peft-transformers", "adapter") == 0
+    assert main(["import-peft", "adapter", "--backbone", "vit_nano", "--out", "other"]) == 2
+    assert "no block's layer in a vit_nano" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    from vitface.exchange.import_peft import adapted_backbone
+
+    model, file = adapted_backbone(tmp_path / "adapter", NAME, None, 32)
+    assert file == backbone and model.config.lora_scaling == "rslora"
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs)[0], vitface.load(run).vit(inputs)[:, 0], atol=2e-6, rtol=1e-5)
+
+
+def test_domains_and_models_have_to_fit(backbone, tmp_path, capsys):
+    trained(backbone, tmp_path, num_domains=3)
+    assert export("peft-timm", "adapter") == 0
+    assert main(["import-peft", "adapter/domain-0", "--into", "run", "--out", "back"]) == 2
+    assert "adapter/domain-0 has 1 domain" in capsys.readouterr().err
+    from vitface.exchange.import_peft import adapted_backbone
+
+    with pytest.raises(ExchangeError, match="no router comes with them"):
+        adapted_backbone(tmp_path / "adapter", NAME, None, 32)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch", "peft-timm", "peft-transformers", "merged"])
+def test_what_is_there_is_not_overwritten(backbone, tmp_path, kind, capsys):
+    trained(backbone, tmp_path)
+    (tmp_path / "there").write_text("mine")
+    assert export(kind, "there") == 2
+    assert "exists" in capsys.readouterr().err and (tmp_path / "there").read_text() == "mine"
+    assert export(kind, "nowhere/there") == 2
+    assert "folder does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "import-peft", "publish"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"examples:\n  python -m vitface {command}" in capsys.readouterr().out

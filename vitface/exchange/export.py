@@ -1,0 +1,102 @@
+"""Write a trained model for other programs: PEFT, ONNX Runtime, torch.export, or as a backbone without adapters."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vitface.errors import ConfigError, ExchangeError, exit_code
+from vitface.exchange.bundle import write_folder
+from vitface.exchange.graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
+from vitface.exchange.merged import merged_files
+from vitface.exchange.peft import TIMM, base_model, peft_files, transformers_layout
+from vitface.files import replace_file
+from vitface.model.face import FaceModel
+from vitface.model.lora import adapter_state_dict
+from vitface.model.store import find_checkpoint, load_face, read_face_config
+
+EXAMPLES = """examples:
+  python -m vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
+  python -m vitface export runs/a --format torch --out face.pt2          the same for torch.export.load
+  python -m vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
+  python -m vitface export runs/a --format peft-transformers --out adapter
+  python -m vitface export runs/a --format merged --out merged           LoRA folded into a backbone file, and the head
+"""
+FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m vitface export", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or owner/name on the Hub")
+    add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
+    add("--out", type=Path, required=True, help="file or folder that does not exist yet")
+    add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")
+    add(
+        "--no-flip",
+        action="store_true",
+        help="onnx, torch: without the mirror image, half the work; the thresholds are with it",
+    )
+    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    return parser
+
+
+def export(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"--out {out} exists; name one that does not")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist")
+    step = find_checkpoint(arguments.checkpoint)
+    if arguments.format in ("onnx", "torch"):
+        _export_graph(load_face(step, arguments.weights, dtype="fp32"), arguments)
+    elif arguments.format == "merged":
+        write_folder(out, {"": merged_files(step, arguments.weights)})
+        backbone = read_face_config(step).backbone
+        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone}.safetensors for --weights")
+    else:
+        _export_peft(load_face(step, arguments.weights), arguments)
+
+
+def _export_graph(model: FaceModel, arguments: argparse.Namespace) -> None:
+    flip = not arguments.no_flip
+    program = trace(model, flip)
+    if arguments.format == "torch":
+        data, checked = torch_bytes(program), ""
+    else:
+        data = onnx_bytes(program, model)
+        checked = f"; cosine with PyTorch at least {check_onnx(data, model, flip):.7f} in ONNX Runtime"
+    replace_file(arguments.out, data)
+    print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model)['images']}")
+
+
+def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
+    config = model.config
+    if not config.lora_rank or config.train_patch_embed:
+        why = "trained the patch convolution, which PEFT's format has not" if config.lora_rank else "has no adapters"
+        raise ExchangeError(f"{arguments.checkpoint} {why}; --format onnx takes any model")
+    layout = TIMM
+    if arguments.format == "peft-transformers":
+        layout = transformers_layout(config.backbone, arguments.transformers_version)
+    adapters = adapter_state_dict(model.vit)
+    names = [f"domain-{k}" for k in range(config.num_domains)] if config.num_domains > 1 else [""]
+    folders = {name: peft_files(adapters, config, layout, domain) for domain, name in enumerate(names)}
+    write_folder(arguments.out, folders)
+    library = "timm" if layout is TIMM else f"transformers {layout.version}"
+    base = base_model(config.backbone, layout) or f"a {config.backbone} in its names"
+    left = "the embedding head" if model.router is None else "the router and the embedding head"
+    print(f"wrote {', '.join(str(arguments.out / name) for name in names)}")
+    print(f"for {library}: {base}; without {left}, for which PEFT has no place")
+    if layout is TIMM and config.vit.act == "quick_gelu":
+        print("timm's model has to be one with clip_quickgelu in its name; the others run another activation")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: export(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Our adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors. The way back is from_peft.py.
+
+PEFT's LoRA is y = x Wᵀ + b + s · x Aᵀ Bᵀ with s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora: ours, for
+one domain. What differs is names, and that transformers' models split our fused qkv (O = 3 D) into three layers: A of
+each is A of qkv, B of each is its third of the rows, which is exact at the same rank.
+
+Letters: I in, O out, K domains, R rank.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vitface.config import FaceConfig
+from vitface.model.store import tensor_bytes
+from vitface.weights.keymaps import META_TIMM, Family, transformers_family
+from vitface.weights.sources import SOURCES
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+MARKS = ("", "[q]", "[k]", "[v]")  # of a whole layer, or of the parts of a fused qkv
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose names: timm's and Meta's, or those of transformers' modules in version 4 or 5, behind a prefix."""
+
+    family: Family
+    version: int = 5
+    prefix: str = ""
+
+    def modules(self, path: str) -> list[str]:
+        """The module that our layer `path` is there, or the three that are its q, k and v."""
+        names = [self.family.source_names(f"{path}.weight{mark}") for mark in MARKS]
+        return [self.prefix + found[0 if self.version == 4 else -1].removesuffix(".weight") for found in names if found]
+
+
+TIMM = Layout(META_TIMM)
+
+
+def transformers_layout(backbone: str, version: int = 5) -> Layout:
+    """Of Dinov2Model, ViTModel or CLIPVisionModel, whose prefix "vision_model." version 5 has dropped."""
+    prefix = "vision_model." if version == 4 and backbone.startswith("clip") else ""
+    return Layout(transformers_family(backbone), version, prefix)
+
+
+def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layout, domain: int = 0) -> dict[str, bytes]:
+    """One PEFT folder, file name -> contents.
+
+    `adapters` are `{path}.lora_a` (K·R, I) and `{path}.lora_b` (O, K·R), as `adapter_state_dict` of a ViT gives them.
+    """
+    columns = slice(domain * config.lora_rank, (domain + 1) * config.lora_rank)
+    tensors, targets = {}, set()
+    for path in (key.removesuffix(".lora_a") for key in adapters if key.endswith(".lora_a")):
+        modules = layout.modules(path)
+        a, b = adapters[f"{path}.lora_a"][columns], adapters[f"{path}.lora_b"][:, columns]
+        for module, rows in zip(modules, b.chunk(len(modules)), strict=True):
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone()  # tensors of a file share no memory
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = rows.clone()
+            targets.add(module.split(f".{path.split('.')[1]}.", 1)[1])  # what follows the block's number
+    return {
+        CONFIG: json.dumps(_settings(config, layout, sorted(targets)), indent=2).encode(),
+        TENSORS: tensor_bytes(tensors, {"format": "pt"}),
+    }
+
+
+def base_model(backbone: str, layout: Layout) -> str | None:
+    """The repository on the Hub of the preset's weights for timm, or for transformers; None if there is none."""
+    source = SOURCES.get(backbone)
+    return source and (source.timm if layout.family is META_TIMM else source.transformers)
+
+
+def _settings(config: FaceConfig, layout: Layout, targets: list[str]) -> dict:
+    alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model(config.backbone, layout),
+        "inference_mode": True, "r": config.lora_rank, "lora_alpha": alpha,
+        "use_rslora": config.lora_scaling == "rslora", "target_modules": targets, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip

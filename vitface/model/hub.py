@@ -1,0 +1,37 @@
+"""Models on the Hugging Face Hub: `owner/name`, or `owner/name@revision` for one that never changes (extra: hub)."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from vitface.errors import CheckpointError, ConfigError
+
+# all that a published model may consist of, and all that is ever downloaded
+BUNDLE_FILES = ("model.safetensors", "model.json", "thresholds.json", "manifest.json", "README.md")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+NO_HUB = "the Hub needs huggingface_hub:\n  pip install 'vitface[hub]'"
+
+
+def is_repository(path: Path) -> bool:
+    """Whether `path` reads as OWNER/NAME or OWNER/NAME@REVISION; nothing is, if there is a folder OWNER here."""
+    name, _, revision = path.as_posix().partition("@")
+    named = REPOSITORY.fullmatch(name) and re.fullmatch(r"[\w./-]*", revision)
+    return bool(named) and not Path(name.split("/")[0]).exists()
+
+
+def download(path: Path) -> Path:
+    """The local copy of a repository's bundle, made by huggingface_hub in its own cache.
+
+    ConfigError without huggingface_hub, CheckpointError if the Hub or the cache has no such repository.
+    """
+    repository, _, revision = path.as_posix().partition("@")
+    missing = f"there is no folder {path} here"
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError(f"{missing}, and {NO_HUB}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(BUNDLE_FILES)))
+    except Exception as error:  # its own, its HTTP library's, the system's: all mean that there is no copy
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{missing}, and the Hub gives no {repository} ({reason})") from None
