@@ -7,6 +7,12 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
     "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+    "verify": ("vitface.commands.verify", "do two photos show the same person?"),
+    "embed": ("vitface.commands.embed", "a folder of images to a gallery of embeddings"),
+    "search": ("vitface.commands.search", "who in a gallery is most like these photos?"),
+    "cluster": ("vitface.commands.cluster", "group the images of a gallery by person"),
+    "explain": ("vitface.commands.explain", "draw where a model looks, and its domain weights"),
+    "info": ("vitface.commands.info", "what is in a checkpoint, a backbone file, a gallery"),
     "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
 }
 

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from vitface.data.align import align_face
 from vitface.data.background import in_processes
-from vitface.data.detect import FaceDetector, central_face
+from vitface.data.detect import MIN_FACE, FaceDetector, central_face
 from vitface.data.images import read_file, read_image
 from vitface.data.records import IMAGE_SUFFIXES
 from vitface.errors import DataError, ImageError, exit_code
 
-MIN_FACE = 32  # pixels; smaller faces have less to show than the crop has room for
 CHUNK = 16
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
