@@ -82,7 +82,9 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     """Names and values, a line each; what is nested is indented."""
     lines = []
     for name, item in value.items():
-        if isinstance(item, dict) and item:
+        if isinstance(item, dict) and item.keys() == {"total", "trained"}:
+            lines.append(f"{indent}{name:<18} {item['total']:>12,}, {item['trained']:,} of them trained")
+        elif isinstance(item, dict) and item:
             lines += [f"{indent}{name}", *_lines(item, indent + "  ")]
         else:
             lines.append(f"{indent}{name:<{max(20 - len(indent), 1)}} {_shown(item)}")

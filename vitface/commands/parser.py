@@ -8,7 +8,7 @@ from pathlib import Path
 from vitface.data.detect import FaceDetector
 from vitface.data.photos import CropReader
 from vitface.device import resolve_device
-from vitface.errors import ConfigError
+from vitface.errors import CheckpointError, ConfigError
 from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
 from vitface.model.store import load_face, model_sha256, newest_run
@@ -28,11 +28,10 @@ def command_parser(name: str, description: str | None, examples: str) -> argpars
     )  # fmt: skip
 
 
-def add_model_flags(parser: argparse.ArgumentParser, checkpoint: bool = True) -> None:
-    """--weights and --device, and --checkpoint unless the command takes it as an argument."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, --weights and --device."""
     add = parser.add_argument
-    if checkpoint:
-        add("--checkpoint", type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/")
+    add("--checkpoint", type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/")
     add("--weights", metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
 
@@ -53,7 +52,12 @@ def add_photo_flags(parser: argparse.ArgumentParser) -> None:
 def load_model(arguments: argparse.Namespace) -> FaceModel:
     """The model that --checkpoint names, else the newest run's, which is said on stderr; sets arguments.checkpoint."""
     if arguments.checkpoint is None:
-        arguments.checkpoint = newest_run()
+        try:
+            arguments.checkpoint = newest_run()
+        except CheckpointError:
+            raise CheckpointError(
+                "no trained run in runs/; name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
+            ) from None
         print(f"checkpoint: {arguments.checkpoint}", file=sys.stderr)
     return load_face(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device))
 

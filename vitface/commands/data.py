@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from vitface.data.align_folder import add_finder_flags, make_finder
+from vitface.commands.align import add_finder_flags, make_finder
+from vitface.commands.parser import command_parser
 from vitface.data.build import RELEASES, build
 from vitface.data.check import check, report_text
 from vitface.data.packed import PackedSamples
@@ -26,10 +27,7 @@ EXAMPLES = """examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m vitface data", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("data", __doc__, EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, action, text: str) -> argparse.ArgumentParser:
