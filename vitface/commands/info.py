@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import command_parser, default_run
 from vitface.errors import CheckpointError, exit_code
 from vitface.gallery.parts import is_gallery, read_names, read_settings
 from vitface.model.face import FaceModel
 from vitface.model.settings import face_config
-from vitface.model.store import find_checkpoint, newest_run, read_backbone, read_thresholds
+from vitface.model.store import find_checkpoint, read_backbone, read_thresholds
 from vitface.model.vit import ViT
 from vitface.training.setup import parameter_counts
 
@@ -98,7 +98,7 @@ def _shown(item: Any) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = describe(arguments.path or newest_run())
+    found = describe(arguments.path or default_run())
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(_lines(found)))
     return 0
 

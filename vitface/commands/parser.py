@@ -49,16 +49,21 @@ def add_photo_flags(parser: argparse.ArgumentParser) -> None:
     add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
 
 
+def default_run() -> Path:
+    """The newest run in runs/, which is said on stderr; CheckpointError says what to do where there is none."""
+    try:
+        run = newest_run()
+    except CheckpointError:
+        raise CheckpointError(
+            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
+        ) from None
+    print(f"checkpoint: {run}", file=sys.stderr)
+    return run
+
+
 def load_model(arguments: argparse.Namespace) -> FaceModel:
-    """The model that --checkpoint names, else the newest run's, which is said on stderr; sets arguments.checkpoint."""
-    if arguments.checkpoint is None:
-        try:
-            arguments.checkpoint = newest_run()
-        except CheckpointError:
-            raise CheckpointError(
-                "no trained run in runs/; name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
-            ) from None
-        print(f"checkpoint: {arguments.checkpoint}", file=sys.stderr)
+    """The model of --checkpoint, or of the newest run, on --device; sets arguments.checkpoint."""
+    arguments.checkpoint = arguments.checkpoint or default_run()
     return load_face(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device))
 
 
