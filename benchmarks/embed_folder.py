@@ -2,7 +2,7 @@
 
     python benchmarks/embed_folder.py [--images 2000] [--rounds 3] [--source FOLDER]
 
-The folder holds JPEG crops: those of --source, drawn faces without it. Both ways embed the same images by the same model
+The folder holds JPEG crops: those of --source, drawn faces without it. Both ways embed the same images by one model
 with random weights (ViT-S/14 with LoRA at 224 px unless changed; flip-sum), and take turns. The folder's time has
 everything from the listing of the files to the written gallery, only loading the model is left out. First it is
 asserted that both give the same embeddings. The last line is JSON, with the ratio of the median rates.

@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _text(members: list[list[str]], threshold: float) -> str:
     several = [names for names in members if len(names) > 1]
-    images = sum(map(len, members))
     lines = [
-        f"{images:,} images, {len(members):,} people at cosine {threshold:.4f}, {len(several):,} with several images"
+        f"{sum(map(len, members)):,} images; people at cosine {threshold:.4f}: {len(members):,}, "
+        f"of whom with several images: {len(several):,}"
     ]
     for number, names in enumerate(several[:SHOWN]):
         more = f", and {len(names) - NAMES:,} more" if len(names) > NAMES else ""

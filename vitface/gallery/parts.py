@@ -115,11 +115,16 @@ def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor | None]
             names, shape = json.loads(metadata["names"]), part.get_slice("embeddings").get_shape()
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("its names are no list of texts")
-            if part.get_slice("embeddings").get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0]:
+            if (
+                part.get_slice("embeddings").get_dtype() != "F32"
+                or len(shape) != 2
+                or len(names) != shape[0]
+                or not shape[1]
+            ):
                 raise ValueError(f"{len(names)} names for embeddings of shape {tuple(shape)}")
             embeddings = part.get_tensor("embeddings") if rows else None
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
-    if embeddings is not None and not embeddings.isfinite().all():
-        raise DataError(f"{file} has values that are not finite; delete it, and run the same embed command again")
+    if embeddings is not None and not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not either
+        raise DataError(f"{file} has rows that are not of unit norm; delete it, and run the same embed command again")
     return names, embeddings
