@@ -12,16 +12,19 @@ import vitface
 ROOT = Path(__file__).parents[1]
 LAZY = (
     "triton", "cv2", "scipy", "sklearn", "matplotlib", "pandas", "transformers", "timm", "peft", "huggingface_hub",
-    "onnx", "onnxruntime", "wandb", "tensorboard", "tqdm", "torch.utils.data", "multiprocessing.pool", "vitface.training",
-    "vitface.kernels", "vitface.commands", "vitface.study", "vitface.data.align_folder",
+    "onnx", "onnxruntime", "wandb", "tensorboard", "tqdm", "torch.utils.data", "multiprocessing.pool",
+    "vitface.training", "vitface.kernels", "vitface.commands", "vitface.study", "vitface.data.align_folder",
 )  # fmt: skip
 IMPORT = """
 import sys, threading, warnings, random, os
 import numpy, torch, PIL.Image
 before = set(sys.modules)
-state = lambda: (torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
-    torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), warnings.filters[:], dict(os.environ), threading.active_count(),
-    sys.path[:], torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), sorted(os.listdir(".")))
+def state():
+    return (
+        torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()), torch.get_num_threads(),
+        torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),
+        warnings.filters[:], dict(os.environ), threading.active_count(), sys.path[:], sorted(os.listdir(".")),
+    )
 then = state()
 import vitface
 assert state() == then
