@@ -51,16 +51,11 @@ def search(arguments: argparse.Namespace) -> int:
         )
     threshold, _ = threshold_of(arguments, model.thresholds)
     found = gallery.search(model.embed(images), arguments.top)
+    answers = list(zip(arguments.photos, found, strict=True))
     if arguments.json:
-        print(
-            json.dumps(
-                [_entry(photo, matches, threshold) for photo, matches in zip(arguments.photos, found, strict=True)]
-            )
-        )
+        print(json.dumps([_entry(photo, matches, threshold) for photo, matches in answers]))
     else:
-        print(
-            "\n".join(_text(photo, matches, threshold) for photo, matches in zip(arguments.photos, found, strict=True))
-        )
+        print("\n".join(_text(photo, matches, threshold) for photo, matches in answers))
     return int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 
@@ -72,12 +67,11 @@ def _entry(photo: Path, matches: list[Match], threshold: float | None) -> dict:
 def _text(photo: Path, matches: list[Match], threshold: float | None) -> str:
     """The photo, then a line per match; those under the threshold say so."""
     word = "" if threshold is None else f", threshold {threshold:.4f}"
-    lines = [f"  {match.score:7.4f}  {match.name}{_under(match, threshold)}" for match in matches]
+    lines = []
+    for match in matches:
+        under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
+        lines.append(f"  {match.score:7.4f}  {match.name}{under}")
     return "\n".join([f"{photo}: cosine and name{word}", *lines])
-
-
-def _under(match: Match, threshold: float | None) -> str:
-    return "" if threshold is None or match.score >= threshold else "   (below the threshold)"
 
 
 def main(argv: list[str] | None = None) -> int:
