@@ -192,3 +192,12 @@ def test_mutated_parts_are_named_or_valid(tmp_path):
         except DataError:
             outcomes.add("named")
     assert outcomes == {"valid", "named"}
+
+
+@pytest.mark.gpu
+def test_search_on_a_gpu_finds_what_the_cpu_finds():
+    on_cpu, on_gpu = filled(100), Gallery(12, device="cuda")
+    on_gpu.add(on_cpu.names, rows(100))
+    for ours, theirs in zip(on_gpu.top_k(rows(9, seed=1), 5), on_cpu.top_k(rows(9, seed=1), 5), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(on_gpu.embeddings, on_cpu.embeddings, atol=1e-6)

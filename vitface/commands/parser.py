@@ -44,7 +44,7 @@ def add_photo_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="find and align the face in every image that is not 112 x 112 pixels, which is what aligned crops are; "
-        "--no-align: all images are crops (default: --align)",
+        "--no-align: all images are crops",
     )
     add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
 
