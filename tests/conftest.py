@@ -1,6 +1,7 @@
 """What the tests share: where real data lies, tiny models, single-threaded exactness."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from hypothesis import settings
 
 from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
 from vitface.model.face import FaceModel
+from vitface.model.store import THRESHOLDS_FILE, load_backbone, model_sha256, trained_tensors
 from vitface.model.vit import ViT, init_weights
+from vitface.training.checkpoint import save_checkpoint
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
@@ -71,6 +74,24 @@ def tiny_face(seed: int = 0, **changes) -> FaceModel:
     fields = dict(lora_rank=4, lora_alpha=8, head="bn", embedding_dim=8, router_depth=1)
     config = FaceConfig("dinov2_vits14", "random", vit.config, 32, **{**fields, **changes})
     return FaceModel(vit, config, seed=seed).eval()
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """A run directory with a trained-looking tiny DA-LoRA model of three domains and thresholds 0.2 and 0.6."""
+    monkeypatch.setitem(VIT_PRESETS, "tiny", tiny_config())
+    vit = load_backbone("tiny", "random", 32)
+    config = FaceConfig(
+        "tiny", "random", vit.config, 32, lora_rank=4, num_domains=3, router_depth=1, head="bn", embedding_dim=8
+    )
+    model = FaceModel(vit, config).eval()
+    randomise_adapters(model)
+    run = tmp_path / "runs" / "tiny"
+    save_checkpoint(run, 7, trained_tensors(model), dataclasses.asdict(config), {}, {}, is_best=True)
+    thresholds = {"0.01": {"threshold": 0.2, "tar": 0.9}, "0.001": {"threshold": 0.6, "tar": 0.5}}
+    written = {"model": model_sha256(run), "pairs": {"same": 9, "different": 30_000}, "thresholds": thresholds}
+    (run / THRESHOLDS_FILE).write_text(json.dumps(written))
+    return run
 
 
 def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:

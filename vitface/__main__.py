@@ -5,8 +5,14 @@ import sys
 
 # command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
 COMMANDS: dict[str, tuple[str, str]] = {
-    "align": ("vitface.data.align_folder", "photos to aligned 112 x 112 crops"),
-    "data": ("vitface.data.commands", "pack training data, check it, look at it"),
+    "align": ("vitface.commands.align", "photos to aligned 112 x 112 crops"),
+    "data": ("vitface.commands.data", "pack training data, check it, look at it"),
+    "verify": ("vitface.commands.verify", "do two photos show the same person?"),
+    "embed": ("vitface.commands.embed", "a folder of images to a gallery of embeddings"),
+    "search": ("vitface.commands.search", "who in a gallery is most like these photos?"),
+    "cluster": ("vitface.commands.cluster", "group the images of a gallery by person"),
+    "explain": ("vitface.commands.explain", "draw where a model looks, and its domain weights"),
+    "info": ("vitface.commands.info", "what is in a checkpoint, a backbone file, a gallery"),
     "export": ("vitface.exchange.export", "a trained model for PEFT, ONNX Runtime, torch.export"),
     "import-peft": ("vitface.exchange.import_peft", "a face model from adapters that PEFT trained"),
     "publish": ("vitface.exchange.publish", "a model for the Hugging Face Hub, without what must not leave"),

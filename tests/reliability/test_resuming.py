@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from tiny import EPOCHS, STEPS_PER_EPOCH, Faces, fingerprint, in_child, settings, start, use_tiny
 
 from vitface.errors import CheckpointError, exit_code
+from vitface.lock import folder_lock
 from vitface.training import loop, setup
 from vitface.training.checkpoint import save_checkpoint
-from vitface.training.lock import run_lock
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
 from vitface.training.resume import configure
@@ -280,14 +280,12 @@ def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypa
 
 
 def test_a_second_process_on_one_run_directory_is_refused(tmp_path):
-    with run_lock(tmp_path):
+    with folder_lock(tmp_path):
         reader, writer = os.pipe()
 
         def second():
             os.write(writer, str(exit_code(lambda: run(settings(tmp_path)) and 0)).encode())
-            with pytest.raises(
-                CheckpointError, match=rf"in use by another training process \(process {os.getppid()}\)"
-            ):
+            with pytest.raises(CheckpointError, match=rf"in use by another process \(process {os.getppid()}\)"):
                 run(settings(tmp_path), quiet)
 
         assert in_child(second) == 0
@@ -299,7 +297,7 @@ def test_the_lock_of_a_dead_process_never_blocks(tmp_path):
     reader, writer = os.pipe()
 
     def hold():
-        with run_lock(tmp_path):
+        with folder_lock(tmp_path):
             if os.fork() == 0:  # a data loading worker that outlives its run
                 time.sleep(3)
                 os._exit(0)
@@ -308,12 +306,12 @@ def test_the_lock_of_a_dead_process_never_blocks(tmp_path):
 
     pid = start(hold)
     assert os.read(reader, 4) == b"held"
-    with pytest.raises(CheckpointError, match=f"process {pid}"), run_lock(tmp_path):
+    with pytest.raises(CheckpointError, match=f"process {pid}"), folder_lock(tmp_path):
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert (tmp_path / ".lock").read_text() == f"process {pid}"
-    with run_lock(tmp_path):
+    with folder_lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()}"
 
 

@@ -367,7 +367,7 @@ def test_people_stay_in_the_training_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_read_only_run_directory_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("vitface.training.run.run_lock", lambda path: refuse(errno.EROFS)())
+    monkeypatch.setattr("vitface.training.run.folder_lock", lambda path: refuse(errno.EROFS)())
     use_tiny(monkeypatch)
     (tmp_path / "run").mkdir()
     assert exit_code(lambda: run(settings(tmp_path / "run")) and 0) == 2

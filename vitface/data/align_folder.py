@@ -1,11 +1,13 @@
-"""Align a folder of photos: find the face in each, write its 112 x 112 crop under the same name."""
+"""A folder of photos -> their aligned crops, under the same names.
 
-import argparse
+OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
+(no crop).
+"""
+
 import csv
 import functools
 import io
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,25 +19,15 @@ from tqdm import tqdm
 
 from vitface.data.align import align_face
 from vitface.data.background import in_processes
-from vitface.data.detect import FaceDetector, central_face
+from vitface.data.detect import MIN_FACE, FaceDetector, central_face
 from vitface.data.images import read_file, read_image
 from vitface.data.records import IMAGE_SUFFIXES
-from vitface.errors import DataError, ImageError, exit_code
+from vitface.errors import DataError, ImageError
 
-MIN_FACE = 32  # pixels; smaller faces have less to show than the crop has room for
 CHUNK = 16
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 COLUMNS = ["file", "status", "faces", *POINTS]
-EXAMPLES = """examples:
-  python -m vitface.weights.fetch yunet                      the detector, once
-  python -m vitface align photos aligned                     photos/PERSON/1.jpg -> aligned/PERSON/1.jpg
-  python -m vitface align photos aligned --landmarks mine.csv
-
-OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
-(no crop). Its columns are those --landmarks takes, so landmarks can be mended in a copy of it. A second call goes on
-with the photos that have no crop yet.
-"""
 
 
 @dataclass(frozen=True)
@@ -191,43 +183,3 @@ def summary(statuses: Counter[str]) -> Iterator[str]:
         "damaged": "that cannot be read: no crop",
     }
     return (f"{statuses[status]:>8,} photos {text}" for status, text in words.items() if statuses[status])
-
-
-def add_finder_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--landmarks", type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector")
-    add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
-    add("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-
-
-def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:
-    """With --landmarks alone, nothing is detected."""
-    landmarks = read_landmarks(arguments.landmarks) if arguments.landmarks else {}
-    detector = FaceDetector(arguments.detector) if arguments.detector or not landmarks else None
-    return Finder(landmarks, detector, min_face)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m vitface align", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of photos, at any depth")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the crops, under the same names")
-    add_finder_flags(parser)
-    arguments = parser.parse_args(argv)
-
-    def align() -> int:
-        finder, out = make_finder(arguments, MIN_FACE), arguments.out
-        statuses = align_folder(arguments.src, out, finder, arguments.num_workers)
-        print("\n".join(summary(statuses)))
-        print(
-            f"each photo is listed in {out / 'align.csv'}; look at the crops, then: python -m vitface data check {out}"
-        )
-        return 0 if statuses["ok"] + statuses["several"] else 1
-
-    return exit_code(align)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitface.errors import DataError
+from vitface.errors import VitfaceError
 
 AHEAD = 3  # items that the thread works ahead
 
@@ -23,7 +23,7 @@ class _Task(Dataset):
     def __getitem__(self, item: Any) -> Any:
         try:
             return self.work(item)
-        except DataError as error:
+        except VitfaceError as error:
             return error
 
 
@@ -32,7 +32,7 @@ def in_processes(
 ) -> Iterator[Any]:
     """`work(item)` of each item, in `num_workers` processes (0: in this one). `work` is to be picklable.
 
-    Arrays arrive as tensors. The DataError of an item is raised in its turn.
+    Arrays arrive as tensors. The VitfaceError of an item is raised in its turn.
     """
     # an own generator, so that making the iterator does not draw from the global one
     loader = DataLoader(
@@ -40,7 +40,7 @@ def in_processes(
         pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_parent,
     )  # fmt: skip
     for result in loader:
-        if isinstance(result, DataError):
+        if isinstance(result, VitfaceError):
             raise result
         yield result
 

@@ -12,6 +12,7 @@ from vitface.home import cache_home
 
 MAX_SIDE = 1280  # larger photos are reduced to it; faces beyond 300 pixels are not what YuNet was trained on
 MIN_SCORE, NMS_IOU, MAX_FACES = 0.6, 0.3, 100
+MIN_FACE = 32  # pixels; smaller faces have less to show than the crop has room for
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class FaceDetector:
 
     def __init__(self, model: Path | None = None):
         if importlib.util.find_spec("cv2") is None:
-            raise ConfigError("detecting faces needs OpenCV:\n  pip install 'vitface[align]'\nor pass --landmarks CSV")
+            raise ConfigError(
+                "finding faces in photos needs OpenCV:\n  pip install 'vitface[align]'\n"
+                "(python -m vitface align also takes landmarks from a file: --landmarks CSV)"
+            )
         self.model = model or cache_home() / "face_detection_yunet.onnx"
         if not self.model.is_file():
             raise WeightsError(

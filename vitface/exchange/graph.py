@@ -26,6 +26,7 @@ from vitface.data.preprocess import to_float
 from vitface.data.synthetic import synthetic_pairs
 from vitface.errors import ConfigError, ExchangeError
 from vitface.model.face import FaceModel
+from vitface.model.lora import use_impl
 from vitface.version import __version__
 
 MIN_COSINE = 0.99999  # between an exported graph's embeddings and the model's
@@ -60,6 +61,7 @@ def trace(model: FaceModel, flip: bool = True) -> ExportedProgram:
         raise ValueError("trace takes a model in float32 and eval mode")
     if model.config.gate == "shuffled":
         raise ExchangeError("a model with the control gate 'shuffled' mixes the images of a batch: it has no graph")
+    use_impl(model.vit, "reference")  # another program has none of our kernels
     embedder = Embedder(model, flip).eval()
     example = torch.zeros(2, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
     with _quiet(), torch.no_grad():

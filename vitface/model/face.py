@@ -11,19 +11,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
-from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
+from vitface.data.detect import FaceDetector
+from vitface.data.images import CROP_SIZE
+from vitface.data.photos import CropReader, Photo
 from vitface.data.preprocess import normalise, resize, to_float
 from vitface.errors import ConfigError
 from vitface.model.lora import TARGETS, add_lora, use_impl
 from vitface.model.router import DomainClassifier, FixedGate
+from vitface.model.verdict import Verdict, choose_threshold
 from vitface.model.vit import ViT
 
 TOKEN_WIDTH = 32
-Images = np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray]
+Images = np.ndarray | Tensor | Sequence[Photo]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -127,20 +129,37 @@ class FaceModel(nn.Module):
         return normalise(resize(images, self.config.image_size, self.config.resize), vit.mean, vit.std)
 
     @torch.no_grad()
-    def embed(self, images: Images, flip: bool = True, batch_size: int = 128) -> np.ndarray:
+    def embed(
+        self, images: Images, flip: bool = True, batch_size: int = 128, align: bool | FaceDetector = False
+    ) -> np.ndarray:
         """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths, PIL images or
         uint8 (H, W, 3) arrays, which are resized if they are square.
 
-        `flip` sums the embeddings of the image and its mirror image before normalising, as the field's protocol does.
-        Runs in eval mode; ImageError names a file that is no square crop.
+        `align=True` is for photos: the face is found and aligned in every image that is not 112 x 112 pixels (see
+        `vitface.data.photos.CropReader`). `flip` sums the embeddings of the image and its mirror image before
+        normalising, as the field's protocol does. Runs in eval mode; ImageError names a file that cannot be used.
         """
         rows = []
-        for batch in self._batches(images, batch_size):
+        for batch in self._batches(images, batch_size, align):
             embedding = self.read(self.tokens(batch))[0]
             if flip:
                 embedding = embedding + self.read(self.tokens(batch.flip(2)))[0]
             rows.append(F.normalize(embedding, dim=1).cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.embedding_dim), np.float32)
+
+    def verify(
+        self, first: Photo, second: Photo, far: float | None = None, align: bool | FaceDetector = False
+    ) -> Verdict:
+        """Do two images, a path, PIL image or uint8 (H, W, 3) each, show the same person? The cosine, in [-1, 1], and
+        what `thresholds` say of it.
+
+        `far` is one of the calibrated false accept rates, by default the lowest. Without thresholds the verdict has a
+        score and no answer (`threshold`, `far` and `same` are None); then a `far` is a ConfigError. `align` and the
+        other errors are those of `embed`.
+        """
+        threshold = choose_threshold(self.thresholds, far)
+        rows = self.embed([first, second], align=align)
+        return Verdict(float(rows[0] @ rows[1]), *threshold)
 
     @torch.no_grad()
     def domain_weights(self, images: Images, batch_size: int = 128) -> np.ndarray:
@@ -165,16 +184,17 @@ class FaceModel(nn.Module):
         side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
         return torch.cat(rows).cpu().numpy() if rows else np.zeros((0, heads, side, side), np.float32)
 
-    def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
+    def _batches(self, images: Images, batch_size: int, align: bool | FaceDetector = False) -> Iterator[Tensor]:
         """uint8 (B, 112, 112, 3) on the model's device, `batch_size` at a time."""
         if self.training:
             raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
         if isinstance(images, str | Path):
             raise TypeError(f"images must be a list, even of one: [{str(images)!r}]")
+        as_crop = CropReader(align)
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             if not isinstance(chunk, Tensor):
-                chunk = torch.from_numpy(np.stack([_as_crop(item) for item in chunk]))
+                chunk = torch.from_numpy(np.stack([as_crop(item) for item in chunk]))
             if chunk.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
                 raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(chunk.shape)}")
             yield chunk.to(self.vit.pos_embed.device)
@@ -189,11 +209,3 @@ def shuffle_gate(model: FaceModel) -> FaceModel:
         raise ConfigError("only a DA-LoRA model with a learned gate can be evaluated with it shuffled")
     model.config = dataclasses.replace(model.config, gate="shuffled")
     return model
-
-
-def _as_crop(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return to_crop(to_array(image))
-    if isinstance(image, np.ndarray):
-        return to_crop(image)
-    return to_crop(read_image(image), str(image))

@@ -120,7 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     backward pass (docs/experiments.md).
     """
     if explicit(q.device.type, k.shape[-2]):
-        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1) @ v
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

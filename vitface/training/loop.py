@@ -62,7 +62,7 @@ class Trainer:
         )
         if len(self.split.indices) < config.batch_size:
             raise ConfigError(
-                f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}"
+                f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}; lower it"
             )
         self.steps_per_epoch = len(self.split.indices) // config.batch_size
         if config.limit_batches is not None:

@@ -14,10 +14,10 @@ from vitface.evaluation.benchmarks import Evaluation, evaluate_all
 from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import make_folder, replace_file
+from vitface.lock import folder_lock
 from vitface.model.store import frozen_face, load_face, model_sha256
 from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
 from vitface.training.holdout import calibrate, thresholds_text
-from vitface.training.lock import run_lock
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
 from vitface.training.resume import checkpoint_to_resume, is_finished
@@ -51,7 +51,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Pat
         checkpoint_to_resume(config, run_dir, say)
         trainer = Trainer(config, run_dir)
         make_folder(run_dir)
-    with run_lock(run_dir):
+    with folder_lock(run_dir):
         checkpoint = checkpoint_to_resume(config, run_dir, say)
         if checkpoint is not None:
             state = load_state(checkpoint)

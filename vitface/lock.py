@@ -1,4 +1,4 @@
-"""One process per run directory."""
+"""One process per folder that is written to: a run directory, a gallery."""
 
 import errno
 import fcntl
@@ -11,13 +11,13 @@ from vitface.errors import CheckpointError
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """While inside, no other process gets in; CheckpointError names the process that is there already.
 
-    The lock is the kernel's, on RUN/.lock: it ends with its process, however that ends, so nothing is ever left to
+    The lock is the kernel's, on FOLDER/.lock: it ends with its process, however that ends, so nothing is ever left to
     clean up. POSIX locks belong to the process; a data loading worker that outlives it does not hold them.
     """
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -25,8 +25,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise CheckpointError(
-                f"{run_dir} is in use by another training process ({file.read() or 'just starting'}); "
-                f"wait for it, stop it, or choose another --save-dir"
+                f"{folder} is in use by another process ({file.read() or 'just starting'}); wait for it, stop it, or "
+                f"choose another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}")

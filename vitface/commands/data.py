@@ -7,13 +7,16 @@ import os
 import sys
 from pathlib import Path
 
-from vitface.data.align_folder import add_finder_flags, make_finder
+from vitface.commands.align import add_finder_flags, make_finder
+from vitface.commands.parser import command_parser
+from vitface.data.align_folder import write_crop
 from vitface.data.build import RELEASES, build
 from vitface.data.check import check, report_text
 from vitface.data.packed import PackedSamples
 from vitface.data.packing import pack
 from vitface.data.records import load_samples
 from vitface.data.show import contact_sheet
+from vitface.data.synthetic import SyntheticSamples
 from vitface.errors import ConfigError, DataError, exit_code
 
 EXAMPLES = """examples:
@@ -22,14 +25,12 @@ EXAMPLES = """examples:
   python -m vitface data pack data/casia-webface data/casia-packed
   python -m vitface data build cplfw downloads/cplfw data
   python -m vitface data show data/casia-webface --augment strong --out sheet.png
+  python -m vitface data draw faces --people 5 --images 60  nobody's faces, to try things on
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m vitface data", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("data", __doc__, EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, action, text: str) -> argparse.ArgumentParser:
@@ -63,6 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
     showing.add_argument("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
     showing.add_argument("--image-size", type=int, default=112, help="input side of the model (default: 112)")
     showing.add_argument("--seed", type=int, default=0)
+    drawing = command("draw", _draw, "procedural faces as files, a folder per person: something to try commands on")
+    drawing.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    drawing.add_argument("--people", type=int, default=5, help="how many (default: 5)")
+    drawing.add_argument("--images", type=int, default=60, help="of each (default: 60)")
+    drawing.add_argument("--seed", type=int, default=0)
     return parser
 
 
@@ -107,6 +113,18 @@ def _show(arguments: argparse.Namespace) -> int:
     )
     sheet.save(arguments.out)
     print(f"wrote {arguments.out}: as stored, then as epochs 1 to {arguments.epochs} show it to the model")
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    if arguments.out.exists():
+        raise DataError(f"{arguments.out} exists already; choose a new folder")
+    samples = SyntheticSamples(arguments.people, arguments.images, arguments.seed)
+    for i in range(len(samples)):
+        name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"
+        write_crop(arguments.out / name, samples.read(i))
+    print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
+    print(f"next: python train.py --train-data {arguments.out} --backbone vit_nano --image-size 112")
     return 0
 
 

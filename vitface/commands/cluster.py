@@ -1,0 +1,76 @@
+"""Group the images of a gallery by person, when nobody is named."""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vitface.commands.parser import NO_THRESHOLD, add_threshold_flags, command_parser, threshold_of
+from vitface.errors import ConfigError, exit_code
+from vitface.files import replace_file
+from vitface.gallery.clusters import cluster
+from vitface.gallery.gallery import Gallery
+
+SHOWN, NAMES = 20, 4
+EXAMPLES = """examples:
+  python -m vitface cluster people                           the gallery that `embed` made
+  python -m vitface cluster people --threshold 0.4 --out people.csv
+
+Average linkage: two groups become one while the mean cosine of their pairs reaches the threshold, by default that of
+the lowest calibrated false accept rate. A higher one splits people, a lower one mixes them. All pairs are compared:
+10,000 images take a minute or so, more than 20,000 are refused.
+Needs SciPy: pip install 'vitface[cluster]'
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("cluster", __doc__, EXAMPLES)
+    parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
+    add_threshold_flags(parser)
+    parser.add_argument("--out", type=Path, metavar="CSV", help="also write the columns name,cluster there")
+    parser.add_argument("--json", action="store_true", help="print {cluster: names} as JSON")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.out and not arguments.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: its folder does not exist")
+    gallery = Gallery.load(arguments.gallery)
+    threshold, _ = threshold_of(arguments, gallery.thresholds)
+    if threshold is None:
+        raise ConfigError(NO_THRESHOLD)
+    groups = cluster(gallery.embeddings, threshold)
+    members = [[gallery.names[i] for i in np.flatnonzero(groups == g)] for g in range(groups.max() + 1)]
+    if arguments.out:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("name", "cluster"), *zip(gallery.names, groups, strict=True)])
+        replace_file(arguments.out, text.getvalue().encode())
+    print(json.dumps(dict(enumerate(members)), indent=1) if arguments.json else _text(members, threshold))
+    return 0
+
+
+def _text(members: list[list[str]], threshold: float) -> str:
+    several = [names for names in members if len(names) > 1]
+    lines = [
+        f"{sum(map(len, members)):,} images; people at cosine {threshold:.4f}: {len(members):,}, "
+        f"of whom with several images: {len(several):,}"
+    ]
+    for number, names in enumerate(several[:SHOWN]):
+        more = f", and {len(names) - NAMES:,} more" if len(names) > NAMES else ""
+        lines.append(f"{number:>6}  {len(names):>5} images  {', '.join(names[:NAMES])}{more}")
+    if len(several) > SHOWN:
+        lines.append(f"and {len(several) - SHOWN:,} more people; --out CSV has all of them")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

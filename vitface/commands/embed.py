@@ -1,0 +1,65 @@
+"""Embed a folder of images into a gallery, which `search` and `cluster` read. Exit code 1: some could not be used."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from vitface.commands.parser import (
+    add_model_flags,
+    add_photo_flags,
+    command_parser,
+    crop_reader,
+    gallery_settings,
+    load_model,
+)
+from vitface.errors import exit_code
+from vitface.gallery.folder import embed_folder
+
+EXAMPLES = """examples:
+  python -m vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
+  python -m vitface embed aligned people --no-align --checkpoint runs/a
+
+Rows are written as they are made. A second call goes on with the images that the gallery does not have yet, so a
+stopped run loses half a minute at most, and new photos are added by the same command. In Python:
+
+  gallery = vitface.Gallery.load("people")
+  gallery.names, gallery.embeddings                          a list, and float32 (N, E)
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("embed", __doc__, EXAMPLES)
+    parser.add_argument("src", type=Path, metavar="FOLDER", help="folder of images, at any depth")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
+    add_photo_flags(parser)
+    add_model_flags(parser)
+    cores = os.cpu_count() or 1
+    parser.add_argument("--num-workers", type=int, default=cores, help="processes that decode (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    return parser
+
+
+def embed(arguments: argparse.Namespace) -> int:
+    crops, model = crop_reader(arguments), load_model(arguments)
+    settings = gallery_settings(arguments, model)
+    done = embed_folder(model, arguments.src, arguments.out, settings, crops, arguments.num_workers)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(done), indent=1))
+    else:
+        print(f"{arguments.out}: {done.total:,} images, {done.new:,} of them new, {len(done.skipped):,} skipped")
+        print(f"next: python -m vitface search {arguments.out} PHOTO, or cluster {arguments.out}")
+    for why in done.skipped:
+        print(f"skipped {why}", file=sys.stderr)
+    return 1 if done.skipped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: embed(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

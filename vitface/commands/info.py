@@ -1,0 +1,112 @@
+"""What is in a file or folder of vitface: a run or checkpoint, a converted backbone, a gallery. Nothing is loaded."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitface.commands.parser import command_parser, default_run
+from vitface.errors import CheckpointError, exit_code
+from vitface.gallery.parts import is_gallery, read_names, read_settings
+from vitface.model.face import FaceModel
+from vitface.model.settings import face_config
+from vitface.model.store import find_checkpoint, read_backbone, read_thresholds
+from vitface.model.vit import ViT
+from vitface.training.setup import parameter_counts
+
+EXAMPLES = """examples:
+  python -m vitface info                                     the newest run in runs/
+  python -m vitface info runs/a --json
+  python -m vitface info weights/dinov2_vits14.safetensors
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("info", __doc__, EXAMPLES)
+    parser.add_argument(
+        "path", type=Path, nargs="?", metavar="CHECKPOINT", help="run, checkpoint, backbone file or gallery"
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    return parser
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything there is to say, as JSON takes it; the errors of whatever `path` turns out to be."""
+    if path.is_file():
+        name, config, tensors, source = read_backbone(path)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        return {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
+    if is_gallery(path):
+        return {"kind": "gallery", "images": len(read_names(path)), **dataclasses.asdict(read_settings(path))}
+    return describe_checkpoint(find_checkpoint(path))
+
+
+def describe_checkpoint(step: Path) -> dict[str, Any]:
+    """A verified step directory: where it comes from, its settings, sizes and thresholds."""
+    try:
+        config = face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{step}/model.json was not written by this version of vitface ({error})") from None
+    manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = FaceModel(ViT(config.vit, config.image_size), config)
+    counts = parameter_counts(model)
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "vit"}
+    return {
+        "kind": "checkpoint",
+        "checkpoint": str(step.resolve()),
+        **{key: manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
+        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "settings": settings,
+        "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
+        "thresholds": {f"{far:g}": threshold for far, threshold in read_thresholds(step).items()},
+        "last_epoch": _last_row(step.resolve().parent.parent / "log.csv"),
+    }
+
+
+def _last_row(path: Path) -> dict[str, str] | None:
+    """The last line of a run's log.csv, None for a checkpoint without its run."""
+    if not path.is_file():
+        return None
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return rows[-1] if rows else None
+
+
+def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
+    """Names and values, a line each; what is nested is indented."""
+    lines = []
+    for name, item in value.items():
+        if isinstance(item, dict) and item.keys() == {"total", "trained"}:
+            lines.append(f"{indent}{name:<18} {item['total']:>12,}, {item['trained']:,} of them trained")
+        elif isinstance(item, dict) and item:
+            lines += [f"{indent}{name}", *_lines(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:<{max(20 - len(indent), 1)}} {_shown(item)}")
+    return lines
+
+
+def _shown(item: Any) -> str:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return f"{item:,}"
+    return "none" if item in (None, {}) else str(item)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = describe(arguments.path or default_run())
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(_lines(found)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Who in a gallery is most like these photos? Exit code 1: for some photo, nobody reaches the threshold."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitface.commands.parser import (
+    add_model_flags,
+    add_photo_flags,
+    add_threshold_flags,
+    command_parser,
+    crop_reader,
+    load_model,
+    threshold_of,
+)
+from vitface.errors import ConfigError, exit_code
+from vitface.gallery.gallery import Gallery, Match
+from vitface.model.store import model_sha256
+
+EXAMPLES = """examples:
+  python -m vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
+  python -m vitface search people A.jpg B.jpg --top 1 --json
+
+A false accept rate is per comparison: at FAR 0.001, a stranger meets one false match in a gallery of 1,000 people.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("search", __doc__, EXAMPLES)
+    parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
+    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="how many to show (default: 5)")
+    add_threshold_flags(parser)
+    add_photo_flags(parser)
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print the matches as JSON")
+    return parser
+
+
+def search(arguments: argparse.Namespace) -> int:
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
+    crops = crop_reader(arguments)
+    images = [crops(path) for path in arguments.photos]
+    gallery, model = Gallery.load(arguments.gallery), load_model(arguments)
+    made_by = gallery.settings.model
+    if made_by not in (None, model_sha256(arguments.checkpoint)):
+        raise ConfigError(
+            f"{arguments.gallery} was made by another model than {arguments.checkpoint}; name it with --checkpoint"
+        )
+    threshold, _ = threshold_of(arguments, model.thresholds)
+    found = gallery.search(model.embed(images), arguments.top)
+    answers = list(zip(arguments.photos, found, strict=True))
+    if arguments.json:
+        print(json.dumps([_entry(photo, matches, threshold) for photo, matches in answers]))
+    else:
+        print("\n".join(_text(photo, matches, threshold) for photo, matches in answers))
+    return int(threshold is not None and any(matches[0].score < threshold for matches in found))
+
+
+def _entry(photo: Path, matches: list[Match], threshold: float | None) -> dict:
+    rows = [{**match._asdict(), "same": None if threshold is None else match.score >= threshold} for match in matches]
+    return {"photo": str(photo), "threshold": threshold, "matches": rows}
+
+
+def _text(photo: Path, matches: list[Match], threshold: float | None) -> str:
+    """The photo, then a line per match; those under the threshold say so."""
+    word = "" if threshold is None else f", threshold {threshold:.4f}"
+    lines = []
+    for match in matches:
+        under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
+        lines.append(f"  {match.score:7.4f}  {match.name}{under}")
+    return "\n".join([f"{photo}: cosine and name{word}", *lines])
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: search(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

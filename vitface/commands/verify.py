@@ -1,0 +1,67 @@
+"""Do two photos show the same person? Exit code 0: the same; 1: different people; 2: no answer."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitface.commands.parser import (
+    NO_THRESHOLD,
+    add_model_flags,
+    add_photo_flags,
+    add_threshold_flags,
+    command_parser,
+    crop_reader,
+    load_model,
+    threshold_of,
+)
+from vitface.errors import exit_code
+from vitface.model.verdict import Verdict
+
+EXAMPLES = """examples:
+  python -m vitface verify A.jpg B.jpg                       by the newest run in runs/
+  python -m vitface verify A.jpg B.jpg --checkpoint runs/a --far 0.001 --json
+  python -m vitface verify A.jpg B.jpg --threshold 0.35      for a run without calibrated thresholds
+
+The score is the cosine of the two embeddings, from -1 to 1; it is no probability. The threshold was calibrated on
+training people that were held out: at FAR 0.001, 1 in 1,000 pairs of different people passes for the same.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("verify", __doc__, EXAMPLES)
+    parser.add_argument("first", type=Path, metavar="A", help="a photo, or an aligned crop")
+    parser.add_argument("second", type=Path, metavar="B", help="the other one")
+    add_threshold_flags(parser)
+    add_photo_flags(parser)
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    return parser
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    crops = crop_reader(arguments)
+    images = [crops(path) for path in (arguments.first, arguments.second)]  # what is wrong with them is said first
+    model = load_model(arguments)
+    rows = model.embed(images)
+    verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
+    if arguments.json:
+        fields = ("score", "threshold", "far", "far_in_words", "same")
+        print(
+            json.dumps({**{name: getattr(verdict, name) for name in fields}, "checkpoint": str(arguments.checkpoint)})
+        )
+    else:
+        print(verdict)
+    if verdict.same is None:
+        print(f"error: {NO_THRESHOLD}", file=sys.stderr)
+        return 2
+    return 0 if verdict.same else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: verify(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""A gallery on disk: a folder of parts that are whole or not there, so that one can be added to while it grows.
+
+gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine}}
+part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has the n names, as JSON
+
+Nothing in it is executed on reading. Embeddings of faces are biometric data, and names are names: keep it private.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitface.errors import DataError
+from vitface.files import make_folder, replace_file
+from vitface.model.store import tensor_bytes
+
+FORMAT = "vitface-gallery-1"
+SETTINGS_FILE = "gallery.json"
+MAX_SETTINGS_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`model` is the SHA-256 of the model's trained tensors, None if unknown; `align` whether photos were aligned;
+    `thresholds` {FAR: cosine} at which the model takes two images for the same person."""
+
+    model: str | None = None
+    align: bool = False
+    thresholds: Mapping[float, float] = field(default_factory=dict)
+
+
+def is_gallery(path: Path) -> bool:
+    """Whether `path` is a gallery, whole or still growing."""
+    return (path / SETTINGS_FILE).is_file()
+
+
+def check_new(path: Path) -> None:
+    """DataError unless `path` is free for a gallery: not there, or a folder with hidden files at most."""
+    if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
+        raise DataError(f"{path} is not empty; choose a new folder for the gallery")
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Makes `path` an empty gallery; DataError if anything is there already."""
+    check_new(path)
+    make_folder(path.absolute())
+    thresholds = {f"{far:g}": cosine for far, cosine in settings.thresholds.items()}
+    written = {"format": FORMAT, "model": settings.model, "align": settings.align, "thresholds": thresholds}
+    replace_file(path / SETTINGS_FILE, json.dumps(written, indent=1).encode())
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of a gallery; DataError if `path` is none."""
+    file = path / SETTINGS_FILE
+    if not is_gallery(path):
+        raise DataError(f"{path} is no gallery; make one with python -m vitface embed FOLDER {path}")
+    try:
+        if file.stat().st_size > MAX_SETTINGS_BYTES:
+            raise ValueError
+        written = json.loads(file.read_text(encoding="utf-8"))
+        if written["format"] != FORMAT or not isinstance(written["model"], str | None):
+            raise ValueError
+        thresholds = {float(far): float(cosine) for far, cosine in written["thresholds"].items()}
+        return Settings(written["model"], bool(written["align"]), thresholds)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
+
+
+def write_part(path: Path, number: int, names: Sequence[str], embeddings: Tensor) -> None:
+    """Writes a part, whole or not at all: embeddings float32 (n, E) and their n names."""
+    metadata = {"format": FORMAT, "names": json.dumps(list(names))}
+    replace_file(_part_file(path, number), tensor_bytes({"embeddings": embeddings}, metadata))
+
+
+def next_number(path: Path) -> int:
+    """A number that no part has yet."""
+    number = len(part_files(path))
+    while _part_file(path, number).exists():
+        number += 1
+    return number
+
+
+def _part_file(path: Path, number: int) -> Path:
+    return path / f"part-{number:06d}.safetensors"
+
+
+def part_files(path: Path) -> list[Path]:
+    """The parts of a gallery, in order."""
+    return sorted(path.glob("part-*.safetensors"))
+
+
+def read_parts(path: Path) -> Iterator[tuple[list[str], Tensor]]:
+    """(names, embeddings float32 (n, E)) of each part, in order; DataError for a part that is damaged."""
+    for file in part_files(path):
+        names, embeddings = _read_part(file)
+        assert embeddings is not None
+        yield names, embeddings
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of all parts, in order, without reading the embeddings; DataError for a damaged part."""
+    return [name for file in part_files(path) for name in _read_part(file, rows=False)[0]]
+
+
+def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor | None]:
+    try:
+        with safe_open(file, "pt") as part:
+            metadata = part.metadata() or {}
+            if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
+                raise ValueError("not a part of a gallery")
+            names, shape = json.loads(metadata["names"]), part.get_slice("embeddings").get_shape()
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("its names are no list of texts")
+            if (
+                part.get_slice("embeddings").get_dtype() != "F32"
+                or len(shape) != 2
+                or len(names) != shape[0]
+                or not shape[1]
+            ):
+                raise ValueError(f"{len(names)} names for embeddings of shape {tuple(shape)}")
+            embeddings = part.get_tensor("embeddings") if rows else None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
+    if embeddings is not None and not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not either
+        raise DataError(f"{file} has rows that are not of unit norm; delete it, and run the same embed command again")
+    return names, embeddings

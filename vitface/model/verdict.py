@@ -1,0 +1,50 @@
+"""Same person or not: a cosine against a threshold, with what the threshold promises in words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vitface.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`score` is the cosine of two embeddings, in [-1, 1]; `threshold` what it has to reach, None where nothing was
+    calibrated; `far` the false accept rate of that threshold on held-out people, None if the threshold is your own."""
+
+    score: float
+    threshold: float | None = None
+    far: float | None = None
+
+    @property
+    def same(self) -> bool | None:
+        """Whether it is the same person, None without a threshold."""
+        return None if self.threshold is None else self.score >= self.threshold
+
+    @property
+    def far_in_words(self) -> str:
+        """What `far` says: in how many pairs of different people one is wrongly accepted."""
+        if self.far is not None:
+            return f"FAR {self.far:g}: 1 in {round(1 / self.far):,} pairs of different people passes for the same"
+        return "no threshold was calibrated" if self.threshold is None else "your own threshold, its FAR is not known"
+
+    def __str__(self) -> str:
+        if self.threshold is None:
+            return f"no verdict: cosine {self.score:.4f}, {self.far_in_words}"
+        side = ("same person", ">=") if self.same else ("different people", "<")
+        return f"{side[0]}: cosine {self.score:.4f} {side[1]} {self.threshold:.4f} ({self.far_in_words})"
+
+
+def choose_threshold(
+    thresholds: Mapping[float, float], far: float | None = None
+) -> tuple[float, float] | tuple[None, None]:
+    """(threshold, FAR) for a false accept rate that `thresholds` {FAR: cosine} knows, by default the lowest.
+
+    (None, None) without thresholds. ConfigError for a `far` that was not calibrated.
+    """
+    if far is None and not thresholds:
+        return None, None
+    far = min(thresholds) if far is None else far
+    if far not in thresholds:
+        known = ", ".join(f"{known:g}" for known in sorted(thresholds)) or "none"
+        raise ConfigError(f"no threshold was calibrated for a false accept rate of {far:g}; there is: {known}")
+    return thresholds[far], far
