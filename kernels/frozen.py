@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PACKED_ROWS = 2048  # that a packed layout is chosen for: 8 images of 257 tokens; it serves any number
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The contract of `vitface.model.ops.linear`, without a gradient."""
@@ -29,7 +31,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def pack(weight: Tensor) -> Tensor:
     """The contract of `vitface.model.ops.pack_weight`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if _onednn(weight) else weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_ROWS) if _onednn(weight) else weight
 
 
 def _onednn(x: Tensor) -> bool:
