@@ -73,8 +73,7 @@ def process_group(device: str, rank_timeout: float) -> Iterator[None]:
         yield
     except BaseException as error:
         found = watch.reason(error) if _lost_contact(error) else None
-        if not isinstance(found or error, RankError):
-            watch.say(error)
+        watch.leave(found or error)
         if found is not None:
             raise found from error
         raise
@@ -89,7 +88,7 @@ def _lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
         and not isinstance(error, torch.OutOfMemoryError)
-        and any(word in str(error) for word in ("gloo", "NCCL"))
+        and any(word in str(error) for word in ("gloo", "NCCL", "pair closure"))
     )
 
 
@@ -111,21 +110,28 @@ class _Watch:
                 count += 1
                 self.store.set(f"pulse/{self.number}", str(count))
 
-    def say(self, error: BaseException) -> None:
-        """Leaves the last words of this rank, before its end makes the others ask."""
+    def leave(self, error: BaseException) -> None:
+        """The last words of this rank, before its end makes the others ask; none if it leaves because of another."""
         words = str(error) if isinstance(error, VitfaceError | OSError) else f"{type(error).__name__}: {error}"
         with suppress(RuntimeError):
-            self.store.set(f"words/{self.number}", words)
+            self.store.set(f"words/{self.number}", "" if isinstance(error, RankError) else words)
 
     def reason(self, error: BaseException) -> RankError | None:
         """Why a collective failed, None if nobody is missing; takes as long as a few pulses."""
-        try:
-            found = self.missing()
-        except RuntimeError:
-            return RankError(f"the process that keeps the ranks together, usually rank 0, was lost; {ADVICE}")
-        if found is None and "imed out" in str(error):
+        answers: list[RankError | None] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(self.missing())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(10 * PULSE)  # the store of a machine that is gone may not answer for minutes
+        if not answers:
+            return RankError(f"the process that keeps the ranks together (torchrun, or rank 0) was lost; {ADVICE}")
+        if answers[0] is None and "imed out" in str(error):
             return RankError(f"no rank was lost, but one did not arrive within --rank-timeout; {ADVICE}")
-        return found
+        return answers[0]
 
     def missing(self) -> RankError | None:
         """Names the ranks that left last words or have no pulse."""
@@ -135,8 +141,11 @@ class _Watch:
         spoken = [f"rank {other} stopped: {text}" for other, text in words if text]
         if spoken:
             return RankError("; ".join(spoken))
-        after = [self._read(f"pulse/{other}") for other in self.others]
-        lost = [str(other) for other, old, new in zip(self.others, before, after, strict=True) if old == new]
+        lost = [
+            str(other)
+            for other, pulse in zip(self.others, before, strict=True)
+            if pulse == self._read(f"pulse/{other}") and not self.store.check([f"words/{other}"])
+        ]
         if lost:
             return RankError(f"rank {', '.join(lost)} was lost (killed, stopped, or its machine is gone); {ADVICE}")
         return None

@@ -22,7 +22,7 @@ from vitface.training.parallel import Shard, gather_rows, sum_over_ranks
 
 CHUNK = 2048  # classes whose logits exist at a time
 BLOCK = 1 << 16  # classes that are initialised at a time, and identities in a file of a checkpoint
-NONE = -1e30  # log of a sum over no class; finite, so that differences of two are too
+LOWEST = -1e30  # the largest of no logits; finite, so that differences of two are too
 DRAWS = 4  # first key of the random numbers that draw classes
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,38 +32,42 @@ def class_range(num_identities: int, number: int, count: int) -> tuple[int, int]
     return num_identities * number // count, num_identities * (number + 1) // count
 
 
-class _OthersAndOwn(torch.autograd.Function):
-    """Unit embeddings (B, E), prototypes (c, E), columns (B,) -> two (B,): what the softmax needs of these classes.
+class _Columns(torch.autograd.Function):
+    """Unit embeddings (B, E), prototypes (c, E), columns (B,) -> three (B,): what the softmax needs of these classes.
 
-    `others` is log sum_j exp(scale cos θ_j) over the classes that are not the image's own, `own` the cosine with its
-    own class, which is in column `columns`; 0 where that is -1, another rank's.
+    Over the classes that are not the image's own: `peak`, the largest scale cos θ_j, which takes no gradient, and
+    `total`, sum_j exp(scale cos θ_j - peak). And `own`, the cosine with its own class, which is in column `columns`; 0
+    where that is -1, another rank's.
     """
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, weight: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        others, own = unit.new_full((len(unit),), NONE), unit.new_zeros(len(unit))
+    def forward(ctx: Any, unit: Tensor, weight: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        peak, total, own = unit.new_full((len(unit),), LOWEST), unit.new_zeros(len(unit)), unit.new_zeros(len(unit))
         for first in range(0, len(weight), CHUNK):
             cosine = unit @ F.normalize(weight[first : first + CHUNK], eps=EPS).T  # (B, chunk)
             mine, column = _inside(columns, first, cosine.shape[1])
             own[mine] = cosine[mine, column]
             logits = cosine.mul_(scale)
             logits[mine, column] = -torch.inf
-            others = torch.logaddexp(others, logits.logsumexp(1))
+            higher = torch.maximum(peak, logits.amax(1))
+            total.mul_((peak - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
+            peak = higher
         ctx.scale = scale
-        ctx.save_for_backward(unit, weight, columns, others)
-        return others, own
+        ctx.save_for_backward(unit, weight, columns, peak)
+        ctx.mark_non_differentiable(peak)
+        return peak, total, own
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        unit, weight, columns, others = ctx.saved_tensors
-        d_others, d_own = gradients
+        unit, weight, columns, peak = ctx.saved_tensors
+        _, d_total, d_own = gradients
         d_unit, d_weight = torch.zeros_like(unit), torch.empty_like(weight)
         for first in range(0, len(weight), CHUNK):
             rows = weight[first : first + CHUNK]
             length = rows.norm(dim=1, keepdim=True).clamp_min(EPS)
             direction = rows / length
-            d_cosine = (unit @ direction.T).mul_(ctx.scale).sub_(others[:, None]).exp_()  # softmax over the others
-            d_cosine.mul_((ctx.scale * d_others)[:, None])
+            d_cosine = (unit @ direction.T).mul_(ctx.scale).sub_(peak[:, None]).exp_()
+            d_cosine.mul_((ctx.scale * d_total)[:, None])
             mine, column = _inside(columns, first, len(rows))
             d_cosine[mine, column] = d_own[mine]
             d_unit.addmm_(d_cosine, direction)
@@ -108,13 +112,15 @@ class ShardedMargin(MarginFormula):
         unit = gather_rows(F.normalize(embedding, eps=EPS))
         norms, labels = gather_rows(embedding.detach().norm(dim=1)), gather_rows(labels)
         columns = self._columns(labels)
-        others, own = _OthersAndOwn.apply(unit, self.weight, columns, self.scale)  # type: ignore[misc]
+        peak, total, own = _Columns.apply(unit, self.weight, columns, self.scale)  # type: ignore[misc]
         # each rank differentiates its own part; what it gets from the others is constant
         cosine = own.where(columns >= 0, sum_over_ranks(own.detach()))
-        parts = list(gather_rows(others.detach()[None]))
-        parts[rank()] = others
         target = self.scale * self.target(cosine, norms)
-        return (torch.logaddexp(torch.stack(parts).logsumexp(0), target) - target).mean()
+        peaks, totals = gather_rows(peak[None]), list(gather_rows(total.detach()[None]))  # (W, B)
+        totals[rank()] = total
+        highest = torch.maximum(peaks.amax(0), target.detach())
+        total = (torch.stack(totals) * (peaks - highest).exp()).sum(0) + (target - highest).exp()
+        return (total.log() + highest - target).mean()
 
     def _columns(self, labels: Tensor) -> Tensor:
         """The row of `weight` that holds each label (B,), -1 for another rank's."""
@@ -127,7 +133,8 @@ class ShardedMargin(MarginFormula):
     def draw(self, step: int, labels: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Before a step with these labels (of all ranks and micro-batches): its prototypes and their moments.
 
-        Bernoulli: each class that is not among the labels is drawn with probability `sample_rate`.
+        Bernoulli: each class that is not among the labels is drawn with probability `sample_rate`. No loss of an
+        earlier step may be kept with its graph, which knows another number of rows.
         """
         if self.sample_rate == 1:
             return
@@ -171,9 +178,10 @@ class ShardedMargin(MarginFormula):
 
 def initial_rows(num_identities: int, embedding_dim: int, seed: int, first: int, end: int) -> Tensor:
     """Rows [first, end) of the matrix that `MarginLoss` starts with, drawn block by block: (end - first, E)."""
-    generator, blocks = torch.Generator().manual_seed(seed), [torch.empty(0, embedding_dim)]
+    generator, rows = torch.Generator().manual_seed(seed), torch.empty(end - first, embedding_dim)
     for start in range(0, end, BLOCK):
         block = torch.randn(min(BLOCK, num_identities - start), embedding_dim, generator=generator)
-        if start + BLOCK > first:
-            blocks.append(block[max(first - start, 0) : end - start] * 0.01)
-    return torch.cat(blocks)
+        low, high = max(start, first), min(start + len(block), end)
+        if low < high:
+            rows[low - first : high - first] = block[low - start : high - start] * 0.01
+    return rows

@@ -34,9 +34,8 @@ def identity_files(margin: ShardedMargin, optimizer: torch.optim.Optimizer) -> I
         if rank() == 0:
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
-                    raise CheckpointError(
-                        f"not saved: {name} of identities {first} to {end} has NaN or infinite values"
-                    )
+                    what = f"{name} of the identities {first} to {end}"
+                    raise CheckpointError(f"this step was not saved: {what} has NaN or infinite values")
             yield f"identities-{first}-{end}.safetensors", tensor_bytes(tensors)
 
 

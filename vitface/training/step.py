@@ -69,10 +69,10 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[
     value, norm = loss.item(), clip_gradients(parameters, clip).item()
     culprit = first_fault(math.isfinite(value), math.isfinite(norm))
     if culprit is not None:
+        found = share(f"loss {value}, gradient norm {norm}", culprit)
         where = f"rank {culprit}: " if world_size() > 1 else ""
         raise NonFiniteError(
-            f"{where}{share(f'loss {value}, gradient norm {norm}', culprit)}: stopped before the update; try a lower --lr, "
-            f"a smaller --margin, or --dtype fp32",
+            f"{where}{found}: stopped before the update; try a lower --lr, a smaller --margin, or --dtype fp32",
             culprit,
         )
     optimizer.step()
