@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import torch
-from pytest import MonkeyPatch
-from tiny import TINY, use_tiny
+import torch  # noqa: E402
+from pytest import MonkeyPatch  # noqa: E402
+from tiny import TINY, use_tiny  # noqa: E402
 
-import train
-from vitface.errors import exit_code
-from vitface.training import loop
+import train  # noqa: E402
+from vitface.errors import exit_code  # noqa: E402
+from vitface.training import loop  # noqa: E402
 
 
 def main() -> int:

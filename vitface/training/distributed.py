@@ -7,6 +7,7 @@ rank that was killed or stopped from one that merely waits, and each rank that f
 """
 
 import datetime
+import itertools
 import json
 import os
 import threading
@@ -26,6 +27,8 @@ PULSE = 1.0  # seconds between two beats
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
 T = TypeVar("T")
 _watch: "_Watch | None" = None  # of the process group there is
+_numbers = itertools.count()  # of the process groups that this process was in: the store remembers their keys
+_groups: list[Any] = []  # and they themselves: gloo's destructor waits for threads that may wait for Python's lock
 
 
 def rank() -> int:
@@ -62,11 +65,12 @@ def process_group(device: str, rank_timeout: float) -> Iterator[None]:
     nccl = device.startswith("cuda") and dist.is_nccl_available()
     try:
         store, number, count = next(rendezvous("env://", timeout=timeout))
+        store = PrefixStore(f"vitface/{next(_numbers)}", store)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        group = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=number, world_size=count, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no process group of {launched()} ranks: {error}; start it with torchrun") from error
+    _groups.append(dist.group.WORLD)
     global _watch
     watch = _watch = _Watch(store, number, count)
     try:
