@@ -65,13 +65,15 @@ def difference(first, second):
 
 @pytest.mark.parametrize("epochs", [2, pytest.param(13, marks=pytest.mark.slow)])
 def test_two_ranks_are_two_accumulated_shards_bit_for_bit(tmp_path, epochs):
-    """13 epochs are 52 steps. All files but the settings, which name --grad-accum, and the log of every step."""
+    """13 epochs are 52 steps. All trained tensors and moments; the loss that is logged is added up in another order."""
     whole = {**LINEAR, "epochs": epochs}
     ranks = fingerprint(train(tmp_path / "ranks", 2, **whole))
     shards = fingerprint(train(tmp_path / "shards", grad_accum=2, **whole))
-    assert {name for name in ranks if ranks[name] != shards[name]} == {"training.json", "manifest.json"}
     control = fingerprint(train(tmp_path / "control", seed=1, grad_accum=2, **whole))
-    assert control["model.safetensors"] != shards["model.safetensors"]
+    for file in ("model.safetensors", "training.safetensors"):
+        assert ranks[file] == shards[file] != control[file]
+    logs = [[row["loss"] for row in json.loads(each["log"])] for each in (ranks, shards)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("epochs", [2, pytest.param(13, marks=pytest.mark.slow)])
@@ -101,7 +103,7 @@ def test_batch_norm_load_balance_and_adaface_are_over_all_ranks(tmp_path, world)
         with process_group("cpu", 60):
             got = gradients(config)
             for name, (gradient, size) in expected.items():
-                assert (got[name][0] - gradient).norm() <= 2e-6 * size, name
+                assert (got[name][0] - gradient).norm() <= 1e-4 * size, name  # batch norm of 8 images in float32
 
     assert in_ranks(world, act) == [0] * world
     alone, others = gradients(config), dict(expected)
@@ -235,8 +237,7 @@ def stop_at_infinity(folder, world, where, sharded):
 
     codes, last = ended(folder, world, act)
     assert codes == [2] * world and len(set(last)) == 1
-    named = world - 1 if where == "loss" else 0  # the norm is of all ranks' gradients: it does not say whose are bad
-    assert last[0].startswith(f"error: step 6: rank {named}: loss ") and "stopped before the update" in last[0]
+    assert last[0].startswith(f"error: step 6: rank {world - 1}: loss ") and "stopped before the update" in last[0]
     assert json.loads((folder / "run" / "non_finite.json").read_text())["gradients_not_finite"]
     train(folder / "run", world, resume="auto", **changes)  # without the fault, from step 5
     assert fingerprint(folder / "run") == fingerprint(train(folder / "whole", world, **changes))
@@ -258,8 +259,8 @@ def ended(folder, world, act, lost=()):
 def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
     """The control: each rank judges its own shard by itself, and the ranks go on with other adapters."""
 
-    def alone(loss_is_finite, norm_is_finite):
-        return None if loss_is_finite and norm_is_finite else rank()
+    def alone(faults):
+        return rank() if any(faults) else None
 
     def act(number):
         poisoned(1, 3, "shard")

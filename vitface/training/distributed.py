@@ -7,9 +7,9 @@ rank that was killed or stopped from one that merely waits, and each rank that f
 """
 
 import datetime
-import itertools
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -27,8 +27,7 @@ PULSE = 1.0  # seconds between two beats
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
 T = TypeVar("T")
 _watch: "_Watch | None" = None  # of the process group there is
-_numbers = itertools.count()  # of the process groups that this process was in: the store remembers their keys
-_groups: list[Any] = []  # and they themselves: gloo's destructor waits for threads that may wait for Python's lock
+_groups: list[Any] = []  # those there were: gloo's destructor waits for threads that may wait for Python's lock
 
 
 def rank() -> int:
@@ -65,7 +64,7 @@ def process_group(device: str, rank_timeout: float) -> Iterator[None]:
     nccl = device.startswith("cuda") and dist.is_nccl_available()
     try:
         store, number, count = next(rendezvous("env://", timeout=timeout))
-        store = PrefixStore(f"vitface/{next(_numbers)}", store)
+        store = PrefixStore(_meet(store, number, count, timeout), store)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -85,6 +84,29 @@ def process_group(device: str, rank_timeout: float) -> Iterator[None]:
         _watch = None
         watch.stopped.set()
         dist.destroy_process_group()
+
+
+def _meet(store: Store, number: int, count: int, timeout: datetime.timedelta) -> str:
+    """A name that only the ranks started together share: torchrun's store remembers the keys of those it restarted.
+
+    Each rank sends rank 0 a number of its own, and takes the name only from the answer to that number.
+    """
+    if number > 0:
+        own = secrets.token_hex(8)
+        store.set(f"hello/{number}", own)
+        store.wait([f"answer/{own}"], timeout)
+        name = store.get(f"answer/{own}").decode()
+        store.add(f"{name}/there", 1)
+        return name
+    name, end = f"ranks-{secrets.token_hex(8)}", time.monotonic() + timeout.total_seconds()
+    while store.add(f"{name}/there", 0) < count - 1:
+        for other in range(1, count):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        if time.monotonic() > end:
+            raise RuntimeError(f"not all of {count} ranks came within {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return name
 
 
 def _lost_contact(error: BaseException) -> bool:

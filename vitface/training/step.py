@@ -66,8 +66,11 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[
     NonFiniteError, on every rank and with the parameters as they were, if a loss or the norm is not finite on any.
     """
     loss.backward()
+    parameters = list(parameters)
     value, norm = loss.item(), clip_gradients(parameters, clip).item()
-    culprit = first_fault(math.isfinite(value), math.isfinite(norm))
+    bad_norm = not math.isfinite(norm)
+    own = bad_norm and not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
+    culprit = first_fault([not math.isfinite(value), own, bad_norm])
     if culprit is not None:
         found = share(f"loss {value}, gradient norm {norm}", culprit)
         where = f"rank {culprit}: " if world_size() > 1 else ""
@@ -80,8 +83,8 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[
     return norm
 
 
-def first_fault(loss_is_finite: bool, norm_is_finite: bool) -> int | None:
-    """The first rank whose loss is not finite, else whose norm is not, else None; the same on every rank."""
-    fault = 0 if not loss_is_finite else 1 if not norm_is_finite else 2  # the norm is of all ranks' gradients
-    found = lowest(fault * world_size() + rank())
-    return found % world_size() if found < 2 * world_size() else None
+def first_fault(faults: list[bool]) -> int | None:
+    """The first rank that has the first of these faults that any has, None if none has any; the same on every rank."""
+    worst = faults.index(True) if any(faults) else len(faults)
+    found = lowest(worst * world_size() + rank())
+    return found % world_size() if found < len(faults) * world_size() else None
