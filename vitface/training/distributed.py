@@ -6,6 +6,7 @@ long a rank waits for the others. Each rank's pulse, a counter in the store that
 rank that was killed or stopped from one that merely waits, and each rank that fails leaves its last words there.
 """
 
+import ctypes
 import datetime
 import json
 import os
@@ -27,7 +28,6 @@ PULSE = 1.0  # seconds between two beats
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
 T = TypeVar("T")
 _watch: "_Watch | None" = None  # of the process group there is
-_groups: list[Any] = []  # those there were: gloo's destructor waits for threads that may wait for Python's lock
 
 
 def rank() -> int:
@@ -69,7 +69,8 @@ def process_group(device: str, rank_timeout: float) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no process group of {launched()} ranks: {error}; start it with torchrun") from error
-    _groups.append(dist.group.WORLD)
+    # never destroyed, not even at exit: gloo's destructor waits for threads that may wait for Python's lock, or a peer
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     global _watch
     watch = _watch = _Watch(store, number, count)
     try:
