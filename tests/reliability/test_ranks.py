@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import Faces, fingerprint, settings, use_tiny
 
 from vitface.errors import DataError, exit_code
-from vitface.training import loop, parallel, setup, step
+from vitface.training import batches, loop, parallel, setup, step
 from vitface.training.distributed import process_group, rank, world_size
 from vitface.training.loop import Trainer
 from vitface.training.run import run
@@ -302,7 +302,7 @@ LOST = [
 
 def lose(number, how, where, count):
     """Rank `number` gets a signal that no process can handle when it calls `where` for the `count`-th time."""
-    owner = Trainer if where == "_save" else loop
+    owner = {"_save": Trainer, "read_batches": batches}.get(where, loop)
     taken, called = iter(range(1, 1000)), getattr(owner, where)
 
     def deadly(*arguments, **options):
@@ -397,7 +397,7 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
 
     def bug(number):
         if number == 1:
-            loop.augment = None
+            batches.augment = None
         return run(settings(tmp_path / "c"), quiet)
 
     codes, last = ended(tmp_path, 2, bug)

@@ -15,21 +15,19 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vitface.config import TrainConfig
-from vitface.data.augment import augment, uniforms
-from vitface.data.loader import EPOCH_ORDERS, read_batches, split_people
-from vitface.data.preprocess import to_float
+from vitface.data.loader import split_people
 from vitface.errors import CheckpointError, ConfigError
 from vitface.evaluation.verify import auc
 from vitface.files import replace_file
 from vitface.model.store import load_trained, tensor_bytes, trained_tensors
 from vitface.training import setup
 from vitface.training.alarms import alarms
+from vitface.training.batches import Batch, micro_batch_size, rank_batches
 from vitface.training.checkpoint import load_state, save_checkpoint
 from vitface.training.diagnose import diagnose
 from vitface.training.distributed import agree, check_same, rank, share, wait_for_all, world_size
@@ -45,7 +43,6 @@ from vitface.training.state import load_training, read_training, training_tensor
 from vitface.training.step import NonFiniteError, parameter_groups, schedule, total_loss, update
 
 LOG_EVERY = 10
-Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, domains
 
 
 @dataclasses.dataclass
@@ -72,12 +69,7 @@ class Trainer:
             self.samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
         )
         wait_for_all("inputs")  # packing takes one rank hours, and the others wait
-        if config.batch_size % (world_size() * config.grad_accum):
-            raise ConfigError(
-                f"--batch-size {config.batch_size} is no multiple of {world_size()} ranks x --grad-accum "
-                f"{config.grad_accum}"
-            )
-        self.micro_batch = config.batch_size // (world_size() * config.grad_accum)
+        self.micro_batch = micro_batch_size(config)
         if len(self.split.indices) < config.batch_size:
             raise ConfigError(
                 f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}"
@@ -222,10 +214,11 @@ class Trainer:
     def _step(self, batches: Generator[Batch]) -> tuple[float, dict[str, float]]:
         """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean loss by its parts."""
         count, losses = self.config.grad_accum, []
-        if self.sampled is not None:
-            self.sampled.draw(self.progress.step, self._labels_of_step(), self.optimizer)
-        for last in [False] * (count - 1) + [True]:
-            images, labels, domains = next(batches)
+        for part in range(count):
+            images, labels, domains, people = next(batches)
+            if self.sampled is not None and part == 0:
+                self.sampled.draw(self.progress.step, people, self.optimizer)
+            last = part == count - 1
             with accumulating(last, self.forward, self.margin_forward):
                 parts = total_loss(self.forward, self.margin_forward, images, labels, domains, self.config)
                 losses.append({name: part.detach() / count for name, part in parts.items()})
@@ -256,34 +249,11 @@ class Trainer:
         return NonFiniteError(f"step {step:,}: {error}; {path} says more", error.culprit)
 
     def _batches(self, epoch: int) -> Generator[Batch]:
-        """This rank's micro-batches of what is left of the epoch: normalised images (b, 3, S, S), labels (b,), domains
-        (b,) or None.
-
-        A step's images are `batch_size` consecutive ones of the epoch's order, whatever the number of ranks; they are
-        cut into equal parts, rank after rank, and each rank's part into its micro-batches.
-        """
-        config, split, size = self.config, self.split, self.micro_batch
-        order = EPOCH_ORDERS[config.sampler](split.labels, config.seed, epoch)
-        starts = [
-            at * config.batch_size + (rank() * config.grad_accum + part) * size
-            for at in range(self.steps_into_epoch, self.steps_per_epoch)
-            for part in range(config.grad_accum)
-        ]
-        positions = [order[start : start + size] for start in starts]
+        """What is left of the epoch, as `rank_batches`, ready for the model."""
+        steps = range(self.steps_into_epoch, self.steps_per_epoch)
         domains = self.samples.domains if self.has_domain_labels else None
-        pinned = self.device.type == "cuda"
-        for where, images in read_batches(self.samples, split.indices, positions, config.num_workers, pinned):
-            u = uniforms(config.seed, epoch, split.indices[where])
-            pixels = augment(to_float(images.to(self.device, non_blocking=True)), u, config.augment)
-            labels = torch.from_numpy(split.labels[where]).to(self.device)
-            known = None if domains is None else torch.from_numpy(domains[split.indices[where]]).to(self.device)
-            yield self.model.preprocess(pixels), labels, known
-
-    def _labels_of_step(self) -> np.ndarray:
-        """The people in the step under way, on all ranks: (batch_size,)."""
-        config, split, at = self.config, self.split, self.steps_into_epoch * self.config.batch_size
-        order = EPOCH_ORDERS[config.sampler](split.labels, config.seed, self.progress.epoch)
-        return split.labels[order[at : at + config.batch_size]]
+        for pixels, labels, known, people in rank_batches(self.config, self.samples, self.split, epoch, steps, domains):
+            yield self.model.preprocess(pixels), labels, known, people
 
     def judge_held_out(self) -> tuple[float | None, dict[str, str]]:
         """AUC over all pairs of the held-out people, and alarms, a sentence by name; (None, {}) where nobody is."""
