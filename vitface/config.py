@@ -179,14 +179,18 @@ class TrainConfig:
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
     margin: float = flag(0.35, "margin m")
     scale: float = flag(64.0, "scale s of the cosines")
+    shard_identities: bool = flag(False, "cut the identity matrix over the GPUs and its logits into chunks")
+    class_sample_rate: float = flag(1.0, "with --shard-identities: share of the other people a step compares with")
     augment: Literal["none", "flip", "strong", "randaugment"] = flag("strong", "augmentation of the training images")
     sampler: Literal["image", "identity"] = flag("image", "show each image once per epoch, or each person as often")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")
     max_images_per_identity: int | None = flag(None, "use at most this many training images of a person")
-    batch_size: int = flag(64, "images per step")
+    batch_size: int = flag(64, "images per step, over all GPUs and --grad-accum")
+    grad_accum: int = flag(1, "forward and backward passes per step, each on an equal part of a GPU's images")
     limit_batches: int | None = flag(None, "at most this many steps per epoch")
     epochs: int = flag(20, "passes over the data")
+    save_every: int | None = flag(None, "also save after every so many steps, not only after each epoch")
     patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
     lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
     head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
@@ -203,6 +207,7 @@ class TrainConfig:
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the adapted linear layers; auto: fused")
     compile: bool = flag(False, "torch.compile the model")
     memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
+    rank_timeout: float = flag(600.0, "under torchrun: seconds that a process waits for the others")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
     tensorboard: bool = flag(False, "also log for TensorBoard (extra: vitface[tensorboard])")
     dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
@@ -215,6 +220,7 @@ class TrainConfig:
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
         positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
+        positive += ("grad_accum", "save_every", "rank_timeout")
         for name in (*positive, "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -237,8 +243,17 @@ class TrainConfig:
             raise ConfigError("--domain-labels is for your own images; synthetic faces come with their domains")
         if self.holdout_people == 1 or (self.patience and not self.holdout_people):
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
-        if self.batch_size < 2 and self.head != "linear":
-            raise ConfigError("--batch-size must be at least 2: the batch norm of the embedding head needs two images")
+        if self.batch_size % self.grad_accum:
+            raise ConfigError(f"--batch-size {self.batch_size} is no multiple of --grad-accum {self.grad_accum}")
+        if self.batch_size // self.grad_accum < 2 and self.head != "linear":
+            raise ConfigError(
+                "--batch-size must be at least 2, and that times --grad-accum: the batch norm of the embedding head "
+                "needs two images"
+            )
+        if not 0 < self.class_sample_rate <= 1:
+            raise ConfigError(f"--class-sample-rate must be above 0 and at most 1, not {self.class_sample_rate}")
+        if self.class_sample_rate < 1 and not self.shard_identities:
+            raise ConfigError("--class-sample-rate goes with --shard-identities")
         vit = VIT_PRESETS[backbone_name(self.backbone)]
         vit.grid(self.image_size)
         if not 1 <= self.router_depth <= vit.depth:
@@ -248,7 +263,7 @@ class TrainConfig:
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
     "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights",
-    "val_data", "wandb", "tensorboard",
+    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard",
 })  # fmt: skip
 
 

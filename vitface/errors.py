@@ -36,6 +36,10 @@ class EvaluationError(VitfaceError):
     """Scores or labels that no verification protocol can accept, with the likely cause."""
 
 
+class RankError(VitfaceError):
+    """Another process of a run on several devices failed, was killed or did not answer; names it."""
+
+
 def exit_code(action: Callable[[], int | None]) -> int:
     """Runs a script's action: its own exit code or 0; 2 with the message of a mendable error; 130 after Ctrl-C.
 

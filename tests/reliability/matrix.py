@@ -59,6 +59,15 @@ ROWS = {
         "NaN or infinity injected at step k: pixels, activation, loss, gradient, parameter", "30", 10, 30,
         "stops before the update, parameters unchanged, a file says where",
     ),
+    "infinity on a rank": Row(
+        "infinity in the loss or the gradient of one rank of 2 and 4", "3", 2, 6,
+        "all ranks stop before the update and name it; resumed, the run is bit for bit as without; "
+        "the control without agreement parts the ranks",
+    ),
+    "lost ranks": Row(
+        "SIGKILL or SIGSTOP to one of 2 and 4 ranks: in a pass, an update, a save, an evaluation, reading", "12", 2, 12,
+        "the others end in an error that names it; resumed, the run is bit for bit as without",
+    ),
     "secrets": Row("planted secrets x sinks", "12 x 6", 72, 72, "none is found"),
 }  # fmt: skip
 

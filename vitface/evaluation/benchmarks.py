@@ -6,7 +6,7 @@ is drawn by this project and needs no file.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,14 @@ from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_ala
 from vitface.evaluation.verify import Verification, check_embeddings, pair_distance, verify
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
+
+
+def in_order(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+    """work(0), ..., work(count - 1), each (n, E), concatenated."""
+    return np.concatenate([work(turn) for turn in range(count)])
+
+
+InTurns = Callable[[Callable[[int], np.ndarray], int], np.ndarray]  # `in_order`, or its equal over several processes
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def available(data_dir: str | Path) -> list[str]:
 
 
 def evaluate_benchmark(
-    embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128
+    embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128, in_turns: InTurns = in_order
 ) -> tuple[Verification, list[str]]:
     """The field's protocol on one benchmark, and the alarms it raises.
 
@@ -82,11 +90,13 @@ def evaluate_benchmark(
     """
     if name == "synthetic":
         images, issame = _synthetic_benchmark()
-        rows = np.concatenate([embed(images[at : at + batch_size]) for at in range(0, len(images), batch_size)])
+        rows = in_turns(
+            lambda turn: embed(images[turn * batch_size : (turn + 1) * batch_size]), -(-len(images) // batch_size)
+        )
         first, second, folds, alarms, people = rows[::2], rows[1::2], None, [], pair_people(len(issame))
     else:
         pairs = read_benchmark(name, data_dir)
-        first, second = embed_pairs(embed, pairs, batch_size)
+        first, second = embed_pairs(embed, pairs, batch_size, in_turns)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
     check_embeddings(np.concatenate([first, second]))
     result = verify(pair_distance(first, second), issame, folds, people)
@@ -98,19 +108,20 @@ def _synthetic_benchmark() -> tuple[np.ndarray, np.ndarray]:
     return synthetic_pairs(BENCHMARKS["synthetic"].pairs)
 
 
-def embed_pairs(embed: Embed, pairs: VerificationSet, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def embed_pairs(
+    embed: Embed, pairs: VerificationSet, batch_size: int, in_turns: InTurns = in_order
+) -> tuple[np.ndarray, np.ndarray]:
     """(first, second), each (N, E). An image that occurs in several pairs is embedded once."""
     row_of: dict[bytes, int] = {}
     rows = np.array([row_of.setdefault(image, len(row_of)) for image in pairs.images])
     unique = list(row_of)
-    embeddings = np.concatenate([embed(batch) for batch in _decoded(unique, batch_size, pairs.name)])
+
+    def embed_batch(turn: int) -> np.ndarray:
+        batch = range(turn * batch_size, min((turn + 1) * batch_size, len(unique)))
+        return embed(np.stack([to_crop(decode_image(unique[i], f"{pairs.name}, image {i}")) for i in batch]))
+
+    embeddings = in_turns(embed_batch, -(-len(unique) // batch_size))
     return embeddings[rows[::2]], embeddings[rows[1::2]]
-
-
-def _decoded(images: list[bytes], batch_size: int, name: str) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), batch_size):
-        chunk = images[start : start + batch_size]
-        yield np.stack([to_crop(decode_image(data, f"{name}, image {start + i}")) for i, data in enumerate(chunk)])
 
 
 @dataclass(frozen=True)
@@ -122,12 +133,12 @@ class Evaluation:
     failures: list[str]
 
 
-def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path) -> Evaluation:
+def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path, in_turns: InTurns = in_order) -> Evaluation:
     """Every named benchmark, one after the other; what is wrong with one does not stop the next."""
     evaluation = Evaluation({}, [], [])
     for name in names:
         try:
-            evaluation.results[name], alarms = evaluate_benchmark(embed, name, data_dir)
+            evaluation.results[name], alarms = evaluate_benchmark(embed, name, data_dir, in_turns=in_turns)
             evaluation.alarms.extend(alarms)
             evaluation.alarms.extend(judge(name, evaluation.results[name]))
         except (DataError, EvaluationError) as error:

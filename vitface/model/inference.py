@@ -34,6 +34,7 @@ def prepare_inference(model: FaceModel) -> FaceModel:
     if model.config.lora_rank and model.config.num_domains == 1:
         merge_lora(model.vit)
     for block in model.vit.blocks:
+        assert isinstance(block, Block)
         _fold_layer_scale(block)
     for layer in linears:
         layer.to(dtype)

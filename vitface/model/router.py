@@ -4,6 +4,8 @@ It reads the mean patch token after a few frozen, un-adapted blocks, so the gate
 batch statistics, no running averages, one forward pass of the backbone. Letters: B images, D width, K domains.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,12 +40,13 @@ class FixedGate(nn.Module):
         return self.get_buffer("logits").expand(len(mean_patch), -1)
 
 
-def load_balance_loss(logits: Tensor) -> Tensor:
+def load_balance_loss(logits: Tensor, whole_batch: Callable[[Tensor], Tensor] = lambda usage: usage) -> Tensor:
     """K · sum_k (mean gate of domain k)² - 1: zero when the batch uses all domains alike, K - 1 when it uses one.
 
-    The soft form of the load-balancing loss of Shazeer et al. 2017 (arXiv:1701.06538).
+    The soft form of the load-balancing loss of Shazeer et al. 2017 (arXiv:1701.06538). `whole_batch` takes the mean
+    gates (K,) of these images to those of a batch that lies on several devices.
     """
-    usage = logits.softmax(dim=1).mean(dim=0)
+    usage = whole_batch(logits.softmax(dim=1).mean(dim=0))
     return logits.shape[1] * usage.square().sum() - 1
 
 

@@ -9,6 +9,7 @@ step-N/
   model.json            FaceConfig: everything needed to rebuild it around the frozen backbone
   training.safetensors  identity matrix and optimiser moments; never shared: the identity matrix is biometric data
   training.json         counters, the settings and the data it was trained with
+  identities-*          with --shard-identities: the identity matrix by ranges of classes (see `identity_files`)
   manifest.json         step, sizes and SHA-256 of the files, SHA-256 of the settings, versions, and its own SHA-256
 """
 
@@ -17,8 +18,9 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ def save_checkpoint(
     training_tensors: dict[str, Tensor],
     training_state: dict[str, Any],
     is_best: bool,
+    more_files: Iterable[tuple[str, bytes]] = (),
 ) -> Path:
     """Writes `checkpoints/step-N`, points `last` (and `best`) at it and drops all but the newest two and the best.
 
-    CheckpointError, with the earlier checkpoints as they were, if a tensor is not finite or the system refuses.
+    `more_files` are asked for one at a time, and not at all if the step is there already. CheckpointError, with the
+    earlier checkpoints as they were, if a tensor is not finite or the system refuses.
     """
     for name, tensor in (*model_tensors.items(), *training_tensors.items()):
         if not tensor.isfinite().all():
@@ -70,7 +74,7 @@ def save_checkpoint(
                 "training.json": _json_bytes(training_state),
             }
             make_folder(partial)
-            _publish(partial, final, manifest, files)
+            _publish(partial, final, manifest, chain(files.items(), more_files))
         link_checkpoint(final, is_best)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"step {step} could not be saved: {error or 'out of memory'}") from error
@@ -80,10 +84,11 @@ def save_checkpoint(
     return final
 
 
-def _publish(partial: Path, final: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-    for name, data in files.items():
+def _publish(partial: Path, final: Path, manifest: dict[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
+    manifest["files"] = {}
+    for name, data in files:
         write_synced(partial / name, data)
-    manifest["files"] = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+        manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
     write_synced(partial / "manifest.json", _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
     publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
 
@@ -105,6 +110,7 @@ def verify_step(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}/manifest.json is damaged: it is not what its own seal says")
     if f"step-{manifest.get('step')}" != path.resolve().name:
         raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
+    verify_checkpoint(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
     return manifest
 
 

@@ -1,24 +1,18 @@
 """What a run that met NaN or infinity leaves behind, to find out where it came from."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from vitface.files import replace_file
 
-
-def write_diagnosis(
-    path: Path, where: dict[str, Any], images: Tensor, parts: dict[str, Tensor], modules: nn.ModuleDict
-):
-    """A JSON file: `where` it happened, what went in, the loss by its parts, and which tensors are not finite.
+def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, Tensor], modules: nn.ModuleDict) -> dict[str, Any]:
+    """`where` it happened, what went in, the loss by its parts, and which tensors are not finite, as JSON.
 
     (seed, epoch, step) determine the batch, so that it need not be kept: a diagnosis holds no image and no name.
     """
     parameters = dict(modules.named_parameters())
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    diagnosis = {
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.numel()}
+    return {
         **where,
         "images": {"finite": _is_finite(images), "min": str(images.min().item()), "max": str(images.max().item())},
         "loss": {name: str(value.item()) for name, value in parts.items()},  # JSON has no NaN
@@ -26,7 +20,6 @@ def write_diagnosis(
         "gradients_not_finite": [name for name, tensor in gradients.items() if not _is_finite(tensor)],
         "largest_gradient": {name: str(tensor.abs().max().item()) for name, tensor in gradients.items()},
     }
-    replace_file(path, json.dumps(diagnosis, indent=1).encode())
 
 
 def _is_finite(tensor: Tensor) -> bool:

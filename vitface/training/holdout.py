@@ -20,6 +20,8 @@ from vitface.files import replace_file
 from vitface.model.face import FaceModel
 from vitface.model.store import FARS, THRESHOLDS_FILE, model_sha256
 from vitface.training import setup
+from vitface.training.distributed import rank
+from vitface.training.parallel import in_turns
 
 HOLDOUT_IMAGES = 2000
 
@@ -30,11 +32,14 @@ def embed_held_out(
     """Embeddings (n, E), gates (n, K) and people (n,) of (at most HOLDOUT_IMAGES of) these samples, in eval mode."""
     held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
     positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
-    embeddings, gates = [], []
-    for _, images in read_batches(samples, held_out, positions):
-        embeddings.append(model.embed(images, flip=flip))
-        gates.append(model.domain_weights(images))
-    return np.concatenate(embeddings), np.concatenate(gates), samples.labels[held_out]
+
+    def embed_batch(turn: int) -> np.ndarray:
+        [(_, images)] = read_batches(samples, held_out, [positions[turn]])
+        return np.hstack([model.embed(images, flip=flip), model.domain_weights(images)])
+
+    rows = in_turns(embed_batch, len(positions))
+    embeddings, gates = np.split(rows, [model.config.embedding_dim], axis=1)
+    return embeddings, gates, samples.labels[held_out]
 
 
 def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +70,8 @@ def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str,
         "pairs": {"same": int(issame.sum()), "different": int((~issame).sum())},
         "thresholds": thresholds,
     }
-    replace_file(run_dir / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
+    if rank() == 0:
+        replace_file(run_dir / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
     return written
 
 

@@ -49,6 +49,7 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     vit, plan = model.vit, None
     parameters = [*model.parameters(), *margin.parameters()]
     constant = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
+    constant += sum(buffer.nbytes for buffer in margin.buffers())  # a sampled identity matrix and its moments
     images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.pos_embed.device)
     before, buffers = vit.recomputed, {name: buffer.clone() for name, buffer in model.named_buffers()}
     entry = vit.tokens(images).detach().requires_grad_()

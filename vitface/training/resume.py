@@ -70,7 +70,7 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
 
     Other settings go on from the newest step only: later steps of the old ones would be taken for theirs.
     """
-    changes = difference(load_state(checkpoint)["settings"], settings_of(config))
+    changes = changed_settings(load_state(checkpoint), config)
     if changes and not config.allow_changed:
         raise CheckpointError(
             f"{checkpoint} was trained with other settings; resume with the same ones, or add --allow-changed:\n"
@@ -81,9 +81,19 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
         raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
 
 
+def changed_settings(state: dict[str, Any], config: TrainConfig) -> str:
+    """What `config` changes in the settings of a checkpoint with this `state`; empty if nothing.
+
+    A flag that is newer than the checkpoint had its default, which leaves everything as it was before there was one.
+    """
+    now = settings_of(config)
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name in now}
+    return difference({**defaults, **state["settings"]}, now)
+
+
 def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
     """Whether nothing is left to train after a checkpoint with this `state`; changed settings may ask for more."""
-    if difference(state["settings"], settings_of(config)):
+    if changed_settings(state, config):
         return state["progress"]["epoch"] >= config.epochs
     return state["progress"]["finished"]
 

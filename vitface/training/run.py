@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from vitface.files import make_folder, replace_file
 from vitface.lock import folder_lock
 from vitface.model.store import frozen_face, load_face, model_sha256
 from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
+from vitface.training.distributed import process_group, rank, share
 from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
+from vitface.training.parallel import in_turns
 from vitface.training.resume import checkpoint_to_resume, is_finished
 from vitface.training.setup import default_save_dir, final_benchmarks, resolve_choices
 from vitface.version import __version__
@@ -34,28 +37,37 @@ def run(config: TrainConfig, say: Say = print, with_frozen: bool = True) -> Path
     """
     config = resolve_choices(config)
     try:
-        if config.dry_run:
-            trainer = Trainer(config, None)
-            say(trainer.header())
-            trainer.fit(None)
-            return None
-        run_dir = Path(config.save_dir) if config.save_dir else default_save_dir(config)
-        return _run(config, run_dir, say, with_frozen)
+        with process_group(config.device, config.rank_timeout):
+            say = say if rank() == 0 else _silent
+            if config.dry_run:
+                trainer = Trainer(config, None)
+                say(trainer.header())
+                trainer.fit(None)
+                return None
+            run_dir = Path(share(config.save_dir or str(default_save_dir(config))))
+            return _run(config, run_dir, say, with_frozen)
     except torch.OutOfMemoryError:
         raise ConfigError(f"out of memory on {config.device}: lower --batch-size (now {config.batch_size})") from None
 
 
+def _silent(text: str) -> None:
+    """What ranks other than 0 say."""
+
+
 def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Path:
+    """Rank 0 decides and writes; the others follow it."""
     trainer = None
-    if not run_dir.is_dir():  # what is wrong or missing is said before anything is created
-        checkpoint_to_resume(config, run_dir, say)
+    if not share(run_dir.is_dir()):  # what is wrong or missing is said before anything is created
+        _to_resume(config, run_dir, say)
         trainer = Trainer(config, run_dir)
-        make_folder(run_dir)
-    with folder_lock(run_dir):
-        checkpoint = checkpoint_to_resume(config, run_dir, say)
+        if rank() == 0:
+            make_folder(run_dir)
+    with folder_lock(run_dir) if rank() == 0 else nullcontext():
+        checkpoint = _to_resume(config, run_dir, say)
         if checkpoint is not None:
             state = load_state(checkpoint)
-            link_checkpoint(checkpoint, state["is_best"])  # a kill may have come between the checkpoint and its links
+            if rank() == 0:
+                link_checkpoint(checkpoint, state["is_best"])  # a kill may have come before the links
             if is_finished(config, state):
                 _finish_again(config, run_dir, say, with_frozen)
                 return run_dir
@@ -63,16 +75,24 @@ def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Pat
         if checkpoint is not None:
             trainer.restore(checkpoint)
             say(f"resumed {checkpoint} at step {trainer.progress.step:,}")
-        replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+        if rank() == 0:
+            replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
         say(f"run directory: {run_dir}")
         say(trainer.header())
         try:
-            trainer.fit(RunLog(run_dir, config, trainer.progress.step))
-        except (KeyboardInterrupt, VitfaceError, OSError):
+            trainer.fit(RunLog(run_dir, config, trainer.progress.step) if rank() == 0 else None)
+        except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
             say(what_is_saved(run_dir))
             raise
         finish(config, run_dir, say, with_frozen)
     return run_dir
+
+
+def _to_resume(config: TrainConfig, run_dir: Path, say: Say) -> Path | None:
+    """`checkpoint_to_resume` as rank 0 sees it: the others cannot come to another conclusion."""
+    found = checkpoint_to_resume(config, run_dir, say) if rank() == 0 else None
+    found = share(None if found is None else str(found))
+    return None if found is None else Path(found)
 
 
 def what_is_saved(run_dir: Path) -> str:
@@ -84,7 +104,7 @@ def what_is_saved(run_dir: Path) -> str:
 
 
 def _finish_again(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> None:
-    if (run_dir / "results.md").is_file():
+    if share((run_dir / "results.md").is_file()):
         say(f"{run_dir} is finished; evaluate it with\n  python evaluate.py --checkpoint {run_dir} --bench all")
     else:
         finish(config, run_dir, say, with_frozen)
@@ -93,6 +113,7 @@ def _finish_again(config: TrainConfig, run_dir: Path, say: Say, with_frozen: boo
 def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = True) -> None:
     """Evaluates the best epoch (and the frozen backbone) on the benchmarks there are; leaves thresholds.json, the
     scores and results.md."""
+    share(None)  # rank 0 has written the last checkpoint
     names = final_benchmarks(config)
     adapted = load_face(run_dir, config.weights).to(config.device)
     thresholds = calibrate(config, run_dir, adapted)
@@ -102,8 +123,10 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
         models = {"frozen backbone, raw CLS": frozen.to(config.device), **models}
     sections = {}
     for title, model in models.items() if names else ():
-        sections[title] = evaluate_all(model.embed, names, config.val_data or "")
+        sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)
         say(f"\n{title}\n{evaluation_text(sections[title])}")
+    if rank() > 0:
+        return
     if names:
         keep_scores(run_dir, sections["adapted, best epoch"].results, model_sha256(run_dir))
     text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"

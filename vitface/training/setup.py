@@ -5,8 +5,9 @@ import importlib.util
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.packed import PackedSamples
@@ -20,14 +21,17 @@ from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
 from vitface.model.store import find_backbone, load_backbone, weights_sha256
+from vitface.training.distributed import launched, local_device
+from vitface.training.identities import ShardedMargin
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
+Margin = MarginLoss | ShardedMargin
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
     """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
-    device = resolve_device(config.device)
+    device = resolve_device(local_device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
     dtype = resolve_dtype(config.dtype, device)
@@ -37,8 +41,8 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     if config.dry_run:
         config = dataclasses.replace(
             config, weights="random", train_data="synthetic", val_data=None, epochs=1, limit_batches=2,
-            batch_size=min(config.batch_size, 8), max_samples=64, holdout_people=0, patience=0, num_workers=0,
-            resume=None, wandb=False, tensorboard=False,
+            batch_size=min(config.batch_size, 8 * launched()), grad_accum=1, max_samples=64, holdout_people=0,
+            patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False,
         )  # fmt: skip
     return config
 
@@ -98,7 +102,7 @@ def final_benchmarks(config: TrainConfig) -> list[str]:
     return ["synthetic", *real] if config.train_data == "synthetic" else real
 
 
-def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, MarginLoss]:
+def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin]:
     """The face model around its frozen backbone and the loss with its identity matrix, on the device, in train mode."""
     vit = load_backbone(config.backbone, config.weights, config.image_size)
     name = backbone_name(config.backbone)
@@ -120,7 +124,8 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         dtype=config.dtype,  # type: ignore[arg-type]  # "auto" is resolved by now
     )
     model = FaceModel(vit, face, config.impl, config.seed)
-    margin = MarginLoss(config.loss, num_people, config.embedding_dim, config.margin, config.scale, config.seed)
+    sizes = (config.loss, num_people, config.embedding_dim, config.margin, config.scale, config.seed)
+    margin = ShardedMargin(*sizes, config.class_sample_rate) if config.shard_identities else MarginLoss(*sizes)
     return model.to(config.device).train(), margin.to(config.device)
 
 
@@ -135,32 +140,42 @@ def parameter_counts(model: FaceModel) -> dict[str, tuple[int, int]]:
     return {key: (total, trainable) for key, (total, trainable) in counts.items()}
 
 
-def parameter_table(model: FaceModel, margin: MarginLoss) -> str:
+def parameter_table(model: FaceModel, margin: Margin) -> str:
     """The counts as text, a line per part; the identity matrix is counted apart."""
     rows = [f"{'parameters':<12}{'total':>14}{'trainable':>14}{'%':>9}"]
     for part, (total, trainable) in parameter_counts(model).items():
         if total:
             rows.append(f"{part:<12}{total:>14,}{trainable:>14,}{100 * trainable / total:>9.2f}")
-    rows.append(f"{'identities':<12}{margin.weight.numel():>14,}  (training only, {margin.weight.shape[0]:,} people)")
+    people = margin.num_identities
+    rows.append(f"{'identities':<12}{people * margin.weight.shape[1]:>14,}  (training only, {people:,} people)")
     return "\n".join(rows)
 
 
-def seconds_per_step(model: FaceModel, margin: MarginLoss, config: TrainConfig) -> float:
-    """Times one forward and backward pass on blank images, after one to warm up; leaves the model as it was."""
-    buffers = {name: buffer.clone() for name, buffer in [*model.named_buffers(), *margin.named_buffers()]}
-    images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, device=config.device)
-    labels = torch.zeros(config.batch_size, dtype=torch.long, device=config.device)
+def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, config: TrainConfig) -> float:
+    """Times one forward and backward pass on blank images, after one to warm up; leaves the model as it was.
+
+    A step has --grad-accum of them.
+    """
+    kept = {name for module in (model, margin) for name in module.state_dict()}  # not what `draw` draws from
+    buffers = [buffer for module in (model, margin) for name, buffer in module.named_buffers() if name in kept]
+    before = [buffer.clone() for buffer in buffers]
+    images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=config.device)
+    labels = torch.zeros(micro_batch, dtype=torch.long, device=config.device)
     start = 0.0
+    if isinstance(margin, ShardedMargin):
+        margin.draw(0, np.zeros(1, int))
     for _ in range(2):
         _synchronise(images)
         start = time.perf_counter()
         total_loss(model, margin, images, labels, None, config)["loss"].backward()
         _synchronise(images)
+    if isinstance(margin, ShardedMargin):
+        margin.put_back()
     for module in (model, margin):
         module.zero_grad(set_to_none=True)
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-    return time.perf_counter() - start
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+    return config.grad_accum * (time.perf_counter() - start)
 
 
 def _synchronise(tensor: Tensor) -> None:

@@ -1,0 +1,464 @@
+"""Runs on several ranks: they train what one process trains, act as one, and end in a clear error if one is lost."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from matrix import ROWS, sizes
+from ranks import in_ranks, started, wait
+from safetensors.torch import load_file
+from tiny import Faces, fingerprint, settings, use_tiny
+
+from vitface.errors import DataError, exit_code
+from vitface.training import batches, loop, parallel, setup, step
+from vitface.training.distributed import process_group, rank, world_size
+from vitface.training.loop import Trainer
+from vitface.training.run import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+LINEAR = dict(use_dalora=False, head="linear", loss="cosface")
+TIMEOUT = 10.0  # seconds that a rank waits for the others: more than a busy machine needs for a step
+REASON = 60.0  # more than a rank needs to find out whom it waited for, on a machine that is busy with other things
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    torch.set_num_threads(1)
+    use_tiny(monkeypatch)
+
+
+def quiet(text):
+    pass
+
+
+def train(run_dir, world=1, **changes):
+    """A whole run on `world` ranks."""
+    if world == 1:
+        run(settings(run_dir, **changes), quiet)
+    else:
+        assert in_ranks(world, lambda rank: run(settings(run_dir, **changes), quiet)) == [0] * world
+    return run_dir
+
+
+def tensors(run_dir, step="last"):
+    folder = run_dir / "checkpoints" / step
+    files = ["model.safetensors", "training.safetensors", *(path.name for path in folder.glob("identities-*"))]
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def difference(first, second):
+    """The largest difference of two runs' trained parameters."""
+    one, other = tensors(first), tensors(second)
+    assert one.keys() == other.keys()
+    kept = [name for name in one if not name.startswith(("optimizer.", "exp_avg"))]
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in kept)
+
+
+@pytest.mark.parametrize("epochs", [2, pytest.param(13, marks=pytest.mark.slow)])
+def test_two_ranks_are_two_accumulated_shards_bit_for_bit(tmp_path, epochs):
+    """13 epochs are 52 steps. All trained tensors and moments; the loss that is logged is added up in another order."""
+    whole = {**LINEAR, "epochs": epochs}
+    ranks = fingerprint(train(tmp_path / "ranks", 2, **whole))
+    shards = fingerprint(train(tmp_path / "shards", grad_accum=2, **whole))
+    control = fingerprint(train(tmp_path / "control", seed=1, grad_accum=2, **whole))
+    for file in ("model.safetensors", "training.safetensors"):
+        assert ranks[file] == shards[file] != control[file]
+    logs = [[row["loss"] for row in json.loads(each["log"])] for each in (ranks, shards)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [2, pytest.param(13, marks=pytest.mark.slow)])
+def test_four_ranks_four_shards_and_the_whole_batch_agree_to_a_millionth(tmp_path, epochs):
+    whole = {**LINEAR, "epochs": epochs}
+    four = train(tmp_path / "four", 4, **whole)
+    found = {
+        "shards": difference(four, train(tmp_path / "shards", grad_accum=4, **whole)),
+        "both": difference(four, train(tmp_path / "both", 2, grad_accum=2, **whole)),
+        "whole batch": difference(four, train(tmp_path / "whole", **whole)),
+        "sharded identities": difference(
+            train(tmp_path / "sharded", 4, shard_identities=True, **whole),
+            train(tmp_path / "chunked", shard_identities=True, **whole),
+        ),
+    }
+    print(f"after {4 * epochs} steps:", found)
+    assert max(found.values()) <= 1e-6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_batch_norm_load_balance_and_adaface_are_over_all_ranks(tmp_path, world):
+    """One step of DA-LoRA with everything that depends on the batch: gradients and buffers of the whole batch."""
+    config = setup.resolve_choices(settings(tmp_path, epochs=1, limit_batches=1, holdout_people=0))
+    expected = gradients(config)
+
+    def act(number):
+        with process_group("cpu", 60):
+            got = gradients(config)
+            for name, (gradient, size) in expected.items():
+                assert (got[name][0] - gradient).norm() <= 1e-4 * size, name  # batch norm of 8 images in float32
+
+    assert in_ranks(world, act) == [0] * world
+    alone, others = gradients(config), dict(expected)
+    assert all(torch.equal(alone[name][0], others[name][0]) for name in alone)
+
+
+def gradients(config):
+    """The gradients that reach the update of the first step, and the buffers: {name: (tensor, its scale)}."""
+    trainer, found = Trainer(config, None), {}
+
+    def note(optimizer, loss, trained, clip):
+        loss.backward()
+        named = {**dict(trainer.model.named_parameters()), "identities": trainer.margin.weight}
+        found.update({name: (p.grad.clone(), p.grad.norm()) for name, p in named.items() if p.grad is not None})
+        found["head.proj.bias"] = (torch.zeros(1), torch.ones(1))  # of a bias before a batch norm: rounding alone
+        found["loss"] = (torch.tensor(loop.agree(False, [loss.item()])[1][0]), loss.detach())
+        optimizer.zero_grad()
+        return 0.0
+
+    real, loop.update = loop.update, note
+    try:
+        trainer.fit(None)
+    finally:
+        loop.update = real
+    buffers = [*trainer.model.named_buffers(), *trainer.margin.named_buffers()]
+    return {**found, **{name: (value.clone().float(), value.float().norm()) for name, value in buffers}}
+
+
+def stop_after(count):
+    """SIGTERM to the last rank in the middle of a step."""
+    taken, update = iter(range(1, 1000)), loop.update
+
+    def signalled(*arguments):
+        if next(taken) == count and rank() == world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*arguments)
+
+    loop.update = signalled
+
+
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"shard_identities": True}, marks=pytest.mark.slow),
+        {"shard_identities": True, "class_sample_rate": 0.5},
+    ],
+)
+def test_a_run_moves_from_one_rank_to_two_to_four_and_back_with_every_tensor(tmp_path, monkeypatch, sharded):
+    """Each part is stopped after 3 steps by a signal to its last rank; what the next one loads, it saves the same."""
+    monkeypatch.setattr("vitface.training.identity_files.BLOCK", 3)
+    changes = {**LINEAR, **sharded, "epochs": 3}
+    run_dir = tmp_path / "run"
+    for part, world in enumerate((1, 2, 4, 1), 1):
+        assert move(run_dir, world, tmp_path / f"again-{part}", changes) == [130] * world
+        assert (run_dir / "checkpoints" / "last").resolve().name == f"step-{3 * part}"
+    assert difference(run_dir, train(tmp_path / "whole", **changes)) <= 1e-5
+    logs = [
+        [(row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in map(json.loads, text.splitlines())]
+        for text in ((folder / "log.jsonl").read_text() for folder in (run_dir, tmp_path / "whole"))
+    ]
+    assert logs[0] == logs[1]
+
+
+def move(run_dir, world, again, changes):
+    """Three more steps of the run; before them, what it loads is saved in `again` and must be the same."""
+
+    def act(number):
+        if (run_dir / "checkpoints").exists():
+            reload_and_save(run_dir, again, changes)
+        stop_after(3)
+        return exit_code(lambda: run(settings(run_dir, resume="auto", **changes), quiet) and 0)
+
+    return in_ranks(world, act)
+
+
+def reload_and_save(run_dir, elsewhere, changes):
+    last = (run_dir / "checkpoints" / "last").resolve()
+    with process_group("cpu", 60):
+        trainer = Trainer(setup.resolve_choices(settings(run_dir, **changes)), run_dir)
+        trainer.restore(last)
+        trainer.run_dir = elsewhere
+        trainer._save(False)
+        if rank() == 0:
+            before, after = tensors(run_dir, last.name), tensors(elsewhere)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def poisoned(number, at, where):
+    """Rank `number` meets an infinity in its loss, or in the gradient of its own identities, in one step."""
+    taken, total_loss = iter(range(1, 1000)), loop.total_loss
+
+    def bad(model, margin, *arguments):
+        parts = total_loss(model, margin, *arguments)
+        if next(taken) == at and rank() == number:
+            if where == "loss":
+                parts["loss"] = parts["loss"] * float("inf")
+            else:
+                margin.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return parts
+
+    loop.total_loss = bad
+
+
+def digest(module):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+
+
+INFINITIES = [
+    (2, "loss", False),
+    (2, "shard", True),
+    (4, "loss", True),
+    (4, "shard", True),
+    (2, "loss", True),
+    (4, "loss", False),
+]
+
+
+@sizes("infinity on a rank")
+def test_an_infinity_on_one_rank_stops_all_before_the_update(tmp_path, ran, cases):
+    chosen = INFINITIES[:cases]
+    for case in chosen:
+        stop_at_infinity(tmp_path / "-".join(map(str, case)), *case)
+    assert len(chosen) == cases
+    ran(ROWS["infinity on a rank"].fault, cases)
+
+
+def stop_at_infinity(folder, world, where, sharded):
+    changes = {**LINEAR, "shard_identities": sharded, "save_every": 5}
+    folder.mkdir()
+
+    def act(number):
+        poisoned(world - 1, 6, where)
+        return run(settings(folder / "run", **changes), quiet)
+
+    codes, last = ended(folder, world, act)
+    assert codes == [2] * world and len(set(last)) == 1
+    assert last[0].startswith(f"error: step 6: rank {world - 1}: loss ") and "stopped before the update" in last[0]
+    assert json.loads((folder / "run" / "non_finite.json").read_text())["gradients_not_finite"]
+    train(folder / "run", world, resume="auto", **changes)  # without the fault, from step 5
+    assert fingerprint(folder / "run") == fingerprint(train(folder / "whole", world, **changes))
+
+
+def ended(folder, world, act, lost=()):
+    """Exit codes and the last lines on stderr of all ranks but the `lost` ones."""
+
+    def logged(number):
+        sys.stderr = open(folder / f"{number}.txt", "w")  # noqa: SIM115
+        return exit_code(lambda: act(number) and 0)
+
+    others = [number for number in range(world) if number not in lost]
+    with started(world, logged) as pids:
+        codes = wait([pids[number] for number in others], 2 * TIMEOUT + REASON)
+    return codes, [(folder / f"{number}.txt").read_text().splitlines()[-1] for number in others]
+
+
+def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
+    """The control: each rank judges its own shard by itself, and the ranks go on with other adapters."""
+
+    def alone(faults):
+        return rank() if any(faults) else None
+
+    def act(number):
+        poisoned(1, 3, "shard")
+        step.first_fault, step.share = alone, lambda value, source=0: value
+        parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient; the shards' loss has its own
+        with process_group("cpu", 10):
+            trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, shard_identities=True)), None)
+            with suppress(step.NonFiniteError, RuntimeError):  # one stops, and the other finds that out a step later
+                trainer._epoch(None, loop.StopRequest())
+            parameters = [p.detach().numpy().tobytes() for p in trainer.model.parameters()]
+            (tmp_path / f"{number}.txt").write_text(hashlib.sha256(b"".join(parameters)).hexdigest())
+            os._exit(0)  # no need to hear why the other one is gone
+
+    in_ranks(2, act)
+    assert (tmp_path / "0.txt").read_text() != (tmp_path / "1.txt").read_text()
+
+
+# (ranks, who is lost, how, in what, the how-manieth time); by default every sixth one
+LOST = [
+    (2, 1, signal.SIGKILL, "total_loss", 7),
+    (2, 0, signal.SIGKILL, "update", 8),
+    (4, 2, signal.SIGSTOP, "update", 6),
+    (4, 3, signal.SIGKILL, "_save", 2),
+    (2, 1, signal.SIGSTOP, "embed_held_out", 2),
+    (4, 0, signal.SIGSTOP, "save_checkpoint", 1),
+    (2, 0, signal.SIGSTOP, "total_loss", 9),
+    (2, 0, signal.SIGKILL, "save_checkpoint", 2),
+    (4, 0, signal.SIGKILL, "total_loss", 10),
+    (2, 1, signal.SIGKILL, "embed_held_out", 1),
+    (2, 1, signal.SIGSTOP, "total_loss", 3),
+    (4, 1, signal.SIGKILL, "read_batches", 2),
+]
+
+
+def lose(number, how, where, count):
+    """Rank `number` gets a signal that no process can handle when it calls `where` for the `count`-th time."""
+    owner = {"_save": Trainer, "read_batches": batches}.get(where, loop)
+    taken, called = iter(range(1, 1000)), getattr(owner, where)
+
+    def deadly(*arguments, **options):
+        if rank() == number and next(taken) == count:
+            os.kill(os.getpid(), how)
+        return called(*arguments, **options)
+
+    setattr(owner, where, deadly)
+
+
+@sizes("lost ranks")
+def test_a_killed_or_stopped_rank_ends_all_in_an_error_that_names_it(tmp_path, ran, cases):
+    changes = dict(rank_timeout=TIMEOUT, save_every=3, shard_identities=True, loss="cosface")
+    expected = {world: fingerprint(train(tmp_path / f"{world}", world, **changes)) for world in (2, 4)}
+    chosen = LOST[:: len(LOST) // cases]
+    for case in chosen:
+        folder = tmp_path / "-".join(map(str, case))
+        lose_and_resume(folder, *case, changes)
+        assert fingerprint(folder / "run") == expected[case[0]], folder.name
+        shutil.rmtree(folder)
+    assert len(chosen) == cases
+    ran(ROWS["lost ranks"].fault, cases)
+
+
+def lose_and_resume(folder, world, lost, how, where, count, changes):
+    folder.mkdir()
+
+    def act(number):
+        lose(lost, how, where, count)
+        return run(settings(folder / "run", **changes), quiet)
+
+    codes, last = ended(folder, world, act, lost=[lost])
+    assert codes == [2] * (world - 1), folder.name
+    assert all(line.startswith(f"error: rank {lost} was lost (killed, stopped") for line in last), (folder.name, last)
+    train(folder / "run", world, resume="auto", **changes)
+
+
+class OtherFaces(Faces):
+    def __init__(self):
+        super().__init__()
+        self.labels = self.labels[::-1].copy()
+
+
+class Unreadable(Faces):
+    def read(self, index):
+        raise DataError(f"image {index} cannot be read")
+
+
+def test_unequal_settings_and_data_are_found_before_the_first_step(tmp_path):
+    def other_settings(number):
+        return run(settings(tmp_path / "a", lr=1e-3 * (1 + number)), quiet)
+
+    codes, last = ended(tmp_path, 2, other_settings)
+    assert codes == [2, 2] and last[0] == last[1]
+    assert "rank 1 has other lr than rank 0: 0.002 instead of 0.001; every rank needs the same command" in last[0]
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+    def other_data(number):
+        setup.open_inputs = lambda config: (OtherFaces if number == 2 else Faces)()
+        return run(settings(tmp_path / "b", batch_size=6), quiet)
+
+    codes, last = ended(tmp_path, 3, other_data)
+    assert codes == [2] * 3 and all("rank 2 has other sha256 than rank 0" in line for line in last)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
+    codes, last = ended(tmp_path, 3, lambda number: run(settings(tmp_path / "run"), quiet))
+    assert codes == [2] * 3
+    assert all(line == "error: --batch-size 8 is no multiple of 3 ranks x --grad-accum 1" for line in last)
+
+
+def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
+    def unreadable(number):
+        if number == 1:
+            setup.open_inputs = lambda config: Unreadable()
+        return run(settings(tmp_path / "a", holdout_people=0), quiet)
+
+    codes, last = ended(tmp_path, 2, unreadable)
+    assert codes == [2, 2]
+    assert "rank 1 stopped: image" in last[0] and "cannot be read" in last[1]
+
+    def full_disk(number):
+        def refuse(*arguments):
+            raise OSError(28, "No space left on device")
+
+        loop.save_checkpoint = refuse
+        return run(settings(tmp_path / "b"), quiet)
+
+    codes, last = ended(tmp_path, 2, full_disk)
+    assert codes == [2, 2]
+    assert last[1] == "error: rank 0 stopped: [Errno 28] No space left on device"
+
+    def bug(number):
+        if number == 1:
+            batches.augment = None
+        return run(settings(tmp_path / "c"), quiet)
+
+    codes, last = ended(tmp_path, 2, bug)
+    assert codes == [2, 1] and last[0] == "error: rank 1 stopped: TypeError: 'NoneType' object is not callable"
+
+
+def test_only_rank_0_writes(tmp_path):
+    def act(number):
+        allowed = ("/dev/null", "/proc", "/sys")
+        if number:
+            sys.addaudithook(lambda event, args: _no_write(event, args, allowed))
+        run(settings(tmp_path / "run", shard_identities=True), quiet)
+
+    assert in_ranks(2, act) == [0, 0]
+    assert (tmp_path / "run" / "results.md").is_file()
+
+
+def _no_write(event, arguments, allowed):
+    if event == "open" and isinstance(arguments[0], str) and not arguments[0].startswith(allowed):
+        mode, flags = arguments[1] or "", arguments[2] or 0
+        if set(str(mode)) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise AssertionError(f"wrote {arguments[0]}")
+    if event in ("os.rename", "os.mkdir", "os.symlink", "os.remove"):
+        raise AssertionError(f"{event} {arguments[0]}")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(run_dir, *kills, restarts):
+    """Runs torchrun_train.py on two ranks; `kills` are STEP:RANK:ATTEMPT at which a rank kills itself."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1",
+        str(Path(__file__).with_name("torchrun_train.py")), str(run_dir), *kills,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_restarts_a_run_and_it_ends_bit_for_bit_the_same(tmp_path):
+    done = torchrun(tmp_path / "run", "6:1:0", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "run") == fingerprint(train(tmp_path / "whole", 2, save_every=3))
+    assert done.stdout.count("resumed ") == 1 and "at step 4" in done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_twice_and_gives_up_after_the_last_restart(tmp_path):
+    done = torchrun(tmp_path / "run", "6:1:0", "9:0:1", restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "run") == fingerprint(train(tmp_path / "whole", 2, save_every=3))
+    done = torchrun(tmp_path / "again", "2:1:0", "2:1:1", restarts=1)
+    assert done.returncode != 0
+    assert not list((tmp_path / "again" / "checkpoints").glob("step-*"))
+
+
+def test_one_device_needs_no_process_group(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.init_process_group", None)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
+    assert world_size() == 1
+    run(settings(tmp_path / "run", epochs=1), quiet)

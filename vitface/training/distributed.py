@@ -1,0 +1,256 @@
+"""The process group of a run under torchrun: who is there, what all must agree on, and who was lost.
+
+On one device there is no process group and every function here is the identity. Under torchrun each rank is a process;
+tensors travel by NCCL where there is one, else by gloo, and small messages always by gloo. `rank_timeout` bounds how
+long a rank waits for the others. Each rank's pulse, a counter in the store that a thread raises once a second, tells a
+rank that was killed or stopped from one that merely waits, and each rank that fails leaves its last words there.
+"""
+
+import ctypes
+import datetime
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from vitface.errors import ConfigError, RankError, VitfaceError
+
+PULSE = 1.0  # seconds between two beats
+ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
+T = TypeVar("T")
+_watch: "_Watch | None" = None  # of the process group there is
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched() -> int:
+    """The number of processes that were started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device(name: str) -> str:
+    """The device of this process: under torchrun, "auto" and "cuda" are the GPU of its own number on its machine."""
+    if launched() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+@contextmanager
+def process_group(device: str, rank_timeout: float) -> Iterator[None]:
+    """Inside, the ranks that torchrun started are a process group; nothing happens where there is one process.
+
+    RankError, on every rank that is left, if one fails, is killed or keeps the others waiting for `rank_timeout`
+    seconds; it names the ranks.
+    """
+    if launched() == 1:
+        yield
+        return
+    timeout = datetime.timedelta(seconds=rank_timeout)
+    nccl = device.startswith("cuda") and dist.is_nccl_available()
+    try:
+        store, number, count = next(rendezvous("env://", timeout=timeout))
+        store = PrefixStore(_meet(store, number, count, timeout), store)
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no process group of {launched()} ranks: {error}; start it with torchrun") from error
+    # never destroyed, not even at exit: gloo's destructor waits for threads that may wait for Python's lock, or a peer
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    global _watch
+    watch = _watch = _Watch(store, number, count)
+    try:
+        yield
+    except BaseException as error:
+        found = watch.reason(error) if _lost_contact(error) else None
+        watch.leave(found or error)
+        if found is not None:
+            raise found from error
+        raise
+    finally:
+        _watch = None
+        watch.stopped.set()
+        dist.destroy_process_group()
+
+
+def _meet(store: Store, number: int, count: int, timeout: datetime.timedelta) -> str:
+    """A name that only the ranks started together share: torchrun's store remembers the keys of those it restarted.
+
+    Each rank sends rank 0 a number of its own, and takes the name only from the answer to that number.
+    """
+    if number > 0:
+        own = secrets.token_hex(8)
+        store.set(f"hello/{number}", own)
+        store.wait([f"answer/{own}"], timeout)
+        name = store.get(f"answer/{own}").decode()
+        store.add(f"{name}/there", 1)
+        return name
+    name, end = f"ranks-{secrets.token_hex(8)}", time.monotonic() + timeout.total_seconds()
+    while store.add(f"{name}/there", 0) < count - 1:
+        for other in range(1, count):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        if time.monotonic() > end:
+            raise RuntimeError(f"not all of {count} ranks came within {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return name
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether this is what a collective raises when another rank does not take part."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, torch.OutOfMemoryError)
+        and any(word in str(error) for word in ("gloo", "NCCL", "pair closure"))
+    )
+
+
+class _Watch:
+    """The pulses and last words of all ranks, in the store."""
+
+    def __init__(self, store: Store, number: int, count: int):
+        self.number, self.others = number, [other for other in range(count) if other != number]
+        self.store = store.clone()  # type: ignore[attr-defined]  # its own connection: the pulse goes on while another call waits
+        self.store.set_timeout(datetime.timedelta(seconds=2 * PULSE))
+        self.stopped = threading.Event()
+        self.store.set(f"pulse/{number}", "0")
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        count = 0
+        with suppress(RuntimeError):  # the store goes with its host
+            while not self.stopped.wait(PULSE):
+                count += 1
+                self.store.set(f"pulse/{self.number}", str(count))
+
+    def leave(self, error: BaseException) -> None:
+        """The last words of this rank, before its end makes the others ask; none if it leaves because of another."""
+        words = str(error) if isinstance(error, VitfaceError | OSError) else f"{type(error).__name__}: {error}"
+        with suppress(RuntimeError):
+            self.store.set(f"words/{self.number}", "" if isinstance(error, RankError) else words)
+
+    def reason(self, error: BaseException) -> RankError | None:
+        """Why a collective failed, None if nobody is missing; takes as long as a few pulses."""
+        answers: list[RankError | None] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(self.missing())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(10 * PULSE)  # the store of a machine that is gone may not answer for minutes
+        if not answers:
+            return RankError(f"the process that keeps the ranks together (torchrun, or rank 0) was lost; {ADVICE}")
+        if answers[0] is None and "imed out" in str(error):
+            return RankError(f"no rank was lost, but one did not arrive within --rank-timeout; {ADVICE}")
+        return answers[0]
+
+    def missing(self) -> RankError | None:
+        """Names the ranks that left last words or have no pulse."""
+        before = [self._read(f"pulse/{other}") for other in self.others]
+        time.sleep(3 * PULSE)
+        words = [(other, self._read(f"words/{other}")) for other in self.others]
+        spoken = [f"rank {other} stopped: {text}" for other, text in words if text]
+        if spoken:
+            return RankError("; ".join(spoken))
+        lost = [
+            str(other)
+            for other, pulse in zip(self.others, before, strict=True)
+            if pulse == self._read(f"pulse/{other}") and not self.store.check([f"words/{other}"])
+        ]
+        if lost:
+            return RankError(f"rank {', '.join(lost)} was lost (killed, stopped, or its machine is gone); {ADVICE}")
+        return None
+
+    def wait_for_all(self, name: str) -> None:
+        """Returns when every rank has called it, however long that takes; RankError if one is lost instead."""
+        there = self.store.add(name, 1)
+        while there <= len(self.others):
+            for _ in range(200):
+                time.sleep(PULSE / 20)
+                there = self.store.add(name, 0)
+                if there > len(self.others):
+                    return
+            found = self.missing()
+            if found is not None:
+                raise found
+
+    def _read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's JSON value, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    longest = max(int(size) for size in sizes)
+    padded = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]))
+    return [json.loads(bytes(each[: int(size)].tolist())) for each, size in zip(padded, sizes, strict=True)]
+
+
+def share(value: T, source: int = 0) -> T:
+    """The JSON value of rank `source`, on every rank; also a point that no rank passes before all have reached it."""
+    return gather(value if rank() == source else None)[source]
+
+
+def agree(flag: bool, values: list[float]) -> tuple[bool, list[float]]:
+    """(whether `flag` holds on any rank, the means of `values` over the ranks), the same on every rank."""
+    if world_size() == 1:
+        return flag, values
+    message = torch.tensor([float(flag), *values], dtype=torch.float64)
+    dist.all_reduce(message)
+    return bool(message[0] > 0), (message[1:] / world_size()).tolist()
+
+
+def wait_for_all(name: str) -> None:
+    """A point that no rank passes before all have reached it; unlike the others of this module without a time limit.
+
+    For work that one rank does for all, such as packing. `name` is used once.
+    """
+    if _watch is not None:
+        _watch.wait_for_all(name)
+
+
+def lowest(number: int) -> int:
+    """The smallest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    message = torch.tensor([number])
+    dist.all_reduce(message, op=dist.ReduceOp.MIN)
+    return int(message)
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """ConfigError, naming the ranks and what differs, unless every rank brings the same facts."""
+    everyone = gather(facts)
+    for name in facts:
+        for other, theirs in enumerate(everyone):
+            if theirs.get(name) != everyone[0].get(name):
+                raise ConfigError(
+                    f"rank {other} has other {name} than rank 0: {_short(theirs.get(name))} instead of "
+                    f"{_short(everyone[0].get(name))}; every rank needs the same command, files and versions"
+                )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
