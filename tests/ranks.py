@@ -10,17 +10,22 @@ from contextlib import contextmanager, suppress
 import torch
 from torch.distributed import TCPStore
 
+PORT_DIGITS = 5
+
 
 @contextmanager
 def started(count: int, action: Callable[[int], object]) -> Iterator[list[int]]:
     """Runs `action(rank)` in `count` processes; inside, their pids. What is left of them at the end is killed."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reader, writer = os.pipe()
     pids = []
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
-            _child(rank, count, store.port, action)
+            _child(rank, count, int(os.read(reader, PORT_DIGITS)), action)
         pids.append(pid)
+    # only now: its thread must not hold a lock, as of the name resolver, while a process is copied
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writer, f"{store.port:0{PORT_DIGITS}}".encode() * count)
     try:
         yield pids
     finally:
@@ -28,6 +33,8 @@ def started(count: int, action: Callable[[int], object]) -> Iterator[list[int]]:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, 9)
                 os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 def _child(rank: int, count: int, port: int, action: Callable[[int], object]) -> None:
