@@ -5,7 +5,7 @@
 
 Nothing but u is kept, which autograd keeps too; it also writes dh and du to two places and asks for none of the four
 gradients that nobody needs. On the CPU the bias is added inside oneDNN's product: ATen's addmm first fills the output
-with it, one pass over the output more (docs/experiments.md).
+with it, one pass over the output more.
 
 Letters: M rows (images x tokens), I in, O out, D width.
 """
