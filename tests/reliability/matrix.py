@@ -65,7 +65,7 @@ ROWS = {
         "the control without agreement parts the ranks",
     ),
     "lost ranks": Row(
-        "SIGKILL or SIGSTOP to one of 2 and 4 ranks: in a pass, an update, a save, an evaluation, reading", "12", 2, 12,
+        "SIGKILL or SIGSTOP to one of 2 and 4 ranks: in a pass, an update, a save, an evaluation, reading", "12", 1, 12,
         "the others end in an error that names it; resumed, the run is bit for bit as without",
     ),
     "secrets": Row("planted secrets x sinks", "12 x 6", 72, 72, "none is found"),
