@@ -36,8 +36,9 @@ def pack(weight: Tensor) -> Tensor:
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN has products for it. In float32 torch would take MKL's, which are slow on processors by AMD."""
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return fits and torch.backends.mkldnn.is_available()
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.library.custom_op("vitface::linear", mutates_args=())
