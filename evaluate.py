@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
-from vitface.device import keep_freed_memory, resolve_device, resolve_dtype
+from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all
 from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
@@ -57,7 +57,6 @@ def make_parser() -> argparse.ArgumentParser:
 def load_model(arguments: argparse.Namespace) -> FaceModel:
     """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
     device = resolve_device(arguments.device)
-    keep_freed_memory()
     if arguments.backbone is None:
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")

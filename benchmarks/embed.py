@@ -13,15 +13,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arguments import inputs, listed, make_parser, parse
 from peers import PooledCLS, timm_backbone, transformers_backbone
 from timing import interleave, report
 from torch import Tensor, nn
 
-from vitface.config import FaceConfig, backbone_name
-from vitface.device import keep_freed_memory, resolve_device, resolve_dtype
+from vitface.config import FaceConfig
 from vitface.model.face import DTYPES, FaceModel
 from vitface.model.inference import prepare_inference
-from vitface.model.store import load_backbone
 from vitface.model.vit import ViT
 
 MINIMUM_COSINE = {"bf16": 0.999, "fp32": 0.99999}
@@ -142,34 +141,16 @@ def check(embeds: dict[str, Embed], exact: Tensor, dtype: str) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "embed.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--backbone", default="dinov2", help="backbone preset (default: dinov2)")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--peers", default="timm,transformers", help="comma list of timm, transformers; or none")
+    parser = make_parser("embed.py", __doc__, EXAMPLES)
     parser.add_argument("--runtimes", default="onnxruntime,openvino", help="comma list; or none")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="also compiled forms")
-    parser.add_argument("--repetitions", type=int, default=15)
-    args = parser.parse_args(argv)
-    args.backbone, args.device = backbone_name(args.backbone), resolve_device(args.device)
-    args.dtype = resolve_dtype(args.dtype, args.device)
-    args.peers, args.runtimes = ([] if text == "none" else text.split(",") for text in (args.peers, args.runtimes))
+    args = parse(parser, argv)
+    args.runtimes = listed(args.runtimes)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    keep_freed_memory()  # for all alike
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator).to(args.device)
-    if "transformers" in args.peers and args.backbone.startswith("dinov2"):
-        vit = transformers_backbone(args.backbone, args.image_size, "sdpa")[1]
-    else:
-        vit = load_backbone(args.backbone, "random", args.image_size)
+    images, vit = inputs(args, torch.Generator().manual_seed(0))
     groups: dict[str, list[str]] = {"peers": [], "tuned_peers": [], "runtimes": []}
     with torch.no_grad():
         exact = our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), "reference")(images)[0]

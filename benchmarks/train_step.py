@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from arguments import inputs, make_parser, parse
 from peers import (
     ConcatenatedDomains,
     LoopedDomains,
@@ -22,12 +23,10 @@ from peers import (
 from timing import interleave, report
 from torch import Tensor, nn
 
-from vitface.config import FaceConfig, backbone_name
-from vitface.device import keep_freed_memory, resolve_device, resolve_dtype
+from vitface.config import FaceConfig
 from vitface.model.face import DTYPES, FaceModel
 from vitface.model.lora import adapted_linears
 from vitface.model.margin import MarginLoss
-from vitface.model.store import load_backbone
 from vitface.model.vit import ViT
 
 PEOPLE, EMBEDDING, ALPHA = 1000, 512, 16.0
@@ -208,38 +207,19 @@ def check(steps: dict[str, TrainStep], exact: TrainStep, layers: list[str], dtyp
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "train_step.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--backbone", default="dinov2", help="backbone preset (default: dinov2)")
+    parser = make_parser("train_step.py", __doc__, EXAMPLES)
     parser.add_argument("--adapter", choices=("lora", "dalora"), default="lora")
     parser.add_argument("--domains", type=int, default=3, help="K of DA-LoRA (default: 3)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--router-depth", type=int, default=3)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--peers", default="timm,transformers", help="comma list of timm, transformers; or none")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="also compiled forms")
-    parser.add_argument("--repetitions", type=int, default=15)
-    args = parser.parse_args(argv)
-    args.backbone, args.device = backbone_name(args.backbone), resolve_device(args.device)
-    args.dtype = resolve_dtype(args.dtype, args.device)
-    args.peers = [] if args.peers == "none" else args.peers.split(",")
-    return args
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    keep_freed_memory()  # for all alike
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator).to(args.device)
+    images, vit = inputs(args, generator)
     labels = torch.randint(PEOPLE, (args.batch_size,), generator=generator).to(args.device)
-    if "transformers" in args.peers and args.backbone.startswith("dinov2"):
-        vit = transformers_backbone(args.backbone, args.image_size, "sdpa")[1]
-    else:
-        vit = load_backbone(args.backbone, "random", args.image_size)
     groups: dict[str, list[str]] = {"peers": [], "tuned_peers": []}
     contestants = {"vitface": ours(our_model(vit, args, args.dtype, "fused"), False)}
     if args.compiled:

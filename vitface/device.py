@@ -11,13 +11,19 @@ from vitface.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; ConfigError if a named device cannot be used here."""
+    """ "auto" is CUDA where there is one, else the CPU; ConfigError if a named device cannot be used here.
+
+    On the CPU the process keeps the memory that it frees from now on.
+    """
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         (torch.zeros(1, device=name) + 1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return device
 
 
 def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
@@ -31,7 +37,7 @@ def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
     return "bf16" if fast else "fp32"
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """On Linux, asks glibc to keep what is freed for the next allocation, as torch does on a GPU.
 
     Else it hands large blocks back to the kernel, and every step takes the page faults for its activations anew.
