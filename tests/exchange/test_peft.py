@@ -197,7 +197,7 @@ def test_what_is_written_is_read_back_bitwise(backbone, changes, version, tmp_pa
     assert all(torch.equal(read.tensors[key], tensor) for key, tensor in expected.items())
 
 
-NAMES_OF_FOUR = {  # copied from models of transformers 4.50
+NAMES_OF_FOUR = {  # transformers 4's names, written by hand: version 5 is what is installed here
     "dinov2_vits14": {
         "encoder.layer.0.attention.attention.query", "encoder.layer.0.attention.attention.key",
         "encoder.layer.0.attention.attention.value", "encoder.layer.0.attention.output.dense",

@@ -105,7 +105,8 @@ def test_its_input_is_left_alone():
         assert torch.equal(qkv, before) and torch.equal(dout, dbefore)
 
 
-def test_long_sequences_take_the_devices_own_kernel():
-    qkv = torch.randn(1, EXPLICIT_TOKENS + 1, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert "attention" not in self_attention(qkv, 1, impl="fused").grad_fn.name().lower().replace("scaled_dot", "")
-    torch.testing.assert_close(self_attention(qkv, 1, impl="fused"), self_attention(qkv, 1), rtol=0, atol=0)
+def test_long_sequences_take_the_devices_own_kernel(monkeypatch):
+    monkeypatch.setattr("vitface.kernels.attention.attention", lambda qkv, *_: qkv[..., :1] * torch.nan)
+    for tokens, ours in ((EXPLICIT_TOKENS, True), (EXPLICIT_TOKENS + 1, False)):
+        qkv = torch.randn(1, tokens, 3, generator=torch.Generator().manual_seed(0))
+        assert self_attention(qkv, 1, impl="fused").isnan().all().item() == ours

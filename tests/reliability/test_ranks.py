@@ -283,7 +283,7 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
     assert (tmp_path / "0.txt").read_text() != (tmp_path / "1.txt").read_text()
 
 
-# (ranks, who is lost, how, in what, the how-manieth time); by default every sixth one
+# (ranks, who is lost, how, in what, the how-manieth time); by default the first alone
 LOST = [
     (2, 1, signal.SIGKILL, "total_loss", 7),
     (2, 0, signal.SIGKILL, "update", 8),

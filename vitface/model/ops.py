@@ -117,7 +117,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(hd)) v over (B, nh, N, hd) (Vaswani et al. 2017, eq. 1).
 
     On the CPU at a ViT's few hundred tokens the two matrix products as they stand beat SDPA, most of all in the
-    backward pass (docs/experiments.md).
+    backward pass (kernels/README.md: peers with "non-fused attention").
     """
     if explicit(q.device.type, k.shape[-2]):
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v

@@ -125,7 +125,7 @@ class Trainer:
                 f"{len(split.held_out):,} images of other people held out"
                 f"{', with domain labels' if self.has_domain_labels else ''}",
                 f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
-                f"device: {config.device}, {config.dtype}, adapted layers: {config.impl}{ranks}{parts}",
+                f"device: {config.device}, {config.dtype}, layers: {config.impl}{ranks}{parts}",
                 setup.parameter_table(self.model, self.margin),
                 f"memory: {self.memory}",
                 f"estimated time: {remaining / 60:.1f} min for {self.total_steps - self.progress.step:,} steps "
