@@ -28,6 +28,7 @@ from vitface.gallery.folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
+from vitface.model.inference import prepare_inference
 from vitface.model.store import load_backbone
 
 DRAWN = 256  # faces that are drawn; more images are copies of them
@@ -51,7 +52,7 @@ def random_model(backbone: str, image_size: int, device: str) -> FaceModel:
         backbone_name(backbone), "random", vit.config, image_size, lora_rank=16, head="bn",
         dtype=resolve_dtype("auto", where),
     )  # fmt: skip
-    return FaceModel(vit, config).eval().to(where)
+    return prepare_inference(FaceModel(vit, config).to(where))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import vitface.__main__
 from vitface.data.check import check_between
+from vitface.data.check_faces import Faces, nearest_image, recognised_people, stranger_threshold
 from vitface.data.check_pairs import check_benchmark, scan_benchmark
 from vitface.data.check_people import check_training, people_in_list, scan_training
 from vitface.data.findings import auc, correlation
@@ -40,6 +41,8 @@ class Crops:
         if self.crops[index] is None:
             raise ImageError(f"crop {index}: damaged")
         return self.crops[index]
+
+    read = image
 
 
 def smooth(rng, cells, strength):
@@ -313,3 +316,70 @@ def test_the_real_sets_are_quiet_and_their_faults_found(real_data, tmp_path):
 def test_a_folder_and_its_samples_agree(tmp_path):
     samples = FolderSamples(folders(tmp_path / "people", drawn_faces(people=3, images=2)))
     np.testing.assert_array_equal(samples.image(2), samples.read(2))
+
+
+def strangers(rng, people, images, dim=64, spread=0.8):
+    """(people x images, dim) embeddings, unit norm: the images of one person have a cosine near 1 / (1 + spread²)."""
+    rows = np.repeat(rng.normal(size=(people, dim)), images, 0) + spread * rng.normal(size=(people * images, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def numbered(count, offset=0):
+    """Crops that a lookup can embed: their first pixel is their number."""
+    crops = np.full((count, 112, 112, 3), 128, np.uint8)
+    crops[:, 0, 0, 0], crops[:, 0, 0, 1] = np.divmod(np.arange(offset, offset + count), 256)
+    return crops
+
+
+def png(crop):
+    out = BytesIO()
+    Image.fromarray(crop).save(out, "PNG")
+    return out.getvalue()
+
+
+def findings_by_faces(known, unknown, images):
+    """What is found in a benchmark of as many images as `unknown` has, by a model that embeds as these rows say."""
+    table = np.concatenate([known, unknown])
+
+    def embed(crops):
+        return table[crops[:, 0, 0, 0].astype(int) * 256 + crops[:, 0, 0, 1]]
+
+    train = Crops(numbered(len(known)), np.repeat(np.arange(len(known) // images), images))
+    pairs = VerificationSet(
+        "drawn", [png(crop) for crop in numbered(len(unknown), len(known))], np.arange(len(unknown) // 2) < 2
+    )
+    faces = Faces(scan_training(train, 0), embed)
+    return list(recognised_people(faces, scan_benchmark(pairs, 0)))
+
+
+def test_training_people_are_recognised_in_a_benchmark():
+    rng = np.random.default_rng(0)
+    everybody = strangers(rng, 100, 8)
+    known, unknown = everybody[:480], everybody[480:].copy()
+    (note,) = findings_by_faces(known, unknown, 8)
+    assert note.severity == "note" and "100% of the training people's own images" not in note.what
+    person = everybody[40:48].sum(0)  # the sixth
+    unknown[7] = person / np.linalg.norm(person)
+    finding, again = findings_by_faces(known, unknown, 8)
+    assert finding.name == "recognised_people" and again.name == "recognition"
+    assert "recognises 1 training people in drawn: 'person 5' (image 7, cosine 1.00); strangers" in finding.what
+
+
+def test_too_few_people_say_nothing():
+    rows = strangers(np.random.default_rng(0), 30, 4)
+    assert findings_by_faces(rows, rows[:8], 4) == []
+
+
+@pytest.mark.parametrize("people", [60, 300])
+def test_strangers_are_taken_for_training_people_as_rarely_as_is_said(people):
+    rng, alarms = np.random.default_rng(people), 0
+    for _ in range(300):
+        _, best = nearest_image(strangers(rng, people, 1), strangers(rng, 400, 1))
+        alarms += (best > stranger_threshold(best)).any()
+    assert alarms <= 9  # 3 expected
+
+
+def test_the_threshold_is_gumbels_quantile():
+    p = (np.arange(40_000) + 0.5) / 40_000
+    best = 0.3 - 0.02 * np.log(-np.log(p))
+    assert stranger_threshold(best) == pytest.approx(0.3 - 0.02 * np.log(-np.log(1 - 0.01 / 40_000)), abs=1e-4)

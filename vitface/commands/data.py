@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vitface.commands.align import add_finder_flags, make_finder
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import add_model_flags, command_parser, load_model
 from vitface.data.align_folder import write_crop
 from vitface.data.build import RELEASES, build
 from vitface.data.check import check, report_text
@@ -21,7 +21,7 @@ from vitface.errors import ConfigError, DataError, exit_code
 
 EXAMPLES = """examples:
   python -m vitface data check data                         everything in the folder; exit code 1 if something is wrong
-  python -m vitface data check data/my-people --against data/lfw.bin
+  python -m vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
   python -m vitface data pack data/casia-webface data/casia-packed
   python -m vitface data build cplfw downloads/cplfw data
   python -m vitface data show data/casia-webface --augment strong --out sheet.png
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--against", type=Path, nargs="+", default=[], metavar="FILE",
         help="benchmarks that training must not have seen: .bin files, or published pair lists (names are compared)",
     )  # fmt: skip
+    add_model_flags(checking, "trained run whose model looks for training people's faces in the benchmarks, too")
     checking.add_argument("--json", action="store_true", help="print the reports as JSON")
     for sub in (packing, checking):
         sub.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -90,7 +91,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for file in arguments.against:
         if not file.is_file():
             raise ConfigError(f"--against {file}: no such file")
-    reports = check(arguments.path, arguments.against, arguments.num_workers)
+    embed = load_model(arguments).embed if arguments.checkpoint else None
+    reports = check(arguments.path, arguments.against, arguments.num_workers, embed)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
     else:

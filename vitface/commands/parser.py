@@ -29,10 +29,12 @@ def command_parser(name: str, description: str | None, examples: str) -> argpars
     )  # fmt: skip
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint, --weights and --device."""
+def add_model_flags(
+    parser: argparse.ArgumentParser, what: str = "run (its best) or checkpoint; default: newest in runs/"
+) -> None:
+    """--checkpoint, which is `what`, --weights and --device."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/")
+    add("--checkpoint", type=Path, metavar="RUN", help=what)
     add("--weights", metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitface.data.check_faces import Embed, Faces, recognised_people
 from vitface.data.check_images import MIN_IMAGES
 from vitface.data.check_pairs import Benchmark, check_benchmark, scan_benchmark
 from vitface.data.check_people import TrainingSet, check_training, people_in_list, scan_training
@@ -36,11 +37,11 @@ class Report:
         return [finding for finding in self.findings if finding.severity != "note"]
 
 
-def check(path: Path, against: list[Path], num_workers: int) -> list[Report]:
+def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None = None) -> list[Report]:
     """A report for each set at `path`: a training set, a .bin, or a folder of such.
 
     Training sets are also compared with the benchmarks among them and those of `against`: .bin files, or published pair
-    lists (.txt), whose names are compared.
+    lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
     """
     trainings, benchmarks = sets_at(path)
     lists = [file for file in against if file.suffix != ".bin"]
@@ -50,7 +51,7 @@ def check(path: Path, against: list[Path], num_workers: int) -> list[Report]:
         reports.append(report)
         scanned += [bench] if bench else []
     for folder in trainings:
-        reports.append(_training_report(folder, scanned, lists, num_workers))
+        reports.append(_training_report(folder, scanned, lists, num_workers, embed))
     return reports
 
 
@@ -81,7 +82,9 @@ def _benchmark_report(path: Path, num_workers: int) -> tuple[Report, Benchmark |
     return Report(str(path), "verification set (.bin)", counts, check_benchmark(bench)), bench
 
 
-def _training_report(path: Path, benchmarks: list[Benchmark], lists: list[Path], num_workers: int) -> Report:
+def _training_report(
+    path: Path, benchmarks: list[Benchmark], lists: list[Path], num_workers: int, embed: Embed | None
+) -> Report:
     try:
         samples = load_samples(path)
         if isinstance(samples, PackedSamples):
@@ -92,8 +95,10 @@ def _training_report(path: Path, benchmarks: list[Benchmark], lists: list[Path],
     kind = "packed" if isinstance(samples, PackedSamples) else kind
     data = scan_training(samples, num_workers)
     findings = check_training(data)
+    faces = Faces(data, embed) if embed else None
     for bench in benchmarks:
         findings += check_between(data, bench)
+        findings += recognised_people(faces, bench) if faces else []
     for file in lists:
         findings += people_in_list(samples, file)
     return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vitface.data.images import CROP_SIZE
-from vitface.data.preprocess import normalise, resize
+from vitface.data.preprocess import resize
 from vitface.model.face import FaceModel
 from vitface.model.lora import Linear, merge_lora
 from vitface.model.ops import pack_weight
@@ -84,20 +84,13 @@ def fold_stem(model: FaceModel) -> FoldedStem | None:
     if rest:
         return None
     reach = 0 if side == CROP_SIZE else {"bilinear": 1, "bicubic": 2}[model.config.resize]
+    # how much each of the crop's pixels in reach adds to each of a patch's, along one axis; the patch sees no border
+    lit = torch.eye(5 * stride, dtype=torch.float64)[:, None, :, None].expand(-1, 1, -1, 5 * stride)
+    spread = resize(lit, 5 * patch, model.config.resize)[2 * stride - reach : 3 * stride + reach, 0, :, 0]
+    spread = spread[:, 2 * patch : 3 * patch]
     config, proj = model.config.vit, copy.deepcopy(model.vit.patch_embed.proj).double().cpu()
-
-    def patches(crops: Tensor) -> Tensor:
-        """A patch that sees no border, (B, D), of float64 crops five patches wide with pixels 0 to 255."""
-        images = normalise(resize(crops / 255, 5 * patch, model.config.resize), config.mean, config.std)
-        return proj(images)[:, :, 2, 2]
-
-    # the response to each single pixel of the kernel's window, less that to black, is the kernel
-    width = stride + 2 * reach
-    black = torch.zeros(1, 3, 5 * stride, 5 * stride, dtype=torch.float64)
-    bias = patches(black)[0]
-    lit = black.repeat(3 * width * width, 1, 1, 1)
-    window = lit[:, :, 2 * stride - reach : 3 * stride + reach, 2 * stride - reach : 3 * stride + reach]
-    window.copy_(torch.eye(3 * width * width).view(-1, 3, width, width))
-    kernel = rearrange(patches(lit) - bias, "(c h w) d -> d c h w", h=width, w=width)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (config.mean, config.std))
+    kernel = torch.einsum("dcpq,yp,xq->dcyx", proj.weight / (255 * std), spread, spread)
+    bias = proj(-(mean / std).expand(1, 3, patch, patch)).flatten()
     like = model.vit.patch_embed.proj.weight
     return FoldedStem(kernel.to(like), bias.to(like), stride)

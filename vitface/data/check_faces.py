@@ -1,0 +1,120 @@
+"""Training people in a benchmark whom a trained model recognises: other photos of them, under other names.
+
+Letters: C people, M images of the benchmark, E embedding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+from vitface.data.check_pairs import Benchmark
+from vitface.data.check_people import TrainingSet
+from vitface.data.findings import Finding, Findings
+from vitface.data.images import decode_image, to_crop
+
+Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
+IMAGES_PER_PERSON = 10  # more add little to a person's mean
+MIN_PEOPLE = 40  # fewer say nothing about how alike strangers are
+FALSE_ALARMS = 0.01  # people expected above the threshold where nobody is in both sets
+CHUNK = 256
+
+
+class Faces:
+    """A training set's people as a model sees them: embeddings of up to IMAGES_PER_PERSON images of each."""
+
+    def __init__(self, train: TrainingSet, embed: Embed):
+        self.train, self.embed = train, embed
+        usable = np.flatnonzero(train.scan.usable)
+        labels = train.samples.labels[usable]
+        order = np.argsort(labels, kind="stable")
+        first = np.unique(labels[order], return_index=True)[1]
+        nth = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
+        self.images = usable[order][nth < IMAGES_PER_PERSON]
+        self.people, self.rows = np.unique(train.samples.labels[self.images], return_inverse=True)
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        crops = (self.train.samples.read(i) for i in self.images)
+        return embed_all(self.embed, crops, len(self.images), "embedding people")
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """(C, E), the sum of each person's embeddings."""
+        sums = np.zeros((len(self.people), self.embeddings.shape[1]), np.float32)
+        np.add.at(sums, self.rows, self.embeddings)
+        return sums
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """The cosine of each image with its person's other images; people with one image have none."""
+        others = self.sums[self.rows] - self.embeddings
+        several = np.bincount(self.rows)[self.rows] > 1
+        return np.einsum("ij,ij->i", self.embeddings, _unit(others))[several]
+
+
+def recognised_people(faces: Faces, bench: Benchmark) -> Findings:
+    """People whose mean embedding is nearer to an image of the benchmark than strangers come.
+
+    The largest cosine of each of C people over all images follows a Gumbel distribution if they are all strangers; its
+    quartiles, which a few shared people do not move, give the threshold that FALSE_ALARMS of C strangers exceed.
+    """
+    if len(faces.people) < MIN_PEOPLE:
+        return
+    first = np.unique(bench.rows, return_index=True)[1][bench.scan.usable]  # each image once
+    crops = (to_crop(decode_image(bench.pairs.images[i], f"image {i}")) for i in first)
+    images = embed_all(faces.embed, crops, len(first), f"embedding {bench.pairs.name}")
+    nearest, best = nearest_image(_unit(faces.sums), images)
+    threshold = stranger_threshold(best)
+    found = np.flatnonzero(best > threshold)
+    found = found[np.argsort(-best[found])]
+    if len(found):
+        names = [
+            f"{faces.train.samples.names[faces.people[i]]!r} (image {first[nearest[i]]}, cosine {best[i]:.2f})"
+            for i in found[:3]
+        ]
+        yield Finding(
+            "recognised_people", "error", f"the model recognises {len(found)} training people in {bench.pairs.name}: "
+            f"{', '.join(names)}{', ...' if len(found) > 3 else ''}; strangers stay below {threshold:.2f}",
+            "look at them, and remove those who are in both from the training set",
+        )  # fmt: skip
+    yield Finding(
+        "recognition", "note", f"people of {bench.pairs.name} count as recognised from cosine {threshold:.2f}; "
+        f"{(faces.own > threshold).mean() if len(faces.own) else 0:.0%} of the training people's own images reach it",
+        "the lower that share, the more shared people this model misses; one that was trained on them flatters itself",
+    )  # fmt: skip
+
+
+def stranger_threshold(best: np.ndarray) -> float:
+    """What FALSE_ALARMS of the C Gumbel-distributed values `best` are expected to exceed, by their quartiles."""
+    lower, median, upper = np.quantile(best, (0.25, 0.5, 0.75))
+    scale = (upper - lower) / (math.log(math.log(4)) - math.log(math.log(4 / 3)))
+    return float(median + scale * (math.log(math.log(2)) - math.log(-math.log1p(-FALSE_ALARMS / len(best)))))
+
+
+def nearest_image(people: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `people` (C, E) the image (M, E) of the largest cosine, and that cosine."""
+    nearest, best = np.empty(len(people), int), np.empty(len(people), np.float32)
+    for at in range(0, len(people), CHUNK):
+        cosines = people[at : at + CHUNK] @ images.T
+        nearest[at : at + CHUNK], best[at : at + CHUNK] = cosines.argmax(1), cosines.max(1)
+    return nearest, best
+
+
+def embed_all(embed: Embed, crops: Iterable[np.ndarray], count: int, what: str) -> np.ndarray:
+    """float32 (count, E) of as many crops, which are read as they are needed."""
+    rows, batch = [], []
+    with tqdm(desc=what, total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
+        for number, crop in enumerate(crops, start=1):
+            batch.append(crop)
+            if len(batch) == CHUNK or number == count:
+                rows.append(embed(np.stack(batch)))
+                bar.update(len(batch))
+                batch = []
+    return np.concatenate(rows)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
