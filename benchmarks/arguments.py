@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitface.config import backbone_name
 from vitface.device import resolve_device, resolve_dtype
-from vitface.model.store import load_backbone
+from vitface.model.backbones import load_backbone
 from vitface.model.vit import ViT
 
 

@@ -27,9 +27,9 @@ from vitface.device import resolve_device, resolve_dtype
 from vitface.gallery.folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
+from vitface.model.backbones import load_backbone
 from vitface.model.face import FaceModel
 from vitface.model.inference import prepare_inference
-from vitface.model.store import load_backbone
 
 DRAWN = 256  # faces that are drawn; more images are copies of them
 

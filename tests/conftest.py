@@ -10,8 +10,9 @@ import torch
 from hypothesis import settings
 
 from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
+from vitface.model.backbones import load_backbone, save_backbone
 from vitface.model.face import FaceModel
-from vitface.model.store import THRESHOLDS_FILE, load_backbone, model_sha256, trained_tensors
+from vitface.model.store import THRESHOLDS_FILE, model_sha256, trained_tensors
 from vitface.model.vit import ViT, init_weights
 from vitface.training.checkpoint import save_checkpoint
 
@@ -101,3 +102,18 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("lora_b"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1)
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """A preset "tiny" of a 2-block ViT."""
+    for module in ("vitface.config", "vitface.model.backbones"):
+        monkeypatch.setitem(__import__(module, fromlist=["x"]).VIT_PRESETS, "tiny", tiny_config())
+
+
+@pytest.fixture
+def backbone(tmp_path, tiny_preset):
+    """A file of the tiny preset, and the ViT it was saved from."""
+    vit = tiny_vit(seed=3)
+    save_backbone(tmp_path / "tiny.safetensors", "tiny", vit.config, vit.state_dict(), {"file": "x", "licence": "none"})
+    return tmp_path / "tiny.safetensors", vit

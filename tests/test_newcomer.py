@@ -23,7 +23,7 @@ from vitface.config import VIT_PRESETS
 from vitface.data.align import TEMPLATE
 from vitface.data.detect import Face, FaceDetector
 from vitface.data.synthetic import SyntheticSamples
-from vitface.model.store import find_backbone, read_backbone, save_backbone
+from vitface.model.backbones import find_backbone, read_backbone, save_backbone
 from vitface.weights import convert
 
 PEOPLE, PHOTOS, MARGIN = ("anna", "ben", "chloe", "dora", "emil"), 57, 24

@@ -4,6 +4,7 @@ Data is fsynced before it gets its name, and a folder is fsynced after a name in
 for other processes, but says nothing about what is on the disk when the power fails.
 """
 
+import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -71,3 +72,11 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -30,7 +30,7 @@ from vitface.data.preprocess import normalise, to_float
 from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
 from vitface.data.synthetic import PRETRAIN_PEOPLE, synthetic_pairs
 from vitface.evaluation.verify import pair_distance, verify
-from vitface.model.store import save_backbone
+from vitface.model.backbones import save_backbone
 from vitface.model.vit import ViT, init_weights
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 2e-3, 0.05, 0.05

@@ -9,8 +9,10 @@ import torch
 from conftest import randomise_adapters, tiny_config, tiny_face, tiny_vit
 
 from vitface.config import VIT_PRESETS
+from vitface.files import sha256_file
+from vitface.model.backbones import load_backbone, save_backbone
 from vitface.model.face import FaceModel
-from vitface.model.store import load_backbone, model_sha256, save_backbone, sha256_file, trained_tensors
+from vitface.model.store import model_sha256, trained_tensors
 from vitface.training.checkpoint import save_checkpoint
 
 NAME = "dinov2_tiny"

@@ -12,7 +12,7 @@ import vitface
 from vitface.__main__ import main
 from vitface.errors import ExchangeError
 from vitface.exchange import graph
-from vitface.model.store import load_backbone, read_backbone
+from vitface.model.backbones import load_backbone, read_backbone
 
 KINDS = {
     "lora": {},

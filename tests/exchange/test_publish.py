@@ -23,8 +23,9 @@ from vitface.evaluation.verify import verify
 from vitface.exchange.card import model_card
 from vitface.exchange.leaks import check_card
 from vitface.model import hub
+from vitface.model.backbones import backbone_bytes, read_backbone
 from vitface.model.hub import BUNDLE_FILES
-from vitface.model.store import backbone_bytes, model_sha256, read_backbone
+from vitface.model.store import model_sha256
 
 ADDRESS = "https://huggingface.co/me/faces"
 

@@ -21,8 +21,10 @@ from vitface.data.images import decode_image
 from vitface.data.pairs import VerificationSet
 from vitface.data.records import RecordSamples
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
+from vitface.files import sha256_file
 from vitface.model.settings import face_config
-from vitface.model.store import load_face, load_trained, read_tensors, sha256_file, trained_tensors
+from vitface.model.store import load_face, load_trained, trained_tensors
+from vitface.model.tensors import read_tensors
 from vitface.training.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

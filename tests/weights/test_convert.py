@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.errors import ConfigError, WeightsError
-from vitface.model.store import load_backbone, read_backbone, sha256_file
+from vitface.files import sha256_file
+from vitface.model.backbones import load_backbone, read_backbone
 from vitface.model.vit import ViT
 from vitface.weights import convert
 from vitface.weights.convert import convert_backbone, convert_file, main

@@ -1,8 +1,4 @@
-"""Models on disk, each with every setting needed to run it, and all of it checked on load.
-
-A backbone is one safetensors file: our state-dict names at the native grid, and the settings (`ViTConfig`) and origin
-as JSON in its metadata. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts
-them.
+"""Face models on disk, each with every setting needed to run it, and all of it checked on load.
 
 A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
 SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256. A checkpoint lies in a run's
@@ -10,202 +6,23 @@ SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-
 """
 
 import dataclasses
-import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vitface.config import (
-    VIT_PRESETS,
-    Dtype,
-    FaceConfig,
-    ViTConfig,
-    backbone_name,
-    read_config,
-)
-from vitface.errors import CheckpointError, WeightsError
-from vitface.files import replace_file
-from vitface.home import cache_home
+from vitface.config import Dtype, FaceConfig, backbone_name, read_config
+from vitface.errors import CheckpointError
+from vitface.files import sha256_file
 from vitface.model import hub
+from vitface.model.backbones import backbone_files, contents_sha256, find_backbone, load_backbone, weights_sha256
 from vitface.model.face import TOKEN_WIDTH, FaceModel
-from vitface.model.settings import face_config, vit_config
-from vitface.model.vit import ViT, init_weights, resample_pos_embed
-from vitface.version import __version__
+from vitface.model.settings import face_config
+from vitface.model.tensors import read_tensors
 
-BACKBONE_FORMAT = "vitface-backbone-1"
-MAX_HEADER_BYTES = 1 << 20
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
 THRESHOLDS_FILE = "thresholds.json"  # of a run directory, see vitface.training.holdout
 FARS = (1e-2, 1e-3, 1e-4)
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file's contents; written by us, as safetensors' own writer does not fsync."""
-    return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
-
-
-def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
-    """A backbone file's contents.
-
-    `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
-    file, sha256, licence and anything else worth keeping.
-    """
-    metadata = {
-        "format": BACKBONE_FORMAT,
-        "name": name,
-        "config": json.dumps(dataclasses.asdict(config)),
-        "source": json.dumps(source),
-        "vitface_version": __version__,
-    }
-    return tensor_bytes(tensors, metadata)
-
-
-def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Writes a backbone file, see `backbone_bytes`, whole or not at all."""
-    replace_file(path, backbone_bytes(name, config, tensors, source))
-
-
-def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
-    """(name, config, tensors, source) of a converted file; WeightsError says what to do about any other file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") == BACKBONE_FORMAT:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        if path.suffix == ".safetensors":
-            raise WeightsError(f"{path}: damaged ({error}); fetch or convert it again") from None
-        metadata = {}
-    if metadata.get("format") != BACKBONE_FORMAT:
-        raise WeightsError(
-            f"{path} is not a converted file; convert it first:\n"
-            f"  python -m vitface.weights.convert NAME --src {path} --out weights/NAME.safetensors\n"
-            f"with NAME one of {', '.join(VIT_PRESETS)}"
-        )
-    try:
-        return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
-    except (KeyError, TypeError, ValueError):
-        raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
-
-
-def backbone_files(name: str) -> list[Path]:
-    """Every NAME.safetensors there is in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
-    packaged = importlib.util.find_spec("vitface.weights")  # absent in a clone that was not installed
-    folders = [Path("weights"), cache_home(), *(packaged.submodule_search_locations or [] if packaged else [])]
-    return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
-
-
-def find_backbone(name: str) -> Path:
-    """The first of `backbone_files`; WeightsError names the places and the fetch command."""
-    for path in backbone_files(name):
-        return path
-    raise WeightsError(
-        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. "
-        "Get them with\n"
-        f"  python -m vitface.weights.fetch {name}\n"
-        f"or name a converted file with --weights FILE"
-    )
-
-
-def contents_sha256(path: Path) -> str:
-    """The SHA-256 of what a backbone file means: its settings and, in the order of their names, its tensors.
-
-    Files of the same weights differ in their bytes where another version of vitface converted them, or another source.
-    """
-    _, config, tensors, _ = read_backbone(path)
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
-    """A frozen-ready ViT in float32 and eval mode for square images of `image_size` pixels.
-
-    `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises as a
-    pure function of the name. Called on normalised float (B, 3, S, S) it gives final-norm tokens (B, N, D), CLS first.
-    `vit.config` holds the settings, which come from the file where there is one.
-    """
-    name = backbone_name(name)
-    if weights == "random":
-        vit = ViT(VIT_PRESETS[name], image_size)
-        init_weights(vit)
-        return vit.eval()
-    path = find_backbone(name) if weights is None else Path(weights)
-    stored_name, config, tensors, _ = read_backbone(path)
-    if stored_name != name:
-        raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
-    check_tensors(path, tensors, expected_tensors(config))
-    tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
-    vit = ViT(config, image_size)
-    vit.load_state_dict(tensors)
-    return vit.eval()
-
-
-def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
-    """The tensors a backbone file of this config holds, on the meta device."""
-    with torch.device("meta"):
-        return ViT(config, config.native_size).state_dict()
-
-
-def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """WeightsError unless `tensors` has exactly these names, shapes and kinds of dtype, all finite."""
-    fault = _first_fault(tensors, expected, exact_dtype=False)
-    if fault:
-        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
-
-
-def _first_fault(tensors: dict[str, Tensor], expected: dict[str, Tensor], exact_dtype: bool) -> str | None:
-    for key in sorted(expected.keys() ^ tensors.keys()):
-        return f"{'missing' if key in expected else 'unknown'} tensor {key}"
-    for key, tensor in tensors.items():
-        want = expected[key]
-        same_kind = tensor.is_floating_point() == want.is_floating_point()
-        if tensor.shape != want.shape or not (tensor.dtype == want.dtype if exact_dtype else same_kind):
-            return f"{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {want.dtype} {tuple(want.shape)}"
-        if not tensor.isfinite().all():
-            return f"{key} has NaN or infinite values"
-    return None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file from anybody; CheckpointError if it is none, or has a header of over 1 MB."""
-    try:
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: damaged, or not ours: its header claims {header:,} bytes")
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-
-
-def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's safetensors file: exactly the names, shapes and dtypes of `expected`, all finite.
-
-    CheckpointError for any other file; a header of more than 1 MB is not even parsed.
-    """
-    tensors = load_tensors(path)
-    fault = _first_fault(tensors, expected, exact_dtype=True)
-    if fault:
-        raise CheckpointError(f"{path}: {fault}; it is not of the model that its settings describe")
-    return tensors
 
 
 def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
@@ -229,11 +46,6 @@ def frozen_face(
         backbone_name(name), digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype
     )
     return FaceModel(vit, config).eval()
-
-
-def weights_sha256(name: str, weights: str | Path | None) -> str:
-    """The SHA-256 of the backbone file that `load_backbone` would load, or "random"."""
-    return "random" if weights == "random" else sha256_file(find_backbone(name) if weights is None else Path(weights))
 
 
 def load_face(path: str | Path, weights: str | Path | None = None, dtype: Dtype | None = None) -> FaceModel:

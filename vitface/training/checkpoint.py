@@ -29,7 +29,8 @@ from torch import Tensor
 
 from vitface.errors import CheckpointError
 from vitface.files import make_folder, publish_folder, remove_folder, replace_link, sync_folder, write_synced
-from vitface.model.store import MODEL_FILES, tensor_bytes, verify_checkpoint
+from vitface.model.store import MODEL_FILES, verify_checkpoint
+from vitface.model.tensors import tensor_bytes
 from vitface.version import __version__
 
 KEEP_LAST = 2  # at least 2: the newest one may be found damaged

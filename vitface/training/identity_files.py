@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import CheckpointError
-from vitface.model.store import tensor_bytes
+from vitface.model.tensors import tensor_bytes
 from vitface.training.distributed import rank, world_size
 from vitface.training.identities import BLOCK, MOMENTS, ShardedMargin, class_range
 

@@ -24,7 +24,8 @@ from vitface.data.loader import split_people
 from vitface.errors import CheckpointError, ConfigError
 from vitface.evaluation.verify import auc
 from vitface.files import replace_file
-from vitface.model.store import load_trained, tensor_bytes, trained_tensors
+from vitface.model.store import load_trained, trained_tensors
+from vitface.model.tensors import tensor_bytes
 from vitface.training import setup
 from vitface.training.alarms import alarms
 from vitface.training.batches import Batch, micro_batch_size, rank_batches

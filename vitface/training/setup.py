@@ -18,9 +18,9 @@ from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
 from vitface.home import cache_home
+from vitface.model.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
-from vitface.model.store import find_backbone, load_backbone, weights_sha256
 from vitface.training.distributed import launched, local_device
 from vitface.training.identities import ShardedMargin
 from vitface.training.step import total_loss

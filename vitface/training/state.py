@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitface.model.store import read_tensors
+from vitface.model.tensors import read_tensors
 from vitface.training.parallel import Shard
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
