@@ -89,9 +89,9 @@ def test_the_generated_part_of_a_document_is_replaced_and_nothing_else(tmp_path)
     with open(path, "a") as file:
         file.write("by hand too\n")
     once = path.read_text()
-    assert once.startswith("# Experiments\n\nby hand\n\n<!-- study a") and once.endswith("by hand too\n")
+    assert once.startswith("# Experiments\n\nby hand\n\n<!-- a: generated") and once.endswith("by hand too\n")
     put_between_markers(path, "a", "second\n")
     assert path.read_text() == once.replace("first", "second")
-    path.write_text(once.replace("<!-- end of study a -->", ""))
+    path.write_text(once.replace("<!-- end of a -->", ""))
     with pytest.raises(ConfigError, match="put it back or remove both"):
         put_between_markers(path, "a", "third\n")

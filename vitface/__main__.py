@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("vitface.exchange.export", "a trained model for PEFT, ONNX Runtime, torch.export"),
     "import-peft": ("vitface.exchange.import_peft", "a face model from adapters that PEFT trained"),
     "publish": ("vitface.exchange.publish", "a model for the Hugging Face Hub, without what must not leave"),
+    "experiments": ("vitface.commands.experiments", "the recorded experiments beside your runs of them"),
     "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
 }
 

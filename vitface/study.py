@@ -204,20 +204,20 @@ def study(name: str, seeds: list[int], docs: Path | None, given: dict[str, Any])
     command = shlex.join(["python", "-m", "vitface", "study", *sys.argv[2:]])
     run_study(resolve({**STUDIES[name], **given}), list(dict.fromkeys(seeds)), folder, command, print)
     if docs is not None:
-        put_between_markers(docs, folder.name, (folder / "study.md").read_text(encoding="utf-8"))
+        put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
         print(f"wrote {docs}")
 
 
-def put_between_markers(path: Path, name: str, text: str) -> None:
-    """Replaces the generated part `name` of a document, or adds it at the end; the rest stays as it is."""
+def put_between_markers(path: Path, title: str, text: str) -> None:
+    """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    first, last = f"<!-- study {name}: generated, do not edit -->\n", f"<!-- end of study {name} -->\n"
+    first, last = f"<!-- {title}: generated, do not edit -->\n", f"<!-- end of {title} -->\n"
     head, begun, rest = before.partition(first)
     if begun and last not in rest:
         raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
     tail = rest.partition(last)[2]
     gap = "" if begun or not head else "\n"
-    replace_file(path, f"{head}{gap}{first}\n## Study: {name}\n\n{text}\n{last}{tail}".encode())
+    replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())
 
 
 if __name__ == "__main__":

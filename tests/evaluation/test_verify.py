@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,22 @@ def test_auc_under_monotone_maps_and_flipped_labels(count, seed):
     score, issame = scores(count, seed)
     assert auc(np.exp(3 * score), issame) == pytest.approx(auc(score, issame), abs=1e-12)
     assert auc(score, ~issame) == pytest.approx(1 - auc(score, issame), abs=1e-12)
+
+
+@given(st.integers(200, 2000), st.integers(0, 50), st.booleans())
+def test_auc_eer_and_tar_are_torchmetrics(count, seed, ties):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    score, issame = scores(count, seed, 1 if ties else None)
+    ranks = np.unique(score, return_inverse=True)[1]
+    # probabilities in the same order and exact in its float32, which it takes as they are
+    given = torch.from_numpy((ranks / 4096).astype(np.float32)), torch.from_numpy(issame.astype(int))
+    assert auc(score, issame) == pytest.approx(torchmetrics.binary_auroc(*given).item(), abs=1e-6)
+    far, tar, _ = roc(score, issame)
+    step = np.abs(np.diff(far)).max() + np.abs(np.diff(tar)).max()  # it takes a point of the ROC, ours lies between two
+    assert equal_error_rate(score, issame) == pytest.approx(torchmetrics.binary_eer(*given).item(), abs=step / 2 + 1e-6)
+    at = 30 / (~issame).sum() + 1e-6
+    want, _ = torchmetrics.binary_sensitivity_at_specificity(*given, min_specificity=1 - at - 1e-6)
+    assert tar_at_far(score, issame, at) == pytest.approx(want.item(), abs=1e-6)
 
 
 def test_equal_error_rate():
