@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
+from vitface.data.detect import FaceDetector
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
-from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all
+from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
 from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
 from vitface.evaluation.page import report_page
 from vitface.evaluation.report import results_json, results_table
+from vitface.evaluation.routing import benchmark_routing, pose_text, routing_text, synthetic_routing
 from vitface.evaluation.scores import keep_scores
 from vitface.model.face import FaceModel, shuffle_gate
 from vitface.model.inference import prepare_inference
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
   python evaluate.py --checkpoint runs/a --bench synthetic --json results.json
   python evaluate.py --bench all --output report.html    the same as a page with curves and pictures
   python evaluate.py --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
+  python evaluate.py --bench lfw --routing               what DA-LoRA's domains have to do with pose
   python evaluate.py --compare runs/lora-s* runs/dalora-s*   is the second one better?
   python evaluate.py --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
 """
@@ -44,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
+    add("--routing", action="store_true", help="also: what the router makes of pose, age and light (needs YuNet)")
     add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
@@ -82,6 +86,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
     model = load_model(arguments)
+    if arguments.routing:
+        check_routing(model, arguments)
     if arguments.bench == "all":
         names = available(arguments.data_dir)
         for name in BENCHMARKS:
@@ -96,11 +102,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(results_table(evaluation.results))
         if arguments.checkpoint and (arguments.checkpoint / "checkpoints").is_dir() and not arguments.gate:
             keep_scores(arguments.checkpoint, evaluation.results, model_sha256(arguments.checkpoint))
+    routing = route(model, list(evaluation.results), arguments.data_dir) if arguments.routing else {}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"benchmarks": results_json(evaluation.results)}, indent=1) + "\n")
+        written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
     if arguments.output:
         title = str(arguments.checkpoint or f"{arguments.backbone}, frozen")
-        page = report_page(title, model, evaluation, arguments.checkpoint, arguments.data_dir, arguments.show_faces)
+        run, shown = arguments.checkpoint, arguments.show_faces
+        page = report_page(title, model, evaluation, run, arguments.data_dir, shown, routing)
         arguments.output.write_text(page, encoding="utf-8")
         print(f"wrote {arguments.output}")
     for alarm in evaluation.alarms:
@@ -108,6 +117,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for failure in evaluation.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 2 if evaluation.failures else 0
+
+
+def check_routing(model: FaceModel, arguments: argparse.Namespace) -> None:
+    """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
+    if model.config.num_domains == 1:
+        raise ConfigError("--routing is for DA-LoRA; this model has no router")
+    if arguments.bench != "synthetic":
+        FaceDetector()
+
+
+def route(model: FaceModel, names: list[str], data_dir: Path) -> dict[str, dict]:
+    """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
+    found = {"synthetic": synthetic_routing(model)}
+    print(f"\nrouting on procedural faces, by what makes them hard\n{routing_text(found['synthetic'])}")
+    for name in (name for name in names if name != "synthetic"):
+        found[name] = benchmark_routing(model, read_benchmark(name, data_dir), FaceDetector())
+        print(f"\nrouting on {name}, by how far faces are turned\n{pose_text(found[name])}")
+    return found
 
 
 def compare_runs(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ It shows what `report.results_json` holds, and is drawn from the same results.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ for _number in range(6):
 
 
 def report_page(
-    title: str, model: FaceModel, evaluation: Evaluation, run: Path | None, data_dir: Path, faces: bool
-) -> str:
-    """The whole page as HTML. `run` adds its learning curve; `faces` shows the hardest pairs of real people."""
+    title: str, model: FaceModel, evaluation: Evaluation, run: Path | None, data_dir: Path, faces: bool,
+    routing: Mapping[str, dict[str, Any]],
+) -> str:  # fmt: skip
+    """The whole page as HTML. `run` adds its learning curve; `faces` shows the hardest pairs of real people; `routing`
+    {benchmark: `benchmark_routing`} adds what the router makes of their poses."""
     results = evaluation.results
     problems = [f"<p class=alarm>{escape(text)}</p>" for text in (*evaluation.alarms, *evaluation.failures)]
     sections = {
@@ -65,7 +67,7 @@ def report_page(
         "By category": "" if not results else category_bars(results),
         "Hardest pairs": hardest_pairs(results, data_dir) if faces else "",
         "Where CLS looks": attention_maps(model),
-        "Routing": "" if model.config.num_domains == 1 else routing_section(synthetic_routing(model)),
+        "Routing": "" if model.config.num_domains == 1 else routing_section(model, routing),
         "Settings": table(("setting", "value"), [(k, str(v)) for k, v in vars(model.config).items()]),
     }
     body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items() if html)
@@ -172,10 +174,25 @@ def attention_maps(model: FaceModel) -> str:
     return f"<div class=faces>{''.join(shown)}</div>"
 
 
-def routing_section(routing: dict[str, Any]) -> str:
-    """Mean domain weights by the known hard factor of procedural faces."""
+def routing_section(model: FaceModel, by_pose: Mapping[str, dict[str, Any]]) -> str:
+    """Mean domain weights by the known hard factor of procedural faces, and by pose on benchmarks."""
+    routing = by_pose.get("synthetic") or synthetic_routing(model)
+    charts = "".join(pose_chart(name, found) for name, found in by_pose.items() if name != "synthetic")
     rows = zip([*routing["labels"], "all"], [*routing["weights"], routing["usage"]], strict=True)
     groups = {label: {f"domain {k}": weight for k, weight in enumerate(row)} for label, row in rows}
     found = "" if routing["agreement"] is None else f"Agreement with the known factor {routing['agreement']:.1%}. "
     note = f"<p class=note>{found}Entropy {routing['entropy']:.3f} (0: one domain per image, 1: all alike).</p>"
-    return bar_chart("Mean domain weights on procedural faces", "hard factor", "weight", groups, 1) + note
+    return bar_chart("Mean domain weights on procedural faces", "hard factor", "weight", groups, 1) + note + charts
+
+
+def pose_chart(name: str, routing: dict[str, Any]) -> str:
+    """Mean domain weights by how far the faces of a benchmark are turned."""
+    bins = zip(routing["degrees"], routing["weights"], strict=True)
+    groups = {
+        f"{degrees}°": {f"domain {k}": weight for k, weight in enumerate(row)}
+        for degrees, row in bins
+        if row is not None
+    }
+    areas = ", ".join(f"domain {k} {area:.2f}" for k, area in enumerate(routing["auc"] or ()))
+    note = f"<p class=note>Far turned or not, told by a domain's weight, AUC: {areas}.</p>" if areas else ""
+    return bar_chart(f"Mean domain weights on {name}", "turned by", "weight", groups, 1) + note

@@ -1,14 +1,23 @@
 """What DA-LoRA's router does with images: how sure it is, which domains it uses, whether they mean pose, age or light.
 
-numpy only, but for `synthetic_routing`, which asks a model. Letters: B images, K domains, L labels.
+`synthetic_routing` and `benchmark_routing` ask a model, the rest is numpy. Letters: B images, K domains, L labels.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
 
+from vitface.data.detect import FaceDetector
+from vitface.data.images import decode_image, to_crop
+from vitface.data.pairs import VerificationSet
+from vitface.data.pose import crop_landmarks, yaw_degrees
 from vitface.data.synthetic import DOMAINS, TEST_PEOPLE, SyntheticSamples
+from vitface.evaluation.verify import auc
 from vitface.model.face import FaceModel
+
+YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, far turned
+POSED_IMAGES = 2000
 
 
 def entropy(weights: np.ndarray) -> np.ndarray:
@@ -60,6 +69,52 @@ def synthetic_routing(model: FaceModel, num_people: int = 60, images_per_person:
         "domain_of_label": domains,
         "chance": 1 / len(DOMAINS),
     }
+
+
+def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
+    """Domain weights (B, K) by how far a face is turned, `yaw` (B,) in degrees.
+
+    {"degrees": bins of |yaw|, "images": in each, "weights": (bins, K) means or None, "auc": (K,), how well a domain's
+    weight tells the last bin from the first, 0.5: not at all; None if one of them is empty}.
+    """
+    turned = np.digitize(np.abs(yaw), YAW_EDGES[1:-1])
+    bins = [weights[turned == number] for number in range(len(YAW_EDGES) - 1)]
+    first, last = bins[0], bins[-1]
+    areas = None
+    if len(first) and len(last):
+        labels = np.repeat([False, True], [len(first), len(last)])
+        areas = [auc(np.concatenate([first[:, k], last[:, k]]), labels) for k in range(weights.shape[1])]
+    return {
+        "degrees": [f"{low} to {high}" for low, high in itertools.pairwise(YAW_EDGES)],
+        "images": [len(rows) for rows in bins],
+        "weights": [rows.mean(axis=0).tolist() if len(rows) else None for rows in bins],
+        "auc": areas,
+    }
+
+
+def benchmark_routing(model: FaceModel, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
+    """`pose_routing` of a benchmark's first POSED_IMAGES images, without those whose face is not found again."""
+    crops, landmarks = [], []
+    for number, image in enumerate(list(dict.fromkeys(pairs.images))[:POSED_IMAGES]):
+        crop = to_crop(decode_image(image, f"{pairs.name}, image {number}"))
+        found = crop_landmarks(crop, detector)
+        if found is not None:
+            crops.append(crop)
+            landmarks.append(found)
+    yaw = yaw_degrees(np.array(landmarks)) if landmarks else np.zeros(0)
+    weights = model.domain_weights(np.stack(crops)) if crops else np.zeros((0, model.config.num_domains))
+    return pose_routing(weights, yaw)
+
+
+def pose_text(routing: dict[str, Any]) -> str:
+    """A line per bin: its images and the mean weight of each domain; then the areas under the curve."""
+    count = max(len(row or ()) for row in routing["weights"])
+    lines = [f"{'turned by':<12}{'images':>7}" + "".join(f"{f'domain {k}':>10}" for k in range(count))]
+    for degrees, images, row in zip(routing["degrees"], routing["images"], routing["weights"], strict=True):
+        lines.append(f"{degrees + '°':<12}{images:>7}" + "".join(f"{weight:>10.3f}" for weight in row or ()))
+    if routing["auc"] is not None:
+        lines.append(f"{'far or not':<19}" + "".join(f"{f'AUC {area:.2f}':>10}" for area in routing["auc"]))
+    return "\n".join(lines)
 
 
 def routing_text(routing: dict[str, Any]) -> str:
