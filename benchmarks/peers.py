@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitface.config import VIT_PRESETS
 from vitface.model.backbones import load_backbone
 from vitface.model.lora import adapted_linears
+from vitface.model.router import thin_out
 from vitface.model.vit import ViT
 from vitface.weights.convert import convert_file
 
@@ -143,15 +144,16 @@ class ConcatenatedDomains(nn.Module):
 class TimmDALoRA(nn.Module):
     """timm's ViT with DA-LoRA layers of one of the two kinds, and our router: (B, 3, S, S) -> CLS (B, D)."""
 
-    def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, depth: int, domains: int):
+    def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, args):
         super().__init__()
-        self.model, self.router, self.depth = model.requires_grad_(False), router, depth
+        self.model, self.router = model.requires_grad_(False), router
+        self.depth, self.stride = args.router_depth, args.router_stride
         self.layers = []
         for path, layer in adapted_linears(vit).items():
             parent = model.get_submodule(path.rpartition(".")[0])
             name = path.rpartition(".")[2]
             a, b = layer.lora_a.detach().clone(), layer.lora_b.detach().clone()
-            adapted = kind(getattr(parent, name), a, b, layer.scaling, domains)
+            adapted = kind(getattr(parent, name), a, b, layer.scaling, args.domains)
             setattr(parent, name, adapted)
             self.layers.append(adapted)
 
@@ -160,7 +162,7 @@ class TimmDALoRA(nn.Module):
         tokens = self.model.norm_pre(tokens)
         self.set_gate(None)
         with torch.no_grad():
-            early = tokens
+            early = thin_out(tokens, self.stride)
             for block in self.model.blocks[: self.depth]:
                 early = block(early)
         self.set_gate(self.router(early[:, 1:].mean(1)).softmax(1))

@@ -92,7 +92,8 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, impl: str) -> Face
     domains = args.domains if args.adapter == "dalora" else 1
     config = FaceConfig(
         args.backbone, "random", vit.config, vit.image_size, lora_rank=args.rank, lora_alpha=ALPHA,
-        num_domains=domains, router_depth=args.router_depth, head="linear", embedding_dim=EMBEDDING, dtype=dtype,
+        num_domains=domains, router_depth=args.router_depth, router_stride=args.router_stride,
+        head="linear", embedding_dim=EMBEDDING, dtype=dtype,
     )  # fmt: skip
     model = FaceModel(own, config, impl).to(args.device)
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +131,7 @@ def domain_contestant(kind: type[nn.Module], vit: ViT, args, fused_attention: bo
     reference = our_model(vit, args, "fp32", "reference")
     dtype = DTYPES[args.dtype]
     backbone = timm_backbone(vit, args.backbone, fused_attention).to(dtype)
-    model = TimmDALoRA(backbone, kind, reference.vit, reference.router, args.router_depth, args.domains)
+    model = TimmDALoRA(backbone, kind, reference.vit, reference.router, args)
     wrapped = WithHead(model, reference.head.proj, dtype).to(args.device).train()
     layers = dict(zip(adapted_linears(reference.vit), model.layers, strict=True))
 
@@ -212,6 +213,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--domains", type=int, default=3, help="K of DA-LoRA (default: 3)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--router-depth", type=int, default=3)
+    parser.add_argument("--router-stride", type=int, default=2)
     return parse(parser, argv)
 
 

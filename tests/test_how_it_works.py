@@ -26,7 +26,7 @@ from vitface.model.face import EmbeddingHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
 from vitface.model.margin import MarginLoss
 from vitface.model.ops import attention, attention_map, lora_linear, split_heads
-from vitface.model.router import load_balance_loss
+from vitface.model.router import load_balance_loss, thin_out
 from vitface.model.vit import ViT
 from vitface.training.setup import build_model, parameter_counts
 
@@ -315,6 +315,8 @@ def dalora() -> list[str]:
     adapters, router, head = (counts[part][1] for part in ("adapters", "router", "head"))
     single = adapter_count("dinov2_vits14", rank)
     even, collapsed = (load_balance_loss(row[None]) for row in (torch.zeros(domains), 99 * torch.eye(domains)[0]))
+    tokens = seen["vit.blocks.0"][1]
+    thin = thin_out(torch.zeros(1, tokens, 1), face.config.router_stride).shape[1]
     wide = 48  # the rank and the alpha of the control
     assert lora_scaling(face.config.lora_scaling, wide, wide) == qkv.scaling
     assert adapter_count("dinov2_vits14", wide) == adapters and adapters + router + head == counts["all"][1]
@@ -323,12 +325,16 @@ def dalora() -> list[str]:
         say("A ({}, {}), B ({}, {})", *qkv.lora_a.shape, *qkv.lora_b.shape),
         say("{} · {} = {},", domains, stacked // domains, stacked),
         say("repeated {} times", rank),
+        say("runs these {} tokens", thin),
         say("first {} blocks", passes - depth),
-        say("the {} patch tokens", seen["vit.patch_embed"][1]),
+        say("the {} patch tokens", thin - 1),
         say("MLP {} -> {} -> {} with softmax", *reversed(face.router.fc1.weight.shape), seen["router"][1]),
         say("logits {:.0f}, {:.0f}, {:.0f} give the weights", *logits),
         say("{:.3f}, {:.3f}, {:.3f}", *torch.tensor(logits).softmax(0)),
-        say("{} block passes for {}, an extra {}/{}", passes, depth, passes - depth, depth),
+        say(
+            "{} block passes for {}, but {} of them with {} tokens for {}", passes, depth, passes - depth, thin, tokens
+        ),
+        say("an extra {:.3f} of a forward", (passes - depth) * thin / (depth * tokens)),
         say("{} · {:,} = {:,}, router {:,}", adapters // single, single, adapters, router),
         say("head {:,}, together {:,}", head, counts["all"][1]),
         say("weights of {}/{} each are exactly rank {}", 1, domains, stacked),

@@ -113,6 +113,7 @@ class FaceConfig:
     num_domains: int = 1
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
+    router_stride: int = 1
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     embedding_dim: int = 512
     train_patch_embed: bool = False
@@ -169,6 +170,7 @@ class TrainConfig:
     lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
+    router_stride: int = flag(2, "of the rows and columns of patches it looks at; 1 is all, and four times the work")
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
     router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
     domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
@@ -258,6 +260,8 @@ class TrainConfig:
         vit.grid(self.image_size)
         if not 1 <= self.router_depth <= vit.depth:
             raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
+        if not 1 <= self.router_stride <= vit.grid(self.image_size):
+            raise ConfigError(f"--router-stride must be 1 to {vit.grid(self.image_size)}, not {self.router_stride}")
 
 
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)

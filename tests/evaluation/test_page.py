@@ -9,8 +9,8 @@ from PIL import Image
 
 from vitface.evaluation.benchmarks import Evaluation
 from vitface.evaluation.page import report_page
-from vitface.evaluation.routing import pose_routing
 from vitface.evaluation.report import results_json
+from vitface.evaluation.routing import pose_routing
 from vitface.evaluation.verify import verify
 
 VOID = {"meta", "img"}

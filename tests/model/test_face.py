@@ -9,7 +9,7 @@ from PIL import Image
 from vitface.config import resolve
 from vitface.errors import ConfigError, ImageError
 from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
-from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss
+from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss, thin_out
 from vitface.training.setup import build_model, parameter_counts
 
 
@@ -144,6 +144,21 @@ def test_patches_head_reads_every_token():
         changed = tokens.clone()
         changed[:, n] += 1
         assert (head(changed) - base).abs().max() > 1e-3
+
+
+def test_the_router_looks_at_every_second_row_and_column():
+    tokens = torch.arange(26.0).view(1, 26, 1)
+    assert thin_out(tokens, 1).flatten().tolist() == list(range(26))
+    assert thin_out(tokens, 2).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
+    assert thin_out(tokens, 3).flatten().tolist() == [0, 1, 4, 16, 19]
+    model = tiny_face(num_domains=3, router_stride=2)  # 4 x 4 patches
+    x = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    seen, elsewhere = x.clone(), x.clone()
+    elsewhere[:, [2, 4, 5, 6, 7, 8]] += 1  # odd rows or columns
+    seen[:, 3] += 1
+    assert torch.equal(model.route(elsewhere), model.route(x)) and not torch.equal(model.route(seen), model.route(x))
+    early = model.vit.blocks[0](x[:, [0, 1, 3, 9, 11]], adapted=False)
+    torch.testing.assert_close(model.route(x), model.router(early[:, 1:].mean(1)))
 
 
 def test_router_losses_at_their_extremes():

@@ -20,7 +20,7 @@ from vitface.data.photos import CropReader, Photo
 from vitface.data.preprocess import normalise, resize, to_float
 from vitface.errors import ConfigError
 from vitface.model.lora import TARGETS, add_lora, use_impl
-from vitface.model.router import DomainClassifier, FixedGate
+from vitface.model.router import DomainClassifier, FixedGate, thin_out
 from vitface.model.verdict import Verdict, choose_threshold
 from vitface.model.vit import ViT
 
@@ -121,6 +121,7 @@ class FaceModel(nn.Module):
             return None
         depth = 0 if isinstance(self.router, FixedGate) else self.config.router_depth
         with torch.no_grad():
+            tokens = thin_out(tokens, self.config.router_stride)
             for block in self.vit.blocks[:depth]:
                 tokens = block(tokens, adapted=False)
         return self.router(tokens[:, 1:].mean(dim=1))

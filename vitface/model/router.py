@@ -1,16 +1,25 @@
 """The domain classifier of DA-LoRA: what an image is like (pose, age, light) -> how much of each adapter it gets.
 
 It reads the mean patch token after a few frozen, un-adapted blocks, so the gate is a pure function of the image: no
-batch statistics, no running averages, one forward pass of the backbone. Letters: B images, D width, K domains.
+batch statistics, no running averages. The blocks see every second row and column of patches only, unless told
+otherwise: what kind of photo it is shows in a quarter of them. Letters: B images, N tokens, D width, K domains.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 HIDDEN = 256
+
+
+def thin_out(tokens: Tensor, stride: int) -> Tensor:
+    """CLS and the patches of every `stride`-th row and column: (B, 1 + g², D) -> (B, 1 + ceil(g / stride)², D)."""
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    patches = rearrange(tokens[:, 1:], "b (h w) d -> b h w d", h=side)[:, ::stride, ::stride]
+    return torch.cat([tokens[:, :1], rearrange(patches, "b h w d -> b (h w) d")], dim=1)
 
 
 class DomainClassifier(nn.Module):

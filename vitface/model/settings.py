@@ -25,7 +25,7 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     backbone_name(config.backbone)
     config.vit.grid(config.image_size)
     too_large = config.image_size > MAX_IMAGE_SIZE or config.router_depth > config.vit.depth
-    if too_large or not (config.num_domains and config.embedding_dim):
+    if too_large or not (config.num_domains and config.embedding_dim and config.router_stride):
         raise ValueError("sizes that fit no model")
     return config
 

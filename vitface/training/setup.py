@@ -116,6 +116,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         num_domains=config.num_domains if config.use_dalora else 1,
         gate=config.gate,
         router_depth=config.router_depth,
+        router_stride=config.router_stride,
         head=config.head,
         embedding_dim=config.embedding_dim,
         train_patch_embed=config.train_patch_embed,
