@@ -63,6 +63,8 @@ class Disk:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
     def open_file(self, path, mode):
+        if mode == "rb":
+            return open(path, mode)
         self.change("create", Path(path))
         return _File(self, Path(path), mode)
 
