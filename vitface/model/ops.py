@@ -98,7 +98,7 @@ def frozen_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: s
 
 
 def fuses_residuals(impl: str, x: Tensor) -> bool:
-    """Whether a block is made of `residual_norm`: "fused" on CUDA. On the CPU the passes between products are cheap."""
+    """Whether a block is made of `residual_norm`: "fused" on CUDA; elsewhere it has no kernel."""
     return runs_fused(impl, x) and x.is_cuda
 
 
