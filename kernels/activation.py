@@ -6,6 +6,9 @@
 Φ and φ are the normal distribution and its density. Computed in float32, whatever the tensors hold.
 """
 
+# Triton takes plain numbers for `tl.constexpr` at a launch; its annotations deny it
+# pyright: reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl

@@ -8,6 +8,9 @@ image and a domain to itself, so nothing is added atomically and two runs agree 
 Letters: B images, M rows (images x tokens), K domains, R rank.
 """
 
+# Triton takes plain numbers for `tl.constexpr` at a launch; its annotations deny it
+# pyright: reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
