@@ -4,8 +4,8 @@
     dh = dy W2        du = dh ⊙ act'(u), where dh stands        dx = du W1
 
 Nothing but u is kept, which autograd keeps too; it also writes dh and du to two places and asks for none of the four
-gradients that nobody needs. On the CPU the bias is added inside oneDNN's product: ATen's addmm first fills the output
-with it, one pass over the output more.
+gradients that nobody needs. On CUDA act and its gradient are a pass each (activation.py). On the CPU the bias is added
+inside oneDNN's product: ATen's addmm first fills the output with it, one pass over the output more.
 
 Letters: M rows (images x tokens), I in, O out, D width.
 """
@@ -13,6 +13,8 @@ Letters: M rows (images x tokens), I in, O out, D width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitface.kernels.device import runs_triton
 
 _PACKED_ROWS = 2048  # that a packed layout is chosen for: 8 images of 257 tokens; it serves any number
 
@@ -52,6 +54,10 @@ def _(x, weight, bias):
 
 
 def _activate(u: Tensor, act: str) -> Tensor:
+    if runs_triton(u):
+        from vitface.kernels import activation
+
+        return activation.forward(u, act)
     return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
 
 
@@ -82,13 +88,19 @@ def _(x, w1, b1, w2, b2, act):
 
 @torch.library.custom_op("vitface::mlp_backward", mutates_args=())
 def _backward(dy: Tensor, u: Tensor, w1: Tensor, w2: Tensor, act: str) -> Tensor:
-    dh = dy @ w2
+    return _activate_backward(dy @ w2, u, act) @ w1
+
+
+def _activate_backward(dh: Tensor, u: Tensor, act: str) -> Tensor:
+    """dh ⊙ act'(u), where dh stands."""
+    if runs_triton(u):
+        from vitface.kernels import activation
+
+        return activation.backward(dh, u, act)
     if act == "gelu":
-        du = torch.ops.aten.gelu_backward.grad_input(dh, u, grad_input=dh)
-    else:
-        s = torch.sigmoid(1.702 * u)
-        du = dh.mul_(s * (1 + 1.702 * u * (1 - s)))
-    return du @ w1
+        return torch.ops.aten.gelu_backward.grad_input(dh, u, grad_input=dh)
+    s = torch.sigmoid(1.702 * u)
+    return dh.mul_(s * (1 + 1.702 * u * (1 - s)))
 
 
 @_backward.register_fake

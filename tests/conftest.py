@@ -19,6 +19,8 @@ from vitface.training.checkpoint import save_checkpoint
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
 
+# Triton chooses between its interpreter and a GPU when it is imported: tests/kernels/test_triton.py runs these apart
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/test_triton_*.py"]
 CASES = pytest.StashKey[dict[str, int]]()
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

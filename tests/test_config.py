@@ -2,6 +2,8 @@ import argparse
 import dataclasses
 
 import pytest
+import torch
+from conftest import tiny_face
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,10 @@ from vitface.config import (
     resolve,
     to_flag,
 )
+from vitface.device import resolve_impl
 from vitface.errors import ConfigError
+from vitface.model.ops import runs_fused
+from vitface.training.setup import resolve_choices
 
 
 def parse(*argv):
@@ -177,3 +182,22 @@ def test_no_model_is_trained_that_could_not_be_loaded(changes, limit):
 
 def test_bookkeeping_names_fields():
     assert {item.name for item in dataclasses.fields(TrainConfig)} > BOOKKEEPING
+
+
+def test_auto_is_fused_on_the_cpu_alone(monkeypatch):
+    """Until somebody has measured it on a GPU (kernels/README.md)."""
+    for device, impl in (("cpu", "fused"), ("cuda:1", "reference"), ("mps", "reference")):
+        assert resolve_impl("auto", torch.device(device)) == impl
+        assert resolve_impl("fused", torch.device(device)) == "fused"
+    config = resolve({"weights": "random", "dtype": "fp32", "device": "cpu"})
+    assert resolve_choices(config).impl == "fused"
+    monkeypatch.setattr("vitface.training.setup.resolve_device", lambda name: torch.device("cuda"))
+    assert resolve_choices(config).impl == "reference"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--impl fused needs Triton on CUDA"):
+        resolve_choices(dataclasses.replace(config, impl="fused"))
+
+
+def test_a_model_takes_the_implementation_of_the_device_it_is_on():
+    impl = tiny_face().vit.blocks[0].attn.qkv.impl
+    assert runs_fused(impl, torch.empty(1)) and not runs_fused(impl, torch.empty(1, device="meta"))

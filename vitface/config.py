@@ -206,7 +206,7 @@ class TrainConfig:
     allow_changed: bool = flag(False, "resume although settings or data changed; the epoch under way starts again")
     device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
-    impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused")
+    impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused on the CPU, else reference")
     compile: bool = flag(False, "torch.compile the model")
     memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
     rank_timeout: float = flag(600.0, "under torchrun: seconds that a process waits for the others")

@@ -62,7 +62,7 @@ class FaceModel(nn.Module):
     reach to be called the same person at that false accept rate, where the run calibrated it.
     """
 
-    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "fused", seed: int = 0):
+    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "auto", seed: int = 0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.config = config

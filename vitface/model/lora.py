@@ -52,14 +52,16 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, num_domains * rank, device=self.weight.device))
         self.scaling, self.num_domains = scaling, num_domains
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, low: Tensor | None = None) -> Tensor:
         if self.lora_a is None or self.lora_b is None or not adapted:
             return linear(x, self.weight, self.bias, impl=self.impl)
-        return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, gate, impl=self.impl)
+        return lora_linear(
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, gate, low=low, impl=self.impl
+        )
 
 
 def use_impl(model: nn.Module, impl: str) -> None:
-    """Which implementation every layer of `model` runs, "reference" or "fused"; ValueError for another."""
+    """Which implementation every layer of `model` runs, one of `vitface.model.ops.IMPLS`; ValueError for another."""
     check_impl(impl)
     for module in model.modules():
         if isinstance(module, Linear):

@@ -8,8 +8,8 @@ LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) is K = 1 without a gate. DA-LoRA 
 each pair's R activations by the image's domain weight, which is W' = W + scaling · sum_k w_k B_k A_k for that image.
 
 "reference" is each formula as it stands, "fused" the kernels (vitface.kernels): the same functions with fewer passes
-over memory, for frozen weights. A request never falls back in silence. The kernels are imported here
-alone, and not before they are asked for.
+over memory, for frozen weights; "auto" is one of them by the device (`vitface.device.resolve_impl`). A request never
+falls back in silence. The kernels are imported here alone, and not before they are asked for.
 
 Letters: B images, N tokens, Q of them asked for, D width, I in, O out, K domains, R rank; nh heads, hd head dim.
 """
@@ -17,9 +17,11 @@ Letters: B images, N tokens, Q of them asked for, D width, I in, O out, K domain
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-IMPLS = ("reference", "fused")
+from vitface.device import resolve_impl
+
+IMPLS = ("auto", "reference", "fused")
 EXPLICIT_TOKENS = 512  # above, the (N, N) map costs more memory than it saves time
 
 
@@ -27,6 +29,10 @@ def check_impl(impl: str) -> None:
     """ValueError unless this version has it."""
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not available; this version has {', '.join(IMPLS)}")
+
+
+def runs_fused(impl: str, x: Tensor) -> bool:
+    return resolve_impl(impl, x.device) == "fused"
 
 
 def lora_linear(
@@ -38,25 +44,27 @@ def lora_linear(
     scaling: float,
     gate: Tensor | None = None,
     *,
+    low: Tensor | None = None,
     impl: str = "reference",
 ) -> Tensor:
     """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
 
     weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
-    pair. "fused" makes no pass over x or y for the adapter. ValueError if the shapes disagree or `impl` cannot run.
+    pair. low (B, ..., K·R) is x Aᵀ where it is known (`residual_norm`). "fused" makes no pass over x or y for the
+    adapter. ValueError if the shapes disagree or `impl` cannot run.
     """
     check_impl(impl)
     if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or lora_a.shape[0] % gate.shape[1]):
         raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {lora_a.shape[0]}")
-    if impl == "fused":
+    if runs_fused(impl, x):
         from vitface.kernels import lora_linear as kernels
 
-        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate)
-    return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate)
+        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate, low)
+    return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low)
 
 
-def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate):
-    low = F.linear(x, lora_a.to(x.dtype))  # (B, ..., K·R)
+def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low):
+    low = F.linear(x, lora_a.to(x.dtype)) if low is None else low  # (B, ..., K·R)
     if gate is not None:
         per_column = gate.to(x.dtype).repeat_interleave(lora_a.shape[0] // gate.shape[1], dim=1)
         low = low * per_column.view(len(x), *[1] * (x.dim() - 2), -1)
@@ -65,7 +73,7 @@ def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "reference") -> Tensor:
     """x Wᵀ + b without an adapter: (..., I) -> (..., O). "fused" where no gradient is asked for."""
-    if impl == "fused" and not torch.is_grad_enabled():
+    if runs_fused(impl, x) and not torch.is_grad_enabled():
         from vitface.kernels import frozen
 
         return frozen.linear(x, weight, bias)
@@ -89,6 +97,24 @@ def frozen_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: s
     return frozen.mlp(x, w1, b1, w2, b2, act)
 
 
+def fuses_residuals(impl: str, x: Tensor) -> bool:
+    """Whether a block is made of `residual_norm`: "fused" on CUDA; elsewhere it has no kernel."""
+    return runs_fused(impl, x) and x.is_cuda
+
+
+def residual_norm(
+    x: Tensor, y: Tensor | None, gamma: Tensor | None, norm: nn.LayerNorm, lora_a: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x' = x + gamma y, norm(x') and, for an adapted layer that reads it, norm(x') Aᵀ, "fused".
+
+    x and y (B, N, D), gamma (D), lora_a (K·R, D) -> (B, N, D), (B, N, D), (B, N, K·R). Without y x' is x, without
+    lora_a the third is None. ValueError if the norm or gamma asks for a gradient.
+    """
+    from vitface.kernels import residual
+
+    return residual.residual_norm(x, y, gamma, norm, lora_a)
+
+
 def activate(u: Tensor, act: str) -> Tensor:
     """ "gelu" (the exact one), or "quick_gelu", x · sigmoid(1.702 x), as in OpenAI's CLIP."""
     return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
@@ -100,7 +126,7 @@ def self_attention(qkv: Tensor, num_heads: int, queries: int | None = None, *, i
     On the CPU at a ViT's few hundred tokens "fused" is our kernel; for longer sequences, and on devices that have a
     good one, it is SDPA.
     """
-    if impl == "fused" and explicit(qkv.device.type, qkv.shape[1]):
+    if runs_fused(impl, qkv) and explicit(qkv.device.type, qkv.shape[1]):
         from vitface.kernels import attention as kernels
 
         return kernels.attention(qkv, num_heads, queries)

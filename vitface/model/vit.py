@@ -6,7 +6,8 @@ State-dict names are DINOv2's and timm's.
 
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
-alone; `queries` asks for that many leading tokens only (1 is CLS), None for all.
+alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `low` is the first layer's bottleneck
+where it is known already (see `vitface.model.fused_block`).
 """
 
 from functools import partial
@@ -18,8 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitface.config import ViTConfig
+from vitface.model.fused_block import fused_block
 from vitface.model.lora import Linear
-from vitface.model.ops import activate, attention_map, frozen_mlp, self_attention, split_heads
+from vitface.model.ops import (
+    activate,
+    attention_map,
+    frozen_mlp,
+    fuses_residuals,
+    runs_fused,
+    self_attention,
+    split_heads,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -43,9 +53,14 @@ class Attention(nn.Module):
         self.proj = Linear(embed_dim, embed_dim)
 
     def forward(
-        self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        adapted: bool = True,
+        queries: int | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv(x, gate, adapted)
+        qkv = self.qkv(x, gate, adapted, low)
         return self.proj(self_attention(qkv, self.num_heads, queries, impl=self.qkv.impl), gate, adapted)
 
 
@@ -58,11 +73,11 @@ class Mlp(nn.Module):
         self.fc1 = Linear(embed_dim, 4 * embed_dim)
         self.fc2 = Linear(4 * embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, low: Tensor | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if fc1.impl == "fused" and not (adapted and (fc1.has_lora or fc2.has_lora)):
+        if runs_fused(fc1.impl, x) and not (adapted and (fc1.has_lora or fc2.has_lora)):
             return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act)
-        return fc2(activate(fc1(x, gate, adapted), self.act), gate, adapted)
+        return fc2(activate(fc1(x, gate, adapted, low), self.act), gate, adapted)
 
 
 class LayerScale(nn.Module):
@@ -92,6 +107,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
     ) -> Tensor:
+        if fuses_residuals(self.attn.qkv.impl, x):
+            return fused_block(self, x, gate, adapted, queries)
         x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), gate, adapted, queries))
         return x + self.ls2(self.mlp(self.norm2(x), gate, adapted))
 

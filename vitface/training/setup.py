@@ -14,7 +14,7 @@ from vitface.data.packed import PackedSamples
 from vitface.data.packing import cached
 from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples, read_domains
 from vitface.data.synthetic import SyntheticSamples
-from vitface.device import resolve_device, resolve_dtype
+from vitface.device import resolve_device, resolve_dtype, resolve_impl
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
 from vitface.home import cache_home
@@ -33,7 +33,9 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
     device = resolve_device(local_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
-    impl = "fused" if config.impl == "auto" else config.impl
+    impl = resolve_impl(config.impl, device)
+    if impl == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("--impl fused needs Triton on CUDA:\n  pip install triton")
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
     if config.dry_run:
