@@ -120,15 +120,14 @@ def _gated(low: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
 
         return kernels.forward(low, gate, scaling)
     images, domains = gate.shape
-    return (
-        low.view(images, -1, domains, low.shape[1] // domains) * (gate * scaling).to(low.dtype)[:, None, :, None]
-    ).view_as(low)
+    per_column = (gate * scaling).to(low.dtype).repeat_interleave(low.shape[1] // domains, dim=1)
+    return (low.view(images, -1, low.shape[1]) * per_column[:, None]).view_as(low)
 
 
 def _dgate(dgated: Tensor, low: Tensor, gate: Tensor, scaling: float) -> Tensor:
     images, domains = gate.shape
-    product = (dgated * low).view(images, -1, domains, low.shape[1] // domains)
-    return product.sum((1, 3), dtype=gate.dtype) * scaling
+    per_column = (dgated * low).view(images, -1, low.shape[1]).sum(1, dtype=gate.dtype)
+    return per_column.view(images, domains, -1).sum(2) * scaling
 
 
 def _setup_context(ctx, inputs, output):
