@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
-    add("--routing", action="store_true", help="also: what the router makes of pose, age and light (needs YuNet)")
+    add("--routing", action="store_true", help="also say what DA-LoRA's router makes of pose, age and light")
     add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=Path, metavar="FILE", help="also write the results there")

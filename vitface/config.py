@@ -113,7 +113,7 @@ class FaceConfig:
     num_domains: int = 1
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
-    router_stride: int = 1
+    router_stride: int = 1  # what files mean that do not say
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     embedding_dim: int = 512
     train_patch_embed: bool = False
@@ -170,7 +170,7 @@ class TrainConfig:
     lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
-    router_stride: int = flag(2, "of the rows and columns of patches it looks at; 1 is all, and four times the work")
+    router_stride: int = flag(2, "it looks at every n-th row and column of patches; 1: at all, which is slower")
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
     router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
     domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")

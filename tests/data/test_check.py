@@ -371,6 +371,27 @@ def test_too_few_people_say_nothing():
     assert findings_by_faces(rows, rows[:8], 4) == []
 
 
+def test_a_benchmark_without_a_usable_image_says_nothing():
+    train = scan_training(drawn_set(), 0)
+    damaged = [jpeg(np.zeros((112, 112, 3), np.uint8))[:60]] * 4
+    bench = scan_benchmark(VerificationSet("drawn", damaged, np.array([True, False])), 0)
+    assert list(recognised_people(Faces(train, lambda crops: np.ones((len(crops), 1))), bench)) == []
+
+
+def test_the_command_takes_a_run_to_look_for_faces(tmp_path, tiny_run, capsys):
+    folders(tmp_path / "people", drawn_faces(people=40, images=2))
+    write_bin(
+        tmp_path / "lfw.bin", [jpeg(crop) for crop in drawn_faces(seed=1, people=10, images=2)], [True, False] * 5
+    )
+    command = ["data", "check", str(tmp_path / "people"), "--against", str(tmp_path / "lfw.bin"), "--num-workers", "0"]
+    assert vitface.__main__.main(command) == 0
+    assert "training people most like" not in capsys.readouterr().out
+    vitface.__main__.main([*command, "--checkpoint", str(tiny_run)])
+    assert "note: the training people most like lfw's: 'p" in capsys.readouterr().out
+    assert vitface.__main__.main([*command, "--checkpoint", str(tmp_path / "none")]) == 2
+    assert "neither a run directory nor a checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("people", [60, 300])
 def test_strangers_are_taken_for_training_people_as_rarely_as_is_said(people):
     rng, alarms = np.random.default_rng(people), 0

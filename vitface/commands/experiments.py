@@ -50,7 +50,8 @@ def experiments_markdown(runs: Path) -> str:
         rows += [f"| {name} | {run.name} | {' | '.join(_cells(name, run))} |" for run in ours]
         if not ours:
             rows.append(f"| {name} | not run | {' | '.join([''] * (len(head) - 2))} |")
-    return "\n".join([f"Accuracies in %. {CAVEATS}", "", *rows, ""])
+    about = f"Command: `python -m vitface experiments`. Accuracies in %. {CAVEATS}"
+    return "\n".join([about, "", *rows, ""])
 
 
 def _cells(name: str, run: Path) -> list[str]:

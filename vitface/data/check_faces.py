@@ -100,7 +100,7 @@ def recognised_people(faces: Faces, bench: Benchmark) -> Findings:
     The largest score of each of C people over all images follows a Gumbel distribution if they are all strangers; its
     quartiles, which a few shared people do not move, give the threshold that FALSE_ALARMS of C strangers exceed.
     """
-    if len(faces.people) < MIN_PEOPLE:
+    if len(faces.people) < MIN_PEOPLE or not bench.scan.usable.any():
         return
     first = np.unique(bench.rows, return_index=True)[1][bench.scan.usable]  # each image once
     crops = (to_crop(decode_image(bench.pairs.images[i], f"image {i}")) for i in first)
