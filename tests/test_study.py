@@ -9,7 +9,7 @@ from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.model.lora import lora_scaling
-from vitface.study import adapter_parameters, put_between_markers, variants
+from vitface.study import adapter_parameters, chosen_variants, put_between_markers, variants
 from vitface.training import setup
 
 
@@ -66,6 +66,14 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
     assert evaluate.main(["--compare", str(folder / "lora-s0"), str(folder / "dalora-s0")]) == 0
     assert "verdict: " in capsys.readouterr().out
     assert adapter_parameters(folder / "frozen") is None
+
+
+def test_a_study_of_some_variants_always_has_dalora():
+    base = resolve({"exp": "demo"})
+    assert list(chosen_variants(base, None)) == list(variants(base))
+    assert list(chosen_variants(base, ["uniform", "lora"])) == ["lora", "dalora", "uniform"]
+    with pytest.raises(ConfigError, match="unknown variant 'lora48'; known: lora, lora_wide, dalora"):
+        chosen_variants(base, ["lora48"])
 
 
 def test_a_study_refuses_what_it_sets_itself(tmp_path, monkeypatch, capsys):

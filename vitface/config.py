@@ -114,6 +114,7 @@ class FaceConfig:
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
     router_stride: int = 1  # what files mean that do not say
+    gate_temperature: float = 1.0
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     embedding_dim: int = 512
     train_patch_embed: bool = False
@@ -171,6 +172,7 @@ class TrainConfig:
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
     router_stride: int = flag(2, "it looks at every n-th row and column of patches; 1: at all, which is slower")
+    gate_temperature: float = flag(1.0, "of the softmax over domains: below 1 one adapter per image, above 1 all alike")
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
     router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
     domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
@@ -222,7 +224,7 @@ class TrainConfig:
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
         positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
-        positive += ("grad_accum", "save_every", "rank_timeout")
+        positive += ("grad_accum", "save_every", "rank_timeout", "gate_temperature")
         for name in (*positive, "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from vitface.config import TrainConfig, add_flags, resolve, to_flag
 from vitface.errors import ConfigError, EvaluationError, exit_code
 from vitface.evaluation.benchmarks import evaluate_all
-from vitface.evaluation.compare import Comparison, Side, compare, comparison_json, comparison_text, read_run
+from vitface.evaluation.compare import Comparison, Side, compare, comparison_json, read_run
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
@@ -41,6 +41,7 @@ SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
 EXAMPLES = """examples:
   python -m vitface study tiny                            minutes: shows what a study is
   python -m vitface study synthetic --seeds 0 1 2
+  python -m vitface study synthetic --variants lora lora_wide --lora-rank 1 --save-dir studies/rank_1
   python -m vitface study controls --backbone vit_tiny_patch16 --image-size 112 --epochs 10 --train-data data/faces
 """
 
@@ -63,9 +64,21 @@ def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
     return grid
 
 
-def run_study(base: TrainConfig, seeds: list[int], folder: Path, command: str, say: Callable[[str], None]) -> None:
+def chosen_variants(base: TrainConfig, names: list[str] | None) -> dict[str, dict[str, Any]]:
+    """`variants` without those not among `names`; DA-LoRA, which all are compared with, always is."""
+    grid = variants(base)
+    for name in names or []:
+        if name not in grid:
+            raise ConfigError(f"unknown variant {name!r}; known: {', '.join(grid)}")
+    return {name: grid[name] for name in grid if names is None or name in [*names, "dalora"]}
+
+
+def run_study(
+    base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[int], folder: Path, command: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
     """Every cell that is not done yet, seed by seed, and the table."""
-    names, grid = final_benchmarks(base), variants(base)
+    names = final_benchmarks(base)
     if not names:
         raise ConfigError("a study needs a benchmark to compare on: name the folder of lfw.bin, ... with --val-data")
     for done, seed in enumerate(seeds, 1):
@@ -81,7 +94,7 @@ def run_study(base: TrainConfig, seeds: list[int], folder: Path, command: str, s
             chosen = resolve_choices(base)
             dtype = "bf16" if chosen.dtype == "bf16" else "fp32"
             judge(folder / FROZEN, frozen_face(base.backbone, base.weights, base.image_size, dtype), base, names)
-        write_table(base, seeds[:done], folder, command)
+        write_table(base, list(grid), seeds[:done], folder, command)
         say(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
 
 
@@ -96,9 +109,9 @@ def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -
     save_scores(cell / SCORES, evaluation.results, cell.name)
 
 
-def write_table(base: TrainConfig, seeds: list[int], folder: Path, command: str) -> None:
+def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder: Path, command: str) -> None:
     """study.md and study.json from what the cells scored: DA-LoRA against everything else."""
-    order = [FROZEN, *variants(base), SHUFFLED_AT_TEST]
+    order = [FROZEN, *trained, SHUFFLED_AT_TEST]
     cells = {name: [folder / (name if name == FROZEN else f"{name}-s{seed}") for seed in seeds] for name in order}
     cells[FROZEN] = cells[FROZEN][:1]
     sides = {
@@ -177,7 +190,6 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparison
         "\n".join(lines),
         "\n".join(f"- {comparison.verdict}" for comparison in comparisons.values()),
         "\n".join(f"- {line}" for line in routing),
-        "```\n" + "\n\n".join(comparison_text(comparison) for comparison in comparisons.values()) + "\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -190,19 +202,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=STUDIES, help="which study; train.py's flags change its settings")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all"
+    )
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    return exit_code(lambda: study(given.pop("name"), given.pop("seeds"), given.pop("docs"), given))
+    own = {key: given.pop(key) for key in ("name", "seeds", "chosen", "docs")}
+    return exit_code(lambda: study(**own, given=given))
 
 
-def study(name: str, seeds: list[int], docs: Path | None, given: dict[str, Any]) -> None:
+def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | None, given: dict[str, Any]) -> None:
     """Runs study `name` with the `given` flags of train.py on top; ConfigError for flags that it sets itself."""
     for key in SET_BY_THE_STUDY:
         if key in given:
             raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
     folder = Path(given.pop("save_dir", None) or Path("studies") / name)
     command = shlex.join(["python", "-m", "vitface", "study", *sys.argv[2:]])
-    run_study(resolve({**STUDIES[name], **given}), list(dict.fromkeys(seeds)), folder, command, print)
+    base = resolve({**STUDIES[name], **given})
+    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command, print)
     if docs is not None:
         put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
         print(f"wrote {docs}")

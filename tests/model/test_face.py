@@ -222,6 +222,18 @@ def test_fixed_gates_are_the_same_for_every_image_and_are_stored():
     assert not any(name.startswith("router") for name, _ in random.named_parameters())
 
 
+@pytest.mark.parametrize("temperature", [0.2, 5.0])
+def test_the_temperature_decides_how_decided_the_gate_is(temperature):
+    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
+    model = tiny_face(num_domains=3, gate_temperature=temperature)
+    with torch.no_grad():
+        logits = model.route(model.tokens(torch.from_numpy(images))).double().numpy()
+    expected = np.exp(logits / temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(gates(model, images), expected, atol=1e-6)
+    np.testing.assert_allclose(model.domain_weights(images), expected, atol=1e-6)
+
+
 def test_the_shuffled_gate_is_another_images():
     images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
     model = tiny_face(num_domains=3)

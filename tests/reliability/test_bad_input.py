@@ -298,6 +298,7 @@ def test_adapter_files(adapter, ran, cases):
         ({"lora_rank": 8192}, "smaller than the model"),
         ({"lora_rank": 1 << 40}, "lora_rank cannot be 1099511627776"),
         ({"image_size": 8192}, "sizes that fit no model"),
+        ({"gate_temperature": 0.0}, "sizes that fit no model"),
         ({"embedding_dim": 8192}, "smaller than the model"),
         ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"),
         ({"head": "tail"}, "head cannot be tail"),

@@ -48,7 +48,7 @@ class Embedder(nn.Module):
         embeddings, logits = self.model(self.model.preprocess(faces))
         if self.flip:
             embeddings = embeddings[:batch] + embeddings[batch:]
-        weights = () if logits is None else (logits[:batch].softmax(dim=1),)
+        weights = () if logits is None else (self.model.mix(logits[:batch]),)
         return F.normalize(embeddings, dim=1), *weights
 
 

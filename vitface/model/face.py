@@ -112,8 +112,12 @@ class FaceModel(nn.Module):
         """
         if logits is None:
             return None
-        gate = logits.softmax(dim=1)
+        gate = self.mix(logits)
         return gate.roll(max(len(gate) // 2, 1), 0) if self.config.gate == "shuffled" else gate
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Domain logits (B, K) -> domain weights (B, K): softmax(logits / temperature)."""
+        return (logits / self.config.gate_temperature).softmax(dim=1)
 
     def route(self, tokens: Tensor) -> Tensor | None:
         """What enters the first block (B, N, D) -> domain logits (B, K), None for plain LoRA."""
@@ -171,7 +175,7 @@ class FaceModel(nn.Module):
         rows = []
         for batch in self._batches(images, batch_size):
             logits = self.route(self.tokens(batch))
-            rows.append(torch.ones(len(batch), 1) if logits is None else logits.softmax(dim=1).cpu())
+            rows.append(torch.ones(len(batch), 1) if logits is None else self.mix(logits).cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, self.config.num_domains), np.float32)
 
     @torch.no_grad()

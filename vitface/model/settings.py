@@ -25,7 +25,8 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     backbone_name(config.backbone)
     config.vit.grid(config.image_size)
     too_large = config.image_size > MAX_IMAGE_SIZE or config.router_depth > config.vit.depth
-    if too_large or not (config.num_domains and config.embedding_dim and config.router_stride):
+    sizes = (config.num_domains, config.embedding_dim, config.router_stride)
+    if too_large or not all(sizes) or config.gate_temperature <= 0:
         raise ValueError("sizes that fit no model")
     return config
 

@@ -119,6 +119,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         gate=config.gate,
         router_depth=config.router_depth,
         router_stride=config.router_stride,
+        gate_temperature=config.gate_temperature,
         head=config.head,
         embedding_dim=config.embedding_dim,
         train_patch_embed=config.train_patch_embed,

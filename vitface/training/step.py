@@ -51,7 +51,7 @@ def total_loss(
     parts = {"margin_loss": margin(embedding, labels)}
     loss = parts["margin_loss"]
     if logits is not None and logits.requires_grad:  # a fixed gate learns nothing
-        parts["balance_loss"] = load_balance_loss(logits, mean_over_ranks)
+        parts["balance_loss"] = load_balance_loss(logits / config.gate_temperature, mean_over_ranks)
         loss = loss + config.balance_loss_weight * parts["balance_loss"]
         loss = loss + config.router_z_loss_weight * router_z_loss(logits)
         if domains is not None:
