@@ -5,7 +5,8 @@
 
 Nothing but u is kept, which autograd keeps too; it also writes dh and du to two places and asks for none of the four
 gradients that nobody needs. On CUDA act and its gradient are a pass each (activation.py). On the CPU the bias is added
-inside oneDNN's product: ATen's addmm first fills the output with it, one pass over the output more.
+inside oneDNN's product, and so is the residual that the layer's output is added to: each is a pass over the output
+that is not made, and the sum is rounded once.
 
 Letters: M rows (images x tokens), I in, O out, D width.
 """
@@ -19,16 +20,19 @@ from vitface.kernels.device import runs_triton
 _PACKED_ROWS = 2048  # that a packed layout is chosen for: 8 images of 257 tokens; it serves any number
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """The contract of `vitface.model.ops.linear`, without a gradient."""
-    return _linear(x, weight, bias) if torch.compiler.is_compiling() else product(x, weight, bias)
+    return (_linear if torch.compiler.is_compiling() else product)(x, weight, bias, residual)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b, (..., I) -> (..., O)."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b + residual, (..., I) -> (..., O)."""
     if _onednn(x) and x.numel():
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
-    return F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y + residual
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -44,12 +48,12 @@ def _onednn(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("vitface::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x, weight, bias)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return product(x, weight, bias, residual)
 
 
 @_linear.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, residual):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -61,28 +65,30 @@ def _activate(u: Tensor, act: str) -> Tensor:
     return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
 
 
-def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str, residual: Tensor | None = None) -> Tensor:
     """The contract of `vitface.model.ops.frozen_mlp`."""
     if any(parameter.requires_grad for parameter in (w1, b1, w2, b2)):
         raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train the MLP")
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _mlp(x, w1, b1, w2, b2, act)[0]
+        return _mlp(x, w1, b1, w2, b2, act, residual)[0]
     if act == "gelu" and _onednn(x) and x.numel():
         h = torch.ops.mkldnn._linear_pointwise(x, w1, b1, "gelu", [], "none")
     else:
         h = _activate(product(x, w1, b1), act)
-    return product(h, w2, b2)
+    return product(h, w2, b2, residual)
 
 
 @torch.library.custom_op("vitface::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def _mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """x (..., D) -> y (..., D), u (..., 4 D)."""
     u = product(x, w1, b1)
-    return product(_activate(u, act), w2, b2), u
+    return product(_activate(u, act), w2, b2, residual), u
 
 
 @_mlp.register_fake
-def _(x, w1, b1, w2, b2, act):
+def _(x, w1, b1, w2, b2, act, residual):
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], len(w1))
 
 
@@ -109,14 +115,14 @@ def _(dy, u, w1, w2, act):
 
 
 def _setup_context(ctx, inputs, output):
-    _, w1, _, w2, _, ctx.act = inputs
+    _, w1, _, w2, _, ctx.act, _ = inputs
     ctx.save_for_backward(output[1], w1, w2)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, du):
-    dx = None if dy is None else _backward(dy, *ctx.saved_tensors, ctx.act)
-    return dx, None, None, None, None, None
+    dx = _backward(dy, *ctx.saved_tensors, ctx.act) if dy is not None and ctx.needs_input_grad[0] else None
+    return dx, None, None, None, None, None, dy if ctx.needs_input_grad[6] else None
 
 
 _mlp.register_autograd(_autograd, setup_context=_setup_context)

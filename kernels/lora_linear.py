@@ -2,7 +2,7 @@
 
 Forward, with g the gate of an image repeated R times along the columns, times the scaling (README.md has the algebra):
 
-    low = x Aᵀ        y = x Wᵀ + b, then y += (low ⊙ g) Bᵀ inside the second product
+    low = x Aᵀ        y = x Wᵀ + b + residual, then y += (low ⊙ g) Bᵀ inside the second product
 
 Backward, from dy:
 
@@ -32,39 +32,49 @@ def lora_linear(
     scaling: float,
     gate: Tensor | None,
     low: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The contract of `vitface.model.ops.lora_linear`; ValueError if `weight` or `bias` asks for a gradient."""
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("impl 'fused' is for frozen weights; use impl 'reference' to train weight or bias")
     rows = x.reshape(-1, x.shape[-1])
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    residual = None if residual is None else residual.reshape(-1, len(weight))
     if low is None:
-        out, _ = (_lora_linear if traced else _forward)(rows, weight, bias, lora_a, lora_b, scaling, gate)
+        out, _ = (_lora_linear if traced else _forward)(rows, weight, bias, lora_a, lora_b, scaling, gate, residual)
     else:
         lows = low.reshape(-1, low.shape[-1])
         out = (_from_low if traced else _add_adapter)(rows, lows, weight, bias, lora_b, scaling, gate)
+        out = out if residual is None else out + residual
     return out.view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("vitface::lora_linear", mutates_args=())
 def _lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, gate: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (M, I) -> y (M, O), low (M, K·R)."""
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, gate)
+    """x (M, I), residual (M, O) -> y (M, O), low (M, K·R)."""
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, gate, residual)
 
 
-def _forward(x, weight, bias, lora_a, lora_b, scaling, gate):
+def _forward(x, weight, bias, lora_a, lora_b, scaling, gate, residual):
     low = F.linear(x, lora_a.to(x.dtype))
-    return _add_adapter(x, low, weight, bias, lora_b, scaling, gate), low
+    return _add_adapter(x, low, weight, bias, lora_b, scaling, gate, residual), low
 
 
-def _add_adapter(x, low, weight, bias, lora_b, scaling, gate):
-    return product(x, weight, bias).addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t())
+def _add_adapter(x, low, weight, bias, lora_b, scaling, gate, residual=None):
+    return product(x, weight, bias, residual).addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t())
 
 
 @_lora_linear.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, gate):
+def _(x, weight, bias, lora_a, lora_b, scaling, gate, residual):
     return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(lora_a))
 
 
@@ -131,17 +141,18 @@ def _dgate(dgated: Tensor, low: Tensor, gate: Tensor, scaling: float) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, ctx.scaling, gate = inputs
+    x, weight, _, lora_a, lora_b, ctx.scaling, gate, _ = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, gate, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, dlow):
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x, weight, lora_a, lora_b, gate, low = ctx.saved_tensors
     dx, da, db, dgate = _backward(dy, x, weight, lora_a, lora_b, ctx.scaling, gate, low, ctx.needs_input_grad[0])
-    return dx if ctx.needs_input_grad[0] else None, None, None, da, db, None, None if gate is None else dgate
+    dx, dgate = dx if ctx.needs_input_grad[0] else None, None if gate is None else dgate
+    return dx, None, None, da, db, None, dgate, dy if ctx.needs_input_grad[7] else None
 
 
 _lora_linear.register_autograd(_autograd, setup_context=_setup_context)

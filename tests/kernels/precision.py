@@ -10,9 +10,11 @@ def assert_as_precise(name, want, size, eager, fused, dtype):
     """The fused result's error against float64 is at most twice that of eager in the same dtype.
 
     `size` is the result with absolute values for inputs. Beyond, one rounding is allowed, for where eager happens to be
-    exact: of the result, or of its terms where few results leave it to chance.
+    exact: of the result, or of its terms where few results leave it to chance. So do few rows: their long sums oneDNN
+    adds up in one chain, in float32 up to three times as inexact as MKL's several (under 16 rows, measured).
     """
-    rounding = torch.finfo(dtype).eps * (want if want.numel() >= 32 else size).square().mean().sqrt()
+    few = want.numel() < 32 or want.numel() < 16 * want.shape[-1]
+    rounding = torch.finfo(dtype).eps * (size if few else want).square().mean().sqrt()
     error, allowed = (fused - want).square().mean().sqrt(), 2 * (eager - want).square().mean().sqrt() + rounding
     assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
 

@@ -52,12 +52,18 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, num_domains * rank, device=self.weight.device))
         self.scaling, self.num_domains = scaling, num_domains
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, low: Tensor | None = None) -> Tensor:
-        if self.lora_a is None or self.lora_b is None or not adapted:
-            return linear(x, self.weight, self.bias, impl=self.impl)
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, gate, low=low, impl=self.impl
-        )
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        adapted: bool = True,
+        low: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        weight, bias, a, b = self.weight, self.bias, self.lora_a, self.lora_b
+        if a is None or b is None or not adapted:
+            return linear(x, weight, bias, residual=residual, impl=self.impl)
+        return lora_linear(x, weight, bias, a, b, self.scaling, gate, low=low, residual=residual, impl=self.impl)
 
 
 def use_impl(model: nn.Module, impl: str) -> None:

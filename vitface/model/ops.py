@@ -45,13 +45,14 @@ def lora_linear(
     gate: Tensor | None = None,
     *,
     low: Tensor | None = None,
+    residual: Tensor | None = None,
     impl: str = "reference",
 ) -> Tensor:
     """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
 
     weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
-    pair. low (B, ..., K·R) is x Aᵀ where it is known (`residual_norm`). "fused" makes no pass over x or y for the
-    adapter. ValueError if the shapes disagree or `impl` cannot run.
+    pair. low (B, ..., K·R) is x Aᵀ where it is known (`residual_norm`); residual (B, ..., O) is added to the result.
+    "fused" makes no pass over x or y for the adapter. ValueError if the shapes disagree or `impl` cannot run.
     """
     check_impl(impl)
     if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or lora_a.shape[0] % gate.shape[1]):
@@ -59,8 +60,8 @@ def lora_linear(
     if runs_fused(impl, x):
         from vitface.kernels import lora_linear as kernels
 
-        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate, low)
-    return _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low)
+        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate, low, residual)
+    return _add(_lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low), residual)
 
 
 def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low):
@@ -71,13 +72,19 @@ def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low):
     return F.linear(x, weight, bias) + F.linear(low * scaling, lora_b.to(x.dtype))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "reference") -> Tensor:
-    """x Wᵀ + b without an adapter: (..., I) -> (..., O). "fused" where no gradient is asked for."""
+def _add(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else residual + y
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, impl: str = "reference"
+) -> Tensor:
+    """x Wᵀ + b + residual without an adapter: (..., I) -> (..., O). "fused" where no gradient is asked for."""
     if runs_fused(impl, x) and not torch.is_grad_enabled():
         from vitface.kernels import frozen
 
-        return frozen.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return frozen.linear(x, weight, bias, residual)
+    return _add(F.linear(x, weight, bias), residual)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -87,14 +94,16 @@ def pack_weight(weight: Tensor) -> Tensor:
     return frozen.pack(weight)
 
 
-def frozen_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
-    """act(x W1ᵀ + b1) W2ᵀ + b2 without adapters, "fused": (B, N, D) -> (B, N, D).
+def frozen_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str, residual: Tensor | None = None
+) -> Tensor:
+    """act(x W1ᵀ + b1) W2ᵀ + b2 + residual without adapters, "fused": (B, N, D) -> (B, N, D).
 
     `act` as in `activate`. ValueError if a weight asks for a gradient.
     """
     from vitface.kernels import frozen
 
-    return frozen.mlp(x, w1, b1, w2, b2, act)
+    return frozen.mlp(x, w1, b1, w2, b2, act, residual)
 
 
 def fuses_residuals(impl: str, x: Tensor) -> bool:

@@ -7,7 +7,7 @@ State-dict names are DINOv2's and timm's.
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
 alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `low` is the first layer's bottleneck
-where it is known already (see `vitface.model.fused_block`).
+where it is known already (see `vitface.model.fused_block`); `residual` is added to the last layer's output.
 """
 
 from functools import partial
@@ -59,9 +59,10 @@ class Attention(nn.Module):
         adapted: bool = True,
         queries: int | None = None,
         low: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv(x, gate, adapted, low)
-        return self.proj(self_attention(qkv, self.num_heads, queries, impl=self.qkv.impl), gate, adapted)
+        heads = self_attention(self.qkv(x, gate, adapted, low), self.num_heads, queries, impl=self.qkv.impl)
+        return self.proj(heads, gate, adapted, residual=residual)
 
 
 class Mlp(nn.Module):
@@ -73,11 +74,18 @@ class Mlp(nn.Module):
         self.fc1 = Linear(embed_dim, 4 * embed_dim)
         self.fc2 = Linear(4 * embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, low: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        adapted: bool = True,
+        low: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if runs_fused(fc1.impl, x) and not (adapted and (fc1.has_lora or fc2.has_lora)):
-            return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act)
-        return fc2(activate(fc1(x, gate, adapted, low), self.act), gate, adapted)
+            return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act, residual)
+        return fc2(activate(fc1(x, gate, adapted, low), self.act), gate, adapted, residual=residual)
 
 
 class LayerScale(nn.Module):
@@ -109,6 +117,9 @@ class Block(nn.Module):
     ) -> Tensor:
         if fuses_residuals(self.attn.qkv.impl, x):
             return fused_block(self, x, gate, adapted, queries)
+        if isinstance(self.ls1, nn.Identity):  # the last layer of each branch adds to the residual stream itself
+            x = self.attn(self.norm1(x), gate, adapted, queries, residual=x[:, :queries])
+            return self.mlp(self.norm2(x), gate, adapted, residual=x)
         x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), gate, adapted, queries))
         return x + self.ls2(self.mlp(self.norm2(x), gate, adapted))
 
