@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.data.detect import FaceDetector
+from vitface.data.synthetic import SYNTHETIC
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
@@ -91,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.bench == "all":
         names = available(arguments.data_dir)
         for name in BENCHMARKS:
-            if name not in names and name != "synthetic":
+            if name not in names and name not in SYNTHETIC:
                 print(f"missing: {benchmark_path(name, arguments.data_dir)}")
         if not names:
             raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
@@ -123,15 +124,16 @@ def check_routing(model: FaceModel, arguments: argparse.Namespace) -> None:
     """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
     if model.config.num_domains == 1:
         raise ConfigError("--routing is for DA-LoRA; this model has no router")
-    if arguments.bench != "synthetic":
+    if arguments.bench not in SYNTHETIC:
         FaceDetector()
 
 
 def route(model: FaceModel, names: list[str], data_dir: Path) -> dict[str, dict]:
     """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
-    found = {"synthetic": synthetic_routing(model)}
-    print(f"\nrouting on procedural faces, by what makes them hard\n{routing_text(found['synthetic'])}")
-    for name in (name for name in names if name != "synthetic"):
+    world = next((name for name in names if name in SYNTHETIC), "synthetic")
+    found = {world: synthetic_routing(model, world=world)}
+    print(f"\nrouting on procedural faces, by their domain\n{routing_text(found[world])}")
+    for name in (name for name in names if name not in SYNTHETIC):
         found[name] = benchmark_routing(model, read_benchmark(name, data_dir), FaceDetector())
         print(f"\nrouting on {name}, by how far faces are turned\n{pose_text(found[name])}")
     return found

@@ -157,7 +157,9 @@ class TrainConfig:
     backbone: str = flag("dinov2", "backbone preset or alias")
     weights: str | None = flag(None, "converted backbone file, or 'random'; default: look in the usual places")
     image_size: int = flag(224, "input side in pixels, a multiple of the patch")
-    train_data: str = flag("data/casia-webface", "RecordIO, packed or image folder (one per person), or 'synthetic'")
+    train_data: str = flag(
+        "data/casia-webface", "RecordIO, packed or image folder (one per person); synthetic, synthetic_shift"
+    )
     pack: bool = flag(True, "decode the training images once, into --cache; --no-pack: anew in every epoch")
     cache: str | None = flag(None, "folder for packed training data; default ~/.cache/vitface/packed")
     val_data: str | None = flag("data", "folder of benchmark files, evaluated once at the end")
@@ -243,8 +245,6 @@ class TrainConfig:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
         if self.gate != "learned" and not self.use_dalora:
             raise ConfigError(f"--gate {self.gate} is a control for DA-LoRA; add --use-dalora")
-        if self.domain_labels is not None and self.train_data == "synthetic":
-            raise ConfigError("--domain-labels is for your own images; synthetic faces come with their domains")
         if self.holdout_people == 1 or (self.patience and not self.holdout_people):
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size % self.grad_accum:

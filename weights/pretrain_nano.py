@@ -145,7 +145,7 @@ def report(vit: ViT, regress: nn.Linear, seed: int) -> str:
     explained = (1 - error / targets.var(dim=0)).tolist()
     lines = [f"{name:16s} R² {value:6.3f}" for name, value in zip(TARGETS, explained, strict=True)]
     lines += [f"mean R²: identity {np.mean(explained[: len(FACTORS)]):.3f}, all {np.mean(explained):.3f}"]
-    for kind in ("mixed", "frontal-profile"):
+    for kind in ("synthetic", "frontal-profile"):
         lines += [f"frozen CLS, {kind} pairs of unseen people: {100 * frozen_accuracy(vit, kind):.1f} %"]
     return "\n".join(lines)
 

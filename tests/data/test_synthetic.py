@@ -14,7 +14,6 @@ from vitface.data.canvas import HALF_VIEW
 from vitface.data.counter import uniform
 from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes
 from vitface.data.synthetic import (
-    DOMAINS,
     PRETRAIN_PEOPLE,
     TEST_PEOPLE,
     TRAIN_PEOPLE,
@@ -152,7 +151,7 @@ def test_age_greys_the_hair_and_lines_the_forehead():
     assert rough[1] > 1.2 * rough[0]
 
 
-@pytest.mark.parametrize("kind", ["frontal-profile", "mixed"])
+@pytest.mark.parametrize("kind", ["frontal-profile", "synthetic", "synthetic_shift"])
 def test_pixels_and_mean_colour_recognise_nobody(kind):
     images, issame = synthetic_pairs(200, seed=1, kind=kind)
     pixels = images[:, ::2, ::2].reshape(len(images), -1).astype("f4")
@@ -189,7 +188,7 @@ def test_samples_have_the_shape_all_samples_share(people, images, seed):
 def test_domains_are_what_the_factors_say():
     samples = SyntheticSamples(40, 9, seed=5)
     people, yaw, age, light, seeds = samples.factors(range(len(samples)))
-    assert DOMAINS == ("pose", "age", "light")
+    assert samples.domain_names == ("pose", "age", "light")
     np.testing.assert_array_equal(people, samples.labels + TRAIN_PEOPLE.start)
     extreme = np.stack([np.abs(yaw) >= 50, age >= 0.7, np.abs(light) >= 0.7])
     np.testing.assert_array_equal(extreme, np.arange(3)[:, None] == samples.domains)
@@ -197,6 +196,19 @@ def test_domains_are_what_the_factors_say():
     for factor, low, high in ((yaw, -90, 90), (age, 0, 1), (light, -1, 1)):
         assert low <= factor.min() and factor.max() <= high
     assert 0.4 < (yaw[samples.domains == 0] > 0).mean() < 0.6 and 0.4 < (light[samples.domains == 2] > 0).mean() < 0.6
+
+
+def test_shifted_domains_are_other_pictures_of_the_same_faces():
+    samples = SyntheticSamples(4, 6, seed=5, world="synthetic_shift")
+    images, plain = samples.render(range(24)), render_faces(*samples.factors(range(24)))
+    assert samples.domain_names == ("plain", "negative", "upside_down") and set(samples.domains) == {0, 1, 2}
+    for image, face, domain in zip(images, plain, samples.domains, strict=True):
+        np.testing.assert_array_equal(image, (face, 255 - face, face[::-1])[domain])
+    _, yaw, age, light, _ = samples.factors(range(24))
+    assert np.abs(yaw).max() <= 35 and age.max() <= 0.5 and np.abs(light).max() <= 0.5
+    pairs, _ = synthetic_pairs(200, seed=3, num_people=20, kind="synthetic_shift")
+    hair = pairs[:, 8:20, 46:66].mean(axis=(1, 2, 3))  # bright in negatives alone
+    assert 0.2 < (hair > 140).mean() < 0.5
 
 
 def test_a_sample_is_a_function_of_seed_person_and_number():
@@ -218,7 +230,7 @@ def test_pairs_are_balanced_in_every_fold(count):
 
 def test_pairs_show_whom_they_say(monkeypatch):
     drawn = {}
-    monkeypatch.setattr("vitface.data.synthetic.render_faces", lambda *columns: drawn.update(columns=columns))
+    monkeypatch.setattr("vitface.data.synthetic.draw_photos", lambda kinds, *columns: drawn.update(columns=columns))
     _, issame = synthetic_pairs(400, seed=3, first_person=1000, num_people=20, kind="frontal-profile")
     people, yaw = (np.array(drawn["columns"][i]).reshape(-1, 2) for i in (0, 1))
     np.testing.assert_array_equal(people[:, 0] == people[:, 1], issame)

@@ -100,7 +100,7 @@ def test_evaluate_says_what_the_router_does(tiny_run, tmp_path, monkeypatch, cap
     benchmarks._synthetic_benchmark.cache_clear()
     command = ["--checkpoint", str(tiny_run), "--bench", "synthetic", "--routing"]
     evaluate.main([*command, "--json", str(tmp_path / "a.json")])
-    assert "routing on procedural faces, by what makes them hard\nmean weight" in capsys.readouterr().out
+    assert "routing on procedural faces, by their domain\nmean weight" in capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())["routing"]["synthetic"]
     np.testing.assert_allclose(np.sum(written["weights"], axis=1), 1, atol=1e-5)
     benchmarks._synthetic_benchmark.cache_clear()

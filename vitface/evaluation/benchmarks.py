@@ -2,7 +2,7 @@
 
 A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with beside aligned 112 x 112
 crops under the published names: lfw/pairs.txt, calfw/pairs_CALFW.txt, cplfw/pairs_CPLFW.txt, cfp/Protocol. "synthetic"
-is drawn by this project and needs no file.
+and "synthetic_shift" are drawn by this project and need no file.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 
 from vitface.data.images import decode_image, to_crop
 from vitface.data.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
-from vitface.data.synthetic import pair_people, synthetic_pairs
+from vitface.data.synthetic import SYNTHETIC, pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
 from vitface.evaluation.verify import Verification, check_embeddings, pair_distance, verify
@@ -45,7 +45,7 @@ BENCHMARKS = {
     "cplfw": Benchmark("pose", 6000),
     "agedb_30": Benchmark("age", 6000),
     "calfw": Benchmark("age", 6000),
-    "synthetic": Benchmark("synthetic", 2000),
+    **{world: Benchmark("synthetic", 2000) for world in SYNTHETIC},
 }
 
 
@@ -78,7 +78,7 @@ def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
 
 def available(data_dir: str | Path) -> list[str]:
     """The real benchmarks that are in `data_dir`."""
-    return [name for name in BENCHMARKS if name != "synthetic" and benchmark_path(name, data_dir).exists()]
+    return [name for name in BENCHMARKS if name not in SYNTHETIC and benchmark_path(name, data_dir).exists()]
 
 
 def evaluate_benchmark(
@@ -88,8 +88,8 @@ def evaluate_benchmark(
 
     DataError if its file is missing or not what it should be, EvaluationError if the scores cannot be judged.
     """
-    if name == "synthetic":
-        images, issame = _synthetic_benchmark()
+    if name in SYNTHETIC:
+        images, issame = _synthetic_benchmark(name)
         rows = in_turns(
             lambda turn: embed(images[turn * batch_size : (turn + 1) * batch_size]), -(-len(images) // batch_size)
         )
@@ -104,8 +104,8 @@ def evaluate_benchmark(
 
 
 @functools.cache
-def _synthetic_benchmark() -> tuple[np.ndarray, np.ndarray]:
-    return synthetic_pairs(BENCHMARKS["synthetic"].pairs)
+def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray]:
+    return synthetic_pairs(BENCHMARKS[world].pairs, kind=world)
 
 
 def embed_pairs(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitface.config import BOOKKEEPING, read_config
+from vitface.data.synthetic import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
@@ -86,13 +87,13 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
 
 
 def compare(a: Side, b: Side) -> Comparison:
-    """B minus A on every benchmark that all their runs have, and on average (without "synthetic" if there are others).
+    """B minus A on every benchmark that all their runs have, and on average (without synthetic ones beside others).
 
     EvaluationError if they have no benchmark in common, or were judged on different pairs.
     """
     every = [*a.results, *b.results]
     names = [name for name in a.results[0] if all(name in results for results in every)]
-    names = [name for name in names if name != "synthetic"] or names
+    names = [name for name in names if name not in SYNTHETIC] or names
     if not names:
         raise EvaluationError(
             f"{a.name} and {b.name} have no benchmark in common; evaluate them with "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vitface.data.images import decode_image, to_crop
-from vitface.data.synthetic import TEST_PEOPLE, SyntheticSamples
+from vitface.data.synthetic import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, read_benchmark
 from vitface.evaluation.plots import bar_chart, heat, line_chart, picture, table
 from vitface.evaluation.report import results_json
@@ -149,7 +149,7 @@ def hardest_pairs(results: dict[str, Verification], data_dir: Path, count: int =
     """The same pairs farthest apart and the different pairs nearest, of every real benchmark."""
     parts = []
     for name, result in results.items():
-        if name == "synthetic":
+        if name in SYNTHETIC:
             continue
         pairs = read_benchmark(name, data_dir)
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):
@@ -176,8 +176,8 @@ def attention_maps(model: FaceModel) -> str:
 
 def routing_section(model: FaceModel, by_pose: Mapping[str, dict[str, Any]]) -> str:
     """Mean domain weights by the known hard factor of procedural faces, and by pose on benchmarks."""
-    routing = by_pose.get("synthetic") or synthetic_routing(model)
-    charts = "".join(pose_chart(name, found) for name, found in by_pose.items() if name != "synthetic")
+    routing = next((found for name, found in by_pose.items() if name in SYNTHETIC), None) or synthetic_routing(model)
+    charts = "".join(pose_chart(name, found) for name, found in by_pose.items() if name not in SYNTHETIC)
     rows = zip([*routing["labels"], "all"], [*routing["weights"], routing["usage"]], strict=True)
     groups = {label: {f"domain {k}": weight for k, weight in enumerate(row)} for label, row in rows}
     found = "" if routing["agreement"] is None else f"Agreement with the known factor {routing['agreement']:.1%}. "

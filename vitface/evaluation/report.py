@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from vitface.data.synthetic import SYNTHETIC
 from vitface.errors import EvaluationError
 from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
@@ -25,7 +26,7 @@ def results_table(results: Results) -> str:
             )
         if len(rows) > 1:
             lines.append(f"{'':<11}{category + ' average':<19}{100 * _mean(rows):.2f}")
-    real = {name: result for name, result in results.items() if name != "synthetic"}
+    real = {name: result for name, result in results.items() if name not in SYNTHETIC}
     if len(real) > 1:
         lines.append(f"{'':<11}{f'average of {len(real)}':<19}{100 * _mean(real):.2f}")
     return "\n".join(lines)

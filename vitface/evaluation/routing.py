@@ -12,7 +12,7 @@ from vitface.data.detect import FaceDetector
 from vitface.data.images import decode_image, to_crop
 from vitface.data.pairs import VerificationSet
 from vitface.data.pose import crop_landmarks, yaw_degrees
-from vitface.data.synthetic import DOMAINS, TEST_PEOPLE, SyntheticSamples
+from vitface.data.synthetic import TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation.verify import auc
 from vitface.model.face import FaceModel
 
@@ -51,23 +51,25 @@ def agreement(weights: np.ndarray, labels: np.ndarray) -> tuple[float, list[int]
     return float(sum(counts[domain, label] for label, domain in enumerate(domains)) / len(labels)), domains
 
 
-def synthetic_routing(model: FaceModel, num_people: int = 60, images_per_person: int = 6) -> dict[str, Any]:
-    """The router on procedural faces of people it has never seen, whose hard factor (pose, age or light) is known.
+def synthetic_routing(
+    model: FaceModel, num_people: int = 60, images_per_person: int = 6, world: str = "synthetic"
+) -> dict[str, Any]:
+    """The router on procedural faces of people it has never seen, whose domain (as pose, age or light) is known.
 
     {"usage": (K,) mean weight, "entropy": mean, "labels": names (L,), "weights": (L, K) mean weight for each label,
     "agreement": share or None with fewer domains than labels, "domain_of_label": list or None, "chance": 1 / L}.
     """
-    samples = SyntheticSamples(num_people, images_per_person, first_person=TEST_PEOPLE.start)
-    weights = model.domain_weights(samples.render(np.arange(len(samples))))
-    share, domains = agreement(weights, samples.domains) if weights.shape[1] >= len(DOMAINS) else (None, None)
+    samples = SyntheticSamples(num_people, images_per_person, first_person=TEST_PEOPLE.start, world=world)
+    weights, labels = model.domain_weights(samples.render(np.arange(len(samples)))), samples.domain_names
+    share, domains = agreement(weights, samples.domains) if weights.shape[1] >= len(labels) else (None, None)
     return {
         "usage": weights.mean(axis=0).tolist(),
         "entropy": float(entropy(weights).mean()) if weights.shape[1] > 1 else 0.0,
-        "labels": list(DOMAINS),
-        "weights": [weights[samples.domains == label].mean(axis=0).tolist() for label in range(len(DOMAINS))],
+        "labels": list(labels),
+        "weights": [weights[samples.domains == label].mean(axis=0).tolist() for label in range(len(labels))],
         "agreement": share,
         "domain_of_label": domains,
-        "chance": 1 / len(DOMAINS),
+        "chance": 1 / len(labels),
     }
 
 

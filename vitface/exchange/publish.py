@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitface.config import read_config
 from vitface.data.records import load_samples
+from vitface.data.synthetic import SYNTHETIC
 from vitface.errors import ConfigError, DataError, ExchangeError, exit_code
 from vitface.evaluation.report import results_json
 from vitface.evaluation.scores import SCORES, load_scores
@@ -68,7 +69,7 @@ def write_bundle(step: Path, out: Path, arguments: argparse.Namespace) -> None:
     model = load_face(step, arguments.weights)
     if not model.config.lora_rank:
         raise ExchangeError(f"{step} has no adapters: there is nothing to publish but what others have published")
-    synthetic = read_config(run_folder(step)).get("train_data") == "synthetic"
+    synthetic = read_config(run_folder(step)).get("train_data") in SYNTHETIC
     data = arguments.data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
     if data is None:
         raise ConfigError("say with --data what it was trained on; the card is public, and a path may name somebody")

@@ -132,7 +132,7 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
     text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"
     say(f"\n{text}")
     replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())
-    bench = "synthetic" if names == ["synthetic"] else "all"
+    bench = names[0] if names == [config.train_data] else "all"
     say(
         f"\nwrote {run_dir}/results.md; evaluate again with\n"
         f"  python evaluate.py --checkpoint {run_dir} --bench {bench}"

@@ -13,7 +13,7 @@ from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.packed import PackedSamples
 from vitface.data.packing import cached
 from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples, read_domains
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype, resolve_impl
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
@@ -62,8 +62,10 @@ def open_inputs(config: TrainConfig) -> Samples:
         if getattr(config, extra) and importlib.util.find_spec(extra) is None:
             problems.append(f"--{extra} needs an extra that is not installed:\n  pip install 'vitface[{extra}]'")
     try:
-        if config.train_data == "synthetic":
-            samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, seed=config.seed)
+        if config.train_data in SYNTHETIC:
+            if config.domain_labels is not None:
+                raise DataError("--domain-labels is for your own images; synthetic faces come with their domains")
+            samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
         else:
             samples = load_samples(config.train_data)
             if config.domain_labels is not None and config.use_dalora:
@@ -99,7 +101,7 @@ def final_benchmarks(config: TrainConfig) -> list[str]:
     if config.val_data not in (None, TrainConfig.val_data) and not Path(config.val_data).is_dir():
         raise ConfigError(f"--val-data {config.val_data} is no folder; name the one of lfw.bin, cfp_fp.bin, ...")
     real = available(config.val_data) if config.val_data else []
-    return ["synthetic", *real] if config.train_data == "synthetic" else real
+    return [config.train_data, *real] if config.train_data in SYNTHETIC else real
 
 
 def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin]:
