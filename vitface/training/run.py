@@ -148,17 +148,20 @@ def evaluation_text(evaluation: Evaluation) -> str:
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
     """The run on one page: results, learning curve, settings."""
     with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
-        curve = "".join(
-            f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
-            for row in csv.DictReader(file)
-        )
+        epochs = list(csv.DictReader(file))
+    curve = "".join(
+        f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
+        for row in epochs
+    )
+    skipped = int(epochs[-1].get("skipped", 0))  # of fp16 alone
+    note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
     parts = [
         f"# {run_dir.name}",
         f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
         *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
         f"## Thresholds\n\n```\n{thresholds}\n```",
-        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}",
+        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}{note}",
         f"## Settings\n\n{settings}",
     ]
     return "\n\n".join(parts) + "\n"
