@@ -18,10 +18,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ceilings  # noqa: E402
+import embed  # noqa: E402
 import end_to_end  # noqa: E402
 import flops  # noqa: E402
 import sweep  # noqa: E402
 import timing  # noqa: E402
+import train_step  # noqa: E402
 
 
 def last_line(capsys):
@@ -94,6 +96,17 @@ def test_the_report_has_shares_and_memory():
     assert (found["ceiling_share"], found["peak_gb"], found["ratio_to_fastest_peer"]) == (0.25, 1.5, 2.0)
     assert "25.0%   1.5" in text and "12.5%" in text
     assert torch.cuda.is_available() or timing.peak_memory({"a": lambda: None}) == {}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_both_benchmarks_of_a_sweep(capsys, dtype):
+    flags = ["--backbone", "vit_nano", "--image-size", "112", "--batch-size", "2", "--repetitions", "1"]
+    flags += ["--device", "cpu", "--dtype", dtype, "--peers", "none", "--no-compiled"]
+    embed.main([*flags, "--runtimes", "none"])
+    assert last_line(capsys)["vitface"] > 0
+    train_step.main([*flags, "--adapter", "dalora", "--domains", "2"])
+    found = last_line(capsys)
+    assert found["vitface"] > 0 and found["ceiling_share"] > 0 and found["ratio_to_fastest_peer"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -1,5 +1,6 @@
 """The update: what it does with numbers that are not finite, and fp16's scaled loss."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,7 +10,7 @@ from vitface.config import resolve
 from vitface.device import resolve_dtype
 from vitface.errors import ConfigError
 from vitface.training import loss_scale
-from vitface.training.graph import check_graph
+from vitface.training.graph import WARM_UP, GraphedStep, check_graph
 from vitface.training.loss_scale import GROWTH, START, LossScale
 from vitface.training.step import NonFiniteError, make_optimizer, refusal, set_rates, update
 
@@ -161,3 +162,44 @@ def test_auto_is_what_the_gpu_is_fast_in(monkeypatch, bf16, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda:0")) == dtype
     assert resolve_dtype("auto", CPU) in ("bf16", "fp32") and resolve_dtype("fp16", CPU) == "fp16"
+
+
+class FakeStream:
+    device = CPU
+
+    def __init__(self, device=None):
+        self.waited = 0
+
+    def wait_stream(self, other):
+        self.waited += 1
+
+
+class FakeGraph:
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_what_a_graph_is_given(monkeypatch):
+    """Without CUDA: three ordinary calls, one that records on copies of its inputs, then the copies are refilled."""
+    for name, fake in (("Stream", FakeStream), ("current_stream", FakeStream), ("CUDAGraph", FakeGraph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: contextlib.nullcontext())
+    seen = []
+
+    def step(images, domains, last):
+        seen.append((images, domains, last, optimizer.param_groups[0]["capturable"]))
+        return {"loss": images.sum()}
+
+    optimizer = adamw(torch.nn.Parameter(torch.ones(1)))
+    graphed = GraphedStep(step, optimizer, CPU)
+    batches = [torch.full((2,), float(number)) for number in range(6)]
+    told = [graphed(images, None, True) for images in batches]
+    assert len(seen) == WARM_UP + 1 and graphed.graph.replays == 3
+    assert all(one[0] is images for one, images in zip(seen, batches[:WARM_UP], strict=False))
+    recorded, *constants = seen[-1]
+    assert recorded.data_ptr() != batches[WARM_UP].data_ptr() and torch.equal(recorded, batches[-1])
+    assert constants == [None, True, True] and seen[0][3] is False
+    assert told[-1] is told[WARM_UP] is graphed.outputs

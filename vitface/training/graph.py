@@ -39,9 +39,9 @@ class GraphedStep:
     What it returns is overwritten by the next call. The gradients that `step` leaves stay where they are.
     """
 
-    def __init__(self, step: Callable[..., dict[str, Tensor]], optimizer: torch.optim.Optimizer):
+    def __init__(self, step: Callable[..., dict[str, Tensor]], optimizer: torch.optim.Optimizer, device: torch.device):
         self.step, self.optimizer = step, optimizer
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(device)
         self.warmed_up = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Any] = []
@@ -61,10 +61,11 @@ class GraphedStep:
 
     def _warm_up(self, inputs: tuple) -> dict[str, Tensor]:
         self.warmed_up += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             outputs = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return outputs
 
     def _record(self, inputs: tuple) -> None:

@@ -90,7 +90,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.margin, config)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.loss_scale = LossScale(config.dtype == "fp16", self.device)
-        self.micro_step = GraphedStep(self._micro_step, self.optimizer) if config.cuda_graph else self._micro_step
+        self.micro_step = self._micro_step
+        if config.cuda_graph:
+            self.micro_step = GraphedStep(self._micro_step, self.optimizer, self.device)
         compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.forward = replicate(compiled, self.device)
         self.margin_forward = self.margin
