@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import textwrap
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -117,29 +116,6 @@ class Trainer:
     def seconds_per_step(self) -> float:
         """Measured on blank images. In the first pass DDP orders its buckets, and with them every later sum."""
         return setup.seconds_per_step(self.forward, self.margin_forward, self.micro_batch, self.config)
-
-    def header(self) -> str:
-        """What is printed before the first step: config, data, machine, parameters, estimated time."""
-        config, split, benchmarks = self.config, self.split, setup.final_benchmarks(self.config)
-        settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
-        seconds = self.seconds_per_step
-        remaining = seconds * (self.total_steps - self.progress.step)
-        ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-        parts = f" in passes of {self.micro_batch}" if config.grad_accum > 1 or ranks else ""
-        return "\n".join(
-            [
-                textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
-                f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
-                f"{len(split.held_out):,} images of other people held out"
-                f"{', with domain labels' if self.has_domain_labels else ''}",
-                f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
-                f"device: {config.device}, {config.dtype}, layers: {config.impl}{ranks}{parts}",
-                setup.parameter_table(self.model, self.margin),
-                f"memory: {self.memory}",
-                f"estimated time: {remaining / 60:.1f} min for {self.total_steps - self.progress.step:,} steps "
-                f"({config.batch_size / seconds:,.0f} img/s before reading and augmenting)",
-            ]
-        )
 
     def fit(self, log: RunLog | None) -> None:
         """Runs from the current step to the end, or until `patience` epochs brought no better held-out AUC.

@@ -19,6 +19,7 @@ from vitface.lock import folder_lock
 from vitface.model.store import frozen_face, load_face, model_sha256
 from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
 from vitface.training.distributed import process_group, rank, share
+from vitface.training.header import header
 from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
@@ -41,7 +42,7 @@ def run(config: TrainConfig, say: Say = print, with_frozen: bool = True) -> Path
             say = say if rank() == 0 else _silent
             if config.dry_run:
                 trainer = Trainer(config, None)
-                say(trainer.header())
+                say(header(trainer))
                 trainer.fit(None)
                 return None
             run_dir = Path(share(config.save_dir or str(default_save_dir(config))))
@@ -78,7 +79,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Pat
         if rank() == 0:
             replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
         say(f"run directory: {run_dir}")
-        say(trainer.header())
+        say(header(trainer))
         try:
             trainer.fit(RunLog(run_dir, config, trainer.progress.step) if rank() == 0 else None)
         except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
