@@ -1,14 +1,17 @@
 """What the model benchmarks share: their flags, and the images and weights that all contestants get."""
 
 import argparse
+import statistics
 
 import torch
+from ceilings import SIDE, gemm_rates
 from peers import transformers_backbone
 from torch import Tensor
 
 from vitface.config import backbone_name
 from vitface.device import resolve_device, resolve_dtype
 from vitface.model.backbones import load_backbone
+from vitface.model.face import DTYPES
 from vitface.model.vit import ViT
 
 
@@ -20,7 +23,7 @@ def make_parser(name: str, description: str | None, examples: str) -> argparse.A
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--peers", default="timm,transformers", help="comma list of timm, transformers; or none")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="also compiled forms")
     parser.add_argument("--repetitions", type=int, default=15)
@@ -47,3 +50,9 @@ def inputs(args: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor
     if "transformers" in args.peers and args.backbone.startswith("dinov2"):
         return images, transformers_backbone(args.backbone, args.image_size, "sdpa")[1]
     return images, load_backbone(args.backbone, "random", args.image_size)
+
+
+def ceiling(args: argparse.Namespace, multiply_adds: int) -> float:
+    """img/s at which `multiply_adds` an image would run as fast as one large product does here."""
+    rate = statistics.median(gemm_rates(args.device, args.dtype, SIDE[args.device.type]))
+    return rate * 1e12 / (2 * multiply_adds)

@@ -31,8 +31,9 @@ from vitface.data.packing import pack
 from vitface.data.preprocess import to_float
 from vitface.data.records import FolderSamples, Samples, load_samples
 from vitface.data.synthetic import SyntheticSamples
+from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model, resolve_choices
-from vitface.training.step import parameter_groups, total_loss, update
+from vitface.training.step import make_optimizer, total_loss, update
 
 FACES, BATCH, ROUNDS = 1024, 128, 5
 USUAL_IMAGES, DECODED_IMAGES, PACKED_IMAGES = 256, 1024, 12_288  # per round
@@ -96,9 +97,8 @@ def wait_share(packed: PackedSamples) -> float:
     """The share of STEPS training steps of DINOv2's ViT-S, 224 px, random weights, spent waiting for a batch."""
     config = resolve_choices(resolve({"weights": "random", "batch_size": STEP_BATCH, "device": "cpu"}))
     model, margin = build_model(config, len(packed.names))
-    groups = parameter_groups(model, margin, config)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    trained = [parameter for group in groups for parameter in group["params"]]
+    optimizer, scale = make_optimizer(model, margin, config), LossScale(False, torch.device("cpu"))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = shuffled((STEPS + 1) * STEP_BATCH, len(packed), 0)
     batches = read_batches(packed, np.arange(len(packed)), np.split(np.concatenate(order), STEPS + 1))
     waited = started = 0.0
@@ -110,7 +110,8 @@ def wait_share(packed: PackedSamples) -> float:
         waited += time.perf_counter() - asked
         pixels = model.preprocess(augment(to_float(images), uniforms(0, 0, where), config.augment))
         loss = total_loss(model, margin, pixels, torch.from_numpy(packed.labels[where]), None, config)["loss"]
-        update(optimizer, loss, trained, config.clip)
+        update(optimizer, loss, trained, config.clip, scale)
+        optimizer.zero_grad(set_to_none=True)
     return waited / (time.perf_counter() - started)
 
 

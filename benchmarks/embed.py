@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arguments import inputs, listed, make_parser, parse
+from arguments import ceiling, inputs, listed, make_parser, parse
+from flops import forward_and_step
 from peers import PooledCLS, timm_backbone, transformers_backbone
-from timing import interleave, report
+from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
@@ -23,7 +24,7 @@ from vitface.model.face import DTYPES, FaceModel
 from vitface.model.inference import prepare_inference
 from vitface.model.vit import ViT
 
-MINIMUM_COSINE = {"bf16": 0.999, "fp32": 0.99999}
+MINIMUM_COSINE = {"bf16": 0.999, "fp16": 0.999, "fp32": 0.99999}
 EXAMPLES = """examples:
   python benchmarks/embed.py                           DINOv2 ViT-S/14, batch 8, against everything installed
   python benchmarks/embed.py --dtype fp32 --batch-size 16
@@ -125,7 +126,7 @@ def openvino(model: nn.Module, images: Tensor, dtype: str) -> Embed:
     import openvino
 
     settings = {
-        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[dtype],
+        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
@@ -164,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     check(embeds, exact, args.dtype)
     rates = interleave(embeds, args.batch_size, args.repetitions, warmup=2)
     print(f"embedding, {args.backbone} at {args.image_size} px, batch {args.batch_size}, {args.dtype}")
-    print(report(rates, groups))
+    limit = ceiling(args, forward_and_step(plain.config)[0])
+    print(report(rates, groups, limit, peak_memory(embeds)))
 
 
 if __name__ == "__main__":

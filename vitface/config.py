@@ -21,7 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything in a model, of its images; larger model files are refused
-Dtype = Literal["fp32", "bf16"]  # of the frozen backbone and its activations
+Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,12 @@ class TrainConfig:
     resume: str | None = flag(None, "'auto' continues the run in --save-dir, a path the run or checkpoint there")
     allow_changed: bool = flag(False, "resume although settings or data changed; the epoch under way starts again")
     device: str = flag("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the frozen backbone; adapters stay fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "auto", "of the frozen backbone; adapters stay fp32. fp16, with a scaled loss: for GPUs without bf16"
+    )
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused on the CPU, else reference")
     compile: bool = flag(False, "torch.compile the model")
+    cuda_graph: bool = flag(False, "on one GPU: record the training step once and replay it (not measured yet)")
     memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
     rank_timeout: float = flag(600.0, "under torchrun: seconds that a process waits for the others")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
@@ -269,7 +272,7 @@ class TrainConfig:
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
     "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights",
-    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard",
+    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard", "cuda_graph",
 })  # fmt: skip
 
 

@@ -27,14 +27,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
-    """ "auto" is "bf16" where bf16 matrix products run at full speed, else "fp32"."""
+    """ "auto" is "bf16" where its matrix products run at full speed, "fp16" on GPUs that are fast in that alone, Volta
+    and Turing, else "fp32"."""
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "fp32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def resolve_impl(name: str, device: torch.device) -> str:

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from vitface.config import TrainConfig, add_flags, resolve, to_flag
+from vitface.config import Dtype, TrainConfig, add_flags, resolve, to_flag
 from vitface.data.synthetic import SYNTHETIC
 from vitface.errors import ConfigError, EvaluationError, exit_code
 from vitface.evaluation.benchmarks import evaluate_all
@@ -93,8 +93,7 @@ def run_study(
                 model = shuffle_gate(load_face(cell, base.weights))
                 judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", model, config, names)
         if done == 1:
-            chosen = resolve_choices(base)
-            dtype = "bf16" if chosen.dtype == "bf16" else "fp32"
+            dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now
             judge(folder / FROZEN, frozen_face(base.backbone, base.weights, base.image_size, dtype), base, names)
         write_table(base, list(grid), seeds[:done], folder, command)
         say(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")

@@ -20,6 +20,7 @@ KINDS = {
     "rslora, mlp": {"lora_scaling": "rslora", "lora_targets": "attn+mlp", "head": "linear"},
     "uniform gate": {"num_domains": 2, "gate": "uniform", "head": "bn"},
     "bf16, patch convolution": {"num_domains": 2, "dtype": "bf16", "train_patch_embed": True},
+    "fp16": {"num_domains": 2, "dtype": "fp16"},
 }
 
 
@@ -78,7 +79,8 @@ def test_a_graph_that_differs_is_not_written(backbone, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("kind", "flip"), [("bf16, patch convolution", True), ("uniform gate", True), ("rslora, mlp", False)]
+    ("kind", "flip"),
+    [("bf16, patch convolution", True), ("fp16", True), ("uniform gate", True), ("rslora, mlp", False)],
 )
 def test_torch_export_computes_the_same(backbone, tmp_path, kind, flip):
     run = trained(backbone, tmp_path, **KINDS[kind])

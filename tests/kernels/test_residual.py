@@ -149,6 +149,26 @@ def test_a_vit_of_fused_blocks_is_the_same(changes, monkeypatch):
     assert_a_vit_is_the_same(monkeypatch, torch.float64, **changes)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_fused_blocks_compile_as_one_graph(monkeypatch, backend):
+    """Output and every gradient as without; `fullgraph` raises where the compiler would have to stop."""
+    monkeypatch.setattr("vitface.model.vit.fuses_residuals", lambda impl, x: True)
+    vit = tiny_vit().requires_grad_(False)
+    add_lora(vit, TARGETS["attn"], rank=4, alpha=8.0, num_domains=2, generator=torch.Generator().manual_seed(0))
+    randomise_adapters(vit)
+    use_impl(vit, "fused")
+    generator = torch.Generator().manual_seed(1)
+    x, gate = torch.randn(2, 17, 16, generator=generator), torch.rand(2, 2, generator=generator)
+    asked = [t.requires_grad_() for t in (x, gate, *(p for n, p in vit.named_parameters() if "lora_" in n))]
+    torch._dynamo.reset()
+    found = []
+    for encode in (vit.encode, torch.compile(vit.encode, backend=backend, fullgraph=True)):
+        out = encode(x, gate)
+        found.append([out, *torch.autograd.grad(out.square().sum(), asked)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
 def test_a_block_on_the_cpu_is_the_plain_equations(monkeypatch):
     monkeypatch.setattr("vitface.model.vit.fused_block", None)
     vit = tiny_vit().requires_grad_(False)

@@ -57,17 +57,17 @@ class Injection:
             hook.remove()
         return parts
 
-    def with_bad_gradient(self, optimizer, loss, trained, clip):
+    def with_bad_gradient(self, optimizer, loss, trained, *rest):
         if self.begun == self.step and self.place == "loss":
             self.fired = True
             loss = loss * self.value
         if self.begun == self.step and self.place == "gradient":
             handle = trained[1].register_hook(lambda gradient: (self.poison(gradient), gradient)[1])
             try:
-                return self.update(optimizer, loss, trained, clip)
+                return self.update(optimizer, loss, trained, *rest)
             finally:
                 handle.remove()
-        return self.update(optimizer, loss, trained, clip)
+        return self.update(optimizer, loss, trained, *rest)
 
 
 CASES = [

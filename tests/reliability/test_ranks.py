@@ -114,14 +114,13 @@ def gradients(config):
     """The gradients that reach the update of the first step, and the buffers: {name: (tensor, its scale)}."""
     trainer, found = Trainer(config, None), {}
 
-    def note(optimizer, loss, trained, clip):
+    def note(optimizer, loss, *rest):
         loss.backward()
         named = {**dict(trainer.model.named_parameters()), "identities": trainer.margin.weight}
         found.update({name: (p.grad.clone(), p.grad.norm()) for name, p in named.items() if p.grad is not None})
         found["head.proj.bias"] = (torch.zeros(1), torch.ones(1))  # of a bias before a batch norm: rounding alone
         found["loss"] = (torch.tensor(loop.agree(False, [loss.item()])[1][0]), loss.detach())
-        optimizer.zero_grad()
-        return 0.0
+        return step.Outcome(loss.detach(), torch.zeros(()), torch.zeros(()))
 
     real, loop.update = loop.update, note
     try:
@@ -269,7 +268,7 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
 
     def act(number):
         poisoned(1, 3, "shard")
-        step.first_fault, step.share = alone, lambda value, source=0: value
+        step.first_fault, step.share, step.on_any_rank = alone, lambda value, source=0: value, lambda flag: flag
         parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient; the shards' loss has its own
         with process_group("cpu", 10):
             trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, shard_identities=True)), None)

@@ -28,7 +28,7 @@ TOKEN_WIDTH = 32
 CPU_BATCH = 16  # images whose activations stay in the caches: ViT-S at 224 px embeds 1.3x as many as in batches of 128
 GPU_BATCH = 128
 Images = np.ndarray | Tensor | Sequence[Photo]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EmbeddingHead(nn.Module):

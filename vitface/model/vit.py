@@ -164,7 +164,9 @@ class ViT(nn.Module):
         The last block computes nothing for the tokens that nobody asks for; the others are exactly the same.
         """
         for number, block in enumerate(self.blocks, start=1):
-            run = partial(checkpoint, block, use_reentrant=False) if number <= self.recomputed else block
+            # nothing in a block is random: no random state is kept, which a CUDA graph could not read
+            again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            run = again if number <= self.recomputed else block
             x = run(x, gate, True, queries if number == len(self.blocks) else None)
         return self.norm(x)
 

@@ -1,11 +1,17 @@
 """What a run that met NaN or infinity leaves behind, to find out where it came from."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vitface.files import replace_file
+from vitface.training.distributed import rank, share
+from vitface.training.step import NonFiniteError
 
-def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, Tensor], modules: nn.ModuleDict) -> dict[str, Any]:
+
+def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, float], modules: nn.ModuleDict) -> dict[str, Any]:
     """`where` it happened, what went in, the loss by its parts, and which tensors are not finite, as JSON.
 
     (seed, epoch, step) determine the batch, so that it need not be kept: a diagnosis holds no image and no name.
@@ -15,11 +21,19 @@ def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, Tensor], mo
     return {
         **where,
         "images": {"finite": _is_finite(images), "min": str(images.min().item()), "max": str(images.max().item())},
-        "loss": {name: str(value.item()) for name, value in parts.items()},  # JSON has no NaN
+        "loss": {name: str(value) for name, value in parts.items()},  # JSON has no NaN
         "parameters_not_finite": [name for name, tensor in parameters.items() if not _is_finite(tensor)],
         "gradients_not_finite": [name for name, tensor in gradients.items() if not _is_finite(tensor)],
         "largest_gradient": {name: str(tensor.abs().max().item()) for name, tensor in gradients.items()},
     }
+
+
+def keep_diagnosis(path: Path, error: NonFiniteError, diagnosis: dict[str, Any]) -> NonFiniteError:
+    """Rank 0 writes down what the rank that met the value found; the error, with the step and the file's name."""
+    found = share(diagnosis, error.culprit)
+    if rank() == 0:
+        replace_file(path, json.dumps(found, indent=1).encode())
+    return NonFiniteError(f"step {found['step']:,}: {error}; {path} says more", error.culprit)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -8,8 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import textwrap
+import math
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -21,29 +20,31 @@ from tqdm import tqdm
 
 from vitface.config import TrainConfig
 from vitface.data.loader import split_people
-from vitface.errors import CheckpointError, ConfigError
+from vitface.errors import ConfigError
 from vitface.evaluation.verify import auc
-from vitface.files import replace_file
 from vitface.model.store import load_trained, trained_tensors
 from vitface.model.tensors import tensor_bytes
 from vitface.training import setup
 from vitface.training.alarms import alarms
 from vitface.training.batches import Batch, micro_batch_size, rank_batches
-from vitface.training.checkpoint import load_state, save_checkpoint
-from vitface.training.diagnose import diagnose
-from vitface.training.distributed import agree, check_same, rank, share, wait_for_all, world_size
+from vitface.training.checkpoint import save_checkpoint
+from vitface.training.diagnose import diagnose, keep_diagnosis
+from vitface.training.distributed import agree, check_same, rank, wait_for_all, world_size
+from vitface.training.graph import GraphedStep
 from vitface.training.holdout import all_pairs, embed_held_out
 from vitface.training.identities import ShardedMargin
 from vitface.training.identity_files import identity_files, read_identities
 from vitface.training.interrupt import StopRequest, stop_requests
 from vitface.training.log import RunLog
+from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
 from vitface.training.parallel import accumulating, gather_rows, replicate, synchronise_batch_norms
-from vitface.training.resume import changed_settings, difference, is_finished, settings_of
+from vitface.training.resume import changed_settings, check_same_data, is_finished, settings_of, state_to_resume
 from vitface.training.state import load_training, read_training, training_tensors
-from vitface.training.step import NonFiniteError, parameter_groups, schedule, total_loss, update
+from vitface.training.step import make_optimizer, refusal, schedule, set_rates, total_loss, update
 
 LOG_EVERY = 10
+MOST_SKIPPED = 20  # steps in a row
 
 
 @dataclasses.dataclass
@@ -56,6 +57,8 @@ class Progress:
     epoch_loss: float = 0.0  # summed over the steps of the epoch under way
     best_epoch: int = 0
     best_auc: float = -1.0
+    skipped: int = 0  # steps of fp16 whose gradients overflowed
+    skipped_in_a_row: int = 0
     finished: bool = False
 
 
@@ -83,9 +86,12 @@ class Trainer:
         self.model.vit.recomputed = self.memory.recomputed
         if world_size() > 1:
             synchronise_batch_norms(self.model)
-        groups = parameter_groups(self.model, self.margin, config)
-        self.trained = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = make_optimizer(self.model, self.margin, config)
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.loss_scale = LossScale(config.dtype == "fp16", self.device)
+        self.micro_step = self._micro_step
+        if config.cuda_graph:
+            self.micro_step = GraphedStep(self._micro_step, self.optimizer, self.device)
         compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.forward = replicate(compiled, self.device)
         self.margin_forward = self.margin
@@ -110,29 +116,6 @@ class Trainer:
     def seconds_per_step(self) -> float:
         """Measured on blank images. In the first pass DDP orders its buckets, and with them every later sum."""
         return setup.seconds_per_step(self.forward, self.margin_forward, self.micro_batch, self.config)
-
-    def header(self) -> str:
-        """What is printed before the first step: config, data, machine, parameters, estimated time."""
-        config, split, benchmarks = self.config, self.split, setup.final_benchmarks(self.config)
-        settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
-        seconds = self.seconds_per_step
-        remaining = seconds * (self.total_steps - self.progress.step)
-        ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-        parts = f" in passes of {self.micro_batch}" if config.grad_accum > 1 or ranks else ""
-        return "\n".join(
-            [
-                textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
-                f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
-                f"{len(split.held_out):,} images of other people held out"
-                f"{', with domain labels' if self.has_domain_labels else ''}",
-                f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
-                f"device: {config.device}, {config.dtype}, layers: {config.impl}{ranks}{parts}",
-                setup.parameter_table(self.model, self.margin),
-                f"memory: {self.memory}",
-                f"estimated time: {remaining / 60:.1f} min for {self.total_steps - self.progress.step:,} steps "
-                f"({config.batch_size / seconds:,.0f} img/s before reading and augmenting)",
-            ]
-        )
 
     def fit(self, log: RunLog | None) -> None:
         """Runs from the current step to the end, or until `patience` epochs brought no better held-out AUC.
@@ -174,17 +157,21 @@ class Trainer:
         progress.finished = out_of_patience or progress.epoch == config.epochs
         judged = "" if score is None else f"  held-out AUC {score:.4f}{' (best)' if is_best else ''}"
         if rank() == 0:
-            tqdm.write(f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s")
+            skipped = f"  {progress.skipped} steps skipped so far" if progress.skipped else ""
+            tqdm.write(f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s{skipped}")
         if log is not None:
             log.epoch(
                 step=progress.step, epoch=progress.epoch, loss=loss, holdout_auc=score, alarms=", ".join(found),
-                img_per_s=round(rate, 1),
+                img_per_s=round(rate, 1), **self._skipped(),
             )  # fmt: skip
         for name, text in found.items():
             if name not in self.alarmed and rank() == 0:
                 tqdm.write(f"ALARM {name}: {text}")
         self.alarmed |= found.keys()
         return is_best
+
+    def _skipped(self) -> dict[str, int]:
+        return {"skipped": self.progress.skipped} if self.loss_scale.enabled else {}
 
     def _epoch(self, log: RunLog | None, stop: StopRequest) -> None:
         """What is left of the epoch under way, or up to a step that is saved: at --save-every, or to stop there."""
@@ -198,8 +185,7 @@ class Trainer:
         with contextlib.closing(batches), bar:
             while self.steps_into_epoch < self.steps_per_epoch:
                 factor = schedule(progress.step, self.total_steps, round(config.warmup_epochs * self.steps_per_epoch))
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
+                set_rates(self.optimizer, factor)
                 norm, values = self._step(batches)
                 stopped, means = agree(stop.requested, list(values.values()))
                 values = dict(zip(values, means, strict=True))
@@ -208,46 +194,66 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{values['loss']:.2f}")
                 if log is not None and progress.step % LOG_EVERY == 0:
-                    log.step(step=progress.step, epoch=epoch + 1, lr=config.lr * factor, grad_norm=norm, **values)
+                    shown = norm if math.isfinite(norm) else None  # of a step that was skipped; JSON has no infinity
+                    about = {"step": progress.step, "epoch": epoch + 1, "lr": config.lr * factor, "grad_norm": shown}
+                    log.step(**about, **values, **self._skipped())
                 if stopped or (config.save_every and progress.step % config.save_every == 0):
                     return
 
     def _step(self, batches: Generator[Batch]) -> tuple[float, dict[str, float]]:
-        """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean loss by its parts."""
-        count, losses = self.config.grad_accum, []
-        for part in range(count):
+        """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean loss by its parts.
+
+        The device is waited for once, at the end.
+        """
+        told: dict[str, Tensor] = {}
+        for part in range(self.config.grad_accum):
             images, labels, domains, people = next(batches)
             if self.sampled is not None and part == 0:
                 self.sampled.draw(self.progress.step, people, self.optimizer)
-            last = part == count - 1
-            with accumulating(last, self.forward, self.margin_forward):
-                parts = total_loss(self.forward, self.margin_forward, images, labels, domains, self.config)
-                losses.append({name: part.detach() / count for name, part in parts.items()})
-                if not last:
-                    (parts["loss"] / count).backward()
-                    continue
-                loss = parts["loss"] / count + sum(earlier["loss"] for earlier in losses[:-1])
-                try:
-                    norm = update(self.optimizer, loss, self.trained, self.config.clip)
-                except NonFiniteError as error:
-                    raise self._diagnosed(error, images, parts) from None
+            told = self.micro_step(images, labels, domains, told, part == self.config.grad_accum - 1)
         if self.sampled is not None:
             self.sampled.put_back(self.optimizer)
-        totals = torch.stack([sum(each[name] for each in losses) for name in losses[0]])  # type: ignore[arg-type]
-        return norm, dict(zip(losses[0], totals.tolist(), strict=True))
+        values = dict(zip(told, torch.stack([*told.values()]).tolist(), strict=True))
+        norm, bad = values.pop("grad_norm"), values.pop("bad")
+        if bad:
+            self._not_taken(values, norm, images)
+        self.progress.skipped += int(bad)
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if bad else 0
+        return norm, values
 
-    def _diagnosed(self, error: NonFiniteError, images: Tensor, parts: dict[str, Tensor]) -> NonFiniteError:
-        """Rank 0 writes down what the rank that met the value found."""
+    def _micro_step(
+        self, images: Tensor, labels: Tensor, domains: Tensor | None, earlier: dict[str, Tensor], last: bool
+    ) -> dict[str, Tensor]:
+        """A micro-batch's gradients, and after the `last` one the update: what there is to tell, with the `earlier`."""
+        if not earlier:
+            self.optimizer.zero_grad(set_to_none=True)
+        with accumulating(last, self.forward, self.margin_forward):
+            parts = total_loss(self.forward, self.margin_forward, images, labels, domains, self.config)
+            parts = {name: part / self.config.grad_accum + earlier.get(name, 0.0) for name, part in parts.items()}
+            told = {name: part.detach() for name, part in parts.items()}
+            if not last:
+                self.loss_scale(parts["loss"]).backward()
+                return told
+            loss, norm, bad = update(self.optimizer, parts["loss"], self.trained, self.config.clip, self.loss_scale)
+        return {**told, "loss": loss, "grad_norm": norm, "bad": bad}
+
+    def _not_taken(self, values: dict[str, float], norm: float, images: Tensor) -> None:
+        """After a bad outcome: an overflow of fp16's gradients is left at that, anything else raises NonFiniteError."""
+        progress, reason = self.progress, ""
+        if (
+            self.loss_scale.enabled and not agree(not math.isfinite(values["loss"]), [])[0]
+        ):  # a lower scale mends no loss
+            if progress.skipped_in_a_row + 1 < MOST_SKIPPED:
+                return
+            reason = f"the last {MOST_SKIPPED} steps were skipped, each with a lower loss scale than the one before; "
+        error = refusal(reason, values["loss"], norm, self.trained)
         if self.run_dir is None:
-            return error
-        path = self.run_dir / "non_finite.json"
-        step, epoch, rate = self.progress.step + 1, self.progress.epoch + 1, self.optimizer.param_groups[0]["lr"]
-        where = {"step": step, "epoch": epoch, "seed": self.config.seed, "lr": rate, "reason": str(error)}
+            raise error
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": self.config.seed, "lr": rate}
         modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
-        found = share(diagnose(where, images, parts, modules), error.culprit)
-        if rank() == 0:
-            replace_file(path, json.dumps(found, indent=1).encode())
-        return NonFiniteError(f"step {step:,}: {error}; {path} says more", error.culprit)
+        found = diagnose({**where, "reason": str(error)}, images, values, modules)
+        raise keep_diagnosis(self.run_dir / "non_finite.json", error, found)
 
     def _batches(self, epoch: int) -> Generator[Batch]:
         """What is left of the epoch, as `rank_batches`, ready for the model."""
@@ -278,6 +284,7 @@ class Trainer:
                 training_tensors(self.margin, self.optimizer),
                 {
                     "progress": dataclasses.asdict(self.progress),
+                    "loss_scale": self.loss_scale.state(),
                     "is_best": is_best,
                     "settings": settings_of(self.config),
                     "data": self.split.fingerprint(),
@@ -293,25 +300,14 @@ class Trainer:
 
         --allow-changed lets other settings and other data of as many people pass: the epoch under way starts again.
         """
-        before = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(dataclasses.asdict(self.model.config)))
-        if before != now:
-            raise CheckpointError(
-                f"{checkpoint} is of another model or was trained on another backbone file:\n"
-                f"{difference(before, now, str)}"
-            )
-        state = load_state(checkpoint)
-        other_data = difference(state["data"], self.split.fingerprint(), "data, {}".format)
-        if other_data and not self.config.allow_changed:
-            raise CheckpointError(
-                f"{self.config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n"
-                f"{other_data}"
-            )
+        state = state_to_resume(checkpoint, self.model.config)
+        other_data = check_same_data(checkpoint, state, self.split.fingerprint(), self.config)
         tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
         load_trained(self.model, checkpoint / "model.safetensors")
         load_training(tensors, self.margin, self.optimizer)
         if isinstance(self.margin, ShardedMargin):
             self.margin.load_rows(self.optimizer, read_identities(checkpoint, self.margin))
+        self.loss_scale.load(state.get("loss_scale", {}))  # older checkpoints have none
         self.progress = Progress(**state["progress"])
         self.progress.finished = is_finished(self.config, state)
         if other_data or changed_settings(state, self.config):

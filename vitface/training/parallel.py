@@ -65,6 +65,13 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / world_size()
 
 
+def on_any_rank(flag: Tensor) -> Tensor:
+    """1.0 if `flag`, 0.0 or 1.0, is 1.0 on any rank, on every rank; changes it in place, and is not waited for."""
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """(b, ...) of each rank, all of one shape -> (B, ...) in the order of the ranks, on every rank.
 

@@ -1,11 +1,12 @@
 """What `--resume` means: which checkpoint, and with which settings."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vitface.config import BOOKKEEPING, TrainConfig, read_config, resolve, to_flag
+from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, read_config, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
 from vitface.training.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
@@ -79,6 +80,27 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
     newest = step_directories(run_dir)[0].name
     if changes and newest != checkpoint.resolve().name:
         raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
+
+
+def state_to_resume(checkpoint: Path, model: FaceConfig) -> dict[str, Any]:
+    """`load_state`; CheckpointError if the checkpoint is of another model than `model`."""
+    before = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dataclasses.asdict(model)))
+    if before != now:
+        raise CheckpointError(
+            f"{checkpoint} is of another model or was trained on another backbone file:\n{difference(before, now, str)}"
+        )
+    return load_state(checkpoint)
+
+
+def check_same_data(checkpoint: Path, state: dict[str, Any], data: dict[str, Any], config: TrainConfig) -> str:
+    """What is other than in the data it was trained with, a line each; CheckpointError unless --allow-changed."""
+    changes = difference(state["data"], data, "data, {}".format)
+    if changes and not config.allow_changed:
+        raise CheckpointError(
+            f"{config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n{changes}"
+        )
+    return changes
 
 
 def changed_settings(state: dict[str, Any], config: TrainConfig) -> str:

@@ -19,6 +19,7 @@ from vitface.lock import folder_lock
 from vitface.model.store import frozen_face, load_face, model_sha256
 from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
 from vitface.training.distributed import process_group, rank, share
+from vitface.training.header import header
 from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
@@ -41,7 +42,7 @@ def run(config: TrainConfig, say: Say = print, with_frozen: bool = True) -> Path
             say = say if rank() == 0 else _silent
             if config.dry_run:
                 trainer = Trainer(config, None)
-                say(trainer.header())
+                say(header(trainer))
                 trainer.fit(None)
                 return None
             run_dir = Path(share(config.save_dir or str(default_save_dir(config))))
@@ -78,7 +79,7 @@ def _run(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> Pat
         if rank() == 0:
             replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
         say(f"run directory: {run_dir}")
-        say(trainer.header())
+        say(header(trainer))
         try:
             trainer.fit(RunLog(run_dir, config, trainer.progress.step) if rank() == 0 else None)
         except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
@@ -148,17 +149,20 @@ def evaluation_text(evaluation: Evaluation) -> str:
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
     """The run on one page: results, learning curve, settings."""
     with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
-        curve = "".join(
-            f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
-            for row in csv.DictReader(file)
-        )
+        epochs = list(csv.DictReader(file))
+    curve = "".join(
+        f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
+        for row in epochs
+    )
+    skipped = int(epochs[-1].get("skipped", 0))  # of fp16 alone
+    note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
     parts = [
         f"# {run_dir.name}",
         f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
         *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
         f"## Thresholds\n\n```\n{thresholds}\n```",
-        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}",
+        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}{note}",
         f"## Settings\n\n{settings}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from vitface.config import TrainConfig
 from vitface.errors import VitfaceError
 from vitface.model.router import load_balance_loss, router_z_loss
 from vitface.training.distributed import lowest, rank, share, world_size
-from vitface.training.parallel import clip_gradients, mean_over_ranks
+from vitface.training.loss_scale import LossScale
+from vitface.training.parallel import clip_gradients, mean_over_ranks, on_any_rank
 
 
 class NonFiniteError(VitfaceError):
@@ -34,6 +36,24 @@ def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -
         {"params": list(margin.parameters()), "peak_lr": config.head_lr, "weight_decay": config.weight_decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, margin: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on all that is trained; its learning rates are tensors with --cuda-graph, numbers without."""
+    groups = parameter_groups(model, margin, config)
+    if config.cuda_graph:
+        for group in groups:
+            group["lr"] = torch.tensor(group["peak_lr"], device=config.device)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=config.device.startswith(("cpu", "cuda")))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's learning rate, `factor` of its peak; in place where it is a tensor, which a CUDA graph reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak_lr"] * factor)
+        else:
+            group["lr"] = group["peak_lr"] * factor
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -60,27 +80,46 @@ def total_loss(
     return {"loss": loss, **parts}
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter], clip: float) -> float:
-    """Backward pass, clipping to norm `clip`, one optimiser step, gradients to none; their norm before clipping.
+class Outcome(NamedTuple):
+    """What became of a step, as scalars on the device that nobody has waited for."""
 
-    NonFiniteError, on every rank and with the parameters as they were, if a loss or the norm is not finite on any.
+    loss: Tensor
+    norm: Tensor  # of the gradient, before clipping
+    bad: Tensor  # 1.0 if a loss or the norm is not finite on any rank: then nothing was updated; else 0.0
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter], clip: float, scale: LossScale
+) -> Outcome:
+    """Backward pass, clipping to norm `clip`, one optimiser step; without waiting for the device.
+
+    Parameters and moments stay bit for bit as they were if the outcome is bad. The gradients are left, for a diagnosis.
     """
-    loss.backward()
-    parameters = list(parameters)
-    value, norm = loss.item(), clip_gradients(parameters, clip).item()
-    bad_norm = not math.isfinite(norm)
-    own = bad_norm and not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
-    culprit = first_fault([not math.isfinite(value), own, bad_norm])
-    if culprit is not None:
-        found = share(f"loss {value}, gradient norm {norm}", culprit)
-        where = f"rank {culprit}: " if world_size() > 1 else ""
-        raise NonFiniteError(
-            f"{where}{found}: stopped before the update; try a lower --lr, a smaller --margin, or --dtype fp32",
-            culprit,
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    scale(loss).backward()
+    parameters, loss = list(parameters), loss.detach()
+    scale.unscale(parameters)
+    norm = clip_gradients(parameters, clip)
+    bad = on_any_rank(1 - (loss.isfinite() & norm.isfinite()).float())
+    if optimizer.defaults.get("fused"):  # its kernel reads the verdict on the device, as GradScaler passes it
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bad:
+        optimizer.step()
+    scale.update(bad)
+    return Outcome(loss, norm, bad)
+
+
+def refusal(reason: str, loss: float, norm: float, parameters: Iterable[nn.Parameter]) -> NonFiniteError:
+    """The error after a bad outcome, begun by a `reason`; the same on every rank, and to be called on all of them."""
+    own = not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
+    culprit = first_fault([not math.isfinite(loss), own, not math.isfinite(norm)]) or 0
+    found = share(f"loss {loss}, gradient norm {norm}", culprit)
+    where = f"rank {culprit}: " if world_size() > 1 else ""
+    return NonFiniteError(
+        f"{reason}{where}{found}: stopped before the update; try a lower --lr, a smaller --margin, or --dtype fp32",
+        culprit,
+    )
 
 
 def first_fault(faults: list[bool]) -> int | None:

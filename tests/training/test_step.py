@@ -1,0 +1,205 @@
+"""The update: what it does with numbers that are not finite, and fp16's scaled loss."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from vitface.config import resolve
+from vitface.device import resolve_dtype
+from vitface.errors import ConfigError
+from vitface.training import loss_scale
+from vitface.training.graph import WARM_UP, GraphedStep, check_graph
+from vitface.training.loss_scale import GROWTH, START, LossScale
+from vitface.training.step import NonFiniteError, make_optimizer, refusal, set_rates, update
+
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+def adamw(weight):
+    return torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+
+def sgd(weight):
+    return torch.optim.SGD([weight], lr=1.0)
+
+
+def test_an_update_clips_to_the_norm():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    loss = (weight * torch.tensor([30.0, 40.0])).sum()
+    outcome = update(sgd(weight), loss, [weight], 5.0, LossScale(False, CPU))
+    assert [part.item() for part in outcome] == pytest.approx([250, 50, 0])
+    torch.testing.assert_close(weight.data, torch.tensor([0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("slopes", [[NAN, 1.0], [INF, 1.0], [-INF, INF]])
+def test_a_bad_step_changes_nothing(make, scaled, slopes):
+    """AdamW's kernel reads the verdict from a tensor; other optimisers are not asked."""
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer, scale = make(weight), LossScale(scaled, CPU)
+    update(optimizer, weight.square().sum(), [weight], 5.0, scale)
+    optimizer.zero_grad()
+    before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]
+    weight.register_hook(lambda gradient: gradient * torch.tensor(slopes))
+    loss = weight.square().sum()
+    outcome = update(optimizer, loss, [weight], 5.0, scale)
+    assert outcome.bad == 1 and outcome.loss == loss and not outcome.norm.isfinite()
+    for value, kept in zip([weight.detach(), *optimizer.state[weight].values()], before, strict=True):
+        assert torch.equal(value, kept)
+    message = f"^loss {loss.item()}, gradient norm {outcome.norm.item()}: stopped before the update"
+    with pytest.raises(NonFiniteError, match=message):
+        raise refusal("", loss.item(), outcome.norm.item(), [weight])
+
+
+def test_a_loss_that_is_not_finite_is_bad_though_its_gradient_is():
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert update(adamw(weight), weight.sum() + INF, [weight], 5.0, LossScale(False, CPU)).bad == 1
+    assert torch.equal(weight.data, torch.ones(2))
+
+
+def test_the_update_is_that_of_torch_without_a_scale():
+    """Ten steps, with clipping: bit for bit what torch's own functions do one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    start, data = torch.randn(6, generator=generator), torch.randn(10, 6, generator=generator)
+    runs = []
+    for own in (True, False):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = adamw(weight)
+        for row in data:
+            optimizer.zero_grad()
+            loss = (weight * row).exp().sum()
+            if own:
+                update(optimizer, loss, [weight], 2.0, LossScale(False, CPU))
+            else:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_([weight], 2.0)
+                optimizer.step()
+        runs.append(weight.detach())
+    assert torch.equal(*runs)
+
+
+def test_the_scale_follows_torch(monkeypatch):
+    """A random row of overflows against `torch.amp.GradScaler`, which is shown a gradient for each."""
+    monkeypatch.setattr(loss_scale, "GROWTH", 5)
+    theirs = torch.amp.GradScaler("cpu", init_scale=START, growth_interval=5)
+    ours, weight = LossScale(True, CPU), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    bad = torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.15
+    scales = set()
+    for skipped in bad:
+        assert ours(torch.ones(())) == theirs.scale(torch.ones(()))
+        weight.grad = torch.tensor([INF if skipped else 1.0])
+        theirs.unscale_(optimizer)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(skipped.float())
+        assert ours.scale == theirs.get_scale() and ours.held == theirs._get_growth_tracker()
+        scales.add(ours.scale.item())
+    assert len(scales) > 4 and max(scales) > START > min(scales)
+    assert torch.amp.GradScaler("cpu").get_growth_interval() == GROWTH
+
+
+def test_a_scaled_step_is_the_plain_one_and_keeps_small_gradients():
+    """In fp16 a gradient of 1e-9 is zero; scaled it is not. A power of two changes no bit of what float32 holds."""
+    found = {}
+    for scaled in (False, True):
+        weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = adamw(weight)
+        update(optimizer, 1e-9 * weight.half().sum().float(), [weight], 5.0, LossScale(scaled, CPU))
+        found[scaled] = weight.grad.clone()
+        plain = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        update(adamw(plain), plain.square().sum(), [plain], 5.0, LossScale(scaled, CPU))
+        found[f"plain {scaled}"] = plain.detach()
+    assert not found[False].any()
+    torch.testing.assert_close(found[True], torch.tensor([1e-9, 1e-9]), rtol=1e-2, atol=0)
+    assert torch.equal(found["plain False"], found["plain True"])
+
+
+def test_a_learning_rate_that_a_graph_reads_stays_where_it_is():
+    weight, config = torch.nn.Linear(2, 2), resolve({"lr": 1e-3, "head_lr": 1e-2, "device": "cpu"})
+    margin = torch.nn.Linear(2, 2)
+    for own in (config, dataclasses.replace(config, cuda_graph=True)):
+        optimizer = make_optimizer(weight, margin, own)
+        before = [group["lr"] for group in optimizer.param_groups]
+        set_rates(optimizer, 0.5)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert [float(rate) for rate in rates] == pytest.approx([5e-4, 5e-4, 5e-3])
+        if own.cuda_graph:
+            assert all(rate is first for rate, first in zip(rates, before, strict=True))
+            assert len({rate.data_ptr() for rate in rates}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "--cuda-graph needs CUDA, not --device cpu"),
+        ({"grad_accum": 2}, "--cuda-graph does not go with --grad-accum"),
+        ({"shard_identities": True}, "--cuda-graph does not go with --shard-identities"),
+        ({"world": "2"}, "--cuda-graph is for one GPU"),
+    ],
+)
+def test_a_graph_is_refused_where_it_cannot_work(monkeypatch, changes, reason):
+    monkeypatch.setenv("WORLD_SIZE", changes.pop("world", "1"))
+    config = resolve({"cuda_graph": True, "device": "cuda:0", **changes})
+    with pytest.raises(ConfigError, match=reason):
+        check_graph(config)
+    check_graph(dataclasses.replace(config, cuda_graph=False))
+
+
+def test_a_graph_is_allowed_on_one_gpu():
+    check_graph(resolve({"cuda_graph": True, "device": "cuda"}))
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "dtype"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
+)
+def test_auto_is_what_the_gpu_is_fast_in(monkeypatch, bf16, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda:0")) == dtype
+    assert resolve_dtype("auto", CPU) in ("bf16", "fp32") and resolve_dtype("fp16", CPU) == "fp16"
+
+
+class FakeStream:
+    device = CPU
+
+    def __init__(self, device=None):
+        self.waited = 0
+
+    def wait_stream(self, other):
+        self.waited += 1
+
+
+class FakeGraph:
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_what_a_graph_is_given(monkeypatch):
+    """Without CUDA: three ordinary calls, one that records on copies of its inputs, then the copies are refilled."""
+    for name, fake in (("Stream", FakeStream), ("current_stream", FakeStream), ("CUDAGraph", FakeGraph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: contextlib.nullcontext())
+    seen = []
+
+    def step(images, domains, last):
+        seen.append((images, domains, last, optimizer.param_groups[0]["capturable"]))
+        return {"loss": images.sum()}
+
+    optimizer = adamw(torch.nn.Parameter(torch.ones(1)))
+    graphed = GraphedStep(step, optimizer, CPU)
+    batches = [torch.full((2,), float(number)) for number in range(6)]
+    told = [graphed(images, None, True) for images in batches]
+    assert len(seen) == WARM_UP + 1 and graphed.graph.replays == 3
+    assert all(one[0] is images for one, images in zip(seen, batches[:WARM_UP], strict=False))
+    recorded, *constants = seen[-1]
+    assert recorded.data_ptr() != batches[WARM_UP].data_ptr() and torch.equal(recorded, batches[-1])
+    assert constants == [None, True, True] and seen[0][3] is False
+    assert told[-1] is told[WARM_UP] is graphed.outputs

@@ -1,0 +1,32 @@
+"""What is printed before the first step of a run."""
+
+import dataclasses
+import textwrap
+
+from vitface.training import setup
+from vitface.training.distributed import world_size
+from vitface.training.loop import Trainer
+
+
+def header(trainer: Trainer) -> str:
+    """Config, data, machine, parameters, memory, estimated time."""
+    config, split, benchmarks = trainer.config, trainer.split, setup.final_benchmarks(trainer.config)
+    settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
+    seconds = trainer.seconds_per_step
+    remaining = seconds * (trainer.total_steps - trainer.progress.step)
+    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    parts = f" in passes of {trainer.micro_batch}" if config.grad_accum > 1 or ranks else ""
+    return "\n".join(
+        [
+            textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
+            f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
+            f"{len(split.held_out):,} images of other people held out"
+            f"{', with domain labels' if trainer.has_domain_labels else ''}",
+            f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
+            f"device: {config.device}, {config.dtype}, layers: {config.impl}{ranks}{parts}",
+            setup.parameter_table(trainer.model, trainer.margin),
+            f"memory: {trainer.memory}",
+            f"estimated time: {remaining / 60:.1f} min for {trainer.total_steps - trainer.progress.step:,} steps "
+            f"({config.batch_size / seconds:,.0f} img/s before reading and augmenting)",
+        ]
+    )

@@ -1,0 +1,51 @@
+"""Loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740): small gradients do not vanish in its range.
+
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after. A step
+whose gradients overflow is skipped and halves the scale; GROWTH good steps in a row double it. The rule is that of
+`torch.amp.GradScaler`, which tests compare it with; but torch's decides on each rank alone and keeps the decision to
+itself, and this one is told what all ranks agreed on. Nothing here waits for the device.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+START, GROWTH = 2.0**16, 2000  # torch's
+
+
+class LossScale:
+    """The scale, and how many steps in a row it has held, as tensors on the device; without effect unless `enabled`."""
+
+    def __init__(self, enabled: bool, device: torch.device):
+        self.enabled = enabled
+        self.scale = torch.tensor(START, device=device)
+        self.held = torch.zeros((), device=device)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        return loss * self.scale if self.enabled else loss
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divides gradients, in place."""
+        if self.enabled:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, self.scale.reciprocal())  # type: ignore[attr-defined]
+
+    def update(self, skipped: Tensor) -> None:
+        """After a step that was `skipped` (1.0) or taken (0.0)."""
+        if not self.enabled:
+            return
+        self.held.add_(1).mul_(1 - skipped)
+        grown = (self.held == GROWTH).float()
+        self.scale.mul_((1 - skipped / 2) * (1 + grown))  # arithmetic: torch.where would copy its numbers to the device
+        self.held.mul_(1 - grown)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; empty unless enabled."""
+        return {"scale": self.scale.item(), "held": self.held.item()} if self.enabled else {}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Puts what `state` gave in its place; settings that changed to fp16 bring none, and start anew."""
+        if self.enabled and state:
+            self.scale.fill_(state["scale"])
+            self.held.fill_(state["held"])
