@@ -109,6 +109,7 @@ def test_both_benchmarks_of_a_sweep(capsys, dtype):
     assert found["vitface"] > 0 and found["ceiling_share"] > 0 and found["ratio_to_fastest_peer"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_end_to_end(capsys):
     flags = ["--exp", "demo", "--device", "cpu", "--dtype", "fp32", "--batch-size", "8", "--seconds", "0.1"]

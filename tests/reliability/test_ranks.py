@@ -439,6 +439,7 @@ def torchrun(run_dir, *kills, restarts):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_and_it_ends_bit_for_bit_the_same(tmp_path):
     done = torchrun(tmp_path / "run", "6:1:0", restarts=1)
     assert done.returncode == 0, done.stderr
