@@ -149,6 +149,7 @@ def test_a_vit_of_fused_blocks_is_the_same(changes, monkeypatch):
     assert_a_vit_is_the_same(monkeypatch, torch.float64, **changes)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, inside inductor
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_fused_blocks_compile_as_one_graph(monkeypatch, backend):
     """Output and every gradient as without; `fullgraph` raises where the compiler would have to stop."""
