@@ -159,13 +159,15 @@ def test_fused_blocks_compile_as_one_graph(monkeypatch, backend):
     randomise_adapters(vit)
     use_impl(vit, "fused")
     generator = torch.Generator().manual_seed(1)
-    x, gate = torch.randn(2, 17, 16, generator=generator), torch.rand(2, 2, generator=generator)
+    x, dout = torch.randn(2, 2, 17, 16, generator=generator)
+    gate = torch.rand(2, 2, generator=generator)
     asked = [t.requires_grad_() for t in (x, gate, *(p for n, p in vit.named_parameters() if "lora_" in n))]
     torch._dynamo.reset()
     found = []
     for encode in (vit.encode, torch.compile(vit.encode, backend=backend, fullgraph=True)):
         out = encode(x, gate)
-        found.append([out, *torch.autograd.grad(out.square().sum(), asked)])
+        # not the sum of squares: after the last norm that hardly changes, and its gradient is rounding
+        found.append([out, *torch.autograd.grad(out, asked, dout)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
