@@ -201,3 +201,9 @@ def test_auto_is_fused_on_the_cpu_alone(monkeypatch):
 def test_a_model_takes_the_implementation_of_the_device_it_is_on():
     impl = tiny_face().vit.blocks[0].attn.qkv.impl
     assert runs_fused(impl, torch.empty(1)) and not runs_fused(impl, torch.empty(1, device="meta"))
+
+
+def test_synthetic_faces_bring_their_own_domains(capsys):
+    for world in ("synthetic", "synthetic_shift"):
+        assert train.main(["--exp", "demo", "--train-data", world, "--domain-labels", "labels.csv"]) == 2
+        assert "synthetic faces come with their domains" in capsys.readouterr().err

@@ -111,10 +111,11 @@ def test_a_layer_that_is_given_its_bottleneck(impl, domains):
         torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 3, 5), (2, 3, 4), (4, 5), (4, 6), (6, 5))
     )
     gate = torch.rand(2, domains, generator=generator, dtype=torch.float64).requires_grad_() if domains else None
-    asked = [t.requires_grad_() for t in (x, a, b, gate) if t is not None]
+    residual = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    asked = [t.requires_grad_() for t in (x, a, b, residual, gate) if t is not None]
     rows = []
-    for low in (None, F.linear(x, a)):
-        y = lora_linear(x, weight, None, a, b, 0.5, gate, low=low, impl=impl if low is not None else "reference")
+    for low, how in ((None, "reference"), (F.linear(x, a), impl)):
+        y = lora_linear(x, weight, None, a, b, 0.5, gate, low=low, residual=residual, impl=how)
         rows.append([y, *torch.autograd.grad(y, asked, dy)])
     for want, got in zip(*rows, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)

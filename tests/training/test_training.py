@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from vitface.data.synthetic import SyntheticSamples
 from vitface.errors import CheckpointError, ConfigError, DataError
 from vitface.evaluation.verify import auc
 from vitface.model.margin import MarginLoss
-from vitface.training import loop, setup
+from vitface.training import loop, resume, setup
 from vitface.training.loop import Trainer
 from vitface.training.resume import configure
 from vitface.training.run import run
@@ -377,3 +378,15 @@ def test_checkpoints_keep_the_newest_two_and_the_best(tmp_path):
     assert kept == ["step-1", "step-3", "step-4"]
     assert load_file(tmp_path / "checkpoints" / "best" / "model.safetensors")["x"].item() == 1
     assert load_file(tmp_path / "checkpoints" / "last" / "model.safetensors")["x"].item() == 4
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_changes_no_model(tmp_path, monkeypatch):
+    """As for the settings of training: it had its default before there was one."""
+    model = tiny_face(num_domains=3).config
+    written = dataclasses.asdict(model)
+    del written["gate_temperature"]
+    (tmp_path / "model.json").write_text(json.dumps(written))
+    monkeypatch.setattr(resume, "load_state", lambda checkpoint: {"step": 4})
+    assert resume.state_to_resume(tmp_path, model) == {"step": 4}
+    with pytest.raises(CheckpointError, match="(?s)is of another model.*gate_temperature: 1.0 -> 0.5"):
+        resume.state_to_resume(tmp_path, dataclasses.replace(model, gate_temperature=0.5))

@@ -1,13 +1,13 @@
 """What `--resume` means: which checkpoint, and with which settings."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, read_config, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
+from vitface.model.store import read_face_config
 from vitface.training.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
 NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
@@ -84,8 +84,7 @@ def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) ->
 
 def state_to_resume(checkpoint: Path, model: FaceConfig) -> dict[str, Any]:
     """`load_state`; CheckpointError if the checkpoint is of another model than `model`."""
-    before = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(dataclasses.asdict(model)))
+    before, now = dataclasses.asdict(read_face_config(checkpoint)), dataclasses.asdict(model)
     if before != now:
         raise CheckpointError(
             f"{checkpoint} is of another model or was trained on another backbone file:\n{difference(before, now, str)}"
