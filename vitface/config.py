@@ -113,9 +113,10 @@ class FaceConfig:
     num_domains: int = 1
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
-    router_stride: int = 1  # what files mean that do not say
+    router_stride: int = 1  # 1 here and in `head_levels` is what files mean that do not say
     gate_temperature: float = 1.0
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
+    head_levels: int = 1
     embedding_dim: int = 512
     train_patch_embed: bool = False
     resize: Literal["bicubic", "bilinear"] = "bicubic"
@@ -181,6 +182,7 @@ class TrainConfig:
     domain_labels: str | None = flag(None, "CSV with the columns image,domain: the domain of each training image")
     train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
     head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
+    head_levels: int = flag(3, "evenly spaced depths whose tokens the head 'patches' reads; 1: the last block alone")
     embedding_dim: int = flag(512, "size of the embedding")
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
     margin: float = flag(0.35, "margin m")
@@ -265,6 +267,8 @@ class TrainConfig:
         vit.grid(self.image_size)
         if not 1 <= self.router_depth <= vit.depth:
             raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
+        if not 1 <= self.head_levels <= vit.depth:
+            raise ConfigError(f"--head-levels must be 1 to {vit.depth} for {self.backbone}, not {self.head_levels}")
         if not 1 <= self.router_stride <= vit.grid(self.image_size):
             raise ConfigError(f"--router-stride must be 1 to {vit.grid(self.image_size)}, not {self.router_stride}")
 

@@ -16,7 +16,7 @@ from vitface.model.backbones import load_backbone, read_backbone
 
 KINDS = {
     "lora": {},
-    "dalora": {"num_domains": 3, "head": "patches", "gate_temperature": 0.5},
+    "dalora": {"num_domains": 3, "head": "patches", "head_levels": 2, "gate_temperature": 0.5},
     "rslora, mlp": {"lora_scaling": "rslora", "lora_targets": "attn+mlp", "head": "linear"},
     "fp16, uniform gate": {"num_domains": 2, "gate": "uniform", "head": "bn", "dtype": "fp16"},
     "bf16, patch convolution": {"num_domains": 2, "dtype": "bf16", "train_patch_embed": True},

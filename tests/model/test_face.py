@@ -10,6 +10,7 @@ from vitface.config import resolve
 from vitface.errors import ConfigError, ImageError
 from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
 from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss, thin_out
+from vitface.model.vit import ViT, init_weights
 from vitface.training.setup import build_model, parameter_counts
 
 
@@ -146,6 +147,31 @@ def test_patches_head_reads_every_token():
         assert (head(changed) - base).abs().max() > 1e-3
 
 
+def test_levels_are_the_tokens_after_evenly_spaced_blocks():
+    """Of 12 blocks, 3 levels are 4, 8 and 12; the oracle runs the blocks one after the other."""
+    vit = ViT(dataclasses.replace(tiny_vit().config, depth=12), 32).double()
+    init_weights(vit)
+    x = vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double())
+    after = [x]
+    for block in vit.blocks:
+        after.append(block(after[-1]))
+
+    def normalised(tokens):
+        return (tokens - tokens.mean(-1, True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    for levels, earlier in ((1, []), (2, [6]), (3, [4, 8]), (5, [2, 4, 7, 9])):
+        expected = torch.cat([vit.norm(after[12]), *(normalised(after[n]) for n in earlier)], -1)
+        torch.testing.assert_close(vit.encode(x, levels=levels), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(vit.encode(x, None, 2, levels), expected[:, :2], rtol=0, atol=1e-12)
+
+
+def test_the_head_learns_from_every_level():
+    model = tiny_face(head="patches", head_levels=2).train()
+    model(torch.randn(4, 3, 32, 32))[0].square().sum().backward()
+    weight = model.head.reduce.weight
+    assert weight.shape == (32, 32) and all(half.abs().max() > 0 for half in weight.grad.chunk(2, dim=1))
+
+
 def test_the_router_looks_at_every_second_row_and_column():
     tokens = torch.arange(26.0).view(1, 26, 1)
     assert thin_out(tokens, 1).flatten().tolist() == list(range(26))
@@ -197,9 +223,9 @@ def gates(model, images):
     """What the blocks got, by spying on `encode`."""
     seen, encode = [], model.vit.encode
 
-    def spy(tokens, gate=None, queries=None):
+    def spy(tokens, gate, *rest):
         seen.append(gate)
-        return encode(tokens, gate, queries)
+        return encode(tokens, gate, *rest)
 
     model.vit.encode = spy
     model.embed(images, flip=False)

@@ -32,17 +32,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EmbeddingHead(nn.Module):
-    """Final tokens (B, N, D) -> embedding (B, E), float32.
+    """Tokens (B, N, D) of `ViT.encode` -> embedding (B, E), float32.
 
     "cls"      the CLS token as it is, E = D (no parameters)
     "linear"   CLS -> Linear
     "bn"       CLS -> Linear -> BatchNorm1d
-    "patches"  every token -> Linear D -> 32, concatenated -> Linear -> BatchNorm1d
+    "patches"  every token, of `levels` depths -> Linear levels D -> 32, concatenated -> Linear -> BatchNorm1d
     """
 
-    def __init__(self, kind: str, embed_dim: int, num_tokens: int, embedding_dim: int):
+    def __init__(self, kind: str, embed_dim: int, num_tokens: int, embedding_dim: int, levels: int = 1):
         super().__init__()
-        self.reduce = nn.Linear(embed_dim, TOKEN_WIDTH) if kind == "patches" else None
+        self.reduce = nn.Linear(levels * embed_dim, TOKEN_WIDTH) if kind == "patches" else None
         width = num_tokens * TOKEN_WIDTH if kind == "patches" else embed_dim
         self.proj = nn.Identity() if kind == "cls" else nn.Linear(width, embedding_dim)
         self.norm = nn.BatchNorm1d(embedding_dim) if kind in ("bn", "patches") else nn.Identity()
@@ -88,7 +88,8 @@ class FaceModel(nn.Module):
                 self.router = FixedGate(config.gate, config.num_domains)
             elif config.num_domains > 1:
                 self.router = DomainClassifier(dim, config.num_domains)
-            self.head = EmbeddingHead(config.head, dim, vit.pos_embed.shape[1], config.embedding_dim)
+            num_tokens = vit.pos_embed.shape[1]
+            self.head = EmbeddingHead(config.head, dim, num_tokens, config.embedding_dim, config.head_levels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.read(self.vit.tokens(images))
@@ -102,7 +103,8 @@ class FaceModel(nn.Module):
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters the first block -> what `forward` returns."""
         logits = self.route(tokens)
-        return self.head(self.vit.encode(tokens, self.gate(logits), self.head.queries)), logits
+        seen = self.vit.encode(tokens, self.gate(logits), self.head.queries, self.config.head_levels)
+        return self.head(seen), logits
 
     def gate(self, logits: Tensor | None) -> Tensor | None:
         """Domain logits (B, K) -> the weights that the blocks use, (B, K), rows sum to one; None for plain LoRA.

@@ -6,7 +6,7 @@ State-dict names are DINOv2's and timm's.
 
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
-alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `low` is the first layer's bottleneck
+alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `levels` counts depths; `low` is the first layer's bottleneck
 where it is known already (see `vitface.model.fused_block`); `residual` is added to the last layer's output.
 """
 
@@ -158,17 +158,23 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.encode(self.tokens(images), gate)
 
-    def encode(self, x: Tensor, gate: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """What enters the first block (B, N, D) -> final-norm tokens (B, N or queries, D).
+    def encode(self, x: Tensor, gate: Tensor | None = None, queries: int | None = None, levels: int = 1) -> Tensor:
+        """What enters the first block (B, N, D) -> final-norm tokens (B, N or queries, levels D).
 
-        The last block computes nothing for the tokens that nobody asks for; the others are exactly the same.
+        The last block computes nothing for the tokens that nobody asks for; the others are exactly the same. Behind the
+        tokens of the last block stand those of `levels` - 1 earlier ones, evenly spaced, each token normalised: what
+        they still say of edges and places, the last has traded for its pretraining's classes.
         """
+        depth, earlier = len(self.blocks), []
+        read = {level * depth // levels for level in range(1, levels)}
         for number, block in enumerate(self.blocks, start=1):
             # nothing in a block is random: no random state is kept, which a CUDA graph could not read
             again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             run = again if number <= self.recomputed else block
-            x = run(x, gate, True, queries if number == len(self.blocks) else None)
-        return self.norm(x)
+            x = run(x, gate, True, queries if number == depth else None)
+            if number in read:
+                earlier.append(F.layer_norm(x[:, :queries], x.shape[-1:]))
+        return torch.cat([self.norm(x), *earlier], dim=-1) if earlier else self.norm(x)
 
     def attention(self, images: Tensor, gate: Tensor | None = None, block: int = -1) -> Tensor:
         """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, rows sum to one."""
