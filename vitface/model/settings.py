@@ -24,9 +24,10 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     config = _checked(FaceConfig(**{**settings, "vit": vit_config(settings["vit"])}))
     backbone_name(config.backbone)
     config.vit.grid(config.image_size)
-    too_large = config.image_size > MAX_IMAGE_SIZE or max(config.router_depth, config.head_levels) > config.vit.depth
+    depth = config.vit.depth
+    too_deep = config.router_depth > depth or config.head_levels > (depth if config.head == "patches" else 1)
     sizes = (config.num_domains, config.embedding_dim, config.router_stride, config.head_levels)
-    if too_large or not all(sizes) or config.gate_temperature <= 0 or (config.head != "patches" and config.head_levels > 1):
+    if too_deep or config.image_size > MAX_IMAGE_SIZE or not all(sizes) or config.gate_temperature <= 0:
         raise ValueError("sizes that fit no model")
     return config
 

@@ -6,8 +6,9 @@ State-dict names are DINOv2's and timm's.
 
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
-alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `levels` counts depths; `low` is the first layer's bottleneck
-where it is known already (see `vitface.model.fused_block`); `residual` is added to the last layer's output.
+alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `levels` for those of so many depths;
+`low` is the first layer's bottleneck where it is known already (see `vitface.model.fused_block`); `residual` is added
+to the last layer's output.
 """
 
 from functools import partial
