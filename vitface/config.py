@@ -200,7 +200,7 @@ class TrainConfig:
     epochs: int = flag(20, "passes over the data")
     save_every: int | None = flag(None, "also save after every so many steps, not only after each epoch")
     patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
-    lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
+    lr: float = flag(1e-3, "peak learning rate of the adapters, the router and the embedding head")
     head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
     weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
     warmup_epochs: float = flag(1.0, "epochs of linear warm-up before the cosine")

@@ -163,8 +163,8 @@ class ViT(nn.Module):
         """What enters the first block (B, N, D) -> final-norm tokens (B, N or queries, levels D).
 
         The last block computes nothing for the tokens that nobody asks for; the others are exactly the same. Behind the
-        tokens of the last block stand those of `levels` - 1 earlier ones, evenly spaced, each token normalised: what
-        they still say of edges and places, the last has traded for its pretraining's classes.
+        tokens of the last block stand those of `levels` - 1 earlier ones, evenly spaced, each token normalised
+        (hypercolumns, Hariharan et al. 2015, arXiv:1411.5752).
         """
         depth, earlier = len(self.blocks), []
         read = {level * depth // levels for level in range(1, levels)}
