@@ -149,6 +149,8 @@ def test_parse_inverts_to_argv(config):
         (["--batch-size", "1"], "at least 2"),
         (["--router-depth", "13"], "1 to 12 for dinov2"),
         (["--limit-batches", "0"], "--limit-batches must be positive"),
+        (["--head-levels", "13"], "--head-levels must be 1 to 12 for dinov2, not 13"),
+        (["--head", "bn", "--head-levels", "2"], "--head-levels goes with --head patches"),
     ],
 )
 def test_users_mistakes_are_named_with_exit_code_2(argv, message, capsys):

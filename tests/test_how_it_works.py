@@ -260,19 +260,15 @@ def blocks() -> list[str]:
 
 def heads() -> list[str]:
     _, rows, width = shapes()["vit.blocks.0"]
-    depth = VIT_PRESETS["dinov2_vits14"].depth
     size = TrainConfig().embedding_dim
-    linear, norm = (EmbeddingHead(kind, width, rows, size) for kind in ("linear", "bn"))
-    levels = TrainConfig().head_levels
-    patches = EmbeddingHead("patches", width, rows, size, levels)
+    linear, norm, patches = (EmbeddingHead(kind, width, rows, size) for kind in ("linear", "bn", "patches"))
     axes = np.eye(2)
     same, right_angle = pair_distance(axes[:1], axes[:1])[0], pair_distance(axes[:1], axes[1:])[0]
     assert TrainConfig().head == "patches" and resolve({"exp": "exp_001"}).head == "linear"
     return [
         say("Linear {} -> {} | {:,} |", width, size, count(linear)),
         say("batch norm | {:,} |", count(norm)),
-        say("after blocks {}, {} and {}, each of", *(level * depth // levels for level in range(1, levels + 1))),
-        say("{} tokens: {} · {} -> {},", rows, levels, width, patches.reduce.out_features),
+        say("{} tokens -> {},", rows, patches.reduce.out_features),
         say("together {:,} -> {}, batch norm | {:,} |", *reversed(patches.proj.weight.shape), count(patches)),
         say("sphere in {} dimensions", size),
         say("‖a - b‖² = {:.0f} - {:.0f} · cos(a, b)", right_angle, right_angle - same),

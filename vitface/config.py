@@ -113,7 +113,7 @@ class FaceConfig:
     num_domains: int = 1
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
-    router_stride: int = 1  # 1 here and in `head_levels` is what files mean that do not say
+    router_stride: int = 1  # what files mean that do not say
     gate_temperature: float = 1.0
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     head_levels: int = 1
@@ -182,7 +182,7 @@ class TrainConfig:
     domain_labels: str | None = flag(None, "CSV with the columns image,domain: the domain of each training image")
     train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
     head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
-    head_levels: int = flag(3, "evenly spaced depths whose tokens the head 'patches' reads; 1: the last block alone")
+    head_levels: int = flag(1, "evenly spaced depths whose tokens the head 'patches' reads; 1: the last block alone")
     embedding_dim: int = flag(512, "size of the embedding")
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
     margin: float = flag(0.35, "margin m")
@@ -200,7 +200,7 @@ class TrainConfig:
     epochs: int = flag(20, "passes over the data")
     save_every: int | None = flag(None, "also save after every so many steps, not only after each epoch")
     patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
-    lr: float = flag(1e-3, "peak learning rate of the adapters, the router and the embedding head")
+    lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
     head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
     weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
     warmup_epochs: float = flag(1.0, "epochs of linear warm-up before the cosine")
@@ -269,6 +269,8 @@ class TrainConfig:
             raise ConfigError(f"--router-depth must be 1 to {vit.depth} for {self.backbone}, not {self.router_depth}")
         if not 1 <= self.head_levels <= vit.depth:
             raise ConfigError(f"--head-levels must be 1 to {vit.depth} for {self.backbone}, not {self.head_levels}")
+        if self.head_levels > 1 and self.head != "patches":
+            raise ConfigError("--head-levels goes with --head patches")
         if not 1 <= self.router_stride <= vit.grid(self.image_size):
             raise ConfigError(f"--router-stride must be 1 to {vit.grid(self.image_size)}, not {self.router_stride}")
 

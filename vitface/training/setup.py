@@ -125,7 +125,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         router_stride=config.router_stride,
         gate_temperature=config.gate_temperature,
         head=config.head,
-        head_levels=config.head_levels if config.head == "patches" else 1,
+        head_levels=config.head_levels,
         embedding_dim=config.embedding_dim,
         train_patch_embed=config.train_patch_embed,
         dtype=config.dtype,  # type: ignore[arg-type]  # "auto" is resolved by now
