@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from vitface.training.checkpoint import save_checkpoint
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests with & has them ignore
 
 # Triton chooses between its interpreter and a GPU when it is imported: tests/kernels/test_triton.py runs these apart
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/test_triton_*.py"]

@@ -11,7 +11,7 @@ from vitface.training.memory import GB, plan_memory
 from vitface.training.setup import build_model
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-CHANGES = [{}, {"num_domains": 3}, {"head": "patches"}, {"lora_targets": "attn+mlp"}]
+CHANGES = [{}, {"num_domains": 3}, {"head": "patches", "head_levels": 2}, {"lora_targets": "attn+mlp"}]
 
 
 def setup(**changes):

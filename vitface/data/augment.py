@@ -15,7 +15,7 @@ from vitface.data.counter import uniform
 from vitface.data.randaugment import RAND_UNIFORMS, rand_augment
 
 NUM_UNIFORMS = 24
-ROTATION, ZOOM, SHIFT, JITTER = math.radians(5), 0.06, 0.04, 0.5  # twice the first three: a point less on LFW
+ROTATION, ZOOM, SHIFT, JITTER = math.radians(5), 0.06, 0.04, 0.5  # the first three: see docs/experiments.md
 LOW_RESOLUTIONS = (24, 32, 48, 64, 88)
 
 

@@ -32,12 +32,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EmbeddingHead(nn.Module):
-    """Tokens (B, N, D) of `ViT.encode` -> embedding (B, E), float32.
+    """Tokens (B, N, levels D) of `ViT.encode` -> embedding (B, E), float32.
 
     "cls"      the CLS token as it is, E = D (no parameters)
     "linear"   CLS -> Linear
     "bn"       CLS -> Linear -> BatchNorm1d
-    "patches"  every token, of `levels` depths -> Linear levels D -> 32, concatenated -> Linear -> BatchNorm1d
+    "patches"  every token -> Linear levels D -> 32, concatenated -> Linear -> BatchNorm1d
     """
 
     def __init__(self, kind: str, embed_dim: int, num_tokens: int, embedding_dim: int, levels: int = 1):
