@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS
-from vitface.data.detect import FaceDetector
-from vitface.data.synthetic import SYNTHETIC
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, exit_code
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
@@ -18,7 +18,7 @@ from vitface.evaluation.routing import benchmark_routing, pose_text, routing_tex
 from vitface.evaluation.scores import keep_scores
 from vitface.model.face import FaceModel, shuffle_gate
 from vitface.model.inference import prepare_inference
-from vitface.model.store import frozen_face, load_face, model_sha256, newest_run
+from vitface.store.faces import frozen_face, load_face, model_sha256, newest_run
 
 EXAMPLES = """examples:
   python evaluate.py --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin

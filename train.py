@@ -6,8 +6,8 @@ from typing import Any
 
 from vitface.config import add_flags
 from vitface.errors import exit_code
-from vitface.training.resume import configure
 from vitface.training.run import run
+from vitface.training.runs.resume import configure
 
 EXAMPLES = """examples:
   python train.py --exp demo                                     procedural faces, no download, under 3 minutes

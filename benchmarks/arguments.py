@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vitface.config import backbone_name
 from vitface.device import resolve_device, resolve_dtype
-from vitface.model.backbones import load_backbone
 from vitface.model.face import DTYPES
 from vitface.model.vit import ViT
+from vitface.store.backbones import load_backbone
 
 
 def make_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitface.config import IMAGENET_MEAN, IMAGENET_STD, resolve
 from vitface.data.augment import augment, uniforms
+from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.packing import pack
+from vitface.data.formats.samples import FolderSamples, Samples, load_samples
 from vitface.data.loader import image_order, read_batches
-from vitface.data.packed import PackedSamples
-from vitface.data.packing import pack
 from vitface.data.preprocess import to_float
-from vitface.data.records import FolderSamples, Samples, load_samples
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model, resolve_choices
 from vitface.training.step import make_optimizer, total_loss, update

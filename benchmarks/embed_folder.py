@@ -19,17 +19,17 @@ import numpy as np
 from timing import interleave, machine
 
 from vitface.config import FaceConfig, backbone_name
-from vitface.data.align_folder import photos_in, write_crop
+from vitface.data.faces.folder import photos_in, write_crop
+from vitface.data.faces.photos import CropReader
 from vitface.data.images import read_image, to_crop
-from vitface.data.photos import CropReader
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
-from vitface.gallery.folder import embed_folder
+from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
-from vitface.model.backbones import load_backbone
 from vitface.model.face import FaceModel
 from vitface.model.inference import prepare_inference
+from vitface.store.backbones import load_backbone
 
 DRAWN = 256  # faces that are drawn; more images are copies of them
 

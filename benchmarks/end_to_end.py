@@ -21,7 +21,7 @@ from data import jpeg_folder
 from timing import machine, synchronise
 
 from vitface.config import add_flags, resolve
-from vitface.data.packing import pack
+from vitface.data.formats.packing import pack
 from vitface.training.batches import Batch
 from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitface.config import VIT_PRESETS
-from vitface.model.backbones import load_backbone
 from vitface.model.lora import adapted_linears
 from vitface.model.router import thin_out
 from vitface.model.vit import ViT
+from vitface.store.backbones import load_backbone
 from vitface.weights.convert import convert_file
 
 TIMM = {

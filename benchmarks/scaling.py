@@ -10,8 +10,8 @@ import argparse
 from dataclasses import dataclass
 
 from vitface.config import resolve
-from vitface.training.identities import CHUNK
 from vitface.training.memory import plan_memory
+from vitface.training.ranks.identities import CHUNK
 from vitface.training.setup import build_model, parameter_counts
 
 GB, MB, E = 10**9, 10**6, 512

@@ -11,11 +11,11 @@ import torch
 from hypothesis import settings
 
 from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
-from vitface.model.backbones import load_backbone, save_backbone
 from vitface.model.face import FaceModel
-from vitface.model.store import THRESHOLDS_FILE, model_sha256, trained_tensors
 from vitface.model.vit import ViT, init_weights
-from vitface.training.checkpoint import save_checkpoint
+from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.faces import THRESHOLDS_FILE, model_sha256, trained_tensors
+from vitface.training.runs.checkpoint import save_checkpoint
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
@@ -112,7 +112,7 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:
 @pytest.fixture
 def tiny_preset(monkeypatch):
     """A preset "tiny" of a 2-block ViT."""
-    for module in ("vitface.config", "vitface.model.backbones"):
+    for module in ("vitface.config", "vitface.store.backbones"):
         monkeypatch.setitem(__import__(module, fromlist=["x"]).VIT_PRESETS, "tiny", tiny_config())
 
 

@@ -11,9 +11,9 @@ import evaluate
 import train
 import vitface
 import vitface.__main__
-from vitface.data.pairs import read_bin
-from vitface.data.records import RecordSamples
-from vitface.evaluation.verify import auc
+from vitface.data.formats.pairs import read_bin
+from vitface.data.formats.samples import RecordSamples
+from vitface.evaluation.protocol import auc
 from vitface.training.holdout import all_pairs
 from vitface.weights import convert
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitface.config import resolve
-from vitface.training.identities import ShardedMargin
+from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.setup import build_model
 
 ROOT = Path(__file__).parents[1]

@@ -4,12 +4,12 @@ from functools import partial
 import pytest
 
 import evaluate
-from vitface import study
 from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.model.lora import lora_scaling
-from vitface.study import adapter_parameters, chosen_variants, put_between_markers, variants
+from vitface.study.grid import adapter_parameters, chosen_variants, put_between_markers, variants
+from vitface.study.grid import grid as study
 from vitface.training import setup
 
 
@@ -59,7 +59,7 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
         raise AssertionError("trained again")
 
     monkeypatch.setattr("vitface.training.run.Trainer", never)
-    monkeypatch.setattr("vitface.study.evaluate_all", never)
+    monkeypatch.setattr("vitface.study.grid.evaluate_all", never)
     assert study.main(command) == 0  # all cells are there: the table alone is made anew
     again = json.loads((folder / "study.json").read_text())
     assert again["variants"] == table["variants"] and again["comparisons"] == table["comparisons"]

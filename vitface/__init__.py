@@ -12,6 +12,6 @@ gallery.search(embeddings, k=2)                       # for each row: the most a
 __all__ = ["Gallery", "__version__", "load", "load_backbone"]
 
 from vitface.gallery.gallery import Gallery
-from vitface.model.backbones import load_backbone
-from vitface.model.store import load_face as load
+from vitface.store.backbones import load_backbone
+from vitface.store.faces import load_face as load
 from vitface.version import __version__

@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-peft": ("vitface.exchange.import_peft", "a face model from adapters that PEFT trained"),
     "publish": ("vitface.exchange.publish", "a model for the Hugging Face Hub, without what must not leave"),
     "experiments": ("vitface.commands.experiments", "the recorded experiments beside your runs of them"),
-    "study": ("vitface.study", "train and compare DA-LoRA and its controls over seeds"),
+    "study": ("vitface.study.grid", "train and compare DA-LoRA and its controls over seeds"),
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError, exit_code
 from vitface.files import sha256_file
-from vitface.model.backbones import BACKBONE_FORMAT, expected_tensors, find_backbone, save_backbone
+from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, find_backbone, save_backbone
 from vitface.weights.keymaps import FAMILIES, Family, find_family
 from vitface.weights.sources import SOURCES
 

@@ -4,7 +4,7 @@
 
 The file goes to `sources/` in $VITFACE_HOME (default ~/.cache/vitface), as FILE.part until it is complete and its
 sha256 is the pinned one; a broken download goes on from there. The converted NAME.safetensors lies in $VITFACE_HOME,
-where `vitface.model.backbones.find_backbone` looks, and the original is deleted.
+where `vitface.store.backbones.find_backbone` looks, and the original is deleted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError, exit_code
 from vitface.files import sha256_file
 from vitface.home import cache_home
-from vitface.model.backbones import read_backbone
+from vitface.store.backbones import read_backbone
 from vitface.weights.convert import Conversion, convert_file, next_command, report
 from vitface.weights.sources import DETECTOR, SOURCES
 

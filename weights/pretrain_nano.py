@@ -27,11 +27,11 @@ from tqdm import tqdm
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.data.counter import uniform
 from vitface.data.preprocess import normalise, to_float
-from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
-from vitface.data.synthetic import PRETRAIN_PEOPLE, synthetic_pairs
-from vitface.evaluation.verify import pair_distance, verify
-from vitface.model.backbones import save_backbone
+from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
+from vitface.data.synthetic.worlds import PRETRAIN_PEOPLE, synthetic_pairs
+from vitface.evaluation.protocol import pair_distance, verify
 from vitface.model.vit import ViT, init_weights
+from vitface.store.backbones import save_backbone
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 2e-3, 0.05, 0.05
 VIEW = ("sin_yaw", "abs_sin_yaw", "age", "light")

@@ -10,7 +10,7 @@ from PIL import Image
 import vitface
 import vitface.__main__
 from vitface.commands.parser import NO_THRESHOLD
-from vitface.data.detect import Face, FaceDetector
+from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.images import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -71,7 +71,7 @@ def test_photos_are_aligned_unless_they_are_crops(faces, tmp_path, monkeypatch, 
     assert code == 2 and ("weights.fetch yunet" in err or "vitface[align]" in err)
     code, out, _ = call(capsys, "verify", tmp_path / "photo.png", faces / "p0" / "0.png", "--no-align", "--json")
     assert json.loads(out)["score"] < 0.999  # the whole photo, taken for a crop
-    from vitface.data.align import TEMPLATE
+    from vitface.data.faces.alignment import TEMPLATE
 
     monkeypatch.setattr(FaceDetector, "__init__", lambda self, model=None: None)
     found = [Face(np.array([60, 60, 90, 90]), TEMPLATE + 50, 0.9)]
@@ -222,7 +222,7 @@ def test_every_command_has_help_with_examples(capsys):
 
 
 def test_draw_writes_the_faces_that_the_demo_sees(tmp_path, capsys):
-    from vitface.data.synthetic import SyntheticSamples
+    from vitface.data.synthetic.worlds import SyntheticSamples
 
     command = ["data", "draw", tmp_path / "faces", "--people", 2, "--images", 3]
     assert call(capsys, *command)[0] == 0

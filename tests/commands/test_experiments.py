@@ -8,9 +8,9 @@ import numpy as np
 import vitface.__main__
 from vitface.commands.experiments import BENCHMARKS, RECORDED, experiments_markdown
 from vitface.config import EXPERIMENTS, resolve
+from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, save_scores
-from vitface.evaluation.verify import verify
-from vitface.model.store import model_sha256
+from vitface.store.faces import model_sha256
 
 
 def rows(text):

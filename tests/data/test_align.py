@@ -11,11 +11,11 @@ from PIL import Image
 from test_check import drawn_faces
 
 import vitface.__main__
-from vitface.data.align import TEMPLATE, align_face, similarity
-from vitface.data.align_folder import Finder, align_folder, crop_path, read_landmarks
-from vitface.data.detect import Face, FaceDetector, central_face
+from vitface.data.faces.alignment import TEMPLATE, align_face, similarity
+from vitface.data.faces.detect import Face, FaceDetector, central_face
+from vitface.data.faces.folder import Finder, align_folder, crop_path, read_landmarks
+from vitface.data.formats.pairs import read_annotated_pairs, read_bin
 from vitface.data.images import read_image
-from vitface.data.pairs import read_annotated_pairs, read_bin
 from vitface.errors import ConfigError, DataError, ImageError, WeightsError
 
 cv2 = pytest.importorskip("cv2")

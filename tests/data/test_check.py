@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 import vitface.__main__
-from vitface.data.check import check_between
-from vitface.data.check_faces import Faces, Scores, recognised_people, stranger_threshold
-from vitface.data.check_pairs import check_benchmark, scan_benchmark
-from vitface.data.check_people import check_training, people_in_list, scan_training
-from vitface.data.findings import auc, correlation
-from vitface.data.pairs import VerificationSet, read_bin, write_bin
-from vitface.data.records import FolderSamples, RecordSamples
-from vitface.data.scan import dark_spots, local_contrast
+from vitface.data.checks.check_faces import Faces, Scores, recognised_people, stranger_threshold
+from vitface.data.checks.check_pairs import check_benchmark, scan_benchmark
+from vitface.data.checks.check_people import check_training, people_in_list, scan_training
+from vitface.data.checks.doctor import check_between
+from vitface.data.checks.findings import auc, correlation
+from vitface.data.checks.scan import dark_spots, local_contrast
+from vitface.data.formats.pairs import VerificationSet, read_bin, write_bin
+from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import ImageError
 
 PEOPLE, IMAGES = 50, 8

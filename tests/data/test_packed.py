@@ -18,11 +18,11 @@ import pytest
 from test_records import face, insightface, write_rec
 
 import vitface.__main__
-from vitface.data import packing
+from vitface.data.formats import packing
+from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.packing import cached, pack
+from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples
 from vitface.data.loader import read_batches
-from vitface.data.packed import PackedSamples
-from vitface.data.packing import cached, pack
-from vitface.data.records import FolderSamples, RecordSamples, load_samples
 from vitface.errors import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.data.bin_format import parse_bin
-from vitface.data.images import decode_image
-from vitface.data.pairs import (
+from vitface.data.formats.bin_format import parse_bin
+from vitface.data.formats.pairs import (
     VerificationSet,
     read_bin,
     read_calfw_pairs,
@@ -25,6 +24,7 @@ from vitface.data.pairs import (
     read_lfw_pairs,
     write_bin,
 )
+from vitface.data.images import decode_image
 from vitface.errors import DataError
 
 DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[3] / "shared/data"))

@@ -7,10 +7,10 @@ import pytest
 from conftest import tiny_face
 from PIL import Image
 
-from vitface.data.align import TEMPLATE, align_face
-from vitface.data.detect import Face, FaceDetector, central_face
+from vitface.data.faces.alignment import TEMPLATE, align_face
+from vitface.data.faces.detect import Face, FaceDetector, central_face
+from vitface.data.faces.photos import CropReader
 from vitface.data.images import read_image
-from vitface.data.photos import CropReader
 from vitface.errors import ConfigError, ImageError, WeightsError
 
 FRAME = 40  # pixels around a crop

@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.data.detect import FaceDetector
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.pose import HEAD, crop_landmarks, yaw_degrees
+from vitface.data.formats.pairs import read_bin
 from vitface.data.images import decode_image
-from vitface.data.pairs import read_bin
-from vitface.data.pose import HEAD, crop_landmarks, yaw_degrees
 
 
 def seen(yaw, pitch=0.0, scale=1.0, shift=(0.0, 0.0)):

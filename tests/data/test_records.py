@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitface.config import resolve
-from vitface.data.recordio import read_index, read_labels, read_record
-from vitface.data.records import FolderSamples, RecordSamples, load_samples, read_domains
+from vitface.data.formats.recordio import read_index, read_labels, read_record
+from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples, read_domains
 from vitface.errors import ConfigError, DataError, ImageError
 from vitface.training.setup import open_inputs
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitface.data.canvas import HALF_VIEW
 from vitface.data.counter import uniform
-from vitface.data.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes
-from vitface.data.synthetic import (
+from vitface.data.synthetic.canvas import HALF_VIEW
+from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes
+from vitface.data.synthetic.worlds import (
     PRETRAIN_PEOPLE,
     TEST_PEOPLE,
     TRAIN_PEOPLE,
@@ -21,7 +21,7 @@ from vitface.data.synthetic import (
     synthetic_pairs,
 )
 from vitface.errors import DataError
-from vitface.evaluation.verify import pair_distance, verify
+from vitface.evaluation.protocol import pair_distance, verify
 
 PEOPLE = np.arange(24) + TEST_PEOPLE.start
 
@@ -85,7 +85,7 @@ def test_an_image_does_not_depend_on_its_batch(rows):
 
 def test_another_process_draws_the_same_bytes():
     code = (
-        "import hashlib; from vitface.data.synthetic import SyntheticSamples as S; "
+        "import hashlib; from vitface.data.synthetic.worlds import SyntheticSamples as S; "
         "print(hashlib.sha256(S(1, 4, seed=3).render(range(4)).tobytes()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -119,7 +119,7 @@ def test_strong_side_light_is_dim():
 @pytest.mark.parametrize("yaw", [-90.0, -35.0, 0.0, 60.0])
 def test_yaw_turns_every_point_in_three_dimensions(yaw, monkeypatch):
     """Without pose jitter, the surface point seen at (u, v) satisfies u = x cos + z sin and v = y."""
-    monkeypatch.setattr("vitface.data.render.photo_moments", lambda seeds: np.zeros((1, len(MOMENTS))))
+    monkeypatch.setattr("vitface.data.synthetic.render.photo_moments", lambda seeds: np.zeros((1, len(MOMENTS))))
     _, truth = render_scenes(PEOPLE, yaw, 0.3, 0.0, 0)
     seen = truth[..., 6] == 1
     x, y, z = (truth[..., 3 + axis].astype("f8") for axis in range(3))
@@ -230,7 +230,9 @@ def test_pairs_are_balanced_in_every_fold(count):
 
 def test_pairs_show_whom_they_say(monkeypatch):
     drawn = {}
-    monkeypatch.setattr("vitface.data.synthetic.draw_photos", lambda kinds, *columns: drawn.update(columns=columns))
+    monkeypatch.setattr(
+        "vitface.data.synthetic.worlds.draw_photos", lambda kinds, *columns: drawn.update(columns=columns)
+    )
     _, issame = synthetic_pairs(400, seed=3, first_person=1000, num_people=20, kind="frontal-profile")
     people, yaw = (np.array(drawn["columns"][i]).reshape(-1, 2) for i in (0, 1))
     np.testing.assert_array_equal(people[:, 0] == people[:, 1], issame)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitface.data.pairs import VerificationSet, write_bin
+from vitface.data.formats.pairs import VerificationSet, write_bin
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.alarms import check_pairs, judge, label_fault, pair_alarms
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate_all
-from vitface.evaluation.verify import check_embeddings, verify
+from vitface.evaluation.protocol import check_embeddings, verify
 
 PAIRS, FOLDS = 200, 10
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from vitface.data.pairs import write_bin
+from vitface.data.formats.pairs import write_bin
 from vitface.errors import DataError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate_all, evaluate_benchmark

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import evaluate
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.compare import Side, compare, comparison_text, group_runs
+from vitface.evaluation.protocol import contiguous_folds, verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores, save_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar, seed_weights
-from vitface.evaluation.verify import contiguous_folds, verify
 
 stats = pytest.importorskip("scipy.stats")
 

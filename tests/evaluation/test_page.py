@@ -9,9 +9,9 @@ from PIL import Image
 
 from vitface.evaluation.benchmarks import Evaluation
 from vitface.evaluation.page import report_page
+from vitface.evaluation.protocol import verify
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import pose_routing
-from vitface.evaluation.verify import verify
 
 VOID = {"meta", "img"}
 

@@ -12,10 +12,10 @@ from PIL import Image
 import evaluate
 import train
 import vitface
-from vitface.data.align import TEMPLATE
-from vitface.data.detect import Face
-from vitface.data.pairs import VerificationSet
-from vitface.data.pose import MARGIN
+from vitface.data.faces.alignment import TEMPLATE
+from vitface.data.faces.detect import Face
+from vitface.data.faces.pose import MARGIN
+from vitface.data.formats.pairs import VerificationSet
 from vitface.evaluation import benchmarks
 from vitface.evaluation.routing import (
     agreement,

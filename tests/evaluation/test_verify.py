@@ -4,12 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.data.pairs import read_bin
+from vitface.data.formats.pairs import read_bin
 from vitface.errors import EvaluationError
 from vitface.evaluation.alarms import pair_alarms
 from vitface.evaluation.benchmarks import embed_pairs
-from vitface.evaluation.statistics import accuracy_interval, identity_interval
-from vitface.evaluation.verify import (
+from vitface.evaluation.protocol import (
     auc,
     contiguous_folds,
     equal_error_rate,
@@ -19,6 +18,7 @@ from vitface.evaluation.verify import (
     tar_at_far,
     verify,
 )
+from vitface.evaluation.statistics import accuracy_interval, identity_interval
 
 metrics = pytest.importorskip("sklearn.metrics")
 model_selection = pytest.importorskip("sklearn.model_selection")

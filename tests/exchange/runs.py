@@ -10,10 +10,10 @@ from conftest import randomise_adapters, tiny_config, tiny_face, tiny_vit
 
 from vitface.config import VIT_PRESETS
 from vitface.files import sha256_file
-from vitface.model.backbones import load_backbone, save_backbone
 from vitface.model.face import FaceModel
-from vitface.model.store import model_sha256, trained_tensors
-from vitface.training.checkpoint import save_checkpoint
+from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.faces import model_sha256, trained_tensors
+from vitface.training.runs.checkpoint import save_checkpoint
 
 NAME = "dinov2_tiny"
 

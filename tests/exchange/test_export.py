@@ -11,8 +11,8 @@ from runs import NAME, face_on, faces, save_run, use_tiny
 import vitface
 from vitface.__main__ import main
 from vitface.errors import ExchangeError
-from vitface.exchange import graph
-from vitface.model.backbones import load_backbone, read_backbone
+from vitface.exchange import onnx_graph as graph
+from vitface.store.backbones import load_backbone, read_backbone
 
 KINDS = {
     "lora": {},

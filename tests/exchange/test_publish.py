@@ -18,14 +18,14 @@ import vitface
 from vitface.__main__ import main
 from vitface.config import FaceConfig
 from vitface.errors import CheckpointError, ConfigError, ExchangeError
+from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import keep_scores
-from vitface.evaluation.verify import verify
 from vitface.exchange.card import model_card
 from vitface.exchange.leaks import check_card
-from vitface.model import hub
-from vitface.model.backbones import backbone_bytes, read_backbone
-from vitface.model.hub import BUNDLE_FILES
-from vitface.model.store import model_sha256
+from vitface.store import hub
+from vitface.store.backbones import backbone_bytes, read_backbone
+from vitface.store.faces import model_sha256
+from vitface.store.hub import BUNDLE_FILES
 
 ADDRESS = "https://huggingface.co/me/faces"
 

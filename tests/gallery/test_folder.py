@@ -8,10 +8,10 @@ import pytest
 from conftest import tiny_face
 from PIL import Image
 
-from vitface.data.photos import CropReader
+from vitface.data.faces.photos import CropReader
 from vitface.errors import CheckpointError, DataError
-from vitface.gallery import folder as module
-from vitface.gallery.folder import embed_folder
+from vitface.gallery import from_folder as module
+from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings, part_files, read_names
 from vitface.lock import folder_lock

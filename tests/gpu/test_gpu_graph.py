@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import train
 from vitface.config import resolve
 from vitface.training import loop
-from vitface.training.graph import WARM_UP
+from vitface.training.cuda_graph import WARM_UP
 from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices
 from vitface.training.step import NonFiniteError

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 import train
 from vitface.config import FaceConfig, resolve
-from vitface.model.backbones import load_backbone
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
+from vitface.store.backbones import load_backbone
 from vitface.training.step import total_loss
 
 pytestmark = [

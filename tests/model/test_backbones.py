@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vitface.errors import WeightsError
-from vitface.model.backbones import find_backbone, load_backbone, save_backbone
+from vitface.store.backbones import find_backbone, load_backbone, save_backbone
 
 
 def test_backbone_round_trip_is_bitwise(backbone):

@@ -9,10 +9,10 @@ from conftest import randomise_adapters, tiny_face
 
 from vitface.config import FaceConfig
 from vitface.data.preprocess import to_float
-from vitface.model.backbones import load_backbone
 from vitface.model.face import FaceModel
 from vitface.model.inference import fold_stem, prepare_inference
 from vitface.model.lora import adapted_linears
+from vitface.store.backbones import load_backbone
 
 
 def face_model(backbone="dinov2_vits14", image_size=56, depth=2, **fields) -> FaceModel:

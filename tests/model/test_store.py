@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 import vitface
 from vitface.errors import CheckpointError, WeightsError
 from vitface.files import sha256_file
-from vitface.model.backbones import load_backbone, save_backbone
 from vitface.model.face import FaceModel
-from vitface.model.store import MODEL_FILES, load_face, trained_tensors
-from vitface.training.checkpoint import save_checkpoint
+from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.faces import MODEL_FILES, load_face, trained_tensors
+from vitface.training.runs.checkpoint import save_checkpoint
 
 
 def save_run(run, model, config=None):

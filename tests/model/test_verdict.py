@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitface.errors import ConfigError, ImageError
-from vitface.model.verdict import Verdict, choose_threshold
+from vitface.store.thresholds import Verdict, choose_threshold
 
 RATES = st.dictionaries(st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4]), st.floats(-1, 1), min_size=1)
 

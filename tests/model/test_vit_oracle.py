@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitface.config import VIT_PRESETS, ViTConfig
-from vitface.model.backbones import load_backbone
 from vitface.model.vit import ViT, resample_pos_embed
+from vitface.store.backbones import load_backbone
 from vitface.weights.convert import convert_file
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitface import files
-from vitface.training import checkpoint
+from vitface.training.runs import checkpoint
 
 
 class Disk:

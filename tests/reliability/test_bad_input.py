@@ -16,16 +16,16 @@ from PIL import Image
 from sandbox import assault
 
 from vitface.config import VIT_PRESETS
-from vitface.data.bin_format import parse_bin
+from vitface.data.formats.bin_format import parse_bin
+from vitface.data.formats.pairs import VerificationSet
+from vitface.data.formats.samples import RecordSamples
 from vitface.data.images import decode_image
-from vitface.data.pairs import VerificationSet
-from vitface.data.records import RecordSamples
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
 from vitface.files import sha256_file
-from vitface.model.settings import face_config
-from vitface.model.store import load_face, load_trained, trained_tensors
-from vitface.model.tensors import read_tensors
-from vitface.training.checkpoint import save_checkpoint
+from vitface.store.faces import load_face, load_trained, trained_tensors
+from vitface.store.settings import face_config
+from vitface.store.tensors import read_tensors
+from vitface.training.runs.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

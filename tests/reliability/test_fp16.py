@@ -14,12 +14,13 @@ from tiny import EPOCHS, STEPS_PER_EPOCH, fingerprint, settings, use_tiny
 
 import vitface
 from vitface.config import resolve
-from vitface.model.tensors import tensor_bytes
-from vitface.training import loop, loss_scale, parallel, step
-from vitface.training.distributed import process_group
+from vitface.store.tensors import tensor_bytes
+from vitface.training import loop, loss_scale, step
 from vitface.training.loop import Trainer
-from vitface.training.resume import configure
+from vitface.training.ranks import parallel
+from vitface.training.ranks.process_group import process_group
 from vitface.training.run import run
+from vitface.training.runs.resume import configure
 from vitface.training.setup import resolve_choices
 from vitface.training.step import NonFiniteError
 

@@ -11,7 +11,7 @@ from tiny import fingerprint, settings, use_tiny
 
 from vitface.errors import exit_code
 from vitface.training import loop
-from vitface.training.alarms import alarms
+from vitface.training.collapse import alarms
 from vitface.training.run import run
 from vitface.training.step import NonFiniteError
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from tiny import Faces, fingerprint, settings, use_tiny
 
 from vitface.errors import DataError, exit_code
-from vitface.training import batches, loop, parallel, setup, step
-from vitface.training.distributed import process_group, rank, world_size
+from vitface.training import batches, loop, setup, step
 from vitface.training.loop import Trainer
+from vitface.training.ranks import parallel
+from vitface.training.ranks.process_group import process_group, rank, world_size
 from vitface.training.run import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -153,7 +154,7 @@ def stop_after(count):
 )
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back_with_every_tensor(tmp_path, monkeypatch, sharded):
     """Each part is stopped after 3 steps by a signal to its last rank; what the next one loads, it saves the same."""
-    monkeypatch.setattr("vitface.training.identity_files.BLOCK", 3)
+    monkeypatch.setattr("vitface.training.ranks.identity_files.BLOCK", 3)
     changes = {**LINEAR, **sharded, "epochs": 3}
     run_dir = tmp_path / "run"
     for part, world in enumerate((1, 2, 4, 1), 1):

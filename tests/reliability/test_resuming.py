@@ -21,11 +21,11 @@ from tiny import EPOCHS, STEPS_PER_EPOCH, Faces, fingerprint, in_child, settings
 from vitface.errors import CheckpointError, exit_code
 from vitface.lock import folder_lock
 from vitface.training import loop, setup
-from vitface.training.checkpoint import save_checkpoint
-from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
-from vitface.training.resume import configure
 from vitface.training.run import run
+from vitface.training.runs.checkpoint import save_checkpoint
+from vitface.training.runs.log import RunLog
+from vitface.training.runs.resume import configure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -203,7 +203,7 @@ def logging_every(steps):
 
 def tracking(monkeypatch):
     rows = []
-    monkeypatch.setattr("vitface.training.log._wandb", lambda run_dir, config: [rows.append])
+    monkeypatch.setattr("vitface.training.runs.log._wandb", lambda run_dir, config: [rows.append])
 
 
 # what is switched -> (settings, change of the code, whether anything is written); every second one by default
@@ -272,7 +272,7 @@ def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypa
         events.append(("saved", (run_dir / "log.jsonl").read_text().count("\n")))
         save_step(*arguments)
 
-    monkeypatch.setattr("vitface.training.log.os", SimpleNamespace(fsync=synced))
+    monkeypatch.setattr("vitface.training.runs.log.os", SimpleNamespace(fsync=synced))
     monkeypatch.setattr(loop, "save_checkpoint", saved)
     run(settings(run_dir), quiet)
     rows = (1, 2, 4)  # one at the end of each epoch, and one at step 10

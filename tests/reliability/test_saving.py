@@ -20,10 +20,16 @@ from tiny import fingerprint, in_child, settings, start, use_tiny
 
 import train
 from vitface.errors import CheckpointError, exit_code
-from vitface.model.store import MODEL_FILES
-from vitface.training.checkpoint import ALL_FILES, newest_checkpoint, save_checkpoint, step_directories, verify_step
-from vitface.training.interrupt import stop_requests
+from vitface.store.faces import MODEL_FILES
 from vitface.training.run import run
+from vitface.training.runs.checkpoint import (
+    ALL_FILES,
+    newest_checkpoint,
+    save_checkpoint,
+    step_directories,
+    verify_step,
+)
+from vitface.training.runs.interrupt import stop_requests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -6,10 +6,10 @@ from conftest import tiny_face
 
 import train
 import vitface
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
-from vitface.evaluation.verify import roc
-from vitface.model.store import model_sha256
+from vitface.evaluation.protocol import roc
+from vitface.store.faces import model_sha256
 from vitface.training import holdout, setup
 from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text
 

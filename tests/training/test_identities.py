@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from vitface.errors import CheckpointError
 from vitface.model.margin import MarginLoss
-from vitface.training import identities, identity_files
-from vitface.training.checkpoint import save_checkpoint, verify_step
-from vitface.training.distributed import process_group, rank, world_size
-from vitface.training.identities import ShardedMargin, class_range, initial_rows
-from vitface.training.parallel import Shard, clip_gradients
+from vitface.training.ranks import identities, identity_files
+from vitface.training.ranks.identities import ShardedMargin, class_range, initial_rows
+from vitface.training.ranks.parallel import Shard, clip_gradients
+from vitface.training.ranks.process_group import process_group, rank, world_size
+from vitface.training.runs.checkpoint import save_checkpoint, verify_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 DIM, SCALE = 16, 64.0
@@ -229,7 +229,7 @@ def test_the_chunked_head_needs_an_eighth_of_the_temporaries(people):
 
 MILLION = """
 import resource, numpy as np, torch
-from vitface.training.identities import ShardedMargin
+from vitface.training.ranks.identities import ShardedMargin
 torch.set_num_threads(1)
 head = ShardedMargin("cosface", 1_000_000, 512, 0.35, 64.0, sample_rate=0.1)
 optimizer = torch.optim.AdamW([head.weight], lr=5e-3, weight_decay=0.05, fused=True)

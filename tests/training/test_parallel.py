@@ -8,8 +8,17 @@ from ranks import in_ranks
 from vitface.errors import ConfigError, DataError
 from vitface.model.margin import MarginLoss
 from vitface.model.router import load_balance_loss
-from vitface.training.distributed import agree, check_same, gather, lowest, process_group, rank, share, wait_for_all
-from vitface.training.parallel import gather_rows, in_turns, mean_over_ranks, synchronise_batch_norms
+from vitface.training.ranks.parallel import gather_rows, in_turns, mean_over_ranks, synchronise_batch_norms
+from vitface.training.ranks.process_group import (
+    agree,
+    check_same,
+    gather,
+    lowest,
+    process_group,
+    rank,
+    share,
+    wait_for_all,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -10,7 +10,7 @@ from vitface.config import resolve
 from vitface.device import resolve_dtype
 from vitface.errors import ConfigError
 from vitface.training import loss_scale
-from vitface.training.graph import WARM_UP, GraphedStep, check_graph
+from vitface.training.cuda_graph import WARM_UP, GraphedStep, check_graph
 from vitface.training.loss_scale import GROWTH, START, LossScale
 from vitface.training.step import NonFiniteError, make_optimizer, refusal, set_rates, update
 

@@ -23,14 +23,15 @@ import train
 import vitface
 from vitface.config import resolve
 from vitface.data.loader import identity_order, image_order, read_batches, split_people
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError, ConfigError, DataError
-from vitface.evaluation.verify import auc
+from vitface.evaluation.protocol import auc
 from vitface.model.margin import MarginLoss
-from vitface.training import loop, resume, setup
+from vitface.training import loop, setup
 from vitface.training.loop import Trainer
-from vitface.training.resume import configure
 from vitface.training.run import run
+from vitface.training.runs import resume
+from vitface.training.runs.resume import configure
 from vitface.training.setup import resolve_choices
 from vitface.training.step import parameter_groups, schedule, update
 
@@ -180,7 +181,7 @@ def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path, monkeypat
     def refuse(*arguments):
         raise OSError(28 if refused == "a full disk" else 30, refused)
 
-    monkeypatch.setattr("vitface.training.checkpoint.write_synced", refuse)
+    monkeypatch.setattr("vitface.training.runs.checkpoint.write_synced", refuse)
     assert train.main([*command, "--save-dir", str(tmp_path / "run")]) == 2
     assert refused in capsys.readouterr().err
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -370,7 +371,7 @@ def test_import_is_quiet_and_light():
 
 
 def test_checkpoints_keep_the_newest_two_and_the_best(tmp_path):
-    from vitface.training.checkpoint import save_checkpoint
+    from vitface.training.runs.checkpoint import save_checkpoint
 
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, {"x": torch.tensor([1.0 * step])}, {}, {}, {}, is_best=step == 1)

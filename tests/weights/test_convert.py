@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
-from vitface.model.backbones import load_backbone, read_backbone
 from vitface.model.vit import ViT
+from vitface.store.backbones import load_backbone, read_backbone
 from vitface.weights import convert
 from vitface.weights.convert import convert_backbone, convert_file, main
 from vitface.weights.keymaps import FAMILIES

@@ -12,8 +12,8 @@ import torch
 
 from vitface.config import VIT_PRESETS
 from vitface.errors import WeightsError
-from vitface.model.backbones import find_backbone, load_backbone, read_backbone
 from vitface.model.vit import ViT
+from vitface.store.backbones import find_backbone, load_backbone, read_backbone
 from vitface.weights import convert, fetch
 from vitface.weights.fetch import fetch_backbone, main
 from vitface.weights.sources import SOURCES

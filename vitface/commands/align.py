@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from vitface.commands.parser import command_parser
-from vitface.data.align_folder import Finder, align_folder, read_landmarks, summary
-from vitface.data.detect import MIN_FACE, FaceDetector
+from vitface.data.faces.detect import MIN_FACE, FaceDetector
+from vitface.data.faces.folder import Finder, align_folder, read_landmarks, summary
 from vitface.errors import exit_code
 
 EXAMPLES = """examples:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from vitface.commands.align import add_finder_flags, make_finder
 from vitface.commands.parser import add_model_flags, command_parser, load_model
-from vitface.data.align_folder import write_crop
-from vitface.data.build import RELEASES, build
-from vitface.data.check import check, report_text
-from vitface.data.packed import PackedSamples
-from vitface.data.packing import pack
-from vitface.data.records import load_samples
+from vitface.data.checks.doctor import check, report_text
+from vitface.data.faces.build import RELEASES, build
+from vitface.data.faces.folder import write_crop
+from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.packing import pack
+from vitface.data.formats.samples import load_samples
 from vitface.data.show import contact_sheet
-from vitface.data.synthetic import SyntheticSamples
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import ConfigError, DataError, exit_code
 
 EXAMPLES = """examples:

@@ -16,7 +16,7 @@ from vitface.commands.parser import (
     load_model,
 )
 from vitface.errors import exit_code
-from vitface.gallery.folder import embed_folder
+from vitface.gallery.from_folder import embed_folder
 
 EXAMPLES = """examples:
   python -m vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people

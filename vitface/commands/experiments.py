@@ -10,8 +10,8 @@ from vitface.commands.parser import command_parser
 from vitface.config import BOOKKEEPING, EXPERIMENTS, read_config, resolve, to_flag
 from vitface.errors import VitfaceError, exit_code
 from vitface.evaluation.compare import read_run
-from vitface.model.store import find_checkpoint
-from vitface.study import put_between_markers
+from vitface.store.faces import find_checkpoint
+from vitface.study.grid import put_between_markers
 
 BENCHMARKS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 RECORDED = {  # accuracies in % as they were written down, and what was trainable; of the others nothing is known

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitface.commands.parser import add_model_flags, add_photo_flags, command_parser, crop_reader, load_model
 from vitface.errors import ConfigError, exit_code
-from vitface.evaluation.explain import explanation
+from vitface.evaluation.explanation import explanation
 
 EXAMPLES = """examples:
   python -m vitface explain A.jpg -o out.png

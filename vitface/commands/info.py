@@ -13,11 +13,11 @@ import torch
 from vitface.commands.parser import command_parser, default_run
 from vitface.errors import CheckpointError, exit_code
 from vitface.gallery.parts import is_gallery, read_names, read_settings
-from vitface.model.backbones import read_backbone
 from vitface.model.face import FaceModel
-from vitface.model.settings import face_config
-from vitface.model.store import find_checkpoint, read_thresholds
 from vitface.model.vit import ViT
+from vitface.store.backbones import read_backbone
+from vitface.store.faces import find_checkpoint, read_thresholds
+from vitface.store.settings import face_config
 from vitface.training.setup import parameter_counts
 
 EXAMPLES = """examples:

@@ -5,15 +5,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vitface.data.detect import FaceDetector
-from vitface.data.photos import CropReader
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.photos import CropReader
 from vitface.device import resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
 from vitface.model.inference import prepare_inference
-from vitface.model.store import load_face, model_sha256, newest_run
-from vitface.model.verdict import choose_threshold
+from vitface.store.faces import load_face, model_sha256, newest_run
+from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
     "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "

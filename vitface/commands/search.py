@@ -16,7 +16,7 @@ from vitface.commands.parser import (
 )
 from vitface.errors import ConfigError, exit_code
 from vitface.gallery.gallery import Gallery, Match
-from vitface.model.store import model_sha256
+from vitface.store.faces import model_sha256
 
 EXAMPLES = """examples:
   python -m vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made

@@ -16,7 +16,7 @@ from vitface.commands.parser import (
     threshold_of,
 )
 from vitface.errors import exit_code
-from vitface.model.verdict import Verdict
+from vitface.store.thresholds import Verdict
 
 EXAMPLES = """examples:
   python -m vitface verify A.jpg B.jpg                       by the newest run in runs/

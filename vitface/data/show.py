@@ -6,8 +6,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vitface.data.augment import augment, uniforms
+from vitface.data.formats.samples import Samples
 from vitface.data.preprocess import resize, to_float
-from vitface.data.records import Samples
 from vitface.errors import ConfigError
 
 GAP, CAPTION = 4, 14  # pixels

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vitface.data.formats.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
 from vitface.data.images import decode_image, to_crop
-from vitface.data.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
-from vitface.data.synthetic import SYNTHETIC, pair_people, synthetic_pairs
+from vitface.data.synthetic.worlds import SYNTHETIC, pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
-from vitface.evaluation.verify import Verification, check_embeddings, pair_distance, verify
+from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vitface.config import BOOKKEEPING, read_config
-from vitface.data.synthetic import SYNTHETIC
+from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
+from vitface.evaluation.protocol import Verification
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
-from vitface.evaluation.verify import Verification
-from vitface.model.store import model_sha256
+from vitface.store.faces import model_sha256
 
 SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
 

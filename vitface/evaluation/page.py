@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from vitface.data.images import decode_image, to_crop
-from vitface.data.synthetic import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
+from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, read_benchmark
 from vitface.evaluation.plots import bar_chart, heat, line_chart, picture, table
+from vitface.evaluation.protocol import Verification, roc
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import synthetic_routing
-from vitface.evaluation.verify import Verification, roc
 from vitface.model.face import FaceModel
 
 # what others published or recorded, and what kind of number it is; accuracies in %

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from vitface.data.synthetic import SYNTHETIC
+from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import EvaluationError
 from vitface.evaluation.benchmarks import BENCHMARKS
+from vitface.evaluation.protocol import Verification, tar_at_far
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
-from vitface.evaluation.verify import Verification, tar_at_far
-from vitface.model.store import FARS
+from vitface.store.faces import FARS
 
 Results = Mapping[str, Verification]  # by benchmark name
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from vitface.data.detect import FaceDetector
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.pose import crop_landmarks, yaw_degrees
+from vitface.data.formats.pairs import VerificationSet
 from vitface.data.images import decode_image, to_crop
-from vitface.data.pairs import VerificationSet
-from vitface.data.pose import crop_landmarks, yaw_degrees
-from vitface.data.synthetic import TEST_PEOPLE, SyntheticSamples
-from vitface.evaluation.verify import auc
+from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
+from vitface.evaluation.protocol import auc
 from vitface.model.face import FaceModel
 
 YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, far turned

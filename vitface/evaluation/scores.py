@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitface.errors import CheckpointError
-from vitface.evaluation.verify import Verification, verify
+from vitface.evaluation.protocol import Verification, verify
 from vitface.files import replace_file
 
 SCORES = "scores.safetensors"

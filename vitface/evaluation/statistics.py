@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from vitface.evaluation.verify import Verification, right_at_thresholds
+from vitface.evaluation.protocol import Verification, right_at_thresholds
 
 DRAWS = 2000
 

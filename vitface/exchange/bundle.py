@@ -11,10 +11,10 @@ import torch
 
 from vitface.errors import CheckpointError, ConfigError, ExchangeError
 from vitface.files import make_folder, publish_folder, sync_folder, write_synced
-from vitface.model.backbones import contents_sha256
 from vitface.model.face import FaceModel
-from vitface.model.store import FARS, THRESHOLDS_FILE, read_thresholds, run_folder, trained_tensors
-from vitface.model.tensors import tensor_bytes
+from vitface.store.backbones import contents_sha256
+from vitface.store.faces import FARS, THRESHOLDS_FILE, read_thresholds, run_folder, trained_tensors
+from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
 
 

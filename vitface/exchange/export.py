@@ -6,13 +6,13 @@ from pathlib import Path
 
 from vitface.errors import ConfigError, ExchangeError, exit_code
 from vitface.exchange.bundle import write_folder
-from vitface.exchange.graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
 from vitface.exchange.merged import merged_files
+from vitface.exchange.onnx_graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
 from vitface.exchange.peft import TIMM, base_model, peft_files, transformers_layout
 from vitface.files import replace_file
 from vitface.model.face import FaceModel
 from vitface.model.lora import adapter_state_dict
-from vitface.model.store import find_checkpoint, load_face, read_face_config
+from vitface.store.faces import find_checkpoint, load_face, read_face_config
 
 EXAMPLES = """examples:
   python -m vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked

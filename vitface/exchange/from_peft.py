@@ -22,9 +22,9 @@ from torch import Tensor
 from vitface.config import MAX_SIZE, ViTConfig
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
-from vitface.model.backbones import expected_tensors
 from vitface.model.lora import TARGETS
-from vitface.model.tensors import load_tensors
+from vitface.store.backbones import expected_tensors
+from vitface.store.tensors import load_tensors
 from vitface.weights.keymaps import META_TIMM, transformers_family
 
 MAX_CONFIG_BYTES = 1 << 20

@@ -9,9 +9,9 @@ from vitface.config import VIT_ALIASES, VIT_PRESETS, FaceConfig, backbone_name
 from vitface.errors import ConfigError, ExchangeError, exit_code
 from vitface.exchange.bundle import face_files, write_folder
 from vitface.exchange.from_peft import read_domains
-from vitface.model.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.model.face import FaceModel
-from vitface.model.store import backbone_of, find_checkpoint, load_face, trained_tensors
+from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
+from vitface.store.faces import backbone_of, find_checkpoint, load_face, trained_tensors
 
 EXAMPLES = """examples:
   python -m vitface import-peft adapter --backbone dinov2 --out models/a       the embedding is the adapted CLS token

@@ -12,8 +12,8 @@ from pathlib import Path
 from vitface.credentials import find_secret
 from vitface.errors import ExchangeError, VitfaceError
 from vitface.exchange.bundle import face_files, thresholds_of
-from vitface.model.hub import BUNDLE_FILES
-from vitface.model.store import backbone_of, load_face
+from vitface.store.faces import backbone_of, load_face
+from vitface.store.hub import BUNDLE_FILES
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 15

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from vitface.errors import ExchangeError
 from vitface.exchange.bundle import face_files, sha256, thresholds_of
-from vitface.model.backbones import backbone_bytes, load_backbone, read_backbone
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS, add_lora, merge_lora
-from vitface.model.store import backbone_of, load_face, model_sha256, trained_tensors
+from vitface.store.backbones import backbone_bytes, load_backbone, read_backbone
+from vitface.store.faces import backbone_of, load_face, model_sha256, trained_tensors
 
 
 def merged_files(step: Path, weights: str | None = None) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitface.config import FaceConfig
-from vitface.model.tensors import tensor_bytes
+from vitface.store.tensors import tensor_bytes
 from vitface.weights.keymaps import META_TIMM, Family, transformers_family
 from vitface.weights.sources import SOURCES
 

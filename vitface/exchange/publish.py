@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 from vitface.config import read_config
-from vitface.data.records import load_samples
-from vitface.data.synthetic import SYNTHETIC
+from vitface.data.formats.samples import load_samples
+from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError, ExchangeError, exit_code
 from vitface.evaluation.report import results_json
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.exchange.bundle import face_files, sha256, thresholds_of, write_folder
 from vitface.exchange.card import RESEARCH_ONLY, model_card
 from vitface.exchange.leaks import check_bundle
-from vitface.model.hub import NO_HUB, REPOSITORY
-from vitface.model.store import backbone_of, find_checkpoint, load_face, model_sha256, run_folder
+from vitface.store.faces import backbone_of, find_checkpoint, load_face, model_sha256, run_folder
+from vitface.store.hub import NO_HUB, REPOSITORY
 
 EXAMPLES = """examples:
   python -m vitface publish runs/a --repo me/dinov2-faces --data "CASIA-WebFace, 490,623 images"     a dry run

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitface.errors import DataError
 from vitface.files import make_folder, replace_file
-from vitface.model.tensors import tensor_bytes
+from vitface.store.tensors import tensor_bytes
 
 FORMAT = "vitface-gallery-1"
 SETTINGS_FILE = "gallery.json"

@@ -14,15 +14,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
-from vitface.data.detect import FaceDetector
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
-from vitface.data.photos import CropReader, Photo
 from vitface.data.preprocess import normalise, resize, to_float
 from vitface.errors import ConfigError
 from vitface.model.lora import TARGETS, add_lora, use_impl
 from vitface.model.router import DomainClassifier, FixedGate, thin_out
-from vitface.model.verdict import Verdict, choose_threshold
 from vitface.model.vit import ViT
+from vitface.store.thresholds import Verdict, choose_threshold
 
 TOKEN_WIDTH = 32
 CPU_BATCH = 16  # images whose activations stay in the caches: ViT-S at 224 px embeds 1.3x as many as in batches of 128
@@ -145,7 +145,7 @@ class FaceModel(nn.Module):
         uint8 (H, W, 3) arrays, which are resized if they are square.
 
         `align=True` is for photos: the face is found and aligned in every image that is not 112 x 112 pixels (see
-        `vitface.data.photos.CropReader`). `flip` sums the embeddings of the image and its mirror image before
+        `vitface.data.faces.photos.CropReader`). `flip` sums the embeddings of the image and its mirror image before
         normalising, as the field's protocol does. So many images at a time as suit the device unless `batch_size` says
         otherwise. Runs in eval mode; ImageError names a file that cannot be used.
         """

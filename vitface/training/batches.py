@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vitface.config import TrainConfig
 from vitface.data.augment import augment, uniforms
+from vitface.data.formats.samples import Samples
 from vitface.data.loader import EPOCH_ORDERS, Split, read_batches
 from vitface.data.preprocess import to_float
-from vitface.data.records import Samples
 from vitface.errors import ConfigError
-from vitface.training.distributed import rank, world_size
+from vitface.training.ranks.process_group import rank, world_size
 
 Batch = tuple[Tensor, Tensor, Tensor | None, np.ndarray]  # images, labels, domains, people of the whole step
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitface.files import replace_file
-from vitface.training.distributed import rank, share
+from vitface.training.ranks.process_group import rank, share
 from vitface.training.step import NonFiniteError
 
 

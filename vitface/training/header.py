@@ -4,8 +4,8 @@ import dataclasses
 import textwrap
 
 from vitface.training import setup
-from vitface.training.distributed import world_size
 from vitface.training.loop import Trainer
+from vitface.training.ranks.process_group import world_size
 
 
 def header(trainer: Trainer) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from vitface.config import TrainConfig
+from vitface.data.formats.samples import Samples
 from vitface.data.loader import read_batches, split_people
-from vitface.data.records import Samples
 from vitface.errors import EvaluationError
-from vitface.evaluation.verify import far_threshold
+from vitface.evaluation.protocol import far_threshold
 from vitface.files import replace_file
 from vitface.model.face import FaceModel
-from vitface.model.store import FARS, THRESHOLDS_FILE, model_sha256
+from vitface.store.faces import FARS, THRESHOLDS_FILE, model_sha256
 from vitface.training import setup
-from vitface.training.distributed import rank
-from vitface.training.parallel import in_turns
+from vitface.training.ranks.parallel import in_turns
+from vitface.training.ranks.process_group import rank
 
 HOLDOUT_IMAGES = 2000
 

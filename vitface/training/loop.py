@@ -21,26 +21,26 @@ from tqdm import tqdm
 from vitface.config import TrainConfig
 from vitface.data.loader import split_people
 from vitface.errors import ConfigError
-from vitface.evaluation.verify import auc
-from vitface.model.store import load_trained, trained_tensors
-from vitface.model.tensors import tensor_bytes
+from vitface.evaluation.protocol import auc
+from vitface.store.faces import load_trained, trained_tensors
+from vitface.store.tensors import tensor_bytes
 from vitface.training import setup
-from vitface.training.alarms import alarms
 from vitface.training.batches import Batch, micro_batch_size, rank_batches
-from vitface.training.checkpoint import save_checkpoint
+from vitface.training.collapse import alarms
+from vitface.training.cuda_graph import GraphedStep
 from vitface.training.diagnose import diagnose, keep_diagnosis
-from vitface.training.distributed import agree, check_same, rank, wait_for_all, world_size
-from vitface.training.graph import GraphedStep
 from vitface.training.holdout import all_pairs, embed_held_out
-from vitface.training.identities import ShardedMargin
-from vitface.training.identity_files import identity_files, read_identities
-from vitface.training.interrupt import StopRequest, stop_requests
-from vitface.training.log import RunLog
 from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
-from vitface.training.parallel import accumulating, gather_rows, replicate, synchronise_batch_norms
-from vitface.training.resume import changed_settings, check_same_data, is_finished, settings_of, state_to_resume
-from vitface.training.state import load_training, read_training, training_tensors
+from vitface.training.ranks.identities import ShardedMargin
+from vitface.training.ranks.identity_files import identity_files, read_identities
+from vitface.training.ranks.parallel import accumulating, gather_rows, replicate, synchronise_batch_norms
+from vitface.training.ranks.process_group import agree, check_same, rank, wait_for_all, world_size
+from vitface.training.runs.checkpoint import save_checkpoint
+from vitface.training.runs.interrupt import StopRequest, stop_requests
+from vitface.training.runs.log import RunLog
+from vitface.training.runs.resume import changed_settings, check_same_data, is_finished, settings_of, state_to_resume
+from vitface.training.runs.state import load_training, read_training, training_tensors
 from vitface.training.step import make_optimizer, refusal, schedule, set_rates, total_loss, update
 
 LOG_EVERY = 10

@@ -16,15 +16,15 @@ from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import make_folder, replace_file
 from vitface.lock import folder_lock
-from vitface.model.store import frozen_face, load_face, model_sha256
-from vitface.training.checkpoint import link_checkpoint, load_state, step_directories
-from vitface.training.distributed import process_group, rank, share
+from vitface.store.faces import frozen_face, load_face, model_sha256
 from vitface.training.header import header
 from vitface.training.holdout import calibrate, thresholds_text
-from vitface.training.log import RunLog
 from vitface.training.loop import Trainer
-from vitface.training.parallel import in_turns
-from vitface.training.resume import checkpoint_to_resume, is_finished
+from vitface.training.ranks.parallel import in_turns
+from vitface.training.ranks.process_group import process_group, rank, share
+from vitface.training.runs.checkpoint import link_checkpoint, load_state, step_directories
+from vitface.training.runs.log import RunLog
+from vitface.training.runs.resume import checkpoint_to_resume, is_finished
 from vitface.training.setup import default_save_dir, final_benchmarks, resolve_choices
 from vitface.version import __version__
 

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig, TrainConfig, backbone_name
-from vitface.data.packed import PackedSamples
-from vitface.data.packing import cached
-from vitface.data.records import FolderSamples, RecordSamples, Samples, load_samples, read_domains
-from vitface.data.synthetic import SYNTHETIC, SyntheticSamples
+from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.packing import cached
+from vitface.data.formats.samples import FolderSamples, RecordSamples, Samples, load_samples, read_domains
+from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype, resolve_impl
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
 from vitface.home import cache_home
-from vitface.model.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
-from vitface.training.distributed import launched, local_device
-from vitface.training.graph import check_graph
-from vitface.training.identities import ShardedMargin
+from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
+from vitface.training.cuda_graph import check_graph
+from vitface.training.ranks.identities import ShardedMargin
+from vitface.training.ranks.process_group import launched, local_device
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vitface.config import TrainConfig
 from vitface.errors import VitfaceError
 from vitface.model.router import load_balance_loss, router_z_loss
-from vitface.training.distributed import lowest, rank, share, world_size
 from vitface.training.loss_scale import LossScale
-from vitface.training.parallel import clip_gradients, mean_over_ranks, on_any_rank
+from vitface.training.ranks.parallel import clip_gradients, mean_over_ranks, on_any_rank
+from vitface.training.ranks.process_group import lowest, rank, share, world_size
 
 
 class NonFiniteError(VitfaceError):

@@ -1,0 +1,149 @@
+"""Training people in a benchmark whom a trained model recognises: other photos of them, under other names.
+
+Letters: C people, M images of the benchmark, E embedding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+from vitface.data.checks.check_pairs import Benchmark
+from vitface.data.checks.check_people import TrainingSet
+from vitface.data.checks.findings import Finding, Findings
+from vitface.data.images import decode_image, to_crop
+
+Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
+IMAGES_PER_PERSON = 10  # more add little to a person's mean
+MIN_PEOPLE = 40  # fewer say nothing about how alike strangers are
+FALSE_ALARMS = 0.01  # people expected above the threshold where nobody is in both sets
+CHUNK = 256
+
+
+class Faces:
+    """A training set's people as a model sees them: embeddings of up to IMAGES_PER_PERSON images of each."""
+
+    def __init__(self, train: TrainingSet, embed: Embed):
+        self.train, self.embed = train, embed
+        usable = np.flatnonzero(train.scan.usable)
+        labels = train.samples.labels[usable]
+        order = np.argsort(labels, kind="stable")
+        first = np.unique(labels[order], return_index=True)[1]
+        nth = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
+        self.images = usable[order][nth < IMAGES_PER_PERSON]
+        self.people, self.rows = np.unique(train.samples.labels[self.images], return_inverse=True)
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        crops = (self.train.samples.read(i) for i in self.images)
+        return embed_all(self.embed, crops, len(self.images), "embedding people")
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """(C, E), the sum of each person's embeddings."""
+        sums = np.zeros((len(self.people), self.embeddings.shape[1]), np.float32)
+        np.add.at(sums, self.rows, self.embeddings)
+        return sums
+
+    def means(self) -> np.ndarray:
+        """(C, E), unit norm."""
+        return _unit(self.sums)
+
+    def own(self, scores: "Scores") -> np.ndarray:
+        """The score of each image with its person's other images; people with one image have none."""
+        several = np.flatnonzero(np.bincount(self.rows)[self.rows] > 1)
+        others = _unit(self.sums[self.rows[several]] - self.embeddings[several])
+        return scores.of_pairs(others, self.embeddings[several])
+
+
+class Scores:
+    """S-norm (Kenny 2010): a cosine in standard deviations above its person's cosines with all images of the benchmark,
+    and above its image's cosines with all people, averaged. It evens out people and images that are like everybody.
+
+    `people` (C, E), `images` (M, E), both unit norm.
+    """
+
+    def __init__(self, people: np.ndarray, images: np.ndarray):
+        self.people, self.images = people, images
+
+    def of_pairs(self, people: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """(n, E) and (n, E) -> (n,)."""
+        cosines = np.einsum("ij,ij->i", people, images)
+        (mean_p, std_p), (mean_i, std_i) = _moments(people, self.images), _moments(images, self.people)
+        return ((cosines - mean_p) / std_p + (cosines - mean_i) / std_i) / 2
+
+    def nearest_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each of the people the image of the largest score, and that score: (C,), (C,)."""
+        nearest, best = np.empty(len(self.people), int), np.empty(len(self.people), np.float32)
+        mean_i, std_i = _moments(self.images, self.people)
+        for at in range(0, len(self.people), CHUNK):
+            chunk = self.people[at : at + CHUNK]
+            cosines, (mean_p, std_p) = chunk @ self.images.T, _moments(chunk, self.images)
+            scores = ((cosines - mean_p[:, None]) / std_p[:, None] + (cosines - mean_i) / std_i) / 2
+            nearest[at : at + CHUNK], best[at : at + CHUNK] = scores.argmax(1), scores.max(1)
+        return nearest, best
+
+
+def _moments(rows: np.ndarray, cohort: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each row's cosines with the cohort: (n, E), (m, E) -> (n,), (n,)."""
+    mean = cohort.mean(0, dtype=np.float64)
+    centred = cohort - mean
+    variance = np.einsum("ij,jk,ik->i", rows, centred.T @ centred / len(cohort), rows, optimize=True)
+    return rows @ mean, np.sqrt(np.maximum(variance, 1e-12))
+
+
+def recognised_people(faces: Faces, bench: Benchmark) -> Findings:
+    """People whose mean embedding is nearer to an image of the benchmark than strangers come.
+
+    The largest score of each of C people over all images follows a Gumbel distribution if they are all strangers; its
+    quartiles, which a few shared people do not move, give the threshold that FALSE_ALARMS of C strangers exceed.
+    """
+    if len(faces.people) < MIN_PEOPLE or not bench.scan.usable.any():
+        return
+    first = np.unique(bench.rows, return_index=True)[1][bench.scan.usable]  # each image once
+    crops = (to_crop(decode_image(bench.pairs.images[i], f"image {i}")) for i in first)
+    scores = Scores(faces.means(), embed_all(faces.embed, crops, len(first), f"embedding {bench.pairs.name}"))
+    nearest, best = scores.nearest_image()
+    threshold = stranger_threshold(best)
+    order = np.argsort(-best)
+    named = [f"{faces.train.samples.names[faces.people[i]]!r} (image {first[nearest[i]]})" for i in order[:3]]
+    found = int(np.sum(best > threshold))
+    if found:
+        yield Finding(
+            "recognised_people", "error", f"the model recognises {found} training people in {bench.pairs.name}: "
+            f"{', '.join(named[:found])}{', ...' if found > 3 else ''}",
+            "look at them, and remove those who are in both from the training set",
+        )  # fmt: skip
+    own = faces.own(scores)
+    yield Finding(
+        "recognition", "note", f"the training people most like {bench.pairs.name}'s: {', '.join(named)}; they count as "
+        f"recognised from {threshold:.1f} standard deviations, which {(own > threshold).mean() if len(own) else 0:.0%} "
+        "of the training people's own images reach",
+        "the lower that share, the more shared people this model misses; one that was trained on them flatters itself",
+    )  # fmt: skip
+
+
+def stranger_threshold(best: np.ndarray) -> float:
+    """What FALSE_ALARMS of the C Gumbel-distributed values `best` are expected to exceed, by their quartiles."""
+    lower, median, upper = np.quantile(best, (0.25, 0.5, 0.75))
+    scale = (upper - lower) / (math.log(math.log(4)) - math.log(math.log(4 / 3)))
+    return float(median + scale * (math.log(math.log(2)) - math.log(-math.log1p(-FALSE_ALARMS / len(best)))))
+
+
+def embed_all(embed: Embed, crops: Iterable[np.ndarray], count: int, what: str) -> np.ndarray:
+    """float32 (count, E) of as many crops, which are read as they are needed."""
+    rows, batch = [], []
+    with tqdm(desc=what, total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
+        for number, crop in enumerate(crops, start=1):
+            batch.append(crop)
+            if len(batch) == CHUNK or number == count:
+                rows.append(embed(np.stack(batch)))
+                bar.update(len(batch))
+                batch = []
+    return np.concatenate(rows)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

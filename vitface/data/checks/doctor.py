@@ -1,0 +1,147 @@
+"""What is wrong with a data set, before hours of training or a published number depend on it.
+
+A check is a function from a scanned set to findings. Most look for something that has spoilt results in public:
+swapped channels, crops of another alignment, labels that slipped, pairs in another order, people in training and test.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vitface.data.checks.check_faces import Embed, Faces, recognised_people
+from vitface.data.checks.check_images import MIN_IMAGES
+from vitface.data.checks.check_pairs import Benchmark, check_benchmark, scan_benchmark
+from vitface.data.checks.check_people import TrainingSet, check_training, people_in_list, scan_training
+from vitface.data.checks.findings import Finding, Findings, correlation
+from vitface.data.checks.scan import dark_spots
+from vitface.data.formats.packed import PackedSamples, is_packed
+from vitface.data.formats.pairs import read_bin
+from vitface.data.formats.samples import RecordSamples, load_samples
+from vitface.errors import DataError
+
+ALIKE = 0.8  # correlation of two sets' dark spots; those of sets aligned alike have 0.9
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one set is, how much is in it, and what is wrong with it."""
+
+    path: str
+    format: str
+    counts: dict[str, int]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity != "note"]
+
+
+def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None = None) -> list[Report]:
+    """A report for each set at `path`: a training set, a .bin, or a folder of such.
+
+    Training sets are also compared with the benchmarks among them and those of `against`: .bin files, or published pair
+    lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
+    """
+    trainings, benchmarks = sets_at(path)
+    lists = [file for file in against if file.suffix != ".bin"]
+    reports, scanned = [], []
+    for file in dict.fromkeys([*benchmarks, *(file for file in against if file.suffix == ".bin")]):
+        report, bench = _benchmark_report(file, num_workers)
+        reports.append(report)
+        scanned += [bench] if bench else []
+    for folder in trainings:
+        reports.append(_training_report(folder, scanned, lists, num_workers, embed))
+    return reports
+
+
+def sets_at(path: Path) -> tuple[list[Path], list[Path]]:
+    """(training sets, .bin files) at or, one level deep, in `path`; a folder that holds neither is a training set."""
+    if path.suffix == ".bin" and not path.is_dir():
+        return [], [path]
+    if (path / "train.rec").exists() or is_packed(path):
+        return [path], []
+    benchmarks = sorted(path.glob("*.bin"))
+    trainings = sorted(folder for folder in path.glob("*/") if (folder / "train.rec").exists() or is_packed(folder))
+    return (trainings, benchmarks) if trainings or benchmarks else ([path], [])
+
+
+def _benchmark_report(path: Path, num_workers: int) -> tuple[Report, Benchmark | None]:
+    try:
+        pairs = read_bin(path)
+    except DataError as error:
+        return _unreadable(path, error), None
+    bench = scan_benchmark(pairs, num_workers)
+    same = int(pairs.issame.sum())
+    counts = {
+        "pairs": len(pairs.issame),
+        "same": same,
+        "different": len(pairs.issame) - same,
+        "images": len(bench.scan),
+    }
+    return Report(str(path), "verification set (.bin)", counts, check_benchmark(bench)), bench
+
+
+def _training_report(
+    path: Path, benchmarks: list[Benchmark], lists: list[Path], num_workers: int, embed: Embed | None
+) -> Report:
+    try:
+        samples = load_samples(path)
+        if isinstance(samples, PackedSamples):
+            samples.verify()
+    except DataError as error:
+        return _unreadable(path, error)
+    kind = "InsightFace RecordIO" if isinstance(samples, RecordSamples) else "folder per person"
+    kind = "packed" if isinstance(samples, PackedSamples) else kind
+    data = scan_training(samples, num_workers)
+    findings = check_training(data)
+    faces = Faces(data, embed) if embed else None
+    for bench in benchmarks:
+        findings += check_between(data, bench)
+        findings += recognised_people(faces, bench) if faces else []
+    for file in lists:
+        findings += people_in_list(samples, file)
+    return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)
+
+
+def _unreadable(path: Path, error: DataError) -> Report:
+    todo = "mend what is named, or get the set again"
+    return Report(str(path), "unreadable", {}, [Finding("unreadable", "error", str(error), todo)])
+
+
+def check_between(train: TrainingSet, bench: Benchmark) -> list[Finding]:
+    return [finding for check in (shared_images, different_alignment) for finding in check(train, bench)]
+
+
+def shared_images(train: TrainingSet, bench: Benchmark) -> Findings:
+    shared = np.isin(train.scan.digests, bench.scan.digests) & train.scan.usable
+    if shared.any():
+        people = np.unique(train.samples.labels[shared])
+        yield Finding(
+            "trained_on_test", "error", f"{shared.sum()} training images, of {len(people)} people such as "
+            f"{train.samples.names[people[0]]!r}, are in {bench.pairs.name}",
+            "remove these people from the training set; results on that benchmark mean nothing otherwise",
+        )  # fmt: skip
+
+
+def different_alignment(train: TrainingSet, bench: Benchmark) -> Findings:
+    if min(train.scan.usable.sum(), bench.scan.usable.sum()) < MIN_IMAGES:
+        return
+    alike = correlation(dark_spots(train.scan.mean_face), dark_spots(bench.scan.mean_face))
+    if alike < ALIKE:
+        yield Finding(
+            "different_alignment", "error", f"the mean faces of training and {bench.pairs.name} do not lie on each "
+            f"other (correlation {alike:.2f})", "align both with one template: python -m vitface align SRC OUT",
+        )  # fmt: skip
+
+
+def report_text(report: Report) -> str:
+    """The set in one line, and under it what was found."""
+    counts = ", ".join(f"{count:,} {what}" for what, count in report.counts.items())
+    lines = [f"{report.path}: {report.format}{', ' if counts else ''}{counts}"]
+    if not report.problems:
+        lines.append("  nothing wrong was found")
+    for finding in report.findings:
+        head = "note" if finding.severity == "note" else f"{finding.severity.upper()} {finding.name}"
+        lines += [f"  {head}: {finding.what}", f"    {finding.do}"]
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""Whatever shows a face -> the crop that the models take: a file, a Pillow image or an array, aligned or not."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitface.data.faces.alignment import align_face
+from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face
+from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
+from vitface.errors import ImageError
+
+Photo = str | Path | Image.Image | np.ndarray
+
+
+class CropReader:
+    """`reader(image)` is its crop, uint8 (112, 112, 3).
+
+    `align` False: images are aligned crops; a square of another size is resized. True: an image of exactly 112 x 112
+    pixels is a crop, in any other the face is found (the large one near the middle, if there are several) and aligned;
+    a FaceDetector does the same with that detector. Can be pickled.
+
+    ImageError names the image that is damaged, that shows no face or a tiny one, or that is no square crop. Where a
+    face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.
+    """
+
+    def __init__(self, align: bool | FaceDetector = False):
+        self.align = bool(align)
+        self.detector = align if isinstance(align, FaceDetector) else None
+
+    def __call__(self, image: Photo) -> np.ndarray:
+        pixels, where = _pixels(image)
+        if not self.align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
+            return to_crop(pixels, where)
+        if self.detector is None:
+            self.detector = FaceDetector()
+        return _aligned(pixels, self.detector, where)
+
+
+def _pixels(image: Photo) -> tuple[np.ndarray, str]:
+    """uint8 (H, W, 3), and how a message calls it."""
+    if isinstance(image, Image.Image):
+        return to_array(image), "image"
+    if isinstance(image, np.ndarray):
+        return image, "image"
+    return read_image(image), str(image)
+
+
+def _aligned(photo: np.ndarray, detector: FaceDetector, where: str) -> np.ndarray:
+    faces = detector.detect(photo)
+    if not faces:
+        raise ImageError(
+            f"{where}: no face found; take a photo that shows it larger, upright and from nearer the front"
+        )
+    face = central_face(faces, *photo.shape[:2])
+    side = min(face.box[2:])
+    if side < MIN_FACE:
+        raise ImageError(f"{where}: the face is {side:.0f} pixels wide, the least is {MIN_FACE}; take a larger photo")
+    return align_face(photo, face.landmarks)

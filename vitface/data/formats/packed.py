@@ -1,0 +1,112 @@
+"""Packed training data: every image decoded once, into one file of uint8 crops that training maps into memory.
+
+A packed folder OUT holds
+
+    images.uint8    (n, 112, 112, 3), RGB, nothing else
+    labels.npy      int64 (n,)
+    manifest.json   counts, names, skipped images, source, decoder versions, SHA-256 of the labels and of every shard
+
+`vitface.data.formats.packing` writes it.
+"""
+
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vitface.data.images import CROP_SIZE
+from vitface.errors import DataError
+
+FORMAT = "vitface packed 1"
+CROP_SHAPE = (CROP_SIZE, CROP_SIZE, 3)
+CROP_BYTES = CROP_SIZE * CROP_SIZE * 3
+FILES = ("images.uint8", "labels.npy", "manifest.json")
+
+
+class PackedSamples:
+    """A packed folder as `Samples`; `gather` reads many at once.
+
+    `source` is the identity of what was packed, `skipped` says which images could not be decoded and why. Opening
+    checks everything but the pixels, `verify` those too; DataError says what is damaged.
+    """
+
+    domains: np.ndarray | None = None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._map: np.ndarray | None = None
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            labels = (self.path / "labels.npy").read_bytes()
+            size = (self.path / "images.uint8").stat().st_size
+            self._read_manifest(manifest)
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{self.path / 'manifest.json'} is damaged; pack the set again") from None
+        if hashlib.sha256(labels).hexdigest() != self._labels_sha256:
+            raise DataError(f"{self.path / 'labels.npy'} is damaged; pack the set again")
+        self.labels = np.load(io.BytesIO(labels), allow_pickle=False)
+        if size != len(self) * CROP_BYTES:
+            what = f"{self.path / 'images.uint8'} has {size} bytes, not those of {len(self)} images"
+            raise DataError(f"{what}; pack the set again")
+
+    def _read_manifest(self, manifest: dict[str, Any]) -> None:
+        if manifest["format"] != FORMAT:
+            raise ValueError
+        self.names: list[str] = manifest["names"]
+        self.source: str = manifest["source"]["identity"]
+        self.skipped: list[str] = manifest["skipped"]
+        self._labels_sha256: str = manifest["labels_sha256"]
+        self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_map": None}
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (112, 112, 3)."""
+        return self.gather(np.array([index]))[0]
+
+    image = read  # as the other kinds have it: what was stored
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, image {index}"
+
+    def gather(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (B, 112, 112, 3) of samples `indices` (B,), written into `out` if it is given."""
+        if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"samples are 0 to {len(self) - 1}")
+        # the mode "raise" would copy once more
+        return np.take(self._images(), indices, axis=0, out=out, mode="clip")
+
+    def verify(self) -> None:
+        """DataError unless every image is, bit for bit, what was packed."""
+        ends = np.cumsum([count for count, _ in self._shards])
+        images = self._images()
+
+        def is_whole(shard: int) -> bool:
+            count, sha256 = self._shards[shard]
+            return hashlib.sha256(images[ends[shard] - count : ends[shard]].data).hexdigest() == sha256
+
+        shards = range(len(self._shards))
+        with ThreadPoolExecutor() as pool:
+            for shard, whole in enumerate(tqdm(pool.map(is_whole, shards), "checking", len(shards), leave=False)):
+                if not whole:
+                    raise DataError(f"{self.path / 'images.uint8'} is damaged in shard {shard}; pack the set again")
+
+    def _images(self) -> np.ndarray:
+        if self._map is None:
+            self._map = np.memmap(self.path / "images.uint8", np.uint8, "r", shape=(len(self), *CROP_SHAPE))
+        return self._map
+
+
+def is_packed(path: Path) -> bool:
+    return (path / "manifest.json").is_file() and (path / "images.uint8").is_file()

@@ -1,0 +1,203 @@
+"""Writing packed training data (see `packed`): `pack` where the user says, `cached` where train.py keeps it.
+
+A packed folder OUT grows as OUT.part, shard after shard; a line of OUT.part/journal.jsonl follows each shard that is on
+the disk. Whatever ends the work, even kill -9, the next call cuts off what the journal does not vouch for and goes on,
+so the bytes are those of an undisturbed run. OUT gets its name when it is whole.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+from PIL import features
+from tqdm import tqdm
+
+from vitface.data.background import in_processes
+from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples, is_packed
+from vitface.data.formats.samples import FolderSamples, RecordSamples
+from vitface.errors import DataError
+from vitface.version import __version__
+
+SHARD = 256  # images; workers hand a shard over in shared memory, of which containers have little
+Source = RecordSamples | FolderSamples
+
+
+def pack(samples: Source, out: str | Path, num_workers: int = 0) -> PackedSamples:
+    """Packs `samples` into the folder `out`, or continues where an earlier call was stopped; one that is whole stays.
+
+    Images that cannot be decoded are skipped and listed in the manifest, with the people of whom none is left.
+    DataError if `out` holds anything else, no image can be decoded, or the disk is too small.
+    """
+    out = Path(out)
+    with _alone(out):
+        if not out.exists():
+            return _pack(samples, out, num_workers)
+        if not is_packed(out) or PackedSamples(out).source != samples.identity():
+            raise DataError(f"{out} is there already and not {samples.path} packed; delete it or choose another folder")
+        packed = PackedSamples(out)
+        packed.verify()
+        return packed
+
+
+def cached(samples: Source, cache: Path, num_workers: int, say: Callable[[str], None]) -> PackedSamples:
+    """`samples` packed in a folder of `cache` named after their path; packed anew if they changed or it is damaged."""
+    path = str(samples.path.resolve())
+    out = cache / f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    with _alone(out):
+        try:
+            packed = PackedSamples(out)
+            if packed.source != samples.identity():
+                raise DataError(f"{samples.path} has changed since it was packed; pack the set again")
+            packed.verify()
+        except DataError as error:
+            if out.exists():
+                say(f"{error} (which is done now)")
+            else:
+                say(f"packing {samples.path} into {out}, once (--no-pack decodes while training instead)")
+            packed = _pack(samples, out, num_workers)
+    if packed.skipped:
+        say(f"{len(packed.skipped)} images were skipped, see {out / 'manifest.json'}; the first: {packed.skipped[0]}")
+    return packed
+
+
+def _pack(samples: Source, out: Path, num_workers: int) -> PackedSamples:
+    part = out.with_name(out.name + ".part")
+    part.mkdir(exist_ok=True)
+    header = {
+        "format": FORMAT,
+        "source": {"path": str(samples.path.absolute()), "identity": samples.identity()},
+        "made_with": decoder_versions(),
+    }
+    with open(part / "images.uint8", "ab") as images, open(part / "journal.jsonl", "a+b") as journal:
+        shards = _resume(images, journal, header)
+        _check_space(part, (len(samples) - len(shards) * SHARD) * CROP_BYTES)
+        for crops, shard in _decode_rest(samples, len(shards), num_workers):
+            _append(images, crops)
+            _append(journal, (json.dumps(shard) + "\n").encode())
+            shards.append(shard)
+    _seal(part, samples, header, shards)
+    _remove(out)
+    os.rename(part, out)
+    (out / "journal.jsonl").unlink()
+    return PackedSamples(out)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a packed folder's own files and then the folder, if there is one; OSError if it holds anything else."""
+    if path.exists():
+        for name in (*FILES, "journal.jsonl"):
+            (path / name).unlink(missing_ok=True)
+        path.rmdir()
+
+
+def decoder_versions() -> dict[str, str | None]:
+    """What the pixels depend on."""
+    codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp")}
+    return {"vitface": __version__, "pillow": PIL.__version__, **codecs}
+
+
+def _resume(images: BinaryIO, journal: BinaryIO, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that are there, after cutting both files back to them; none if they are of another source."""
+    journal.seek(0)
+    shards, size, end = [], 0, 0
+    for number, line in enumerate(journal.readlines()):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # the line that was being written
+        if number == 0 and entry != header:
+            break
+        if number:
+            size += entry["images"] * CROP_BYTES
+            shards.append(entry)
+        end += len(line)
+    if size > os.fstat(images.fileno()).st_size:  # the journal outlived its images, as after a power cut
+        shards, size, end = [], 0, 0
+    images.truncate(size)
+    journal.truncate(end)
+    if not end:
+        _append(journal, (json.dumps(header) + "\n").encode())
+    return shards
+
+
+def _append(file: BinaryIO, data: Any) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"packing needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free; "
+            f"choose a folder on another disk (train.py: --cache DIR, or --no-pack to decode while training)"
+        )
+
+
+def _decode_rest(samples: Source, first: int, num_workers: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """The shards from number `first` on: crops (k, 112, 112, 3), and what the journal says of them."""
+    rest = range(first, -(-len(samples) // SHARD))
+    with tqdm(desc="packing", total=len(samples), initial=first * SHARD, unit="img", dynamic_ncols=True) as bar:
+        for crops, skipped in in_processes(functools.partial(_decode, samples), rest, num_workers):
+            crops = crops.numpy()
+            bar.update(len(crops) + len(skipped))
+            yield crops, {"images": len(crops), "sha256": hashlib.sha256(crops).hexdigest(), "skipped": skipped}
+
+
+def _decode(samples: Source, shard: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    crops, skipped = [], []
+    for index in range(shard * SHARD, min((shard + 1) * SHARD, len(samples))):
+        try:
+            crops.append(samples.read(index))
+        except DataError as error:
+            skipped.append((index, str(error)))
+    return np.stack(crops) if crops else np.empty((0, *CROP_SHAPE), np.uint8), skipped
+
+
+def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Labels and manifest of the images that were packed."""
+    skipped = [entry for shard in shards for entry in shard["skipped"]]
+    kept = np.ones(len(samples), bool)
+    kept[[index for index, _ in skipped]] = False
+    if not kept.any():
+        raise DataError(f"{samples.path}: no image can be decoded, the first because: {skipped[0][1]}")
+    people, labels = np.unique(samples.labels[kept], return_inverse=True)
+    lost = np.setdiff1d(np.arange(len(samples.names)), people)
+    data = io.BytesIO()
+    np.save(data, labels.astype(np.int64))
+    manifest = {
+        **header,
+        "counts": {"images": int(kept.sum()), "people": len(people), "skipped": len(skipped)},
+        "names": [samples.names[person] for person in people],
+        "people_without_images": [samples.names[person] for person in lost],
+        "skipped": [why for _, why in skipped],
+        "labels_sha256": hashlib.sha256(data.getvalue()).hexdigest(),
+        "shards": [{"images": shard["images"], "sha256": shard["sha256"]} for shard in shards],
+    }
+    for name, content in (("labels.npy", data.getvalue()), ("manifest.json", json.dumps(manifest, indent=1).encode())):
+        with open(part / name, "wb") as file:
+            _append(file, content)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Makes a second process that packs into the same folder wait for the first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: there, two runs must not pack the same set at once
+        yield
+        return
+    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

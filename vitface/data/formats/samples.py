@@ -1,0 +1,266 @@
+"""Training samples: InsightFace RecordIO folders, image folders and packed folders, behind one shape, `Samples`.
+
+Opening checks everything that can be checked without decoding an image (offsets, headers, labels, names); an image is
+decoded when it is read. Nothing is held across a fork or a pickle but names and numbers, so samples can be handed to
+DataLoader workers as they are.
+"""
+
+import csv
+import hashlib
+import os
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from vitface.data.formats.packed import PackedSamples, is_packed
+from vitface.data.formats.recordio import image_records, read_index, read_labels, read_record
+from vitface.data.images import decode_image, read_image, to_crop
+from vitface.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_DEMO = "to try training without data:\n  python train.py --exp demo"
+
+
+class Samples(Protocol):
+    """n aligned faces of C people.
+
+    `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C people, by label; `domains` int64
+    (n,), None where the source has no domain labels (see `read_domains`); `read(i)` uint8 (112, 112, 3) RGB, ImageError
+    or DataError if that sample is damaged.
+    """
+
+    labels: np.ndarray
+    names: list[str]
+
+    @property
+    def domains(self) -> np.ndarray | None: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> np.ndarray: ...
+
+
+def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSamples":
+    """The training set at `path`: a folder with train.rec, a packed one, or one with a folder of images per person.
+
+    DataError says what was looked for and what would help.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        hint = f"pass its folder, --train-data {path.parent}" if path.suffix == ".rec" else _DEMO
+        raise DataError(
+            f"{path} {found}; training data is a folder with train.rec, train.idx and property (InsightFace), "
+            f"or one with a folder of images per person; {hint}"
+        )
+    if (path / "train.rec").exists():
+        return RecordSamples(path)
+    if is_packed(path):
+        return PackedSamples(path)
+    for nested in sorted(path.glob("*/train.rec")):
+        raise DataError(f"{path} holds no train.rec, but {nested.parent} does; pass --train-data {nested.parent}")
+    return FolderSamples(path)
+
+
+class RecordSamples:
+    """An InsightFace folder: train.rec, train.idx and property (`num_classes,height,width`).
+
+    DataError if a file is missing or damaged, a label is not a whole number in [0, num_classes), or an identity has no
+    image. The .rec file is mapped on first use in each process.
+    """
+
+    domains: np.ndarray | None = None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        for name in ("train.rec", "train.idx", "property"):
+            if not (self.path / name).is_file():
+                raise DataError(
+                    f"{self.path}: no {name}; an InsightFace set has train.rec, train.idx and property "
+                    f"(one line, such as 10572,112,112)"
+                )
+        self._map: mmap | None = None
+        try:
+            self._open()
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from None
+
+    def _open(self) -> None:
+        num_classes = _num_classes(self.path / "property")
+        rec = str(self.path / "train.rec")
+        keys, offsets = read_index(self.path / "train.idx")
+        images = image_records(self._data(), keys, offsets, rec)
+        self._keys, self._offsets = keys[images], offsets[images]
+        self.labels = _whole_labels(read_labels(self._data(), self._offsets, rec), self._keys, num_classes, rec)
+        self.names = [str(label) for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_map": None}
+
+    def identity(self) -> str:
+        """A hexadecimal name of the files as they are: another one when the set has changed."""
+        status = (self.path / "train.rec").stat()
+        digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for name in ("train.idx", "property"):
+            digest.update((self.path / name).read_bytes())
+        return digest.hexdigest()
+
+    def image_names(self) -> list[str]:
+        """The records' keys."""
+        return [str(key) for key in self._keys]
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (112, 112, 3); ImageError or DataError names the file and the record's key."""
+        return to_crop(self.image(index), self.where(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; errors as `read`."""
+        _, image = read_record(self._data(), int(self._offsets[index]), self.where(index))
+        return decode_image(image, self.where(index))
+
+    def where(self, index: int) -> str:
+        return f"{self.path / 'train.rec'}, record {self._keys[index]}"
+
+    def _data(self) -> mmap:
+        if self._map is None:
+            with open(self.path / "train.rec", "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise DataError(f"{self.path / 'train.rec'}: empty file; download or copy it again")
+                self._map = mmap(file.fileno(), 0, access=ACCESS_READ)
+        return self._map
+
+
+def _num_classes(path: Path) -> int:
+    text = path.read_bytes()[:100]
+    try:
+        num_classes, height, width = map(int, text.split(b","))
+    except ValueError:
+        raise DataError(f"{path}: {text[:40]!r} is not `num_classes,height,width`, such as 10572,112,112") from None
+    if not 1 <= num_classes < 1 << 24 or min(height, width) < 1:  # float32 labels are exact below 2^24
+        raise DataError(f"{path}: {num_classes} classes of {height} x {width} images cannot be right")
+    return num_classes
+
+
+def _whole_labels(labels: np.ndarray, keys: np.ndarray, num_classes: int, where: str) -> np.ndarray:
+    """float32 labels as int64; DataError unless they are exactly the whole numbers 0 .. num_classes - 1."""
+    with np.errstate(invalid="ignore"):
+        good = (labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))  # NaN fails all three
+    if not good.all():
+        bad = int(np.argmin(good))
+        raise DataError(
+            f"{where}: record {keys[bad]} has the label {labels[bad]:g}; property says {num_classes} classes, "
+            f"so labels are whole numbers from 0 to {num_classes - 1}"
+        )
+    counts = np.bincount(labels.astype(np.int64), minlength=num_classes)
+    if not counts.all():
+        raise DataError(
+            f"{where}: property says {num_classes} classes, but {np.sum(counts == 0)} of them have no image, "
+            f"first label {np.argmin(counts)}; pack the set again with labels 0, 1, 2... and the right number"
+        )
+    return labels.astype(np.int64)
+
+
+class FolderSamples:
+    """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
+
+    Images end in .jpg, .jpeg, .png or .webp, in any case. Hidden entries, other files and deeper folders are ignored;
+    links are followed. DataError for a person without an image, a name that is not UTF-8, or an entry called like an
+    image that is no regular file (a FIFO, a broken link, a folder).
+    """
+
+    domains: np.ndarray | None = None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.names = [entry.name for entry in _entries(self.path) if os.path.isdir(entry.path)]
+        if not self.names:
+            raise DataError(
+                f"{self.path}: found neither train.rec nor a folder per person; images go to "
+                f"{self.path / 'PERSON' / 'IMAGE.jpg'}, or {_DEMO}"
+            )
+        people = [_image_names(self.path / name) for name in self.names]
+        self._files = [file for files in people for file in files]
+        self.labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def identity(self) -> str:
+        """A hexadecimal name of the files as they are: another one when a name, a size or a time has changed."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            path = self.file(index)
+            status = path.stat()
+            digest.update(f"{path.relative_to(self.path)}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def file(self, index: int) -> Path:
+        return self.path / self.names[self.labels[index]] / self._files[index]
+
+    def where(self, index: int) -> str:
+        return str(self.file(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored; ImageError names the file."""
+        return read_image(self.file(index))
+
+    def image_names(self) -> list[str]:
+        """PERSON/IMAGE of each."""
+        return [f"{self.names[label]}/{file}" for label, file in zip(self.labels, self._files, strict=True)]
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (112, 112, 3); ImageError names the file."""
+        return to_crop(self.image(index), self.where(index))
+
+
+def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
+    """The domain of each image, int64 (n,), from a CSV file with the columns `image` and `domain`.
+
+    Images are named as `image_names` has them: PERSON/IMAGE.jpg in a folder, the record's key in a .rec. Domains may
+    have any names; they are numbered in sorted order. DataError for another file, or an image without a domain.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            domain_of = {row["image"]: row["domain"] for row in csv.DictReader(file)}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (KeyError, UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path} is no CSV file whose first line is image,domain") from None
+    missing = [name for name in image_names if not domain_of.get(name)]
+    if missing:
+        raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")
+    return np.unique([domain_of[name] for name in image_names], return_inverse=True)[1].astype(np.int64)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from None
+    for entry in entries:
+        try:
+            entry.name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not UTF-8; rename it") from None
+    return entries
+
+
+def _image_names(folder: Path) -> list[str]:
+    names = []
+    for entry in _entries(folder):
+        if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            continue
+        if not entry.is_file(follow_symlinks=False) and not os.path.isfile(entry.path):
+            raise DataError(f"{entry.path}: not a regular file; remove it or replace it by an image")
+        names.append(entry.name)
+    if not names:
+        raise DataError(
+            f"{folder}: no image of this person; remove the folder, or add {', '.join(IMAGE_SUFFIXES)} files to it"
+        )
+    return names

@@ -1,0 +1,352 @@
+"""Drawing one procedural face from its numbers: who, yaw, age, light, and a seed for everything else.
+
+A head is a union of ellipsoids. Each pixel's ray meets it in closed form, features are painted at fixed places of that
+surface, so yaw turns them in three dimensions and a profile hides the far half. A person is a vector of independent
+uniform factors, a hash of the identity number alone; everything that changes from photo to photo (pose jitter,
+expression, exposure, colour cast, shirt, background, noise) is a hash of the photo's seed. Palettes of skin and hair
+are narrow and casts are strong, so that colour alone tells nobody apart.
+
+The head frame is that of canvas.py. Every image is computed alone, by arithmetic pixel by pixel, so it does not depend
+on the batch it is in.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vitface.data.counter import uniform
+from vitface.data.synthetic.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, View, meet, smooth_max, soft, unit
+
+FACTORS = (
+    "head_width", "head_height", "head_depth", "jaw_width", "jaw_length", "chin_size", "chin_forward", "cheek_fullness",
+    "eye_spacing", "eye_height", "eye_width", "eye_opening", "eye_tilt", "iris_hue", "iris_size",
+    "brow_thickness", "brow_height", "brow_slope", "brow_arch", "brow_length", "brow_darkness",
+    "nose_length", "nose_width", "nose_forward", "nose_bridge", "nose_tip",
+    "mouth_width", "mouth_height", "mouth_curve", "upper_lip", "lower_lip", "lip_redness",
+    "ear_size", "ear_height", "ear_out", "skin_light", "skin_hue", "hair_light", "hair_hue",
+    "hairline", "hair_parting", "hair_temple", "hair_length", "hair_volume", "hair_curl", "beard", "freckles",
+    "mole_1_side", "mole_1_height", "mole_1_size", "mole_2_side", "mole_2_height", "mole_2_size",
+)  # fmt: skip
+MOMENTS = (
+    "roll", "pitch", "scale", "shift_u", "shift_v", "smile", "blink", "gaze", "lamp_height", "exposure", "contrast",
+    "cast_r", "cast_g", "cast_b", "back_r", "back_g", "back_b", "back_slope", "back_wave", "back_turn",
+    "shirt_r", "shirt_g", "shirt_b", "noise_level", "noise_start",
+)  # fmt: skip
+
+
+def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
+    """The persons' factors in the order of `FACTORS`, (B,) -> (B, F) in [-1, 1), independent and uniform."""
+    return (2 * uniform(len(FACTORS), 1, np.atleast_1d(people)) - 1).astype(np.float32)
+
+
+def photo_moments(seeds: ArrayLike) -> NDArray[np.float32]:
+    """What changes from photo to photo, in the order of `MOMENTS`: (B,) -> (B, M) in [-1, 1), all uniform."""
+    return (2 * uniform(len(MOMENTS), 3, np.atleast_1d(seeds)) - 1).astype(np.float32)
+
+
+def _noise_bank() -> NDArray[np.float32]:
+    bits = uniform(1 << 18, 2).reshape(4, -1)
+    return ((bits.sum(axis=0) - 2) * 3**0.5).astype(np.float32)  # zero mean, unit variance, nearly normal
+
+
+_NOISE = _noise_bank()
+
+
+def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
+    """(centre, axes, tilt) of every ellipsoid of a head."""
+    half = 0.70 + 0.09 * f.head_width
+    jaw = 0.52 + 0.12 * f.jaw_width + 0.05 * age
+    chin_y = -0.82 - 0.12 * f.jaw_length
+    root, tip = 0.10, -0.26 - 0.13 * f.nose_length
+    length, out = root - tip, 0.84 + 0.10 * f.nose_forward
+    ear = 0.17 + 0.06 * f.ear_size + 0.03 * age
+    long, volume = max(f.hair_length, -0.4), 0.09 * f.hair_volume
+    skull = 0.80 + 0.09 * f.head_height
+    return {
+        "cranium": ((0, 0.24, -0.12), (half, skull, 0.84 + 0.08 * f.head_depth), 0),
+        "jaw": ((0, -0.30, 0.10), (jaw, -chin_y - 0.24, 0.58), 0),
+        "cheeks": ((0, -0.24, 0.18), (0.56 + 0.06 * f.cheek_fullness, 0.30, 0.45 + 0.04 * f.cheek_fullness), 0),
+        "chin": ((0, chin_y + 0.11, 0.34 + 0.07 * f.chin_forward), (0.28 + 0.09 * f.chin_size, 0.26, 0.23), 0),
+        "ridge": (
+            (0, (root + tip) / 2, 0.60 + 0.05 * f.nose_bridge + 0.06 * f.nose_forward),
+            (0.075 + 0.015 * f.nose_width, length * 0.66, 0.16 + 0.03 * f.nose_bridge),
+            np.arctan2(out - 0.72, length),
+        ),
+        "tip": (
+            (0, tip + 0.02 + 0.03 * f.nose_tip, out - 0.13),
+            (0.125 + 0.06 * f.nose_width, 0.10, 0.17),
+            -0.3 * f.nose_tip,
+        ),
+        "ear_left": ((-half + 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.06 * f.ear_out, ear, 0.12), 0.2),
+        "ear_right": ((half - 0.02, -0.05 + 0.07 * f.ear_height, -0.12), (0.09 + 0.06 * f.ear_out, ear, 0.12), 0.2),
+        "neck": ((0, -1.20, -0.20), (0.36 + 0.04 * f.jaw_width, 1.0, 0.36), 0),
+        "shirt": ((0, -1.78, -0.25), (1.35, 0.52, 0.5), 0),
+        "hair": (
+            (0, 0.26 - 0.28 * long, -0.17),
+            (half + 0.10 + volume, skull + 0.12 + volume + 0.26 * long, 0.93 + 0.08 * f.head_depth + volume),
+            0,
+        ),
+    }  # fmt: skip
+
+
+def _backdrop(canvas: Canvas, m: SimpleNamespace) -> None:
+    u, v = AXIS[None, :], -AXIS[:, None]
+    turn = 3.1 * m.back_turn
+    ramp = 0.15 * m.back_slope * (float(np.cos(turn)) * u + float(np.sin(turn)) * v)
+    ramp += 0.10 * m.back_wave * np.sin((3 + 2 * m.back_turn) * u + 2) * np.sin((3 - 2 * m.back_turn) * v)
+    for plane, level in zip(canvas.rgb, (m.back_r, m.back_g, m.back_b), strict=True):
+        plane[:] = ramp + (0.5 + 0.16 * level)
+
+
+def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
+    """The colours of one person at one age; the ranges are narrow on purpose."""
+    skin = (0.78 + 0.08 * f.skin_light) * np.array([1.0, 0.78 + 0.02 * f.skin_hue, 0.66 + 0.04 * f.skin_hue])
+    skin = skin + 0.06 * age * (skin.mean() - skin)
+    hair = (0.27 + 0.12 * f.hair_light) * np.array([1.0, 0.78 + 0.06 * f.hair_hue, 0.62 + 0.12 * f.hair_hue])
+    grey = float(np.clip(1.6 * age - 0.5, 0, 1))
+    white = np.array([0.74, 0.74, 0.75])
+    iris = np.array([0.36 - 0.16 * f.iris_hue, 0.32 + 0.06 * f.iris_hue, 0.30 + 0.20 * f.iris_hue])
+    lips = skin * np.array([0.92, 0.68 - 0.08 * f.lip_redness, 0.72 - 0.06 * f.lip_redness])
+    brow = hair * (0.75 - 0.2 * f.brow_darkness)
+    return SimpleNamespace(
+        skin=skin.tolist(), hair=(hair + grey * (white - hair)).tolist(), iris=iris.tolist(), lips=lips.tolist(),
+        brow=(brow + 0.6 * grey * (white - brow)).tolist(), beard=(0.6 * hair + 0.25 * grey * white).tolist(),
+    )  # fmt: skip
+
+
+def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
+    """Shirt, neck, the far side of the hair, then the head as one smooth solid."""
+    met, everywhere = meet(canvas.view, shape), (slice(0, SIDE), slice(0, SIDE))
+    for part, colour in (("neck", tone.skin), ("shirt", [0.45 + 0.4 * c for c in (m.shirt_r, m.shirt_g, m.shirt_b)])):
+        box, front, _, cover = met[part]
+        canvas.put(box, cover * (front > canvas.depth[box]), colour, front)
+    box, front, back, cover = met["hair"]
+    hair = (box, front, cover)
+    _, y, _ = canvas.points(box, back)
+    canvas.paint(box, cover * soft(y - _nape(f)), [0.6 * c for c in tone.hair])
+    depth, total = np.full((SIDE, SIDE), -9, np.float32), canvas.head
+    for part, crease in (
+        ("cranium", 0.1), ("jaw", 0.25), ("cheeks", 0.3), ("chin", 0.4), ("ridge", 0.12), ("tip", 0.06),
+        ("ear_left", 0.03), ("ear_right", 0.03),
+    ):  # fmt: skip
+        box, front, _, cover = met[part]
+        depth[box] = smooth_max(depth[box], front, crease)
+        np.maximum(total[box], cover, out=total[box])
+    canvas.put(everywhere, total, tone.skin, depth)
+    return hair
+
+
+def _nape(f: SimpleNamespace) -> float:
+    """How far down the hair reaches at the sides and the back."""
+    return -0.22 - 0.55 * f.hair_length
+
+
+def _hair(canvas: Canvas, hair, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
+    box, front, cover = hair
+    x, y, z = canvas.points(box, front)
+    ahead = (z + 0.17) * (1 / np.sqrt(x * x + (z + 0.17) ** 2 + 1e-3))  # cosine of the azimuth: 1 in front, -1 behind
+    edge = 0.42 + 0.22 * f.hair_temple + 0.12 * age
+    forehead = unit((ahead - edge) * (1 / 0.22))
+    top = 0.62 + 0.17 * f.hairline + 0.20 * age * age
+    line = _nape(f) + forehead * (top - _nape(f) + 0.30 * f.hair_parting * x)
+    wave = np.sin((26 + 8 * f.hair_curl) * x + 9 * z) * np.sin((7 + 9 * (1 + f.hair_curl)) * y + 5 * x + 11 * z)
+    strand = cover * soft(y - line + 0.02 * wave, 0.05) * (front > canvas.depth[box] - 0.02)
+    shade = 1 + 0.15 * wave
+    np.maximum(canvas.head[box], strand, out=canvas.head[box])
+    canvas.put(box, strand, [shade * c for c in tone.hair], front)
+
+
+def _eyes(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
+    ex, ey = 0.285 + 0.07 * f.eye_spacing, 0.06 + 0.06 * f.eye_height
+    a, b = 0.135 + 0.04 * f.eye_width, (0.075 + 0.03 * f.eye_opening) * (1 - 0.25 * age - 0.15 * m.blink)
+    for side in (-1, 1):
+        box = canvas.view.box((side * ex, ey, 0.62), 0.34, 0.42)
+        x, y, z = canvas.points(box)
+        if not x.size:
+            continue
+        out, up = (x - side * ex) * side, y - ey
+        ahead = canvas.head[box] * soft(z - 0.25, 0.1)
+        canvas.depth[box] -= 0.07 * ahead * np.exp(-((out * 5) ** 2) - ((up - 0.02) * 7) ** 2)
+        up = up - (0.20 * f.eye_tilt - 0.10 * age) * out
+        lid = b * (1 - (out * (1 / a)) ** 2)
+        opening = soft(lid - np.abs(up)) * ahead
+        canvas.paint(box, opening, (0.90, 0.88, 0.86))
+        gaze = np.sqrt((out - side * 0.04 * m.gaze) ** 2 + (up - 0.01) ** 2)
+        radius = 0.066 + 0.016 * f.iris_size
+        canvas.paint(box, opening * soft(radius - gaze), tone.iris)
+        canvas.paint(box, opening * soft(0.45 * radius - gaze), (0.05, 0.05, 0.05))
+        lash = soft(0.022 - np.abs(up - np.maximum(lid, -0.02))) * soft(a * 1.12 - np.abs(out)) * ahead
+        canvas.paint(box, 0.8 * lash, [0.35 * c for c in tone.skin])
+        bag = (
+            soft(0.02 - np.abs(up + 0.05 + 1.6 * b * (1 - (out * (1 / a)) ** 2)), 0.04) * soft(a - np.abs(out)) * ahead
+        )
+        canvas.paint(box, 0.5 * age * bag, [0.6 * c for c in tone.skin])
+        _brow(canvas, box, out, y - ey, ahead, f, tone)
+
+
+def _brow(canvas: Canvas, box, out, up, ahead, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+    length = 0.19 + 0.04 * f.brow_length
+    along = out * (1 / length)
+    line = 0.20 + 0.055 * f.brow_height + 0.08 * f.brow_slope * along - (0.05 + 0.04 * f.brow_arch) * along * along
+    thick = (0.036 + 0.024 * f.brow_thickness) * (1 - 0.35 * along)
+    cover = soft(thick - np.abs(up - line), 0.03) * soft(1 - np.abs(along), 0.15) * ahead
+    canvas.paint(box, 0.85 * cover, tone.brow)
+
+
+def _mouth(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
+    my, half = -0.56 + 0.07 * f.mouth_height, 0.215 + 0.07 * f.mouth_width + 0.025 * m.smile
+    box = canvas.view.box((0, my, 0.66), 0.46, 0.34)
+    x, y, z = canvas.points(box)
+    along = x * (1 / half)
+    bow = 1 - along * along
+    ahead = canvas.head[box] * soft(z - 0.3, 0.1)
+    up = y - my - (0.06 * f.mouth_curve + 0.05 * m.smile - 0.05 * age) * (along * along - 0.4)
+    upper, lower = 0.045 + 0.028 * f.upper_lip - 0.02 * age, 0.06 + 0.036 * f.lower_lip - 0.02 * age
+    dip = upper * (bow - 0.35 * np.exp(-((x * 18) ** 2)))
+    lips = soft(np.where(up > 0, dip - up, lower * bow + up)) * ahead * soft(bow, 0.3)
+    canvas.depth[box] += 0.05 * lips
+    canvas.paint(box, lips, tone.lips)
+    canvas.paint(box, 0.75 * soft(0.014 - np.abs(up)) * soft(bow, 0.2) * ahead, [0.35 * c for c in tone.lips])
+
+
+def _nose(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+    (_, ty, tz), (width, height, _), _ = shape["tip"]
+    box = canvas.view.box((0, ty, tz), 0.3, 0.25)
+    x, y, z = canvas.points(box)
+    ahead = canvas.head[box] * soft(z - 0.5, 0.1)
+    hole = 1 - np.sqrt(((np.abs(x) - 0.5 * width) * (1 / 0.042)) ** 2 + ((y - ty + 0.75 * height) * (1 / 0.028)) ** 2)
+    canvas.paint(box, 0.7 * soft(hole, 0.8) * ahead, [0.35 * c for c in tone.skin])
+
+
+def _marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
+    """Freckles on the cheeks, a beard's shadow, and two moles at fixed places of the surface."""
+    box = canvas.view.box((0, -0.35, 0.4), 0.9, 0.75)
+    x, y, z = canvas.points(box)
+    if f.freckles > 0:
+        spots = np.sin(41 * x + 9 * f.mole_1_side) * np.sin(37 * y + 5 * z + 9 * f.mole_2_side)
+        cheeks = canvas.head[box] * np.maximum(1 - ((y + 0.16) * 4) ** 2, 0) * soft(z - 0.2, 0.2)
+        canvas.paint(box, 0.55 * f.freckles * cheeks * soft(spots - 0.45, 0.4), [0.62 * c for c in tone.skin])
+    if f.beard > 0:
+        around = np.maximum(np.abs(x) * 1.3 - 0.45, 0) - 0.36 + 0.06 * f.mouth_height
+        canvas.paint(
+            box,
+            0.6 * f.beard * canvas.head[box] * soft(around - y, 0.12) * soft(z + 0.05, 0.2) * soft(y + 1.05, 0.1),
+            tone.beard,
+        )
+    for side, up, size in (
+        (f.mole_1_side, f.mole_1_height, f.mole_1_size), (f.mole_2_side, f.mole_2_height, f.mole_2_size),
+    ):  # fmt: skip
+        if size > -0.4:
+            turn, height = 1.3 * side, -0.25 + 0.40 * up
+            at = [float(np.sin(turn)), height, float(np.cos(turn))]
+            at = _surface(shape, at)
+            box = canvas.view.box(at, 0.12, 0.12)
+            x, y, z = canvas.points(box)
+            gap = np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2)
+            canvas.paint(box, 0.85 * soft(0.034 + 0.02 * size - gap, 0.03), [0.35 * c for c in tone.skin])
+
+
+def _surface(shape: dict, at) -> list[float]:
+    """Where the level ray from the head's axis towards `at` leaves the head."""
+    far = 0.0
+    for part in ("cranium", "jaw", "cheeks", "chin"):
+        (cx, cy, cz), (ax, ay, az), _ = shape[part]
+        level = 1 - ((at[1] - cy) / ay) ** 2
+        p, q = (at[0] / ax) ** 2 + (at[2] / az) ** 2, at[0] * cx / ax**2 + at[2] * cz / az**2
+        root = q * q - p * ((cx / ax) ** 2 + (cz / az) ** 2 - level)
+        if root > 0:
+            far = max(far, (q + root**0.5) / p)
+    return [at[0] * far, at[1], at[2] * far]
+
+
+def _wrinkles(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
+    """Forehead lines, folds from nose to mouth, crow's feet: grooves of the depth, so that light acts on them."""
+    box = canvas.view.box((0, 0.0, 0.5), 0.9, 0.85)
+    x, y, z = canvas.points(box)
+    ahead = canvas.head[box] * soft(z - 0.15, 0.2)
+    wide = np.abs(x)
+    lines = np.maximum(np.sin(58 * y + 2.5 * np.cos(4 * x)) - 0.3, 0) * soft(y - 0.38, 0.1) * soft(0.5 - wide, 0.2)
+    fold_x = 0.16 + 0.32 * np.clip(-0.2 - y, 0, 0.5)
+    folds = np.maximum(1 - np.abs(wide - fold_x) * 28, 0) * soft(-0.22 - y, 0.1) * soft(y + 0.62, 0.1)
+    dx, dy = wide - 0.30, y - 0.05
+    feet = (
+        np.maximum(np.sin(13 * np.arctan2(dy, dx + 1e-6)) - 0.2, 0)
+        * soft(dx - 0.16, 0.06)
+        * soft(0.33 - dx, 0.08)
+        * soft(0.17 - np.abs(dy), 0.08)
+    )
+    groove = (lines + folds + feet) * ahead
+    canvas.depth[box] -= 0.02 * age * groove
+    canvas.paint(box, 0.35 * age * groove, [0.55 * c for c in tone.skin])
+
+
+def _expose(canvas: Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uint8]:
+    """Lambert shading of the depth's slopes, exposure, colour cast and sensor noise, to uint8 (112, 112, 3)."""
+    w = canvas.depth
+    slope_u, slope_v = np.zeros_like(w), np.zeros_like(w)
+    step = canvas.view.scale / (2 * PIXEL)
+    np.clip((w[:, 2:] - w[:, :-2]) * step, -3, 3, out=slope_u[:, 1:-1])
+    np.clip((w[:-2] - w[2:]) * step, -3, 3, out=slope_v[1:-1])
+    side, strength = float(np.sin(1.35 * light)), abs(light)
+    high = 0.35 + 0.25 * m.lamp_height
+    norm = (side * side + high * high + (1 - side * side)) ** 0.5
+    lamp = (side / norm, high / norm, (1 - side * side) ** 0.5 / norm)
+    lit = (lamp[2] - slope_u * lamp[0] - slope_v * lamp[1]) / np.sqrt(1 + slope_u * slope_u + slope_v * slope_v)
+    ambient = 0.50 - 0.38 * strength
+    shade = ambient + (1 - ambient) * np.maximum(lit * 0.85 + 0.15, 0)
+    gain = (1.10 + 0.25 * m.exposure) * (1 - 0.25 * strength)
+    noise = _NOISE[int((m.noise_start + 1) / 2 * (len(_NOISE) - 3 * SIDE * SIDE)) :][: 3 * SIDE * SIDE]
+    noise = noise.reshape(3, SIDE, SIDE) * (0.022 + 0.014 * m.noise_level)
+    out = np.empty((SIDE, SIDE, 3), np.uint8)
+    for channel, cast in enumerate((m.cast_r, m.cast_g, m.cast_b)):
+        value = canvas.rgb[channel] * shade * (gain * (1 + 0.14 * cast)) + noise[channel]
+        level = (value - 0.5) * (1 + 0.15 * m.contrast) + 0.5
+        out[:, :, channel] = np.clip(level * 255 + 0.5, 0, 255)
+    return out
+
+
+def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, SimpleNamespace]:
+    """One head before light and camera, and the moments of its photo."""
+    f = SimpleNamespace(**dict(zip(FACTORS, identity_factors(person)[0].tolist(), strict=True)))
+    m = SimpleNamespace(**dict(zip(MOMENTS, photo_moments(seed)[0].tolist(), strict=True)))
+    shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(View(yaw, m))
+    _backdrop(canvas, m)
+    hair = _head(canvas, shape, f, tone, m)
+    _marks(canvas, shape, f, tone)
+    _wrinkles(canvas, f, tone, age)
+    _eyes(canvas, f, tone, m, age)
+    _mouth(canvas, f, tone, m, age)
+    _nose(canvas, shape, f, tone)
+    _hair(canvas, hair, f, tone, age)
+    return canvas, m
+
+
+def render_faces(
+    people: ArrayLike, yaw: ArrayLike, age: ArrayLike, light: ArrayLike, seed: ArrayLike
+) -> NDArray[np.uint8]:
+    """Photos uint8 (B, 112, 112, 3), RGB; each argument is (B,) or a scalar for all.
+
+    `people` identity numbers; `yaw` degrees in [-90, 90], positive towards image right; `age` in [0, 1]; `light` in
+    [-1, 1], the side the lamp stands on (negative left) and how harsh and dim it is; `seed` whole numbers that decide
+    everything else.
+    """
+    return render_scenes(people, yaw, age, light, seed)[0]
+
+
+def render_scenes(
+    people: ArrayLike, yaw: ArrayLike, age: ArrayLike, light: ArrayLike, seed: ArrayLike
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """The photos of `render_faces` and what they show: float16 (B, 28, 28, 7), every fourth pixel.
+
+    The channels are the head's unlit colour (3), the head-frame position of the surface (3) and one, all of them zero
+    where no head is seen.
+    """
+    columns = np.broadcast_arrays(*(np.atleast_1d(column) for column in (people, yaw, age, light, seed)))
+    count = len(columns[0])
+    images, truth = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, *[SIDE // STRIDE] * 2, 7), np.float16)
+    for i, (person, turn, years, side, number) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        canvas, m = _draw(person, turn, years, number)
+        truth[i] = canvas.truth()
+        images[i] = _expose(canvas, side, m)
+    return images, truth

@@ -1,0 +1,147 @@
+"""Procedural faces with known identity, pose, age and light: the data that needs no download.
+
+A photo's factors are a pure function of (seed, person, image number); render.py draws them. There are two
+worlds, of three domains each, and the photos of a person take them in turn. In "synthetic" a domain makes a photo hard:
+"pose" (a face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong lamp from one side); its other factors
+are mild. In "synthetic_shift" it is another kind of picture, as far apart as sensors are: "plain", "negative" and
+"upside_down", of mild faces. The people to pretrain, train and test on have disjoint numbers.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vitface.data.counter import uniform
+from vitface.data.synthetic.render import render_faces
+from vitface.errors import DataError
+
+SYNTHETIC = {"synthetic": ("pose", "age", "light"), "synthetic_shift": ("plain", "negative", "upside_down")}
+PRETRAIN_PEOPLE = range(0, 1_000_000)
+TRAIN_PEOPLE = range(1_000_000, 2_000_000)
+TEST_PEOPLE = range(2_000_000, 3_000_000)
+PAIRS = {**SYNTHETIC, "frontal-profile": ("frontal", "profile")}
+
+_MILD = (0, 35, 0, 0.5, 0, 0.5)
+# lowest and highest |yaw| in degrees, age and |light| of each kind of photo
+RANGES = {
+    "pose": (50, 90, 0, 0.35, 0, 0.35),
+    "age": (0, 25, 0.7, 1, 0, 0.35),
+    "light": (0, 25, 0, 0.35, 0.7, 1),
+    "frontal": (0, 10, 0, 0.35, 0, 0.35),
+    "profile": (70, 90, 0, 0.35, 0, 0.35),
+    **dict.fromkeys(SYNTHETIC["synthetic_shift"], _MILD),
+}
+
+
+def photo_factors(kind: str, *keys: int) -> tuple[float, float, float, int]:
+    """(yaw, age, light, seed) of one photo; `kind` one of RANGES. A function of the keys."""
+    low_yaw, high_yaw, young, old, low_light, high_light = RANGES[kind]
+    a, b, c, left, dim, seed = uniform(6, 4, *keys).tolist()
+    yaw = (low_yaw + (high_yaw - low_yaw) * a) * (1 if left < 0.5 else -1)
+    light = (low_light + (high_light - low_light) * c) * (1 if dim < 0.5 else -1)
+    return yaw, young + (old - young) * b, light, int(seed * 2**53)
+
+
+def draw_photos(kinds: list[str], *factors: ArrayLike) -> NDArray[np.uint8]:
+    """Photos of these kinds, uint8 (B, 112, 112, 3), RGB; `factors` as `render_faces` takes them."""
+    images = render_faces(*factors)
+    for image, kind in zip(images, kinds, strict=True):
+        if kind == "negative":
+            np.subtract(255, image, out=image)
+        elif kind == "upside_down":
+            image[:] = image[::-1].copy()
+    return images
+
+
+class SyntheticSamples:
+    """`num_people` people from identity number `first_person` on, `images_per_person` photos each, rendered when read.
+
+    `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into
+    SYNTHETIC[world], taken in turn. DataError for a count below one.
+    """
+
+    def __init__(
+        self,
+        num_people: int,
+        images_per_person: int,
+        seed: int = 0,
+        first_person: int = TRAIN_PEOPLE.start,
+        world: str = "synthetic",
+    ):
+        if num_people < 1 or images_per_person < 1:
+            raise DataError(
+                f"synthetic data needs people and images, not {num_people} people x {images_per_person} images"
+            )
+        self.seed, self.first_person, self.images_per_person = seed, first_person, images_per_person
+        self.domain_names = SYNTHETIC[world]
+        self.labels = np.repeat(np.arange(num_people, dtype=np.int64), images_per_person)
+        self.names = [str(first_person + label) for label in range(num_people)]
+        self._drawn: dict[int, NDArray[np.uint8]] = {}
+        turns = first_person + self.labels + np.tile(np.arange(images_per_person), num_people)
+        self.domains = turns % len(self.domain_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def factors(self, indices: ArrayLike) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
+        """(people, yaw, age, light, seed) of these samples, each (B,): the arguments of `render_faces`."""
+        indices = np.asarray(indices).reshape(-1)
+        people = self.first_person + self.labels[indices]
+        photos = [
+            photo_factors(self.domain_names[domain], self.seed, person, index % self.images_per_person)
+            for domain, person, index in zip(self.domains[indices], people, indices.tolist(), strict=True)
+        ]
+        yaw, age, light, seeds = (np.array(column) for column in zip(*photos, strict=True))
+        return people, yaw, age, light, seeds
+
+    def render(self, indices: ArrayLike) -> NDArray[np.uint8]:
+        """uint8 (B, 112, 112, 3), RGB."""
+        kinds = [self.domain_names[domain] for domain in self.domains[np.asarray(indices).reshape(-1)]]
+        return draw_photos(kinds, *self.factors(indices))
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 (112, 112, 3), RGB; drawn once in a process and kept, 38 kB each."""
+        if index not in self._drawn:
+            self._drawn[index] = self.render([index])[0]
+        return self._drawn[index]
+
+
+def synthetic_pairs(
+    num_pairs: int,
+    seed: int = 0,
+    first_person: int = TEST_PEOPLE.start,
+    num_people: int = 500,
+    kind: str = "synthetic",
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and issame bool (N,).
+
+    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced.
+    "synthetic" and "synthetic_shift" draw each photo's domain at random, "frontal-profile" pairs a frontal photo with a
+    profile one. DataError for another kind, fewer than two people or no pairs.
+    """
+    if kind not in PAIRS:
+        raise DataError(f"unknown kind of pairs {kind!r}; known: {', '.join(PAIRS)}")
+    if num_people < 2 or num_pairs < 1:
+        raise DataError(f"pairs need two people and a pair, not {num_people} people and {num_pairs} pairs")
+    people, kinds, rows = pair_people(num_pairs, seed, first_person, num_people), [], []
+    for pair in range(num_pairs):
+        domains = uniform(4, 6, seed, pair)[2:].tolist()
+        known = PAIRS[kind]
+        kinds += [known[int(d * len(known))] for d in domains] if kind in SYNTHETIC else known
+        for side, who in enumerate(people[pair].tolist()):
+            rows.append((who, *photo_factors(kinds[2 * pair + side], 7, seed, pair, side)))
+    return draw_photos(kinds, *zip(*rows, strict=True)), people[:, 0] == people[:, 1]
+
+
+def pair_people(
+    num_pairs: int, seed: int = 0, first_person: int = TEST_PEOPLE.start, num_people: int = 500
+) -> NDArray[np.int64]:
+    """Whom the pairs of `synthetic_pairs` show: int64 (N, 2)."""
+    people = np.zeros((num_pairs, 2), np.int64)
+    for pair in range(num_pairs):
+        (first_same,) = uniform(1, 5, seed, pair // 2)
+        a, b = uniform(4, 6, seed, pair).tolist()[:2]
+        person = other = int(a * num_people)
+        if (first_same < 0.5) != (pair % 2 == 0):
+            other = (person + 1 + int(b * (num_people - 1))) % num_people
+        people[pair] = first_person + person, first_person + other
+    return people

@@ -1,0 +1,145 @@
+"""Backbone files: one safetensors file each, with every setting needed to run it.
+
+It holds our state-dict names at the native grid, and the settings (`ViTConfig`) and origin as JSON in its metadata.
+Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
+from vitface.errors import WeightsError
+from vitface.files import replace_file, sha256_file
+from vitface.home import cache_home
+from vitface.model.vit import ViT, init_weights, resample_pos_embed
+from vitface.store.settings import vit_config
+from vitface.store.tensors import first_fault, tensor_bytes
+from vitface.version import __version__
+
+BACKBONE_FORMAT = "vitface-backbone-1"
+
+
+def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
+    """A frozen-ready ViT in float32 and eval mode for square images of `image_size` pixels.
+
+    `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises as a
+    pure function of the name. Called on normalised float (B, 3, S, S) it gives final-norm tokens (B, N, D), CLS first.
+    `vit.config` holds the settings, which come from the file where there is one.
+    """
+    name = backbone_name(name)
+    if weights == "random":
+        vit = ViT(VIT_PRESETS[name], image_size)
+        init_weights(vit)
+        return vit.eval()
+    path = find_backbone(name) if weights is None else Path(weights)
+    stored_name, config, tensors, _ = read_backbone(path)
+    if stored_name != name:
+        raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
+    check_tensors(path, tensors, expected_tensors(config))
+    tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
+    vit = ViT(config, image_size)
+    vit.load_state_dict(tensors)
+    return vit.eval()
+
+
+def find_backbone(name: str) -> Path:
+    """The first of `backbone_files`; WeightsError names the places and the fetch command."""
+    for path in backbone_files(name):
+        return path
+    raise WeightsError(
+        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. "
+        "Get them with\n"
+        f"  python -m vitface.weights.fetch {name}\n"
+        f"or name a converted file with --weights FILE"
+    )
+
+
+def backbone_files(name: str) -> list[Path]:
+    """Every NAME.safetensors there is in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
+    packaged = importlib.util.find_spec("vitface.weights")  # absent in a clone that was not installed
+    folders = [Path("weights"), cache_home(), *(packaged.submodule_search_locations or [] if packaged else [])]
+    return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
+
+
+def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
+    """(name, config, tensors, source) of a converted file; WeightsError says what to do about any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") == BACKBONE_FORMAT:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        if path.suffix == ".safetensors":
+            raise WeightsError(f"{path}: damaged ({error}); fetch or convert it again") from None
+        metadata = {}
+    if metadata.get("format") != BACKBONE_FORMAT:
+        raise WeightsError(
+            f"{path} is not a converted file; convert it first:\n"
+            f"  python -m vitface.weights.convert NAME --src {path} --out weights/NAME.safetensors\n"
+            f"with NAME one of {', '.join(VIT_PRESETS)}"
+        )
+    try:
+        return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """WeightsError unless `tensors` has exactly these names, shapes and kinds of dtype, all finite."""
+    fault = first_fault(tensors, expected, exact_dtype=False)
+    if fault:
+        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
+
+
+def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
+    """The tensors a backbone file of this config holds, on the meta device."""
+    with torch.device("meta"):
+        return ViT(config, config.native_size).state_dict()
+
+
+def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
+    """Writes a backbone file, see `backbone_bytes`, whole or not at all."""
+    replace_file(path, backbone_bytes(name, config, tensors, source))
+
+
+def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
+    """A backbone file's contents.
+
+    `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
+    file, sha256, licence and anything else worth keeping.
+    """
+    metadata = {
+        "format": BACKBONE_FORMAT,
+        "name": name,
+        "config": json.dumps(dataclasses.asdict(config)),
+        "source": json.dumps(source),
+        "vitface_version": __version__,
+    }
+    return tensor_bytes(tensors, metadata)
+
+
+def contents_sha256(path: Path) -> str:
+    """The SHA-256 of what a backbone file means: its settings and, in the order of their names, its tensors.
+
+    Files of the same weights differ in their bytes where another version of vitface converted them, or another source.
+    """
+    _, config, tensors, _ = read_backbone(path)
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_sha256(name: str, weights: str | Path | None) -> str:
+    """The SHA-256 of the backbone file that `load_backbone` would load, or "random"."""
+    return "random" if weights == "random" else sha256_file(find_backbone(name) if weights is None else Path(weights))

@@ -1,0 +1,244 @@
+"""Train and compare a grid of controls over seeds: python -m vitface study NAME. Resumes where it stopped.
+
+Each cell is one ordinary run directory, FOLDER/VARIANT-sSEED. Two kinds of cell are only evaluated: the frozen
+backbone, and each DA-LoRA run with its gate shuffled. FOLDER/study.md and
+study.json hold the table, after each seed anew.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from vitface.config import Dtype, TrainConfig, add_flags, resolve, to_flag
+from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.errors import ConfigError, EvaluationError, exit_code
+from vitface.evaluation.benchmarks import evaluate_all
+from vitface.evaluation.compare import Comparison, Side, compare, comparison_json, read_run
+from vitface.evaluation.routing import synthetic_routing
+from vitface.evaluation.scores import SCORES, save_scores
+from vitface.files import replace_file
+from vitface.model.face import FaceModel, shuffle_gate
+from vitface.store.faces import frozen_face, load_face
+from vitface.training.run import run
+from vitface.training.setup import final_benchmarks, resolve_choices
+
+STUDIES: dict[str, dict[str, Any]] = {
+    "controls": {},  # the default recipe, on --train-data and --val-data
+    "synthetic": {"exp": "demo"},
+    "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
+    "tiny": {"exp": "demo", "epochs": 1, "limit_batches": 4, "holdout_people": 4, "max_samples": 600},
+}
+SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "gate", "dry_run")
+SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
+EXAMPLES = """examples:
+  python -m vitface study tiny                            minutes: shows what a study is
+  python -m vitface study synthetic --seeds 0 1 2
+  python -m vitface study synthetic --variants lora lora_wide --lora-rank 1 --save-dir studies/rank_1
+  python -m vitface study controls --backbone vit_tiny_patch16 --image-size 112 --epochs 10 --train-data data/faces
+"""
+
+
+def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
+    """DA-LoRA, plain LoRA and the controls, as settings that differ from `base`.
+
+    "lora_wide" has as many adapter parameters as DA-LoRA and the same scaling.
+    """
+    k = base.num_domains
+    alpha = base.lora_alpha * (k if base.lora_scaling == "lora" else k**0.5)
+    grid: dict[str, dict[str, Any]] = {
+        "lora": {"use_dalora": False},
+        "lora_wide": {"use_dalora": False, "lora_rank": k * base.lora_rank, "lora_alpha": alpha},
+        "dalora": {"use_dalora": True},
+        **{gate: {"use_dalora": True, "gate": gate} for gate in ("uniform", "random", "shuffled")},
+    }
+    if base.train_data in SYNTHETIC or base.domain_labels:
+        grid["dalora_unlabelled"] = {"use_dalora": True, "domain_loss_weight": 0.0}
+    return grid
+
+
+def chosen_variants(base: TrainConfig, names: list[str] | None) -> dict[str, dict[str, Any]]:
+    """`variants` without those not among `names`; DA-LoRA, which all are compared with, always is."""
+    grid = variants(base)
+    for name in names or []:
+        if name not in grid:
+            raise ConfigError(f"unknown variant {name!r}; known: {', '.join(grid)}")
+    return {name: grid[name] for name in grid if names is None or name in [*names, "dalora"]}
+
+
+def run_study(
+    base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[int], folder: Path, command: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Every cell that is not done yet, seed by seed, and the table."""
+    names = final_benchmarks(base)
+    if not names:
+        raise ConfigError("a study needs a benchmark to compare on: name the folder of lfw.bin, ... with --val-data")
+    for done, seed in enumerate(seeds, 1):
+        for variant, changes in grid.items():
+            cell = folder / f"{variant}-s{seed}"
+            say(f"\n=== {cell}")
+            config = dataclasses.replace(base, **changes, seed=seed, save_dir=str(cell), resume="auto")
+            run(config, say, with_frozen=False)
+            if variant == "dalora":
+                model = shuffle_gate(load_face(cell, base.weights))
+                judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", model, config, names)
+        if done == 1:
+            dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now
+            judge(folder / FROZEN, frozen_face(base.backbone, base.weights, base.image_size, dtype), base, names)
+        write_table(base, list(grid), seeds[:done], folder, command)
+        say(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
+
+
+def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -> None:
+    """Evaluates a model that no run trained, unless that is done; EvaluationError if a benchmark cannot be judged."""
+    if (cell / SCORES).is_file():
+        return
+    evaluation = evaluate_all(model.to(resolve_choices(config).device).embed, names, config.val_data or "")
+    if evaluation.failures:
+        raise EvaluationError("; ".join(evaluation.failures))
+    cell.mkdir(parents=True, exist_ok=True)
+    save_scores(cell / SCORES, evaluation.results, cell.name)
+
+
+def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder: Path, command: str) -> None:
+    """study.md and study.json from what the cells scored: DA-LoRA against everything else."""
+    order = [FROZEN, *trained, SHUFFLED_AT_TEST]
+    cells = {name: [folder / (name if name == FROZEN else f"{name}-s{seed}") for seed in seeds] for name in order}
+    cells[FROZEN] = cells[FROZEN][:1]
+    sides = {
+        name: Side(name, [None] if name == FROZEN else list(seeds), [read_run(path) for path in paths])
+        for name, paths in cells.items()
+    }
+    comparisons = {name: compare(side, sides["dalora"]) for name, side in sides.items() if name != "dalora"}
+    rows = [variant_row(side, cells[name], comparisons.get(name)) for name, side in sides.items()]
+    about = {
+        "command": command, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "seeds": seeds,
+        "device": resolve_choices(base).device,
+    }  # fmt: skip
+    replace_file(folder / "study.md", study_markdown(about, rows, comparisons).encode())
+    entries = {name: comparison_json(comparison) for name, comparison in comparisons.items()}
+    replace_file(
+        folder / "study.json",
+        (json.dumps({**about, "variants": rows, "comparisons": entries}, indent=1) + "\n").encode(),
+    )
+
+
+def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> dict[str, Any]:
+    """One line of the table: accuracy per benchmark (mean and deviation over seeds), DA-LoRA's lead, routing."""
+    accuracies = {name: [results[name].accuracy for results in side.results] for name in side.results[0]}
+    row: dict[str, Any] = {
+        "variant": side.name,
+        "adapter_parameters": adapter_parameters(cells[0]),
+        "accuracy": {name: float(np.mean(values)) for name, values in accuracies.items()},
+        "deviation": {name: float(np.std(row, ddof=1)) for name, row in accuracies.items() if len(row) > 1},
+    }
+    if against is not None:
+        row |= {"dalora_minus_this": against.rows[-1].difference, "interval": against.rows[-1].interval}
+        row["p"] = against.rows[0].p if len(against.rows) == 1 else None
+    if side.name in ("dalora", "dalora_unlabelled"):
+        world = next((name for name in accuracies if name in SYNTHETIC), "synthetic")
+        routed = [synthetic_routing(load_face(cell), world=world) for cell in cells]
+        row["entropy"] = float(np.mean([routing["entropy"] for routing in routed]))
+        if routed[0]["agreement"] is not None:
+            row["agreement"] = float(np.mean([routing["agreement"] for routing in routed]))
+    return row
+
+
+def adapter_parameters(cell: Path) -> int | None:
+    """Trained parameters of adapters and router; None for a cell that nothing was trained in."""
+    path = cell / "checkpoints" / "best" / "model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "np") as file:
+        names = [name for name in file.keys() if "lora_" in name or name.startswith("router.fc")]  # noqa: SIM118
+        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
+
+
+def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparisons: dict[str, Comparison]) -> str:
+    """The study on one page."""
+    names = list(rows[0]["accuracy"])
+    head = ["variant", "adapter parameters", *names, "DA-LoRA minus this", "95 % interval", "McNemar p"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["variant"], f"{row['adapter_parameters']:,}" if row["adapter_parameters"] else ""]
+        for name, accuracy in row["accuracy"].items():
+            spread = f" ± {100 * row['deviation'][name]:.2f}" if name in row["deviation"] else ""
+            cells.append(f"{100 * accuracy:.2f}{spread}")
+        if "interval" in row:
+            low, high = (100 * bound for bound in row["interval"])
+            cells += [f"{100 * row['dalora_minus_this']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            cells.append("" if row["p"] is None else f"{row['p']:.2g}")
+        lines.append(f"| {' | '.join([*cells, *[''] * (len(head) - len(cells))])} |")
+    routing = [
+        f"{row['variant']}, on procedural faces: entropy of the gate {row['entropy']:.3f} of 1"
+        + (f"; its strongest domain is the known one on {row['agreement']:.1%}" if "agreement" in row else "")
+        for row in rows
+        if "entropy" in row
+    ]
+    parts = [
+        f"Command: `{about['command']}`; {about['date']}, {about['device']}, torch {about['torch']}, seeds "
+        f"{', '.join(map(str, about['seeds']))}. Accuracies in %, mean ± deviation over seeds; intervals by paired "
+        f"bootstrap over pairs and seeds with thresholds chosen anew, {len(comparisons)} comparisons, not corrected "
+        f"for their number. McNemar's p takes the thresholds as given, and several seeds by majority.",
+        "\n".join(lines),
+        "\n".join(f"- {comparison.verdict}" for comparison in comparisons.values()),
+        "\n".join(f"- {line}" for line in routing),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m vitface study", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("name", choices=STUDIES, help="which study; train.py's flags change its settings")
+    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all"
+    )
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    own = {key: given.pop(key) for key in ("name", "seeds", "chosen", "docs")}
+    return exit_code(lambda: study(**own, given=given))
+
+
+def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | None, given: dict[str, Any]) -> None:
+    """Runs study `name` with the `given` flags of train.py on top; ConfigError for flags that it sets itself."""
+    for key in SET_BY_THE_STUDY:
+        if key in given:
+            raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
+    folder = Path(given.pop("save_dir", None) or Path("studies") / name)
+    command = shlex.join(["python", "-m", "vitface", "study", *sys.argv[2:]])
+    base = resolve({**STUDIES[name], **given})
+    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command, print)
+    if docs is not None:
+        put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
+        print(f"wrote {docs}")
+
+
+def put_between_markers(path: Path, title: str, text: str) -> None:
+    """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    first, last = f"<!-- {title}: generated, do not edit -->\n", f"<!-- end of {title} -->\n"
+    head, begun, rest = before.partition(first)
+    if begun and last not in rest:
+        raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
+    tail = rest.partition(last)[2]
+    gap = "" if begun or not head else "\n"
+    replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The identity matrix cut over the ranks: millions of people, and never a whole matrix of logits.
+
+Partial FC (An et al. 2022, arXiv:2203.15565): each rank holds the prototypes of a range of classes and sees the
+embeddings of all ranks. Its logits come in chunks of classes, forward and again backward, so that the memory beyond
+parameters and gradients does not grow with C. With `sample_rate` below 1, a step uses the prototypes of the people in
+it and of a share of the others, drawn as a function of (seed, step, class): the same ones for any number of ranks.
+
+Letters: W ranks, b images of a rank, B = W · b images of all ranks, E embedding, C identities, c those of a rank.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitface.data.counter import uniform
+from vitface.model.margin import EPS, MarginFormula
+from vitface.training.ranks.parallel import Shard, gather_rows, sum_over_ranks
+from vitface.training.ranks.process_group import rank, world_size
+
+CHUNK = 2048  # classes whose logits exist at a time
+BLOCK = 1 << 16  # classes that are initialised at a time, and identities in a file of a checkpoint
+LOWEST = -1e30  # the largest of no logits; finite, so that differences of two are too
+DRAWS = 4  # first key of the random numbers that draw classes
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def class_range(num_identities: int, number: int, count: int) -> tuple[int, int]:
+    """(first, end) of the classes of rank `number` of `count`; as equal as can be, empty if there are too few."""
+    return num_identities * number // count, num_identities * (number + 1) // count
+
+
+class _Columns(torch.autograd.Function):
+    """Unit embeddings (B, E), prototypes (c, E), columns (B,) -> three (B,): what the softmax needs of these classes.
+
+    Over the classes that are not the image's own: `peak`, the largest scale cos θ_j, which takes no gradient, and
+    `total`, sum_j exp(scale cos θ_j - peak). And `own`, the cosine with its own class, which is in column `columns`; 0
+    where that is -1, another rank's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, weight: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        peak, total, own = unit.new_full((len(unit),), LOWEST), unit.new_zeros(len(unit)), unit.new_zeros(len(unit))
+        for first in range(0, len(weight), CHUNK):
+            cosine = unit @ F.normalize(weight[first : first + CHUNK], eps=EPS).T  # (B, chunk)
+            mine, column = _inside(columns, first, cosine.shape[1])
+            own[mine] = cosine[mine, column]
+            logits = cosine.mul_(scale)
+            logits[mine, column] = -torch.inf
+            higher = torch.maximum(peak, logits.amax(1))
+            total.mul_((peak - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
+            peak = higher
+        ctx.scale = scale
+        ctx.save_for_backward(unit, weight, columns, peak)
+        ctx.mark_non_differentiable(peak)
+        return peak, total, own
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        unit, weight, columns, peak = ctx.saved_tensors
+        _, d_total, d_own = gradients
+        d_unit, d_weight = torch.zeros_like(unit), torch.empty_like(weight)
+        for first in range(0, len(weight), CHUNK):
+            rows = weight[first : first + CHUNK]
+            length = rows.norm(dim=1, keepdim=True).clamp_min(EPS)
+            direction = rows / length
+            d_cosine = (unit @ direction.T).mul_(ctx.scale).sub_(peak[:, None]).exp_()
+            d_cosine.mul_((ctx.scale * d_total)[:, None])
+            mine, column = _inside(columns, first, len(rows))
+            d_cosine[mine, column] = d_own[mine]
+            d_unit.addmm_(d_cosine, direction)
+            d_rows = d_cosine.T @ unit
+            along = (d_rows * direction).sum(1, keepdim=True).where(length > EPS, 0)  # no gradient along a unit vector
+            d_weight[first : first + CHUNK] = d_rows.sub_(direction.mul_(along)).div_(length)
+        return d_unit, d_weight, None, None
+
+
+def _inside(columns: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """The images whose own class is in a chunk, and its place there."""
+    mine = torch.nonzero((columns >= first) & (columns < first + count)).squeeze(1)
+    return mine, columns[mine] - first
+
+
+class ShardedMargin(MarginFormula):
+    """A rank's share of `MarginLoss`: embedding (b, E), labels (b,) in [0, C) -> the mean loss over all B images.
+
+    The sum over a row of logits is put together from all ranks' parts; the loss and its gradients are those of
+    `MarginLoss` over B images up to rounding. `weight` holds the classes [first, end); with `sample_rate` below 1 only
+    the ones drawn for a step, between `draw` and `put_back`.
+    """
+
+    def __init__(
+        self, kind: str, num_identities: int, embedding_dim: int, margin: float, scale: float, seed: int = 0,
+        sample_rate: float = 1.0,
+    ):  # fmt: skip
+        super().__init__(kind, margin, scale)
+        self.num_identities, self.sample_rate, self.seed = num_identities, sample_rate, seed
+        self.first, self.end = class_range(num_identities, rank(), world_size())
+        rows = initial_rows(num_identities, embedding_dim, seed, self.first, self.end)
+        self.drawn: Tensor | None = None  # (n,) which of this rank's classes `weight` holds, ascending; None: all
+        if sample_rate == 1:
+            self.weight = Shard(rows)
+            return
+        self.weight = Shard(torch.empty(0, embedding_dim))
+        for name, tensor in {"weight": rows, **{key: torch.zeros_like(rows) for key in MOMENTS}}.items():
+            self.register_buffer(f"all_{name}", tensor, persistent=False)
+
+    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        embedding = embedding.float()
+        unit = gather_rows(F.normalize(embedding, eps=EPS))
+        norms, labels = gather_rows(embedding.detach().norm(dim=1)), gather_rows(labels)
+        columns = self._columns(labels)
+        peak, total, own = _Columns.apply(unit, self.weight, columns, self.scale)  # type: ignore[misc]
+        # each rank differentiates its own part; what it gets from the others is constant
+        cosine = own.where(columns >= 0, sum_over_ranks(own.detach()))
+        target = self.scale * self.target(cosine, norms)
+        peaks, totals = gather_rows(peak[None]), list(gather_rows(total.detach()[None]))  # (W, B)
+        totals[rank()] = total
+        highest = torch.maximum(peaks.amax(0), target.detach())
+        total = (torch.stack(totals) * (peaks - highest).exp()).sum(0) + (target - highest).exp()
+        return (total.log() + highest - target).mean()
+
+    def _columns(self, labels: Tensor) -> Tensor:
+        """The row of `weight` that holds each label (B,), -1 for another rank's."""
+        here = (labels >= self.first) & (labels < self.end)
+        columns = labels - self.first
+        if self.drawn is not None:
+            columns = torch.searchsorted(self.drawn, columns)
+        return columns.where(here, -1)
+
+    def draw(self, step: int, labels: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Before a step with these labels (of all ranks and micro-batches): its prototypes and their moments.
+
+        Bernoulli: each class that is not among the labels is drawn with probability `sample_rate`. No loss of an
+        earlier step may be kept with its graph, which knows another number of rows.
+        """
+        if self.sample_rate == 1:
+            return
+        chosen = uniform(1, self.seed, DRAWS, step, np.arange(self.first, self.end))[:, 0] < self.sample_rate
+        chosen[labels[(labels >= self.first) & (labels < self.end)] - self.first] = True
+        self.drawn = torch.from_numpy(np.flatnonzero(chosen)).to(self.weight.device)
+        self.weight.data = self.get_buffer("all_weight")[self.drawn]
+        if optimizer is not None:
+            state = optimizer.state[self.weight]
+            state.setdefault("step", torch.zeros((), device=self.weight.device))  # counts all steps, for all classes
+            state.update({name: self.get_buffer(f"all_{name}")[self.drawn] for name in MOMENTS})
+
+    @torch.no_grad()
+    def put_back(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After a step: the drawn prototypes and moments among the others, which the step left as they were."""
+        if self.drawn is None:
+            return
+        if optimizer is not None:
+            state = {"weight": self.weight.data, **{name: optimizer.state[self.weight][name] for name in MOMENTS}}
+            for name, tensor in state.items():
+                self.get_buffer(f"all_{name}")[self.drawn] = tensor
+            for name in MOMENTS:
+                del optimizer.state[self.weight][name]
+        self.drawn, self.weight.data = None, self.weight.data[:0]
+
+    def rows(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """{"weight", "exp_avg", "exp_avg_sq"}, each (c, E): all of this rank's prototypes and their moments."""
+        if self.sample_rate < 1:
+            return {name: self.get_buffer(f"all_{name}") for name in ("weight", *MOMENTS)}
+        return {"weight": self.weight.data, **{name: optimizer.state[self.weight][name] for name in MOMENTS}}
+
+    def load_rows(self, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor]) -> None:
+        """Puts what `rows` gave in its place."""
+        if self.sample_rate < 1:
+            for name, tensor in rows.items():
+                self.get_buffer(f"all_{name}").copy_(tensor)
+            return
+        self.weight.data.copy_(rows["weight"])
+        optimizer.state[self.weight].update({name: rows[name].to(self.weight.device) for name in MOMENTS})
+
+
+def initial_rows(num_identities: int, embedding_dim: int, seed: int, first: int, end: int) -> Tensor:
+    """Rows [first, end) of the matrix that `MarginLoss` starts with, drawn block by block: (end - first, E)."""
+    generator, rows = torch.Generator().manual_seed(seed), torch.empty(end - first, embedding_dim)
+    for start in range(0, end, BLOCK):
+        block = torch.randn(min(BLOCK, num_identities - start), embedding_dim, generator=generator)
+        low, high = max(start, first), min(start + len(block), end)
+        if low < high:
+            rows[low - first : high - first] = block[low - start : high - start] * 0.01
+    return rows

@@ -1,0 +1,170 @@
+"""What is computed over all ranks: gradients by torch's DDP, batch statistics, the norm of the gradient, evaluation.
+
+Every loss is the mean over a rank's images, and DDP averages gradients over the ranks; the collectives below have the
+gradients that make this the gradient of the mean over all ranks' images. Letters: W ranks, b images of a rank in one
+forward pass, B = W · b images of all ranks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+
+from vitface.errors import DataError, VitfaceError
+from vitface.evaluation.benchmarks import in_order
+from vitface.training.ranks.process_group import gather, rank, world_size
+
+
+class Shard(nn.Parameter):
+    """This rank's rows of a matrix that no rank has to hold whole; its gradient is complete without DDP."""
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradients[0].contiguous())  # every rank's loss depends on every rank's x
+
+
+class _Gather(torch.autograd.Function):
+    """(b, ...) -> (B, ...), for a mean over B that is computed piece by piece, each rank its own part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        # DDP will divide by W, as for a mean over b images; this is of the mean over B = W b of them
+        return total.narrow(0, rank() * ctx.count, ctx.count) * world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors of one shape, on every rank; with its gradient."""
+    return x if world_size() == 1 else _Sum.apply(x)  # type: ignore[return-value]
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of the ranks' tensors of one shape, on every rank; with its gradient."""
+    return sum_over_ranks(x) / world_size()
+
+
+def on_any_rank(flag: Tensor) -> Tensor:
+    """1.0 if `flag`, 0.0 or 1.0, is 1.0 on any rank, on every rank; changes it in place, and is not waited for."""
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(b, ...) of each rank, all of one shape -> (B, ...) in the order of the ranks, on every rank.
+
+    Its gradient is meant for a loss over B of which each rank has differentiated its own part.
+    """
+    return rows if world_size() == 1 else _Gather.apply(rows)  # type: ignore[return-value]
+
+
+class BatchNormOverRanks(nn.BatchNorm1d):
+    """BatchNorm1d (B, E) whose batch is that of all ranks, as nn.SyncBatchNorm, which runs on GPUs only."""
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        count = len(input) * world_size()
+        mean = sum_over_ranks(input.sum(0)) / count
+        centred = input - mean
+        variance = sum_over_ranks(centred.square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.get_buffer("num_batches_tracked").add_(1)
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def synchronise_batch_norms(model: nn.Module) -> None:
+    """Makes every BatchNorm1d of `model` one over all ranks, with the same parameters and buffers."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm1d:
+                over_ranks = BatchNormOverRanks(child.num_features, child.eps, child.momentum, child.affine)
+                over_ranks.__dict__.update(child.__dict__)
+                setattr(parent, name, over_ranks)
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """torch's DDP around `module`: gradients of what it trains are averaged over the ranks. What is frozen stays out.
+
+    No parameter is broadcast: ranks start from the same files and seeds, which `check_same` compares.
+    """
+    if world_size() == 1:
+        return module
+    numbers = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=numbers, init_sync=False)
+
+
+@contextmanager
+def accumulating(last: bool, *modules: nn.Module) -> Iterator[None]:
+    """Gradients of all but the `last` micro-batch of a step stay on their rank."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, DistributedDataParallel) and not last:
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
+    """Scales gradients to a joint norm of at most `clip`, the same on every rank; the norm before."""
+    parameters = list(parameters)
+    shards = [p for p in parameters if isinstance(p, Shard)]
+    if not shards:
+        return clip_grad_norm_(parameters, clip)
+    whole = get_total_norm([p.grad for p in parameters if p.grad is not None and not isinstance(p, Shard)])
+    part = get_total_norm([p.grad for p in shards if p.grad is not None])
+    norm = (whole.double().square() + sum_over_ranks(part.double().square())).sqrt().to(whole.dtype)
+    clip_grads_with_norm_(parameters, clip, norm)
+    return norm
+
+
+def in_turns(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+    """work(0), ..., work(count - 1), float32 (n, E) each, concatenated: on every rank, though it did every W-th only.
+
+    What is done in a turn does not depend on W, so neither do the rows. DataError on all ranks if work fails on one.
+    """
+    if world_size() == 1:
+        return in_order(work, count)
+    rows, failure = [], ""
+    try:
+        rows = [np.asarray(work(turn), np.float32) for turn in range(rank(), count, world_size())]
+    except VitfaceError as error:
+        failure = str(error)
+    everyone = gather([failure, [array.shape for array in rows]])
+    for theirs, _ in everyone:
+        if theirs:
+            raise DataError(theirs)
+    width = next(shape[1] for _, shapes in everyone for shape in shapes)
+    sizes = [[shape[0] for shape in shapes] for _, shapes in everyone]
+    mine = torch.zeros(max(map(sum, sizes)), width)
+    if rows:
+        mine[: sum(sizes[rank()])] = torch.from_numpy(np.concatenate(rows))
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine)
+    by_rank = [part.split([*own, len(part) - sum(own)]) for part, own in zip(parts, sizes, strict=True)]
+    return torch.cat([by_rank[turn % world_size()][turn // world_size()] for turn in range(count)]).numpy()

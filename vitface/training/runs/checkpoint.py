@@ -1,0 +1,182 @@
+"""Run directories: checkpoints that are whole or not there.
+
+A checkpoint is a directory `checkpoints/step-N`. Its files are written under a temporary name and fsynced, sealed by a
+manifest of sizes and SHA-256, and renamed into place; `best` and `last` are relative links, replaced atomically. Resume
+does not trust the links: it takes the newest step whose manifest verifies. safetensors and JSON only.
+
+step-N/
+  model.safetensors     what was trained of the face model: adapters, router, head
+  model.json            FaceConfig: everything needed to rebuild it around the frozen backbone
+  training.safetensors  identity matrix and optimiser moments; never shared: the identity matrix is biometric data
+  training.json         counters, the settings and the data it was trained with
+  identities-*          with --shard-identities: the identity matrix by ranges of classes (see `identity_files`)
+  manifest.json         step, sizes and SHA-256 of the files, SHA-256 of the settings, versions, and its own SHA-256
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitface.errors import CheckpointError
+from vitface.files import make_folder, publish_folder, remove_folder, replace_link, sync_folder, write_synced
+from vitface.store.faces import MODEL_FILES, verify_checkpoint
+from vitface.store.tensors import tensor_bytes
+from vitface.version import __version__
+
+KEEP_LAST = 2  # at least 2: the newest one may be found damaged
+ALL_FILES = (*MODEL_FILES, "training.safetensors", "training.json")
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model_tensors: dict[str, Tensor],
+    model_settings: dict[str, Any],
+    training_tensors: dict[str, Tensor],
+    training_state: dict[str, Any],
+    is_best: bool,
+    more_files: Iterable[tuple[str, bytes]] = (),
+) -> Path:
+    """Writes `checkpoints/step-N`, points `last` (and `best`) at it and drops all but the newest two and the best.
+
+    `more_files` are asked for one at a time, and not at all if the step is there already. CheckpointError, with the
+    earlier checkpoints as they were, if a tensor is not finite or the system refuses.
+    """
+    for name, tensor in (*model_tensors.items(), *training_tensors.items()):
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"step {step} was not saved: {name} has NaN or infinite values")
+    parent = run_dir / "checkpoints"
+    final, partial = parent / f"step-{step}", parent / f".partial-step-{step}"
+    manifest = {
+        "step": step,
+        "vitface_version": __version__,
+        "torch_version": str(torch.__version__),
+        "settings_sha256": _sha256(_json_bytes(training_state.get("settings", {}))),
+    }
+    try:
+        _remove_leftovers(parent)
+        there = _sealed(final)
+        # a step is a function of the settings: what is there would be written again
+        if there is None or there["settings_sha256"] != manifest["settings_sha256"]:
+            files = {
+                "model.safetensors": tensor_bytes(model_tensors),
+                "training.safetensors": tensor_bytes(training_tensors),
+                "model.json": _json_bytes(model_settings),
+                "training.json": _json_bytes(training_state),
+            }
+            make_folder(partial)
+            _publish(partial, final, manifest, chain(files.items(), more_files))
+        link_checkpoint(final, is_best)
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"step {step} could not be saved: {error or 'out of memory'}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _prune(parent)
+    return final
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
+    manifest["files"] = {}
+    for name, data in files:
+        write_synced(partial / name, data)
+        manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
+    write_synced(partial / "manifest.json", _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
+    publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
+
+
+def link_checkpoint(step: Path, is_best: bool) -> None:
+    """Points `last`, and `best` if it is that or the first, at a step directory; on the disk when it returns."""
+    replace_link(step.parent / "last", step.name)
+    if is_best or not (step.parent / "best").exists():
+        replace_link(step.parent / "best", step.name)
+    sync_folder(step.parent)  # before anything is deleted: `best` must not be left pointing at it
+
+
+def verify_step(path: Path) -> dict[str, Any]:
+    """The manifest of a step directory that is whole; CheckpointError says what is damaged or missing."""
+    verify_checkpoint(path, ALL_FILES)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    seal = manifest.pop("seal", None)
+    if seal != _sha256(_json_bytes(manifest)):
+        raise CheckpointError(f"{path}/manifest.json is damaged: it is not what its own seal says")
+    if f"step-{manifest.get('step')}" != path.resolve().name:
+        raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
+    verify_checkpoint(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
+    return manifest
+
+
+def step_directories(run_dir: Path) -> list[Path]:
+    """The run's step-N directories, newest first, verified or not."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest step directory that verifies, None if the run has none at all; CheckpointError if none is whole.
+
+    `say` is told of each one that is passed over.
+    """
+    directories = step_directories(run_dir)
+    for path in directories:
+        try:
+            verify_step(path)
+            return path
+        except (CheckpointError, OSError) as error:
+            say(f"passed over: {error}")
+    if directories:
+        raise CheckpointError(f"no checkpoint in {run_dir} is whole; start afresh in another --save-dir")
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The counters, settings and data of a verified step directory."""
+    return json.loads((path / "training.json").read_text(encoding="utf-8"))
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sealed(path: Path) -> dict[str, Any] | None:
+    """The manifest of a step directory, None unless it is whole."""
+    try:
+        return verify_step(path)
+    except (CheckpointError, OSError):  # what cannot be read cannot be relied upon
+        return None
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """What a killed process left of a checkpoint it was writing or deleting."""
+    for pattern in (".partial-*", ".deleted-*"):
+        for leftover in parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed is no reason not to save
+    for link in parent.glob(".*.new"):
+        with suppress(OSError):
+            link.unlink()
+
+
+def _prune(parent: Path) -> None:
+    """Deletes what is older than the newest KEEP_LAST that verify, except the best; a failure to is only warned of."""
+    best, whole = (parent / "best").resolve(), 0
+    for path in step_directories(parent.parent):
+        if whole >= KEEP_LAST and path.resolve() != best:
+            try:
+                remove_folder(path)
+            except (OSError, MemoryError) as error:
+                warnings.warn(f"{path} could not be deleted: {error}", RuntimeWarning, stacklevel=3)
+        elif whole < KEEP_LAST:
+            whole += _sealed(path) is not None
