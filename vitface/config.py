@@ -216,7 +216,6 @@ class TrainConfig:
     )
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused on the CPU, else reference")
     compile: bool = flag(False, "torch.compile the model")
-    cuda_graph: bool = flag(False, "on one GPU: record the training step once and replay it (not measured yet)")
     memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
     rank_timeout: float = flag(600.0, "under torchrun: seconds that a process waits for the others")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
@@ -278,7 +277,7 @@ class TrainConfig:
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
     "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights",
-    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard", "cuda_graph",
+    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard",
 })  # fmt: skip
 
 

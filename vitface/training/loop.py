@@ -27,7 +27,6 @@ from vitface.store.tensors import tensor_bytes
 from vitface.training import setup
 from vitface.training.batches import Batch, micro_batch_size, rank_batches
 from vitface.training.collapse import alarms
-from vitface.training.cuda_graph import GraphedStep
 from vitface.training.diagnose import diagnose, keep_diagnosis
 from vitface.training.holdout import all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
@@ -89,9 +88,6 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.margin, config)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.loss_scale = LossScale(config.dtype == "fp16", self.device)
-        self.micro_step = self._micro_step
-        if config.cuda_graph:
-            self.micro_step = GraphedStep(self._micro_step, self.optimizer, self.device)
         compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.forward = replicate(compiled, self.device)
         self.margin_forward = self.margin
@@ -210,7 +206,7 @@ class Trainer:
             images, labels, domains, people = next(batches)
             if self.sampled is not None and part == 0:
                 self.sampled.draw(self.progress.step, people, self.optimizer)
-            told = self.micro_step(images, labels, domains, told, part == self.config.grad_accum - 1)
+            told = self._micro_step(images, labels, domains, told, part == self.config.grad_accum - 1)
         if self.sampled is not None:
             self.sampled.put_back(self.optimizer)
         values = dict(zip(told, torch.stack([*told.values()]).tolist(), strict=True))

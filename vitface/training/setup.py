@@ -21,7 +21,6 @@ from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
-from vitface.training.cuda_graph import check_graph
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.process_group import launched, local_device
 from vitface.training.step import total_loss
@@ -45,7 +44,6 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
             batch_size=min(config.batch_size, 8 * launched()), grad_accum=1, max_samples=64, holdout_people=0,
             patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False,
         )  # fmt: skip
-    check_graph(config)
     return config
 
 

@@ -39,21 +39,15 @@ def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -
 
 
 def make_optimizer(model: nn.Module, margin: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on all that is trained; its learning rates are tensors with --cuda-graph, numbers without."""
+    """AdamW on all that is trained."""
     groups = parameter_groups(model, margin, config)
-    if config.cuda_graph:
-        for group in groups:
-            group["lr"] = torch.tensor(group["peak_lr"], device=config.device)
     return torch.optim.AdamW(groups, lr=config.lr, fused=config.device.startswith(("cpu", "cuda")))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Each group's learning rate, `factor` of its peak; in place where it is a tensor, which a CUDA graph reads."""
+    """Sets each group's learning rate to `factor` of its peak."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(group["peak_lr"] * factor)
-        else:
-            group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int) -> float:
