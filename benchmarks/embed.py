@@ -77,7 +77,7 @@ def compiled(model: nn.Module, images: Tensor, freezing: bool) -> Callable[[Tens
     """Compiled here and now: freezing is a global switch of inductor."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     before, inductor.freezing = inductor.freezing, freezing
     try:
         way = torch.compile(model)

@@ -35,7 +35,7 @@ def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
         return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
 def resolve_impl(name: str, device: torch.device) -> str:

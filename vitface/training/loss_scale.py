@@ -28,8 +28,10 @@ class LossScale:
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divides gradients, in place."""
         if self.enabled:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, self.scale.reciprocal())  # type: ignore[attr-defined]
+            inverse = self.scale.reciprocal()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(inverse)
 
     def update(self, skipped: Tensor) -> None:
         """After a step that was `skipped` (1.0) or taken (0.0)."""
