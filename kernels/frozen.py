@@ -4,7 +4,7 @@
     dh = dy W2        du = dh ⊙ act'(u), where dh stands        dx = du W1
 
 Nothing but u is kept, which autograd keeps too; it also writes dh and du to two places and asks for none of the four
-gradients that nobody needs. On CUDA act and its gradient are a pass each (activation.py). On the CPU the bias is added
+gradients that nobody needs. On the CPU the bias is added
 inside oneDNN's product, and so is the residual that the layer's output is added to: each is a pass over the output
 that is not made, and the sum is rounded once.
 
@@ -14,8 +14,6 @@ Letters: M rows (images x tokens), I in, O out, D width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from vitface.kernels.device import runs_triton
 
 _PACKED_ROWS = 2048  # that a packed layout is chosen for: 8 images of 257 tokens; it serves any number
 
@@ -58,10 +56,6 @@ def _(x, weight, bias, residual):
 
 
 def _activate(u: Tensor, act: str) -> Tensor:
-    if runs_triton(u):
-        from vitface.kernels import activation
-
-        return activation.forward(u, act)
     return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
 
 
@@ -99,10 +93,6 @@ def _backward(dy: Tensor, u: Tensor, w1: Tensor, w2: Tensor, act: str) -> Tensor
 
 def _activate_backward(dh: Tensor, u: Tensor, act: str) -> Tensor:
     """dh ⊙ act'(u), where dh stands."""
-    if runs_triton(u):
-        from vitface.kernels import activation
-
-        return activation.backward(dh, u, act)
     if act == "gelu":
         return torch.ops.aten.gelu_backward.grad_input(dh, u, grad_input=dh)
     s = torch.sigmoid(1.702 * u)

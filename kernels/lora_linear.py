@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitface.kernels.device import runs_triton
 from vitface.kernels.frozen import product
 
 
@@ -31,7 +30,6 @@ def lora_linear(
     lora_b: Tensor,
     scaling: float,
     gate: Tensor | None,
-    low: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """The contract of `vitface.model.ops.lora_linear`; ValueError if `weight` or `bias` asks for a gradient."""
@@ -40,12 +38,7 @@ def lora_linear(
     rows = x.reshape(-1, x.shape[-1])
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
     residual = None if residual is None else residual.reshape(-1, len(weight))
-    if low is None:
-        out, _ = (_lora_linear if traced else _forward)(rows, weight, bias, lora_a, lora_b, scaling, gate, residual)
-    else:
-        lows = low.reshape(-1, low.shape[-1])
-        out = (_from_low if traced else _add_adapter)(rows, lows, weight, bias, lora_b, scaling, gate)
-        out = out if residual is None else out + residual
+    out, _ = (_lora_linear if traced else _forward)(rows, weight, bias, lora_a, lora_b, scaling, gate, residual)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -66,11 +59,7 @@ def _lora_linear(
 
 def _forward(x, weight, bias, lora_a, lora_b, scaling, gate, residual):
     low = F.linear(x, lora_a.to(x.dtype))
-    return _add_adapter(x, low, weight, bias, lora_b, scaling, gate, residual), low
-
-
-def _add_adapter(x, low, weight, bias, lora_b, scaling, gate, residual=None):
-    return product(x, weight, bias, residual).addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t())
+    return product(x, weight, bias, residual).addmm_(_gated(low, gate, scaling), lora_b.to(x.dtype).t()), low
 
 
 @_lora_linear.register_fake
@@ -91,23 +80,11 @@ def _backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (M, O) -> dx (M, I), dA, dB and dgate in the dtypes of x, A, B and gate; empty where not needed."""
-    dlow, db, dgate = _adapter_backward(dy, lora_b, scaling, gate, low)
-    da = dlow.t() @ x
-    dx = (dy @ weight).addmm_(dlow, lora_a.to(dy.dtype)) if needs_dx else dy.new_empty(0)
-    return dx, da.to(lora_a.dtype), db, dgate
-
-
-def _adapter_backward(dy, lora_b, scaling, gate, low):
-    """dlow in dy's dtype, dB and dgate in those of B and gate; dgate is empty without a gate."""
     dgated = dy @ lora_b.to(dy.dtype)
-    if gate is not None and runs_triton(dy):
-        from vitface.kernels import gate as kernels
-
-        dlow, gated, dgate = kernels.backward(dgated, low, gate, scaling)
-    else:
-        dlow, gated = _gated(dgated, gate, scaling), _gated(low, gate, scaling)
-        dgate = dy.new_empty(0) if gate is None else _dgate(dgated, low, gate, scaling)
-    return dlow, (dy.t() @ gated).to(lora_b.dtype), dgate
+    dlow, gated = _gated(dgated, gate, scaling), _gated(low, gate, scaling)
+    dgate = dy.new_empty(0) if gate is None else _dgate(dgated, low, gate, scaling)
+    dx = (dy @ weight).addmm_(dlow, lora_a.to(dy.dtype)) if needs_dx else dy.new_empty(0)
+    return dx, (dlow.t() @ x).to(lora_a.dtype), (dy.t() @ gated).to(lora_b.dtype), dgate
 
 
 @_backward.register_fake
@@ -125,10 +102,6 @@ def _gated(low: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
     """low (M, K·R) times the scaling and the gate (B, K) of each row's image."""
     if gate is None:
         return low * scaling
-    if runs_triton(low):
-        from vitface.kernels import gate as kernels
-
-        return kernels.forward(low, gate, scaling)
     images, domains = gate.shape
     per_column = (gate * scaling).to(low.dtype).repeat_interleave(low.shape[1] // domains, dim=1)
     return (low.view(images, -1, low.shape[1]) * per_column[:, None]).view_as(low)
@@ -156,52 +129,3 @@ def _autograd(ctx, dy, dlow):
 
 
 _lora_linear.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@torch.library.custom_op("vitface::lora_linear_from_low", mutates_args=())
-def _from_low(
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, scaling: float, gate: Tensor | None
-) -> Tensor:
-    """x (M, I), low (M, K·R) -> y (M, O)."""
-    return _add_adapter(x, low, weight, bias, lora_b, scaling, gate)
-
-
-@_from_low.register_fake
-def _(x, low, weight, bias, lora_b, scaling, gate):
-    return x.new_empty(len(x), len(weight))
-
-
-@torch.library.custom_op("vitface::lora_linear_from_low_backward", mutates_args=())
-def _from_low_backward(
-    dy: Tensor, weight: Tensor, lora_b: Tensor, scaling: float, gate: Tensor | None, low: Tensor, needs_dx: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy (M, O) -> dx without A's part (M, I), dlow (M, K·R), dB and dgate in the dtypes of B and gate."""
-    dlow, db, dgate = _adapter_backward(dy, lora_b, scaling, gate, low)
-    return dy @ weight if needs_dx else dy.new_empty(0), dlow, db, dgate
-
-
-@_from_low_backward.register_fake
-def _(dy, weight, lora_b, scaling, gate, low, needs_dx):
-    return (
-        dy.new_empty(len(dy), weight.shape[1]) if needs_dx else dy.new_empty(0),
-        torch.empty_like(low),
-        torch.empty_like(lora_b),
-        torch.empty_like(dy.new_empty(0) if gate is None else gate),
-    )
-
-
-def _from_low_setup_context(ctx, inputs, output):
-    _, low, weight, _, lora_b, ctx.scaling, gate = inputs
-    ctx.save_for_backward(weight, lora_b, gate, low)
-    ctx.set_materialize_grads(False)
-
-
-def _from_low_autograd(ctx, dy):
-    if dy is None:
-        return (None,) * 7
-    weight, lora_b, gate, low = ctx.saved_tensors
-    dx, dlow, db, dgate = _from_low_backward(dy, weight, lora_b, ctx.scaling, gate, low, ctx.needs_input_grad[0])
-    return dx if ctx.needs_input_grad[0] else None, dlow, None, None, db, None, None if gate is None else dgate
-
-
-_from_low.register_autograd(_from_low_autograd, setup_context=_from_low_setup_context)

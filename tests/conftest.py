@@ -22,8 +22,6 @@ settings.load_profile("default")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests with & has them ignore
 
-# Triton chooses between its interpreter and a GPU when it is imported: tests/kernels/test_triton.py runs these apart
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/test_triton_*.py"]
 CASES = pytest.StashKey[dict[str, int]]()
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

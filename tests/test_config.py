@@ -195,9 +195,6 @@ def test_auto_is_fused_on_the_cpu_alone(monkeypatch):
     assert resolve_choices(config).impl == "fused"
     monkeypatch.setattr("vitface.training.setup.resolve_device", lambda name: torch.device("cuda"))
     assert resolve_choices(config).impl == "reference"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="--impl fused needs Triton on CUDA"):
-        resolve_choices(dataclasses.replace(config, impl="fused"))
 
 
 def test_a_model_takes_the_implementation_of_the_device_it_is_on():

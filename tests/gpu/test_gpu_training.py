@@ -1,4 +1,4 @@
-"""Training with the Triton kernels: as on the CPU, without waiting for the GPU, in memory that does not grow."""
+"""Training with the fused layers: as on the CPU, without waiting for the GPU, in memory that does not grow."""
 
 import json
 
@@ -13,17 +13,13 @@ from vitface.model.margin import MarginLoss
 from vitface.store.backbones import load_backbone
 from vitface.training.step import total_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # Triton 3.9 announces 3.10
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def triton():
+def cuda():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    pytest.importorskip("triton")
 
 
 def test_the_demo_trains_as_on_the_cpu(tmp_path):

@@ -1,8 +1,5 @@
 """How exact a kernel must be, and what its memory must stand."""
 
-import importlib.util
-from pathlib import Path
-
 import torch
 
 
@@ -27,15 +24,3 @@ def poison(monkeypatch):
     plain_new = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: plain_new(*args, **kwargs).fill_(torch.nan))
     assert torch.empty(1).isnan() and torch.zeros(1).new_empty(1).isnan()
-
-
-def with_fault(module, tmp_path, right, wrong):
-    """`module` loaded anew with `right` in its source replaced by `wrong`: a fault that a test must catch."""
-    source = Path(module.__file__).read_text()
-    assert right in source
-    path = tmp_path / f"faulty_{Path(module.__file__).name}"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    return faulty

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from precision import assert_as_precise, poison
 
-from vitface.kernels.lora_linear import _backward, _from_low, _from_low_backward, _lora_linear
+from vitface.kernels.lora_linear import _backward, _lora_linear
 from vitface.model.ops import lora_linear
 
 cases = st.fixed_dictionaries(
@@ -108,19 +108,6 @@ def test_opcheck(domains):
     tensors = (dy, x.detach(), weight, a.detach(), b.detach(), 0.7, gate, low)
     for needs_dx in (True, False):
         torch.library.opcheck(_backward, (*tensors, needs_dx))
-
-
-@pytest.mark.parametrize("domains", [None, 3])
-def test_opcheck_from_low(domains):
-    """The operator for a bottleneck that `residual_norm` has computed, which autograd differentiates by low."""
-    x, weight, bias, a, b, gate, _, _ = draw({**SMALL, "domains": domains})
-    x = x.flatten(0, 1)
-    low = x @ a.T
-    asked = [t.requires_grad_() for t in (x.clone(), low.clone(), b.clone())]
-    torch.library.opcheck(_from_low, (*asked[:2], weight, bias, asked[2], 0.7, gate))
-    dy = torch.ones(len(x), len(weight), dtype=x.dtype)
-    for needs_dx in (True, False):
-        torch.library.opcheck(_from_low_backward, (dy, weight, b, 0.7, gate, low, needs_dx))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, inside inductor

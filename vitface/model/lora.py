@@ -57,13 +57,12 @@ class Linear(nn.Linear):
         x: Tensor,
         gate: Tensor | None = None,
         adapted: bool = True,
-        low: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         weight, bias, a, b = self.weight, self.bias, self.lora_a, self.lora_b
         if a is None or b is None or not adapted:
             return linear(x, weight, bias, residual=residual, impl=self.impl)
-        return lora_linear(x, weight, bias, a, b, self.scaling, gate, low=low, residual=residual, impl=self.impl)
+        return lora_linear(x, weight, bias, a, b, self.scaling, gate, residual=residual, impl=self.impl)
 
 
 def use_impl(model: nn.Module, impl: str) -> None:

@@ -17,7 +17,7 @@ Letters: B images, N tokens, Q of them asked for, D width, I in, O out, K domain
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitface.device import resolve_impl
 
@@ -44,14 +44,13 @@ def lora_linear(
     scaling: float,
     gate: Tensor | None = None,
     *,
-    low: Tensor | None = None,
     residual: Tensor | None = None,
     impl: str = "reference",
 ) -> Tensor:
     """A linear layer with low-rank adapters: (B, ..., I) -> (B, ..., O), in x's dtype.
 
     weight (O, I), bias (O,) or None, lora_a (K·R, I), lora_b (O, K·R); gate (B, K), or None for weight one on each
-    pair. low (B, ..., K·R) is x Aᵀ where it is known (`residual_norm`); residual (B, ..., O) is added to the result.
+    pair. residual (B, ..., O) is added to the result.
     "fused" makes no pass over x or y for the adapter. ValueError if the shapes disagree or `impl` cannot run.
     """
     check_impl(impl)
@@ -60,12 +59,12 @@ def lora_linear(
     if runs_fused(impl, x):
         from vitface.kernels import lora_linear as kernels
 
-        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate, low, residual)
-    return _add(_lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low), residual)
+        return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, gate, residual)
+    return _add(_lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate), residual)
 
 
-def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate, low):
-    low = F.linear(x, lora_a.to(x.dtype)) if low is None else low  # (B, ..., K·R)
+def _lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling, gate):
+    low = F.linear(x, lora_a.to(x.dtype))  # (B, ..., K·R)
     if gate is not None:
         per_column = gate.to(x.dtype).repeat_interleave(lora_a.shape[0] // gate.shape[1], dim=1)
         low = low * per_column.view(len(x), *[1] * (x.dim() - 2), -1)
@@ -104,24 +103,6 @@ def frozen_mlp(
     from vitface.kernels import frozen
 
     return frozen.mlp(x, w1, b1, w2, b2, act, residual)
-
-
-def fuses_residuals(impl: str, x: Tensor) -> bool:
-    """Whether a block is made of `residual_norm`: "fused" on CUDA; elsewhere it has no kernel."""
-    return runs_fused(impl, x) and x.is_cuda
-
-
-def residual_norm(
-    x: Tensor, y: Tensor | None, gamma: Tensor | None, norm: nn.LayerNorm, lora_a: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x' = x + gamma y, norm(x') and, for an adapted layer that reads it, norm(x') Aᵀ, "fused".
-
-    x and y (B, N, D), gamma (D), lora_a (K·R, D) -> (B, N, D), (B, N, D), (B, N, K·R). Without y x' is x, without
-    lora_a the third is None. ValueError if the norm or gamma asks for a gradient.
-    """
-    from vitface.kernels import residual
-
-    return residual.residual_norm(x, y, gamma, norm, lora_a)
 
 
 def activate(u: Tensor, act: str) -> Tensor:

@@ -7,8 +7,7 @@ State-dict names are DINOv2's and timm's.
 Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
 `gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
 alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `levels` for those of so many depths;
-`low` is the first layer's bottleneck where it is known already (see `vitface.model.fused_block`); `residual` is added
-to the last layer's output.
+`residual` is added to the last layer's output.
 """
 
 from functools import partial
@@ -20,13 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitface.config import ViTConfig
-from vitface.model.fused_block import fused_block
 from vitface.model.lora import Linear
 from vitface.model.ops import (
     activate,
     attention_map,
     frozen_mlp,
-    fuses_residuals,
     runs_fused,
     self_attention,
     split_heads,
@@ -59,10 +56,9 @@ class Attention(nn.Module):
         gate: Tensor | None = None,
         adapted: bool = True,
         queries: int | None = None,
-        low: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        heads = self_attention(self.qkv(x, gate, adapted, low), self.num_heads, queries, impl=self.qkv.impl)
+        heads = self_attention(self.qkv(x, gate, adapted), self.num_heads, queries, impl=self.qkv.impl)
         return self.proj(heads, gate, adapted, residual=residual)
 
 
@@ -80,13 +76,12 @@ class Mlp(nn.Module):
         x: Tensor,
         gate: Tensor | None = None,
         adapted: bool = True,
-        low: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if runs_fused(fc1.impl, x) and not (adapted and (fc1.has_lora or fc2.has_lora)):
             return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act, residual)
-        return fc2(activate(fc1(x, gate, adapted, low), self.act), gate, adapted, residual=residual)
+        return fc2(activate(fc1(x, gate, adapted), self.act), gate, adapted, residual=residual)
 
 
 class LayerScale(nn.Module):
@@ -116,8 +111,6 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
     ) -> Tensor:
-        if fuses_residuals(self.attn.qkv.impl, x):
-            return fused_block(self, x, gate, adapted, queries)
         if isinstance(self.ls1, nn.Identity):  # the last layer of each branch adds to the residual stream itself
             x = self.attn(self.norm1(x), gate, adapted, queries, residual=x[:, :queries])
             return self.mlp(self.norm2(x), gate, adapted, residual=x)

@@ -34,8 +34,6 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     device = resolve_device(local_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
     impl = resolve_impl(config.impl, device)
-    if impl == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError("--impl fused needs Triton on CUDA:\n  pip install triton")
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
     if config.dry_run:
