@@ -7,8 +7,17 @@ for other processes, but says nothing about what is on the disk when the power f
 import hashlib
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+from vitface.errors import CheckpointError
+
+PRIVILEGE_NOT_HELD = 1314  # Windows' number for it
+LINKS_ON_WINDOWS = (
+    "Windows lets a program make links in developer mode alone (Settings > System > For developers); "
+    "switch it on, or work in WSL"
+)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -21,6 +30,8 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def sync_folder(path: Path) -> None:
     """Waits until what was created, renamed or removed in a folder is on the disk."""
+    if sys.platform == "win32":  # it opens no folder as a file
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,10 +60,20 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Points a relative link elsewhere; not on the disk before `sync_folder`."""
+    """Points a relative link to a folder elsewhere; not on the disk before `sync_folder`.
+
+    CheckpointError where Windows refuses to make links.
+    """
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
-    os.symlink(target, fresh)
+    try:
+        os.symlink(target, fresh, target_is_directory=True)
+    except OSError as error:
+        if getattr(error, "winerror", None) != PRIVILEGE_NOT_HELD:
+            raise
+        raise CheckpointError(f"{link} could not be made: {LINKS_ON_WINDOWS}") from error
+    if sys.platform == "win32":
+        link.unlink(missing_ok=True)  # os.replace does not replace a link to a folder there
     os.replace(fresh, link)
 
 

@@ -52,7 +52,7 @@ class Disk:
 
     replace = rename
 
-    def symlink(self, target, path):
+    def symlink(self, target, path, target_is_directory=False):
         self.change("symlink", target, Path(path))
         os.symlink(target, path)
 

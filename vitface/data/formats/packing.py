@@ -25,6 +25,7 @@ from vitface.data.background import in_processes
 from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples, is_packed
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import DataError
+from vitface.lock import waiting_lock
 from vitface.version import __version__
 
 SHARD = 256  # images; workers hand a shard over in shared memory, of which containers have little
@@ -193,11 +194,5 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
 def _alone(out: Path) -> Iterator[None]:
     """Makes a second process that packs into the same folder wait for the first."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: there, two runs must not pack the same set at once
-        yield
-        return
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with waiting_lock(out.with_name(f".{out.name}.lock")):
         yield
