@@ -2,7 +2,7 @@
 
 A block of N tokens of width D has 12 N D² in its four linear layers and 2 N² D in attention. The last block computes
 proj and MLP for the Q tokens alone that the head reads: 3 N D² + 9 Q D² + 2 Q N D. An adapter adds K·R (in + out) a
-token to each of its layers. The router's blocks see every s-th row and column of patches.
+token to each of its layers. The router's blocks see every second row and column of patches.
 
 A training step is 2 of the frozen part (forward, and the gradient of the input; frozen weights have none), 3 of the
 adapters and 1 of the router's blocks. Left out: the embedding head, the margin, what is not a product. A peer is
@@ -10,6 +10,7 @@ credited with the same count, though it may compute more.
 """
 
 from vitface.config import FaceConfig
+from vitface.model.router import STRIDE
 
 
 def forward_and_step(config: FaceConfig) -> tuple[int, int]:
@@ -26,7 +27,7 @@ def forward_and_step(config: FaceConfig) -> tuple[int, int]:
     adapters = columns * dim * ((vit.depth - 1) * tokens * (qkv + others) + tokens * qkv + read * others)
     router = 0
     if config.num_domains > 1 and config.gate in ("learned", "shuffled"):
-        router = config.router_depth * _block(1 + (-(-grid // config.router_stride)) ** 2, dim)
+        router = config.router_depth * _block(1 + (-(-grid // STRIDE)) ** 2, dim)
     embedding = patches + blocks + router + (adapters if config.num_domains > 1 else 0)
     return embedding, patches + 2 * blocks + 3 * adapters + router
 

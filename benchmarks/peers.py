@@ -147,7 +147,7 @@ class TimmDALoRA(nn.Module):
     def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, args):
         super().__init__()
         self.model, self.router = model.requires_grad_(False), router
-        self.depth, self.stride = args.router_depth, args.router_stride
+        self.depth = args.router_depth
         self.layers = []
         for path, layer in adapted_linears(vit).items():
             parent = model.get_submodule(path.rpartition(".")[0])
@@ -162,7 +162,7 @@ class TimmDALoRA(nn.Module):
         tokens = self.model.norm_pre(tokens)
         self.set_gate(None)
         with torch.no_grad():
-            early = thin_out(tokens, self.stride)
+            early = thin_out(tokens)
             for block in self.model.blocks[: self.depth]:
                 early = block(early)
         self.set_gate(self.router(early[:, 1:].mean(1)).softmax(1))

@@ -94,7 +94,7 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, impl: str) -> Face
     domains = args.domains if args.adapter == "dalora" else 1
     config = FaceConfig(
         args.backbone, "random", vit.config, vit.image_size, lora_rank=args.rank, lora_alpha=ALPHA,
-        num_domains=domains, router_depth=args.router_depth, router_stride=args.router_stride,
+        num_domains=domains, router_depth=args.router_depth,
         head="linear", embedding_dim=EMBEDDING, dtype=dtype,
     )  # fmt: skip
     model = FaceModel(own, config, impl).to(args.device)
@@ -215,7 +215,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--domains", type=int, default=3, help="K of DA-LoRA (default: 3)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--router-depth", type=int, default=3)
-    parser.add_argument("--router-stride", type=int, default=2)
     return parse(parser, argv)
 
 

@@ -44,7 +44,7 @@ def test_the_count_is_that_of_torch(domains, head, targets):
     vit = tiny_vit()
     config = FaceConfig(
         "dinov2_vits14", "random", vit.config, 32, lora_rank=4, num_domains=domains, head=head, embedding_dim=8,
-        router_depth=1, router_stride=2, lora_targets=targets,
+        router_depth=1, lora_targets=targets,
     )  # fmt: skip
     model = FaceModel(vit, config, "reference").eval()
     model.head = torch.nn.Identity()

@@ -316,7 +316,7 @@ def dalora() -> list[str]:
     single = adapter_count("dinov2_vits14", rank)
     even, collapsed = (load_balance_loss(row[None]) for row in (torch.zeros(domains), 99 * torch.eye(domains)[0]))
     tokens = seen["vit.blocks.0"][1]
-    thin = thin_out(torch.zeros(1, tokens, 1), face.config.router_stride).shape[1]
+    thin = thin_out(torch.zeros(1, tokens, 1)).shape[1]
     wide = 48  # the rank and the alpha of the control
     assert lora_scaling(face.config.lora_scaling, wide, wide) == qkv.scaling
     assert adapter_count("dinov2_vits14", wide) == adapters and adapters + router + head == counts["all"][1]
@@ -340,7 +340,6 @@ def dalora() -> list[str]:
         say("weights of {}/{} each are exactly rank {}", 1, domains, stacked),
         say("({:.0f} when all {} are used alike, {:.0f} when", even.abs(), domains, collapsed),
         say("weight {})", config.balance_loss_weight),
-        say("weight {})", config.router_z_loss_weight),
         say("weight {})", config.domain_loss_weight),
         say("has {} times the adapters", adapters // single),
         say("rank {}, α = {}", wide, wide),

@@ -113,7 +113,6 @@ class FaceConfig:
     num_domains: int = 1
     gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
-    router_stride: int = 1  # what files mean that do not say
     gate_temperature: float = 1.0
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
     head_levels: int = 1
@@ -174,10 +173,8 @@ class TrainConfig:
     lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
-    router_stride: int = flag(2, "it looks at every n-th row and column of patches; 1: at all, which is slower")
     gate_temperature: float = flag(1.0, "of the softmax over domains: below 1 one adapter per image, above 1 all alike")
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
-    router_z_loss_weight: float = flag(0.001, "keeps the domain logits small")
     domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
     domain_labels: str | None = flag(None, "CSV with the columns image,domain: the domain of each training image")
     train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
@@ -236,7 +233,7 @@ class TrainConfig:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")
         not_negative = ("margin", "weight_decay", "warmup_epochs", "holdout_people", "patience", "num_workers", "seed")
-        for name in (*not_negative, "balance_loss_weight", "router_z_loss_weight", "domain_loss_weight"):
+        for name in (*not_negative, "balance_loss_weight", "domain_loss_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
         for name in ("image_size", "num_domains", "lora_rank", "embedding_dim"):
@@ -270,8 +267,6 @@ class TrainConfig:
             raise ConfigError(f"--head-levels must be 1 to {vit.depth} for {self.backbone}, not {self.head_levels}")
         if self.head_levels > 1 and self.head != "patches":
             raise ConfigError("--head-levels goes with --head patches")
-        if not 1 <= self.router_stride <= vit.grid(self.image_size):
-            raise ConfigError(f"--router-stride must be 1 to {vit.grid(self.image_size)}, not {self.router_stride}")
 
 
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)

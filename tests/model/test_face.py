@@ -9,7 +9,7 @@ from PIL import Image
 from vitface.config import resolve
 from vitface.errors import ConfigError, ImageError
 from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
-from vitface.model.router import DomainClassifier, load_balance_loss, router_z_loss, thin_out
+from vitface.model.router import DomainClassifier, load_balance_loss, thin_out
 from vitface.model.vit import ViT, init_weights
 from vitface.training.setup import build_model, parameter_counts
 
@@ -174,10 +174,9 @@ def test_the_head_learns_from_every_level():
 
 def test_the_router_looks_at_every_second_row_and_column():
     tokens = torch.arange(26.0).view(1, 26, 1)
-    assert thin_out(tokens, 1).flatten().tolist() == list(range(26))
-    assert thin_out(tokens, 2).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
-    assert thin_out(tokens, 3).flatten().tolist() == [0, 1, 4, 16, 19]
-    model = tiny_face(num_domains=3, router_stride=2)  # 4 x 4 patches
+    assert thin_out(tokens).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
+    assert thin_out(tokens[:, :17]).flatten().tolist() == [0, 1, 3, 9, 11]
+    model = tiny_face(num_domains=3)  # 4 x 4 patches
     x = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     seen, elsewhere = x.clone(), x.clone()
     elsewhere[:, [2, 4, 5, 6, 7, 8]] += 1  # odd rows or columns
@@ -192,7 +191,6 @@ def test_router_losses_at_their_extremes():
     assert load_balance_loss(even).item() == pytest.approx(0, abs=1e-6)
     assert load_balance_loss(one).item() == pytest.approx(2)
     assert load_balance_loss(torch.eye(3) * 50).item() == pytest.approx(0, abs=1e-6)  # each image decided, all used
-    assert router_z_loss(even).item() == pytest.approx(np.log(3) ** 2)
     mean_patch = torch.randn(4, 6)
     router = DomainClassifier(6, 3)
     torch.testing.assert_close(router(mean_patch), router(3 * mean_patch + 2), rtol=1e-4, atol=1e-4)  # normalised

@@ -127,7 +127,7 @@ class FaceModel(nn.Module):
             return None
         depth = 0 if isinstance(self.router, FixedGate) else self.config.router_depth
         with torch.no_grad():
-            tokens = thin_out(tokens, self.config.router_stride)
+            tokens = thin_out(tokens)
             for block in self.vit.blocks[:depth]:
                 tokens = block(tokens, adapted=False)
         return self.router(tokens[:, 1:].mean(dim=1))

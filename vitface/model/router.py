@@ -1,8 +1,8 @@
 """The domain classifier of DA-LoRA: what an image is like (pose, age, light) -> how much of each adapter it gets.
 
 It reads the mean patch token after a few frozen, un-adapted blocks, so the gate is a pure function of the image: no
-batch statistics, no running averages. The blocks see every second row and column of patches only, unless told
-otherwise: what kind of photo it is shows in a quarter of them. Letters: B images, N tokens, D width, K domains.
+batch statistics, no running averages. The blocks see every second row and column of patches only: what kind of photo
+it is shows in a quarter of them. Letters: B images, N tokens, D width, K domains.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 HIDDEN = 256
+STRIDE = 2  # rows and columns of patches; kernels/README.md has what 1 would cost
 
 
-def thin_out(tokens: Tensor, stride: int) -> Tensor:
-    """CLS and the patches of every `stride`-th row and column: (B, 1 + g², D) -> (B, 1 + ceil(g / stride)², D)."""
+def thin_out(tokens: Tensor) -> Tensor:
+    """CLS and the patches of every second row and column: (B, 1 + g², D) -> (B, 1 + ceil(g / 2)², D)."""
     side = round((tokens.shape[1] - 1) ** 0.5)
-    patches = rearrange(tokens[:, 1:], "b (h w) d -> b h w d", h=side)[:, ::stride, ::stride]
+    patches = rearrange(tokens[:, 1:], "b (h w) d -> b h w d", h=side)[:, ::STRIDE, ::STRIDE]
     return torch.cat([tokens[:, :1], rearrange(patches, "b h w d -> b (h w) d")], dim=1)
 
 
@@ -57,8 +58,3 @@ def load_balance_loss(logits: Tensor, whole_batch: Callable[[Tensor], Tensor] = 
     """
     usage = whole_batch(logits.softmax(dim=1).mean(dim=0))
     return logits.shape[1] * usage.square().sum() - 1
-
-
-def router_z_loss(logits: Tensor) -> Tensor:
-    """mean (log sum_k exp logit_k)², which keeps the logits small (Zoph et al. 2022, arXiv:2202.08906, eq. 5)."""
-    return torch.logsumexp(logits, dim=1).square().mean()

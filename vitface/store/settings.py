@@ -26,7 +26,7 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     config.vit.grid(config.image_size)
     depth = config.vit.depth
     too_deep = config.router_depth > depth or config.head_levels > (depth if config.head == "patches" else 1)
-    sizes = (config.num_domains, config.embedding_dim, config.router_stride, config.head_levels)
+    sizes = (config.num_domains, config.embedding_dim, config.head_levels)
     if too_deep or config.image_size > MAX_IMAGE_SIZE or not all(sizes) or config.gate_temperature <= 0:
         raise ValueError("sizes that fit no model")
     return config

@@ -118,7 +118,6 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         num_domains=config.num_domains if config.use_dalora else 1,
         gate=config.gate,
         router_depth=config.router_depth,
-        router_stride=config.router_stride,
         gate_temperature=config.gate_temperature,
         head=config.head,
         head_levels=config.head_levels,

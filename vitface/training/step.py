@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitface.config import TrainConfig
 from vitface.errors import VitfaceError
-from vitface.model.router import load_balance_loss, router_z_loss
+from vitface.model.router import load_balance_loss
 from vitface.training.loss_scale import LossScale
 from vitface.training.ranks.parallel import clip_gradients, mean_over_ranks, on_any_rank
 from vitface.training.ranks.process_group import lowest, rank, share, world_size
@@ -67,7 +67,6 @@ def total_loss(
     if logits is not None and logits.requires_grad:  # a fixed gate learns nothing
         parts["balance_loss"] = load_balance_loss(logits / config.gate_temperature, mean_over_ranks)
         loss = loss + config.balance_loss_weight * parts["balance_loss"]
-        loss = loss + config.router_z_loss_weight * router_z_loss(logits)
         if domains is not None:
             parts["domain_loss"] = F.cross_entropy(logits, domains)
             loss = loss + config.domain_loss_weight * parts["domain_loss"]
