@@ -9,7 +9,7 @@ import vitface
 ROOT = Path(__file__).parents[1]
 LAZY = (
     "triton", "cv2", "scipy", "sklearn", "matplotlib", "pandas", "transformers", "timm", "peft", "huggingface_hub",
-    "onnx", "onnxruntime", "wandb", "tensorboard", "tqdm", "torch.utils.data", "multiprocessing.pool",
+    "onnx", "onnxruntime", "wandb", "tensorboard", "tqdm", "jinja2", "torch.utils.data", "multiprocessing.pool",
     "vitface.training", "vitface.kernels", "vitface.commands", "vitface.study.grid", "vitface.data.faces.folder",
 )  # fmt: skip
 IMPORT = """

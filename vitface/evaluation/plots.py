@@ -1,24 +1,16 @@
-"""Small charts as inline SVG, drawn from numbers: lines, bars, pictures. Colours are CSS variables of the page."""
+"""What report.html.j2 draws: charts as numbers in SVG pixels, pictures as data URIs."""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 260, 52, 40, 24
-
-
-def _frame(title: str, x_label: str, y_label: str, body: str) -> str:
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'<rect class="plot" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - 10}" height="{HEIGHT - BOTTOM - TOP}"/>{body}'
-        f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text x="14" y="14" text-anchor="start">{escape(y_label)}</text></svg>'
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-    )
+LEFT, RIGHT, TOP, BOTTOM = 52, 470, 24, 220  # where the axes are
+BOX = {"width": 480, "height": 260, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+Chart = dict[str, Any]
 
 
 def _scale(values: np.ndarray | float, low: float, high: float, start: float, stop: float) -> np.ndarray:
@@ -31,7 +23,7 @@ def ticks(low: float, high: float, whole: bool = False) -> np.ndarray:
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough * (1 - 1e-9))
     step = max(step, 1.0) if whole else step
-    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
+    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # no -0
 
 
 def line_chart(
@@ -41,69 +33,49 @@ def line_chart(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
     log_x: bool = False,
     step: bool = False,
-) -> str:
+) -> Chart:
     """Curves (x, y) by name, on axes that hold all of them; `log_x` for positive x; `step` keeps y until the next x."""
-    xs, ys = (np.concatenate([np.asarray(curve[i], float) for curve in curves.values()]) for i in (0, 1))
-    low, high, bottom, top = (float(f(v)) for v in (np.log10(xs) if log_x else xs, ys) for f in (np.min, np.max))
-    body = []
-    for value in ticks(low, high, whole=log_x):
-        x, label = _scale(value, low, high, LEFT, WIDTH - 10), 10**value if log_x else value
-        body.append(f'<text x="{x:.0f}" y="{HEIGHT - 22}" text-anchor="middle">{label:.6g}</text>')
-    for value in ticks(bottom, top):
-        y = _scale(value, bottom, top, HEIGHT - BOTTOM, TOP)
-        body.append(f'<text x="{LEFT - 4}" y="{y + 4:.0f}" text-anchor="end">{value:.6g}</text>')
-        body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.0f}" y2="{y:.0f}"/>')
-    for number, (name, (x, y)) in enumerate(curves.items()):
-        px = _scale(np.log10(x) if log_x else np.asarray(x, float), low, high, LEFT, WIDTH - 10)
-        py = _scale(np.asarray(y, float), bottom, top, HEIGHT - BOTTOM, TOP)
+    curves = {name: (np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for name, (x, y) in curves.items()}
+    xs, ys = (np.concatenate(values) for values in zip(*curves.values(), strict=True))
+    x_range, y_range = (xs.min(), xs.max()), (ys.min(), ys.max())
+    lines = {}
+    for name, (x, y) in curves.items():
         if step:
-            px, py = np.repeat(px, 2)[1:], np.repeat(py, 2)[:-1]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px, py, strict=True))
-        body.append(f'<polyline class="c{number % 6}" points="{points}"/>')
-        body.append(f'<text class="t{number % 6}" x="{LEFT + 8}" y="{TOP + 16 + 15 * number}">{escape(name)}</text>')
-    return _frame(title, x_label, y_label, "".join(body))
+            x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+        points = zip(_scale(x, *x_range, LEFT, RIGHT), _scale(y, *y_range, BOTTOM, TOP), strict=True)
+        lines[name] = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+    x_ticks = [(_scale(v, *x_range, LEFT, RIGHT), f"{10**v if log_x else v:.6g}") for v in ticks(*x_range, whole=log_x)]
+    y_ticks = [(_scale(v, *y_range, BOTTOM, TOP), f"{v:.6g}") for v in ticks(*y_range)]
+    return _chart(title, x_label, y_label, x_ticks=x_ticks, y_ticks=y_ticks, lines=lines)
 
 
-def bar_chart(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[str, float]], top: float) -> str:
+def bar_chart(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[str, float]], top: float) -> Chart:
     """A bar per name in each group, from 0 to `top`; a bar's colour is its place in the group."""
-    wide = (WIDTH - LEFT - 10) / len(groups)
-    body = []
-    for g, (group, bars) in enumerate(groups.items()):
-        for b, (name, value) in enumerate(bars.items()):
-            bar = min(0.8 * wide / len(bars), 60)
-            x = LEFT + (g + 0.5) * wide + (b - len(bars) / 2) * bar
-            y = float(_scale(np.array(value), 0, top, HEIGHT - BOTTOM, TOP))
-            body.append(
-                f'<rect class="b{b % 6}" x="{x:.1f}" y="{y:.1f}" width="{0.92 * bar:.1f}" '
-                f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{escape(f"{group} {name}: {value:.4g}")}</title></rect>'
-            )
-            body.append(
-                f'<text x="{x + bar / 2:.1f}" y="{max(y - 3, TOP + 10):.1f}" text-anchor="middle">{value:.3g}</text>'
-            )
-        centre = LEFT + (g + 0.5) * wide
-        body.append(f'<text x="{centre:.0f}" y="{HEIGHT - 22}" text-anchor="middle">{escape(group)}</text>')
-    return _frame(title, x_label, y_label, "".join(body))
+    wide = (RIGHT - LEFT) / len(groups)
+    x_ticks, bars = [], []
+    for g, (group, values) in enumerate(groups.items()):
+        centre, bar = LEFT + (g + 0.5) * wide, min(0.8 * wide / len(values), 60)
+        x_ticks.append((centre, group))
+        for b, (name, value) in enumerate(values.items()):
+            x, y = centre + (b - len(values) / 2) * bar, _scale(value, 0, top, BOTTOM, TOP)
+            bars.append({"x": x, "y": y, "width": bar, "colour": b % 6, "value": value, "name": f"{group} {name}"})
+    return _chart(title, x_label, y_label, x_ticks=x_ticks, bars=bars)
 
 
-def picture(pixels: np.ndarray, caption: str) -> str:
-    """uint8 (H, W, 3) as an embedded PNG."""
+def _chart(title: str, x_label: str, y_label: str, **marks: Any) -> Chart:
+    return {"title": title, "x_label": x_label, "y_label": y_label, "y_ticks": [], "lines": {}, "bars": [], **marks}
+
+
+def picture(pixels: np.ndarray, caption: str) -> tuple[str, str]:
+    """(data URI of the PNG, caption) of uint8 (H, W, 3)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    text, source = escape(caption), f"data:image/png;base64,{data}"
-    return f'<figure class="face"><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", caption
 
 
 def heat(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3), darkened but where `weights` (g, g), of any scale, are large."""
+    """Returns the picture (H, W, 3), darkened where `weights` (g, g), of any scale, are small."""
     size = pixels.shape[1], pixels.shape[0]
     share = weights / max(float(weights.max()), 1e-12)
     mask = Image.fromarray((255 * share).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     return (pixels * (0.2 + 0.8 * np.asarray(mask)[..., None] / 255)).astype(np.uint8)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table that scrolls sideways by itself on a narrow screen."""
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
