@@ -186,7 +186,7 @@ class TrainConfig:
     scale: float = flag(64.0, "scale s of the cosines")
     shard_identities: bool = flag(False, "cut the identity matrix over the GPUs and its logits into chunks")
     class_sample_rate: float = flag(1.0, "with --shard-identities: share of the other people a step compares with")
-    augment: Literal["none", "flip", "strong", "randaugment"] = flag("strong", "augmentation of the training images")
+    augment: Literal["none", "flip", "strong"] = flag("strong", "augmentation of the training images")
     sampler: Literal["image", "identity"] = flag("image", "show each image once per epoch, or each person as often")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")

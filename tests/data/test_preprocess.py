@@ -75,15 +75,14 @@ def test_flip_is_exact_and_half_of_them():
     assert augment(images, u, "none") is images
 
 
-@pytest.mark.parametrize("policy", ["strong", "randaugment"])
 @given(st.integers(0, 2**31), st.integers(0, 1000), st.permutations(range(6)))
-def test_an_image_is_augmented_alike_alone_in_a_batch_and_in_any_order(policy, seed, epoch, order):
+def test_an_image_is_augmented_alike_alone_in_a_batch_and_in_any_order(seed, epoch, order):
     images, indices = to_float(faces(6)), np.array([3, 9, 27, 81, 243, 10**7])
-    whole = augment(images, uniforms(seed, epoch, indices), policy)
+    whole = augment(images, uniforms(seed, epoch, indices), "strong")
     order = list(order)
-    shuffled = augment(images[order], uniforms(seed, epoch, indices[order]), policy)
+    shuffled = augment(images[order], uniforms(seed, epoch, indices[order]), "strong")
     assert torch.equal(shuffled, whole[order])
-    alone = augment(images[2:3], uniforms(seed, epoch, indices[2:3]), policy)
+    alone = augment(images[2:3], uniforms(seed, epoch, indices[2:3]), "strong")
     torch.testing.assert_close(alone, whole[2:3], rtol=0, atol=1e-6)
 
 

@@ -275,7 +275,7 @@ def test_packed_decoded_and_any_number_of_workers_train_the_same(tmp_path, capsy
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(faces.read(i)).save(folder / f"{i:02d}.jpg", quality=95)
     flags = {**SMALL, "train_data": str(tmp_path / "people"), "epochs": 1, "holdout_people": 2, "sampler": "identity"}
-    flags |= {"augment": "randaugment", "max_images_per_identity": 3, "batch_size": 4, "cache": str(tmp_path / "cache")}
+    flags |= {"augment": "strong", "max_images_per_identity": 3, "batch_size": 4, "cache": str(tmp_path / "cache")}
     ways = {"packed": {}, "again": {}, "decoded": {"pack": False}, "workers": {"pack": False, "num_workers": 2}}
     for name, changes in ways.items():
         run(resolve({**flags, **changes, "save_dir": str(tmp_path / name)}))

@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     showing = command("show", _show, "draw what the model sees of a training set, before and after augmentation")
     showing.add_argument("path", type=Path, metavar="PATH", help="training set")
     showing.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
-    showing.add_argument("--augment", choices=["none", "flip", "strong", "randaugment"], default="strong")
+    showing.add_argument("--augment", choices=["none", "flip", "strong"], default="strong")
     showing.add_argument("--count", type=int, default=8, help="images, a row each (default: 8)")
     showing.add_argument("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
     showing.add_argument("--image-size", type=int, default=112, help="input side of the model (default: 112)")

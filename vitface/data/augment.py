@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitface.data.counter import uniform
-from vitface.data.randaugment import RAND_UNIFORMS, rand_augment
 
-NUM_UNIFORMS = 24
+NUM_UNIFORMS = 19
 ROTATION, ZOOM, SHIFT, JITTER = math.radians(5), 0.06, 0.04, 0.5  # the first three: see docs/experiments.md
 LOW_RESOLUTIONS = (24, 32, 48, 64, 88)
 
@@ -29,15 +28,13 @@ def augment(images: Tensor, u: Tensor, policy: str) -> Tensor:
     """float (B, 3, H, W) in [0, 1] -> the same shape; `u` from `uniforms`.
 
     "none"; "flip" mirrors half of them; "strong" adds rotation ±5°, scale ±6 %, shift ±4 %, AdaFace's crop and low
-    resolution (probability 0.2 each; Kim et al. 2022), brightness, contrast and saturation ±50 % (0.8), cut-out (0.25);
-    "randaugment" adds FRoundation's RandAugment to the mirroring instead (see `randaugment`).
+    resolution (probability 0.2 each; Kim et al. 2022), brightness, contrast and saturation ±50 % (0.8), cut-out (0.25).
     """
     if policy == "none":
         return images
     flip = u[:, 0] < 0.5
-    if policy in ("flip", "randaugment"):
-        images = torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
-        return images if policy == "flip" else rand_augment(images, u[:, 1 : 1 + RAND_UNIFORMS])
+    if policy == "flip":
+        return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
     images = _affine(images, flip, u[:, 1:5])
     images = _low_resolution(images, u[:, 5:7])
     images = _photometric(images, u[:, 7:11])
