@@ -1,4 +1,4 @@
-"""Does `python -m vitface embed` keep the model busy? Its rate beside that of embedding images that are in memory.
+"""Does `vitface embed` keep the model busy? Its rate beside that of embedding images that are in memory.
 
     python benchmarks/embed_folder.py [--images 2000] [--rounds 3] [--source FOLDER]
 

@@ -17,7 +17,7 @@ from vitface.model.lora import adapted_linears
 from vitface.model.router import thin_out
 from vitface.model.vit import ViT
 from vitface.store.backbones import load_backbone
-from vitface.weights.convert import convert_file
+from vitface.weights.conversion import convert_file
 
 TIMM = {
     "dinov2_vits14": "vit_small_patch14_dinov2",

@@ -7,7 +7,7 @@ from conftest import tiny_face
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train
+from vitface.commands import train
 from vitface.config import (
     BOOKKEEPING,
     EXPERIMENTS,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
+from vitface.commands import train
 
 
 @pytest.mark.slow

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
-import train
 import vitface
 import vitface.__main__
+from vitface.commands import evaluate, train
 from vitface.data.images import read_image
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +23,8 @@ SCRIPTS = {"train.py": train.main, "evaluate.py": evaluate.main}
 
 
 def command_lines(text: str) -> list[str]:
-    """The lines of indented blocks that call Python, comments left out."""
-    lines = re.findall(r"^    (python .*)$", text, re.MULTILINE)
+    """The lines of indented blocks that call Python or vitface, comments left out."""
+    lines = re.findall(r"^    ((?:python|vitface) .*)$", text, re.MULTILINE)
     return [shlex.join(shlex.split(line, comments=True)) for line in lines]
 
 
@@ -38,10 +37,8 @@ def marked_blocks(text: str, test: str) -> list[str]:
 
 def run_line(line: str) -> int:
     """The exit code of a documented command, run in this process."""
-    _, *words = shlex.split(line)
-    if words[:2] == ["-m", "vitface"]:
-        return vitface.__main__.main(words[2:])
-    return SCRIPTS[words[0]](words[1:])
+    program, *words = shlex.split(line)
+    return vitface.__main__.main(words) if program == "vitface" else SCRIPTS[words[0]](words[1:])
 
 
 class Parsed(Exception):
@@ -62,7 +59,7 @@ def test_every_documented_command_exists(page, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     for line in command_lines(page.read_text()):
         words = shlex.split(line)
-        known = words[1] in SCRIPTS or words[1:3] == ["-m", "vitface"]
+        known = words[1] in SCRIPTS or words[0] == "vitface"
         if known and "..." not in words:
             with pytest.raises(Parsed):
                 run_line(line)
@@ -71,9 +68,7 @@ def test_every_documented_command_exists(page, monkeypatch):
 def test_the_check_finds_a_flag_that_does_not_exist():
     with pytest.raises(SystemExit):
         run_line("python train.py --no-such-flag")
-    assert command_lines("    python -m vitface verify a b   # same?\n  python no\n") == [
-        "python -m vitface verify a b"
-    ]
+    assert command_lines("    vitface verify a b   # same?\n  python no\n") == ["vitface verify a b"]
 
 
 def test_links_between_documents_lead_somewhere():

@@ -19,12 +19,12 @@ from PIL import Image
 from test_docs import ROOT, command_lines, marked_blocks, run_line
 
 import vitface
+from vitface.commands.models import convert
 from vitface.config import VIT_PRESETS
 from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.store.backbones import find_backbone, read_backbone, save_backbone
-from vitface.weights import convert
 
 PEOPLE, PHOTOS, MARGIN = ("anna", "ben", "chloe", "dora", "emil"), 57, 24
 
@@ -63,7 +63,7 @@ def test_the_readme_trains_on_five_people_and_knows_a_new_photo(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     take_photos(tmp_path)
     fetches, commands = readme()[:2], readme()[2:]
-    assert all(line.startswith("python -m vitface.weights.fetch ") for line in fetches) and len(commands) == 6
+    assert all(line.startswith("vitface fetch ") for line in fetches) and len(commands) == 6
     printed = {}
     for line in commands:
         code, name = run_line(line), re.search(r"vitface (\w+)|(train)\.py", line)
@@ -97,10 +97,11 @@ def test_the_readme_as_a_script_on_real_photos(real_data, tmp_path):
         target = tmp_path / ("new.jpg" if new else f"photos/{person}/{int(number)}.jpg")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    lines = [line for line in readme() if ".fetch " not in line]
+    lines = [line for line in readme() if "vitface fetch " not in line]
     lines[2] += " --backbone vit_tiny_patch16"
-    script = "\n".join(line.replace("python ", f"{shlex.quote(sys.executable)} ", 1) for line in lines)
-    script = script.replace(" train.py", f" {shlex.quote(str(ROOT / 'train.py'))}")
+    python = shlex.quote(sys.executable)
+    programs = {"python train.py": f"{python} {shlex.quote(str(ROOT / 'train.py'))}", "vitface": f"{python} -m vitface"}
+    script = "\n".join(re.sub("^(python train.py|vitface)", lambda start: programs[start[0]], line) for line in lines)
     code = f'set -u\nrun() {{ "$@"; echo "code $?"; }}\n{re.sub("^", "run ", script, flags=re.MULTILINE)}\n'
     environment = {
         **os.environ,

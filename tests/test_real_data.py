@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from conftest import TEST_DATA
 
-import evaluate
-import train
 import vitface
 import vitface.__main__
+from vitface.commands import evaluate, train
+from vitface.commands.models import convert
 from vitface.data.formats.pairs import read_bin
 from vitface.data.formats.samples import RecordSamples
 from vitface.evaluation.protocol import auc
 from vitface.training.holdout import all_pairs
-from vitface.weights import convert
 
 
 @pytest.fixture(scope="module")

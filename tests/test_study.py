@@ -3,13 +3,13 @@ from functools import partial
 
 import pytest
 
-import evaluate
+from vitface.commands import evaluate, study
 from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.model.lora import lora_scaling
+from vitface.study import grid
 from vitface.study.grid import adapter_parameters, chosen_variants, put_between_markers, variants
-from vitface.study.grid import grid as study
 from vitface.training import setup
 
 
@@ -18,7 +18,7 @@ def few_faces(monkeypatch):
     """16 synthetic people with 4 photos each and 40 benchmark pairs."""
     monkeypatch.setattr(setup, "SYNTHETIC_PEOPLE", 16)
     monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 4)
-    monkeypatch.setattr(study, "synthetic_routing", partial(study.synthetic_routing, num_people=4, images_per_person=3))
+    monkeypatch.setattr(grid, "synthetic_routing", partial(grid.synthetic_routing, num_people=4, images_per_person=3))
     benchmarks._synthetic_benchmark.cache_clear()
     monkeypatch.setitem(benchmarks.BENCHMARKS, "synthetic", benchmarks.Benchmark("synthetic", 40))
     yield
@@ -41,12 +41,12 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
     command = ["tiny", "--seeds", "0", "--save-dir", str(folder), "--limit-batches", "1", "--batch-size", "8"]
     assert study.main(command) == 0
     printed = capsys.readouterr().out
-    grid = ["lora", "lora_wide", "dalora", "uniform", "random", "shuffled", "dalora_unlabelled"]
-    for variant in grid:
+    trained = ["lora", "lora_wide", "dalora", "uniform", "random", "shuffled", "dalora_unlabelled"]
+    for variant in trained:
         assert (folder / f"{variant}-s0" / "checkpoints" / "best").is_dir()
     table = json.loads((folder / "study.json").read_text())
     rows = {row["variant"]: row for row in table["variants"]}
-    assert list(rows) == ["frozen", *grid, "dalora_shuffled_at_test"]
+    assert list(rows) == ["frozen", *trained, "dalora_shuffled_at_test"]
     assert rows["lora_wide"]["adapter_parameters"] == rows["uniform"]["adapter_parameters"] == 147_456
     assert rows["dalora"]["adapter_parameters"] == 147_456 + 128 * 256 + 256 + 256 * 3 + 3
     assert set(table["comparisons"]) == set(rows) - {"dalora"}

@@ -68,7 +68,7 @@ def test_photos_are_aligned_unless_they_are_crops(faces, tmp_path, monkeypatch, 
     photo = np.pad(read_image(faces / "p0" / "0.png"), ((50, 50), (50, 50), (0, 0)))
     Image.fromarray(photo).save(tmp_path / "photo.png")
     code, _, err = call(capsys, "verify", tmp_path / "photo.png", faces / "p0" / "0.png")
-    assert code == 2 and ("weights.fetch yunet" in err or "vitface[align]" in err)
+    assert code == 2 and ("vitface fetch yunet" in err or "vitface[align]" in err)
     code, out, _ = call(capsys, "verify", tmp_path / "photo.png", faces / "p0" / "0.png", "--no-align", "--json")
     assert json.loads(out)["score"] < 0.999  # the whole photo, taken for a crop
     from vitface.data.faces.alignment import TEMPLATE
@@ -179,7 +179,7 @@ def test_explain(faces, tiny_run, tmp_path, capsys):
         (["verify", "A", "A", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["embed", "nowhere", "people"], "nowhere holds no image"),
         (["embed", "faces", "faces"], "is not empty"),
-        (["search", "faces", "A"], "faces is no gallery; make one with python -m vitface embed"),
+        (["search", "faces", "A"], "faces is no gallery; make one with vitface embed"),
         (["search", "faces", "A", "--top", "0"], "--top must be at least 1"),
         (["cluster", "nowhere"], "nowhere is no gallery"),
         (["cluster", "nowhere", "--out", "no/where.csv"], "--out no/where.csv: its folder does not exist"),
@@ -216,7 +216,7 @@ def test_every_command_has_help_with_examples(capsys):
         with pytest.raises(SystemExit) as stop:
             vitface.__main__.main([name, "--help"])
         out = capsys.readouterr().out
-        assert stop.value.code == 0 and "examples:" in out and f"python -m vitface {name} " in out, name
+        assert stop.value.code == 0 and "examples:" in out and f"  vitface {name} " in out, name
     assert vitface.__main__.main(["--help"]) == 0 and "verify" in capsys.readouterr().out
     assert vitface.__main__.main(["unknown"]) == 2
 

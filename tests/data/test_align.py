@@ -157,7 +157,7 @@ def test_faults_of_a_landmarks_file_are_named(tmp_path, text, message):
 
 
 def test_what_is_missing_is_said_with_the_command_that_gets_it(tmp_path, monkeypatch):
-    with pytest.raises(WeightsError, match="python -m vitface.weights.fetch yunet"):
+    with pytest.raises(WeightsError, match="vitface fetch yunet"):
         FaceDetector(tmp_path / "none.onnx")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'vitface\[align\]'"):

@@ -76,7 +76,7 @@ def test_what_aligning_needs_is_said_when_a_photo_needs_it(monkeypatch):
     reader = CropReader(True)
     reader(crop)
     pytest.importorskip("cv2")
-    with pytest.raises(WeightsError, match="weights.fetch yunet"):
+    with pytest.raises(WeightsError, match="vitface fetch yunet"):
         reader(photo)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'vitface\[align\]'"):

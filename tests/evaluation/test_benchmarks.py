@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
+from vitface.commands import evaluate
 from vitface.data.formats.pairs import write_bin
 from vitface.errors import DataError
 from vitface.evaluation import benchmarks

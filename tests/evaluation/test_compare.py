@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import evaluate
+from vitface.commands import evaluate
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.compare import Side, compare, comparison_text, group_runs
 from vitface.evaluation.protocol import contiguous_folds, verify

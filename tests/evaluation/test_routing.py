@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import evaluate
-import train
 import vitface
+from vitface.commands import evaluate, train
 from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face
 from vitface.data.faces.pose import MARGIN

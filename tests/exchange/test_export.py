@@ -72,7 +72,7 @@ def test_a_graph_that_differs_is_not_written(backbone, tmp_path, monkeypatch, ca
         raise ExchangeError("cosine 0.9")
 
     for name, stand_in in {"trace": lambda *_: None, "onnx_bytes": lambda *_: b"x", "check_onnx": differs}.items():
-        monkeypatch.setattr(f"vitface.exchange.export.{name}", stand_in)
+        monkeypatch.setattr(f"vitface.commands.models.export.{name}", stand_in)
     assert export("onnx", "face.onnx") == 2
     assert "cosine 0.9" in capsys.readouterr().err and not (tmp_path / "face.onnx").exists()
 
@@ -110,7 +110,7 @@ def test_nothing_optional_is_imported_before_it_is_needed():
     import subprocess
 
     code = (
-        "import sys, vitface, vitface.exchange.export, vitface.exchange.import_peft, vitface.exchange.publish\n"
+        "import sys, vitface\nfrom vitface.commands.models import export, import_peft, publish\n"
         "print([name for name in ('onnx', 'onnxscript', 'onnxruntime', 'huggingface_hub', 'peft', 'transformers')"
         " if name in sys.modules])"
     )
@@ -169,7 +169,7 @@ def test_an_adapter_alone_becomes_a_model_of_the_raw_cls(backbone, tmp_path, cap
     assert export("peft-transformers", "adapter") == 0
     assert main(["import-peft", "adapter", "--backbone", "vit_nano", "--out", "other"]) == 2
     assert "no block's layer in a vit_nano" in capsys.readouterr().err and not (tmp_path / "other").exists()
-    from vitface.exchange.import_peft import adapted_backbone
+    from vitface.exchange.from_peft import adapted_backbone
 
     model, file = adapted_backbone(tmp_path / "adapter", NAME, None, 32)
     assert file == backbone and model.config.lora_scaling == "rslora"
@@ -183,7 +183,7 @@ def test_domains_and_models_have_to_fit(backbone, tmp_path, capsys):
     assert export("peft-timm", "adapter") == 0
     assert main(["import-peft", "adapter/domain-0", "--into", "run", "--out", "back"]) == 2
     assert "adapter/domain-0 has 1 domain" in capsys.readouterr().err
-    from vitface.exchange.import_peft import adapted_backbone
+    from vitface.exchange.from_peft import adapted_backbone
 
     with pytest.raises(ExchangeError, match="no router comes with them"):
         adapted_backbone(tmp_path / "adapter", NAME, None, 32)
@@ -204,4 +204,4 @@ def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert f"examples:\n  python -m vitface {command}" in capsys.readouterr().out
+    assert f"examples:\n  vitface {command}" in capsys.readouterr().out

@@ -309,7 +309,7 @@ def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
     assert front.get("base_model") == base and front["license"] == "mit"
     assert front.get("base_model_relation") == (base and "adapter")
     assert ("always out-of-scope" in text) == backbone.startswith("clip")
-    assert (f"weights.fetch {backbone}" in text) == backbone.startswith(("dinov2", "clip"))
+    assert (f"vitface fetch {backbone}" in text) == backbone.startswith(("dinov2", "clip"))
     assert "Not evaluated" in text and "None were calibrated" in text
     check_card(text.encode())
 

@@ -122,7 +122,7 @@ def test_round_trip(tmp_path):
     assert len(part_files(tmp_path / "deep" / "people")) == 3
     with pytest.raises(DataError, match="is not empty"):
         gallery.save(tmp_path / "deep" / "people")
-    with pytest.raises(DataError, match="is no gallery; make one with python -m vitface embed"):
+    with pytest.raises(DataError, match="is no gallery; make one with vitface embed"):
         Gallery.load(tmp_path)
 
 

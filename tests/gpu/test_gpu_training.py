@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
+from vitface.commands import train
 from vitface.config import FaceConfig, resolve
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss

@@ -43,7 +43,7 @@ def test_places_in_order(backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     path.rename(tmp_path / "kept")
-    with pytest.raises(WeightsError, match="vitface.weights.fetch tiny"):
+    with pytest.raises(WeightsError, match="vitface fetch tiny"):
         load_backbone("tiny")
     (tmp_path / "home").mkdir()
     os.link(tmp_path / "kept", tmp_path / "home" / "tiny.safetensors")
@@ -103,7 +103,7 @@ def test_other_files_are_answered_with_what_to_do(backbone, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "source.safetensors")
     torch.save(vit.state_dict(), tmp_path / "source.pth")
     for name in ("source.safetensors", "source.pth"):
-        with pytest.raises(WeightsError, match=rf"vitface.weights.convert NAME --src .*{name}"):
+        with pytest.raises(WeightsError, match=rf"vitface convert NAME --src .*{name}"):
             load_backbone("tiny", tmp_path / name)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsError, match="damaged"):

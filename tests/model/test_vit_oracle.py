@@ -16,7 +16,7 @@ from PIL import Image
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.model.vit import ViT, resample_pos_embed
 from vitface.store.backbones import load_backbone
-from vitface.weights.convert import convert_file
+from vitface.weights.conversion import convert_file
 
 transformers = pytest.importorskip("transformers")
 

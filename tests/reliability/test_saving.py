@@ -18,7 +18,7 @@ from matrix import ROWS, sizes
 from safetensors.torch import load_file
 from tiny import fingerprint, in_child, settings, start, use_tiny
 
-import train
+from vitface.commands import train
 from vitface.errors import CheckpointError, exit_code
 from vitface.store.faces import MODEL_FILES
 from vitface.training.run import run

@@ -10,7 +10,7 @@ import torch
 from matrix import ROWS
 from tiny import settings, use_tiny
 
-import train
+from vitface.commands import train
 from vitface.config import TrainConfig, resolve
 from vitface.credentials import find_secret
 from vitface.errors import ConfigError

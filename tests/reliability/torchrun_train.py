@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from pytest import MonkeyPatch  # noqa: E402
 from tiny import TINY, use_tiny  # noqa: E402
 
-import train  # noqa: E402
+from vitface.commands import train  # noqa: E402
 from vitface.errors import exit_code  # noqa: E402
 from vitface.training import loop  # noqa: E402
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import tiny_face
 
-import train
 import vitface
+from vitface.commands import train
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import roc

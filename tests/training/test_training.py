@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import train
 import vitface
+from vitface.commands import train
 from vitface.config import resolve
 from vitface.data.loader import identity_order, image_order, read_batches, split_people
 from vitface.data.synthetic.worlds import SyntheticSamples
@@ -345,7 +345,7 @@ def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert train.main(command) == 2
     printed = capsys.readouterr().err
     assert "data/casia-webface does not exist" in printed
-    assert "python -m vitface.weights.fetch clip_vitb16" in printed
+    assert "vitface fetch clip_vitb16" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vitface.commands.models.convert import main
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.vit import ViT
 from vitface.store.backbones import load_backbone, read_backbone
-from vitface.weights import convert
-from vitface.weights.convert import convert_backbone, convert_file, main
+from vitface.weights import conversion
+from vitface.weights.conversion import convert_backbone, convert_file
 from vitface.weights.keymaps import FAMILIES
 from vitface.weights.sources import SOURCES
 
@@ -222,7 +223,7 @@ def test_every_source_tensor_is_needed_or_listed(layout, tmp_path):
     for key in theirs:
         rest = {other: tensor for other, tensor in theirs.items() if other != key}
         try:
-            convert.map_tensors(path, rest, name, config)
+            conversion.map_tensors(path, rest, name, config)
         except WeightsError as error:
             assert key in str(error) or "known layouts" in str(error)
         else:
@@ -261,7 +262,7 @@ def test_the_order_in_the_file_means_nothing(layout, order, depth):
     ours = random_state(config)
     items = list(write_as(ours).items())
     order.shuffle(items)
-    assert_same(convert.map_tensors(Path("f"), dict(items), name, config)[1], ours)
+    assert_same(conversion.map_tensors(Path("f"), dict(items), name, config)[1], ours)
 
 
 def test_two_names_of_one_tensor_are_both_named(tmp_path):
@@ -551,7 +552,7 @@ def test_any_other_archive_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.jit, "load", never)
     with pytest.raises(WeightsError, match=rf"TorchScript archive.*{sha256_file(src)}") as caught:
         convert_file("clip_vitb16", config, src, tmp_path / "out.safetensors")
-    assert "python -m vitface.weights.fetch clip" in str(caught.value)
+    assert "vitface fetch clip" in str(caught.value)
 
 
 # Writing files
@@ -589,7 +590,7 @@ def test_a_source_file_is_answered_with_the_command(save, file, tmp_path):
     src = save(tmp_path / file, as_openai(random_state(tiny("clip_vitb16"))))
     with pytest.raises(WeightsError) as caught:
         load_backbone("clip", src, 32)
-    assert f"python -m vitface.weights.convert NAME --src {src}" in str(caught.value)
+    assert f"vitface convert NAME --src {src}" in str(caught.value)
 
 
 def test_an_existing_file_is_replaced_only_by_a_complete_one(monkeypatch, tmp_path):
@@ -693,11 +694,11 @@ def test_flags_that_argparse_refuses_exit_2(capsys):
         with pytest.raises(SystemExit) as caught:
             main(argv)
         assert caught.value.code == 2
-    assert "usage: python -m vitface.weights.convert" in capsys.readouterr().err
+    assert "usage: vitface convert" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_documented():
-    command = [sys.executable, "-m", "vitface.weights.convert", "--help"]
+    command = [sys.executable, "-m", "vitface", "convert", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "examples:" in done.stdout and "--src FILE" in done.stdout
 

@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from vitface.commands.models import convert, fetch
 from vitface.config import VIT_PRESETS
 from vitface.errors import WeightsError
 from vitface.model.vit import ViT
 from vitface.store.backbones import find_backbone, load_backbone, read_backbone
-from vitface.weights import convert, fetch
-from vitface.weights.fetch import fetch_backbone, main
+from vitface.weights import download
+from vitface.weights.download import fetch_backbone, fetch_detector
 from vitface.weights.sources import SOURCES
 
 NAME = "dinov2_vits14"
@@ -208,7 +209,7 @@ def test_a_changed_byte_is_caught_and_deleted(place, server, content, part, tmp_
 def test_without_a_network_it_says_what_to_do_and_that_works(server, content, monkeypatch, tmp_path, capsys):
     source = SOURCES[NAME]
     monkeypatch.setitem(SOURCES, NAME, dataclasses.replace(source, url="http://127.0.0.1:9/dinov2/original.pth"))
-    assert main([NAME]) == 2
+    assert fetch.main([NAME]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: cannot download http://127.0.0.1:9/")
     file = tmp_path / "home" / "sources" / "original.pth"
@@ -216,8 +217,8 @@ def test_without_a_network_it_says_what_to_do_and_that_works(server, content, mo
         assert part in captured.err
     file.write_bytes(content)
     command = shlex.split(captured.err.split("3. ")[1])
-    assert command[:3] == ["python", "-m", "vitface.weights.convert"]
-    assert convert.main(command[3:]) == 0
+    assert command[:2] == ["vitface", "convert"]
+    assert convert.main(command[2:]) == 0
     assert load_backbone(NAME, image_size=28).config == VIT_PRESETS[NAME]
 
 
@@ -238,7 +239,7 @@ def test_a_refusal_keeps_the_part(server, content, part):
 
 
 def test_a_server_that_falls_silent_is_given_up(server, content, part, monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     server.sends, server.stall = 3000, 1.0
     with pytest.raises(WeightsError, match=r"cannot download .*timed out"):
         fetch_backbone(NAME)
@@ -260,10 +261,10 @@ def test_another_file_put_there_by_hand_is_refused_and_kept(server, content, par
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path, capsys):
-    assert main([NAME]) == 0
+    assert fetch.main([NAME]) == 0
     printed = capsys.readouterr().out
     assert "the published original" in printed and printed.endswith(f"next      python train.py --backbone {NAME}\n")
-    assert main(["dinov2"]) == 0
+    assert fetch.main(["dinov2"]) == 0
     assert capsys.readouterr().out == (
         f"{tmp_path / 'home' / NAME}.safetensors is there already\nnext      python train.py --backbone {NAME}\n"
     )
@@ -289,33 +290,33 @@ def test_an_original_that_does_not_convert_is_kept(server, monkeypatch, part):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("vit_tiny_patch16", "python -m vitface.weights.convert vit_tiny_patch16 --src FILE --out"),
+        ("vit_tiny_patch16", "vitface convert vit_tiny_patch16 --src FILE --out"),
         ("vit_nano", "ships with the package"),
         ("resnet50", "unknown backbone 'resnet50'; known: dinov2, clip"),
     ],
 )
 def test_names_without_an_original_say_what_to_do(name, says, capsys):
-    assert main([name]) == 2
+    assert fetch.main([name]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.out == ""
 
 
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["--help"])
+        fetch.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert "python -m vitface.weights.fetch dinov2" in printed and "vit_tiny" not in printed
+    assert "vitface fetch dinov2" in printed and "vit_tiny" not in printed
 
 
 def test_the_detector_is_fetched_once_and_checked(server, content, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fetch, "DETECTOR", SOURCES[NAME])
+    monkeypatch.setattr(download, "DETECTOR", SOURCES[NAME])
     file = tmp_path / "home" / "face_detection_yunet.onnx"
     for _ in range(2):
         assert fetch.main(["yunet"]) == 0
         assert file.read_bytes() == content and len(server.requests) == 1
     file.write_bytes(b"another file")
-    assert fetch.fetch_detector().read_bytes() == content
-    monkeypatch.setattr(fetch, "DETECTOR", dataclasses.replace(SOURCES[NAME], sha256="0" * 64))
+    assert fetch_detector().read_bytes() == content
+    monkeypatch.setattr(download, "DETECTOR", dataclasses.replace(SOURCES[NAME], sha256="0" * 64))
     assert fetch.main(["yunet"]) == 2
     assert "not the pinned" in capsys.readouterr().err

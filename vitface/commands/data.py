@@ -4,11 +4,10 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
-from vitface.commands.align import add_finder_flags, make_finder
 from vitface.commands.parser import add_model_flags, command_parser, load_model
+from vitface.commands.photos.align import add_finder_flags, make_finder
 from vitface.data.checks.doctor import check, report_text
 from vitface.data.faces.build import RELEASES, build
 from vitface.data.faces.folder import write_crop
@@ -20,12 +19,12 @@ from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import ConfigError, DataError, exit_code
 
 EXAMPLES = """examples:
-  python -m vitface data check data                         everything in the folder; exit code 1 if something is wrong
-  python -m vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
-  python -m vitface data pack data/casia-webface data/casia-packed
-  python -m vitface data build cplfw downloads/cplfw data
-  python -m vitface data show data/casia-webface --augment strong --out sheet.png
-  python -m vitface data draw faces --people 5 --images 60  nobody's faces, to try things on
+  vitface data check data                         everything in the folder; exit code 1 if something is wrong
+  vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
+  vitface data pack data/casia-webface data/casia-packed
+  vitface data build cplfw downloads/cplfw data
+  vitface data show data/casia-webface --augment strong --out sheet.png
+  vitface data draw faces --people 5 --images 60  nobody's faces, to try things on
 """
 
 
@@ -104,7 +103,7 @@ def _build(arguments: argparse.Namespace) -> int:
     finder = make_finder(arguments, min_face=0)
     pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
     print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
-    print(f"next: python -m vitface data check {arguments.out / arguments.name}.bin")
+    print(f"next: vitface data check {arguments.out / arguments.name}.bin")
     return 0
 
 
@@ -133,7 +132,3 @@ def _draw(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: arguments.action(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

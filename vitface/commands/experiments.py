@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from vitface.commands.info import describe_checkpoint
+from vitface.commands.models.info import describe_checkpoint
 from vitface.commands.parser import command_parser
 from vitface.config import BOOKKEEPING, EXPERIMENTS, read_config, resolve, to_flag
 from vitface.errors import VitfaceError, exit_code
@@ -26,7 +26,7 @@ CAVEATS = (
 EXAMPLES = """examples:
   python train.py --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, days on one small GPU
   python evaluate.py --checkpoint runs/exp_001 --bench all
-  python -m vitface experiments --docs docs/experiments.md
+  vitface experiments --docs docs/experiments.md
 """
 
 
@@ -50,7 +50,7 @@ def experiments_markdown(runs: Path) -> str:
         rows += [f"| {name} | {run.name} | {' | '.join(_cells(name, run))} |" for run in ours]
         if not ours:
             rows.append(f"| {name} | not run | {' | '.join([''] * (len(head) - 2))} |")
-    about = f"Command: `python -m vitface experiments`. Accuracies in %. {CAVEATS}"
+    about = f"Command: `vitface experiments`. Accuracies in %. {CAVEATS}"
     return "\n".join([about, "", *rows, ""])
 
 
@@ -83,7 +83,3 @@ def experiments(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: experiments(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,7 +24,7 @@ NO_THRESHOLD = (
 def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser that shows its examples as they are written, and takes no abbreviated flags."""
     return argparse.ArgumentParser(
-        f"python -m vitface {name}", description=description, epilog=examples, allow_abbrev=False,
+        f"vitface {name}", description=description, epilog=examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""PEFT's folders as our adapters, strictly.
+"""PEFT's folders as our adapters, strictly, and face models made of them.
 
 PEFT itself only warns of keys that it does not know, and then runs the base model alone. Here each key has to be known,
 each layer to have both its matrices in the right shapes, each block to have what the others have, and each setting that
@@ -9,6 +9,7 @@ is missing, their A are stacked and their B put on a block diagonal, at up to th
 so that the scaling stays what it was. Both are exact.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitface.config import MAX_SIZE, ViTConfig
+from vitface.config import MAX_SIZE, FaceConfig, ViTConfig, backbone_name
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
+from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
-from vitface.store.backbones import expected_tensors
+from vitface.store.backbones import expected_tensors, find_backbone, load_backbone, weights_sha256
+from vitface.store.faces import backbone_of, find_checkpoint, load_face, trained_tensors
 from vitface.store.tensors import load_tensors
 from vitface.weights.keymaps import META_TIMM, transformers_family
 
@@ -214,3 +217,37 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
         tensors[f"{layer}.lora_a"] = torch.cat([a, torch.zeros(rank - len(a), in_features)])
         tensors[f"{layer}.lora_b"] = torch.cat([b, torch.zeros(out_features, rank - len(a))], dim=1)
     return tensors
+
+
+def adapted_backbone(
+    adapter: Path, backbone: str, weights: str | None, image_size: int
+) -> tuple[FaceModel, str | Path]:
+    """A preset with the adapter of a PEFT folder, its embedding the CLS token; and the backbone file it takes."""
+    name = backbone_name(backbone)
+    vit = load_backbone(name, weights, image_size)
+    adapters, domains = read_domains(adapter, name, vit.config)
+    if domains > 1:
+        raise ExchangeError(f"{adapter} has {domains} domains, and no router comes with them: name one with --into")
+    file = weights if weights else find_backbone(name)
+    frozen = FaceConfig(name, weights_sha256(name, weights), vit.config, image_size, embedding_dim=vit.config.embed_dim)
+    model = FaceModel(vit, dataclasses.replace(frozen, **adapters.settings))
+    vit.load_state_dict({**vit.state_dict(), **adapters.tensors})
+    return model.eval(), file
+
+
+def adapters_into(adapter: Path, checkpoint: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
+    """A face model with the adapters of a PEFT folder in the place of its own; and the backbone file it takes.
+
+    It has no thresholds: those of the model before are not its own.
+    """
+    old = load_face(checkpoint, weights)
+    adapters, domains = read_domains(adapter, old.config.backbone, old.config.vit)
+    if domains != old.config.num_domains:
+        raise ExchangeError(f"{adapter} has {domains} domains, {checkpoint} {old.config.num_domains}")
+    config = dataclasses.replace(old.config, **adapters.settings)
+    file = backbone_of(find_checkpoint(checkpoint), config, weights)
+    model = FaceModel(load_backbone(config.backbone, file, config.image_size), config)
+    kept = {key: tensor for key, tensor in trained_tensors(old).items() if not key.endswith(("lora_a", "lora_b"))}
+    new = {f"vit.{key}": tensor for key, tensor in adapters.tensors.items()}
+    model.load_state_dict({**model.state_dict(), **kept, **new})
+    return model.eval(), file

@@ -115,7 +115,7 @@ class Gallery:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Gallery":
-        """The gallery in a folder that `save` or `python -m vitface embed` wrote; DataError for anything else."""
+        """The gallery in a folder that `save` or `vitface embed` wrote; DataError for anything else."""
         settings, gallery = read_settings(Path(path)), None
         for names, rows in read_parts(Path(path)):
             gallery = gallery or cls(rows.shape[1], settings, device)
@@ -123,7 +123,7 @@ class Gallery:
                 raise DataError(f"{path} mixes embeddings of {gallery.embedding_dim} and of {rows.shape[1]} numbers")
             gallery.add(names, rows)
         if gallery is None:
-            raise DataError(f"{path} holds no embedding yet; make them with python -m vitface embed FOLDER {path}")
+            raise DataError(f"{path} holds no embedding yet; make them with vitface embed FOLDER {path}")
         return gallery
 
     def _filled(self) -> Iterator[Tensor]:

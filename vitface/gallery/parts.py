@@ -57,7 +57,7 @@ def read_settings(path: Path) -> Settings:
     """The settings of a gallery; DataError if `path` is none."""
     file = path / SETTINGS_FILE
     if not is_gallery(path):
-        raise DataError(f"{path} is no gallery; make one with python -m vitface embed FOLDER {path}")
+        raise DataError(f"{path} is no gallery; make one with vitface embed FOLDER {path}")
     try:
         if file.stat().st_size > MAX_SETTINGS_BYTES:
             raise ValueError

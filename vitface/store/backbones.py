@@ -56,7 +56,7 @@ def find_backbone(name: str) -> Path:
     raise WeightsError(
         f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. "
         "Get them with\n"
-        f"  python -m vitface.weights.fetch {name}\n"
+        f"  vitface fetch {name}\n"
         f"or name a converted file with --weights FILE"
     )
 
@@ -84,7 +84,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
     if metadata.get("format") != BACKBONE_FORMAT:
         raise WeightsError(
             f"{path} is not a converted file; convert it first:\n"
-            f"  python -m vitface.weights.convert NAME --src {path} --out weights/NAME.safetensors\n"
+            f"  vitface convert NAME --src {path} --out weights/NAME.safetensors\n"
             f"with NAME one of {', '.join(VIT_PRESETS)}"
         )
     try:

@@ -1,15 +1,12 @@
-"""Train and compare a grid of controls over seeds: python -m vitface study NAME. Resumes where it stopped.
+"""A grid of DA-LoRA and its controls over seeds, trained and compared. It continues where it stopped.
 
 Each cell is one ordinary run directory, FOLDER/VARIANT-sSEED. Two kinds of cell are only evaluated: the frozen
 backbone, and each DA-LoRA run with its gate shuffled. FOLDER/study.md and
 study.json hold the table, after each seed anew.
 """
 
-import argparse
 import dataclasses
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +16,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from vitface.config import Dtype, TrainConfig, add_flags, resolve, to_flag
+from vitface.config import Dtype, TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
-from vitface.errors import ConfigError, EvaluationError, exit_code
+from vitface.errors import ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.compare import Comparison, Side, compare, comparison_json, read_run
 from vitface.evaluation.routing import synthetic_routing
@@ -38,14 +35,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
     "tiny": {"exp": "demo", "epochs": 1, "limit_batches": 4, "holdout_people": 4, "max_samples": 600},
 }
-SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "gate", "dry_run")
 SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
-EXAMPLES = """examples:
-  python -m vitface study tiny                            minutes: shows what a study is
-  python -m vitface study synthetic --seeds 0 1 2
-  python -m vitface study synthetic --variants lora lora_wide --lora-rank 1 --save-dir studies/rank_1
-  python -m vitface study controls --backbone vit_tiny_patch16 --image-size 112 --epochs 10 --train-data data/faces
-"""
 
 
 def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -197,37 +187,6 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparison
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m vitface study", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("name", choices=STUDIES, help="which study; train.py's flags change its settings")
-    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
-    parser.add_argument(
-        "--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all"
-    )
-    add_flags(parser)
-    given = vars(parser.parse_args(argv))
-    own = {key: given.pop(key) for key in ("name", "seeds", "chosen", "docs")}
-    return exit_code(lambda: study(**own, given=given))
-
-
-def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | None, given: dict[str, Any]) -> None:
-    """Runs study `name` with the `given` flags of train.py on top; ConfigError for flags that it sets itself."""
-    for key in SET_BY_THE_STUDY:
-        if key in given:
-            raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
-    folder = Path(given.pop("save_dir", None) or Path("studies") / name)
-    command = shlex.join(["python", "-m", "vitface", "study", *sys.argv[2:]])
-    base = resolve({**STUDIES[name], **given})
-    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command, print)
-    if docs is not None:
-        put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
-        print(f"wrote {docs}")
-
-
 def put_between_markers(path: Path, title: str, text: str) -> None:
     """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -238,7 +197,3 @@ def put_between_markers(path: Path, title: str, text: str) -> None:
     tail = rest.partition(last)[2]
     gap = "" if begun or not head else "\n"
     replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

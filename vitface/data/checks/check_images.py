@@ -36,7 +36,7 @@ def sizes(found: Scan) -> Findings:
         yield Finding(
             "size", "warning", f"{other.sum()} images are not 112 x 112 but, for example, {width} x {height}; they "
             "are resized, which is right only if they are aligned to the same template",
-            "align the original photos: python -m vitface align SRC OUT",
+            "align the original photos: vitface align SRC OUT",
         )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def unaligned(found: Scan) -> Findings:
         what += ": the 96 x 112 template" if (x, y) == (-8, 0) else ""
     yield Finding(
         "unaligned", "error", what,
-        "align the original photos with the template of the benchmarks: python -m vitface align SRC OUT",
+        "align the original photos with the template of the benchmarks: vitface align SRC OUT",
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def different_alignment(train: TrainingSet, bench: Benchmark) -> Findings:
     if alike < ALIKE:
         yield Finding(
             "different_alignment", "error", f"the mean faces of training and {bench.pairs.name} do not lie on each "
-            f"other (correlation {alike:.2f})", "align both with one template: python -m vitface align SRC OUT",
+            f"other (correlation {alike:.2f})", "align both with one template: vitface align SRC OUT",
         )  # fmt: skip
 
 

@@ -34,13 +34,11 @@ class FaceDetector:
         if importlib.util.find_spec("cv2") is None:
             raise ConfigError(
                 "finding faces in photos needs OpenCV:\n  pip install 'vitface[align]'\n"
-                "(python -m vitface align also takes landmarks from a file: --landmarks CSV)"
+                "(vitface align also takes landmarks from a file: --landmarks CSV)"
             )
         self.model = model or cache_home() / "face_detection_yunet.onnx"
         if not self.model.is_file():
-            raise WeightsError(
-                f"no face detector at {self.model}; fetch it with\n  python -m vitface.weights.fetch yunet"
-            )
+            raise WeightsError(f"no face detector at {self.model}; fetch it with\n  vitface fetch yunet")
         self._net: Any = None
 
     def __getstate__(self) -> dict:

@@ -19,8 +19,8 @@ from vitface.errors import exit_code
 from vitface.gallery.from_folder import embed_folder
 
 EXAMPLES = """examples:
-  python -m vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
-  python -m vitface embed aligned people --no-align --checkpoint runs/a
+  vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
+  vitface embed aligned people --no-align --checkpoint runs/a
 
 Rows are written as they are made. A second call goes on with the images that the gallery does not have yet, so a
 stopped run loses half a minute at most, and new photos are added by the same command. In Python:
@@ -50,7 +50,7 @@ def embed(arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(done), indent=1))
     else:
         print(f"{arguments.out}: {done.total:,} images, {done.new:,} of them new, {len(done.skipped):,} skipped")
-        print(f"next: python -m vitface search {arguments.out} PHOTO, or cluster {arguments.out}")
+        print(f"next: vitface search {arguments.out} PHOTO, or cluster {arguments.out}")
     for why in done.skipped:
         print(f"skipped {why}", file=sys.stderr)
     return 1 if done.skipped else 0
@@ -59,7 +59,3 @@ def embed(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: embed(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

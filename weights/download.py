@@ -1,16 +1,12 @@
 """Downloads a backbone's original file, checks its sha256 and converts it.
 
-    python -m vitface.weights.fetch NAME
-
 The file goes to `sources/` in $VITFACE_HOME (default ~/.cache/vitface), as FILE.part until it is complete and its
 sha256 is the pinned one; a broken download goes on from there. The converted NAME.safetensors lies in $VITFACE_HOME,
 where `vitface.store.backbones.find_backbone` looks, and the original is deleted.
 """
 
-import argparse
 import http.client
 import os
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,11 +15,11 @@ from tqdm import tqdm
 
 import vitface
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import WeightsError, exit_code
+from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.home import cache_home
 from vitface.store.backbones import read_backbone
-from vitface.weights.convert import Conversion, convert_file, next_command, report
+from vitface.weights.conversion import Conversion, convert_file
 from vitface.weights.sources import DETECTOR, SOURCES
 
 TIMEOUT = 30  # seconds without a byte
@@ -40,7 +36,7 @@ def fetch_backbone(name: str) -> Conversion | None:
     if SOURCES[name].url is None:
         raise WeightsError(
             f"no original of {name} is pinned; convert a file of {SOURCES[name].origin} that you have:\n"
-            f"  python -m vitface.weights.convert {name} --src FILE --out {cache_home() / f'{name}.safetensors'}"
+            f"  vitface convert {name} --src FILE --out {cache_home() / f'{name}.safetensors'}"
         )
     return fetch_file(name, VIT_PRESETS[name])
 
@@ -81,7 +77,7 @@ def by_hand(name: str, file: Path, out: Path) -> str:
         f"  1. download {SOURCES[name].url}\n"
         f"     (sha256 {SOURCES[name].sha256})\n"
         f"  2. put it at {file}\n"
-        f"  3. python -m vitface.weights.convert {name} --src {file} --out {out}"
+        f"  3. vitface convert {name} --src {file} --out {out}"
     )
 
 
@@ -135,23 +131,8 @@ def _transfer(url: str, part: Path, have: int) -> None:
         raise OSError(f"the connection broke after {size} of {total} bytes")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m vitface.weights.fetch",
-        description="Download a backbone from its original source, check its sha256 and convert it.",
-        epilog="examples:\n"
-        "  python -m vitface.weights.fetch dinov2\n"
-        "  VITFACE_HOME=/data/vitface python -m vitface.weights.fetch clip\n"
-        f"backbones: {', '.join(name for name, source in SOURCES.items() if source.url)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", metavar="NAME", help="dinov2, clip or one of the list below; yunet, the face detector")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: _fetch_and_report(args.name))
-
-
 def fetch_detector() -> Path:
-    """Downloads YuNet, which `python -m vitface align` uses, unless it is there; WeightsError if that fails."""
+    """Downloads YuNet, which `vitface align` uses, unless it is there; WeightsError if that fails."""
     assert DETECTOR.url is not None and DETECTOR.sha256 is not None
     file = cache_home() / "face_detection_yunet.onnx"
     if not file.is_file() or sha256_file(file) != DETECTOR.sha256:
@@ -163,16 +144,3 @@ def fetch_detector() -> Path:
                 f"cannot download {DETECTOR.url}: {error}\nDownload it by hand (sha256 {DETECTOR.sha256}) to {file}"
             ) from None
     return file
-
-
-def _fetch_and_report(name: str) -> None:
-    if name == "yunet":
-        print(f"{fetch_detector()} is there\nnext      python -m vitface align SRC OUT")
-        return
-    name = backbone_name(name)
-    done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
-    print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,12 @@
 """Turns a published checkpoint into a backbone file: our names, float32, every setting in the metadata.
 
-    python -m vitface.weights.convert NAME --src FILE --out FILE.safetensors
-
 A conversion accounts for every tensor of the source, which is used exactly once or listed in `keymaps` as not used,
 and for every tensor of the model; anything else is an error that names it. Reading a file never runs code from it:
 pickles are loaded with weights_only=True, a TorchScript archive only if it is, by its sha256, one OpenAI published.
 """
 
-import argparse
 import dataclasses
 import pickle
-import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -22,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import WeightsError, exit_code
+from vitface.errors import WeightsError
 from vitface.files import sha256_file
-from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, find_backbone, save_backbone
+from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, save_backbone
 from vitface.weights.keymaps import FAMILIES, Family, find_family
 from vitface.weights.sources import SOURCES
 
@@ -133,7 +129,7 @@ def _read_openai_archive(path: Path, digest: str) -> dict[str, Tensor]:
     if digest not in {source.sha256 for source in SOURCES.values()}:
         raise WeightsError(
             f"{path} is a TorchScript archive, that is code, and not one OpenAI published (its sha256 is {digest}): "
-            "it is not opened. Get the original with\n  python -m vitface.weights.fetch clip\n"
+            "it is not opened. Get the original with\n  vitface fetch clip\n"
             "or take a safetensors file of the same weights"
         )
     with warnings.catch_warnings():
@@ -240,60 +236,3 @@ def _checked(path: Path, key: str, tensor: Tensor, target: str, shape: torch.Siz
     if not tensor.isfinite().all():
         raise WeightsError(f"{path}: {key} has NaN or infinite values; download it again")
     return tensor
-
-
-def report(done: Conversion) -> str:
-    """What a conversion read, used, dropped and wrote, and the command that comes next, as lines to print."""
-    config = done.config
-    pinned = "the published original" if done.published else "not a file with a pinned sha256"
-    dropped = ", ".join(f"{names} ({count})" if "*" in names else names for names, count in done.dropped.items())
-    act = config.act
-    if act == "quick_gelu" and not done.published:
-        act += " (as OpenAI's; LAION's and DataComp's weights need --act gelu)"
-    lines = [
-        f"read      {done.src}: {done.family}, sha256 {done.sha256}, {pinned}",
-        f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
-        f"dropped   {dropped or 'none'}",
-        f"settings  activation {act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
-        f"positions {config.pos_interp}, mean {config.mean}, std {config.std}",
-        f"wrote     {done.out} ({done.out.stat().st_size / 1e6:.1f} MB)",
-        f"next      {next_command(done.name, done.out)}",
-    ]
-    return "\n".join(lines)
-
-
-def next_command(name: str, path: Path) -> str:
-    """The command that trains on the backbone file `path`; it need not name a file that is found by itself."""
-    try:
-        found = find_backbone(name).resolve() == path.resolve()
-    except WeightsError:
-        found = False
-    return f"python train.py --backbone {name}" + ("" if found else f" --weights {path}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m vitface.weights.convert",
-        description="Convert a published checkpoint into the file that training and evaluation take.",
-        epilog="examples:\n"
-        "  python -m vitface.weights.convert dinov2 --src dinov2_vits14_pretrain.pth\n"
-        "  python -m vitface.weights.convert clip --src ViT-B-16.pt --out clip.safetensors\n"
-        "  python -m vitface.weights.convert clip --src laion/open_clip_model.safetensors --act gelu\n"
-        f"backbones: {', '.join(SOURCES)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
-    parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
-    parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: _convert_and_report(args))
-
-
-def _convert_and_report(args: argparse.Namespace) -> None:
-    out = args.out or Path("weights") / f"{backbone_name(args.name)}.safetensors"
-    print(report(convert_backbone(args.name, args.src, out, args.act)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from vitface.commands.parser import command_parser
@@ -11,9 +10,9 @@ from vitface.data.faces.folder import Finder, align_folder, read_landmarks, summ
 from vitface.errors import exit_code
 
 EXAMPLES = """examples:
-  python -m vitface.weights.fetch yunet                      the detector, once
-  python -m vitface align photos aligned                     photos/PERSON/1.jpg -> aligned/PERSON/1.jpg
-  python -m vitface align photos aligned --landmarks mine.csv
+  vitface fetch yunet                      the detector, once
+  vitface align photos aligned                     photos/PERSON/1.jpg -> aligned/PERSON/1.jpg
+  vitface align photos aligned --landmarks mine.csv
 
 OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
 (no crop). Its columns are those --landmarks takes, so landmarks can be mended in a copy of it. A second call goes on
@@ -47,14 +46,10 @@ def align(arguments: argparse.Namespace) -> int:
     finder, out = make_finder(arguments, MIN_FACE), arguments.out
     statuses = align_folder(arguments.src, out, finder, arguments.num_workers)
     print("\n".join(summary(statuses)))
-    print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: python -m vitface data check {out}")
+    print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: vitface data check {out}")
     return 0 if statuses["ok"] + statuses["several"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: align(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,9 +19,9 @@ from vitface.errors import exit_code
 from vitface.store.thresholds import Verdict
 
 EXAMPLES = """examples:
-  python -m vitface verify A.jpg B.jpg                       by the newest run in runs/
-  python -m vitface verify A.jpg B.jpg --checkpoint runs/a --far 0.001 --json
-  python -m vitface verify A.jpg B.jpg --threshold 0.35      for a run without calibrated thresholds
+  vitface verify A.jpg B.jpg                       by the newest run in runs/
+  vitface verify A.jpg B.jpg --checkpoint runs/a --far 0.001 --json
+  vitface verify A.jpg B.jpg --threshold 0.35      for a run without calibrated thresholds
 
 The score is the cosine of the two embeddings, from -1 to 1; it is no probability. The threshold was calibrated on
 training people that were held out: at FAR 0.001, 1 in 1,000 pairs of different people passes for the same.
@@ -61,7 +61,3 @@ def verify(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: verify(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

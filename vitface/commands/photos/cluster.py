@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from vitface.gallery.gallery import Gallery
 
 SHOWN, NAMES = 20, 4
 EXAMPLES = """examples:
-  python -m vitface cluster people                           the gallery that `embed` made
-  python -m vitface cluster people --threshold 0.4 --out people.csv
+  vitface cluster people                           the gallery that `embed` made
+  vitface cluster people --threshold 0.4 --out people.csv
 
 Average linkage: two groups become one while the mean cosine of their pairs reaches the threshold, by default that of
 the lowest calibrated false accept rate. A higher one splits people, a lower one mixes them. All pairs are compared:
@@ -70,7 +69,3 @@ def _text(members: list[list[str]], threshold: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

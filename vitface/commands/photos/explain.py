@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from vitface.commands.parser import add_model_flags, add_photo_flags, command_parser, crop_reader, load_model
@@ -10,8 +9,8 @@ from vitface.errors import ConfigError, exit_code
 from vitface.evaluation.explanation import explanation
 
 EXAMPLES = """examples:
-  python -m vitface explain A.jpg -o out.png
-  python -m vitface explain A.jpg -o out.png --block 0 --json
+  vitface explain A.jpg -o out.png
+  vitface explain A.jpg -o out.png --block 0 --json
 
 Attention shows what CLS reads in one block, by default the last; it is not why two faces are called alike. A model with
 the head "patches" reads every patch besides.
@@ -55,7 +54,3 @@ def explain(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: explain(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from vitface.store.settings import face_config
 from vitface.training.setup import parameter_counts
 
 EXAMPLES = """examples:
-  python -m vitface info                                     the newest run in runs/
-  python -m vitface info runs/a --json
-  python -m vitface info weights/dinov2_vits14.safetensors
+  vitface info                                     the newest run in runs/
+  vitface info runs/a --json
+  vitface info weights/dinov2_vits14.safetensors
 """
 
 
@@ -107,7 +106,3 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

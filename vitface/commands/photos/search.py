@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from vitface.commands.parser import (
@@ -19,8 +18,8 @@ from vitface.gallery.gallery import Gallery, Match
 from vitface.store.faces import model_sha256
 
 EXAMPLES = """examples:
-  python -m vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
-  python -m vitface search people A.jpg B.jpg --top 1 --json
+  vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
+  vitface search people A.jpg B.jpg --top 1 --json
 
 A false accept rate is per comparison: at FAR 0.001, a stranger meets one false match in a gallery of 1,000 people.
 """
@@ -77,7 +76,3 @@ def _text(photo: Path, matches: list[Match], threshold: float | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: search(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

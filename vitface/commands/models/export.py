@@ -1,9 +1,9 @@
 """Write a trained model for other programs: PEFT, ONNX Runtime, torch.export, or as a backbone without adapters."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from vitface.commands.parser import command_parser
 from vitface.errors import ConfigError, ExchangeError, exit_code
 from vitface.exchange.bundle import write_folder
 from vitface.exchange.merged import merged_files
@@ -15,20 +15,17 @@ from vitface.model.lora import adapter_state_dict
 from vitface.store.faces import find_checkpoint, load_face, read_face_config
 
 EXAMPLES = """examples:
-  python -m vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
-  python -m vitface export runs/a --format torch --out face.pt2          the same for torch.export.load
-  python -m vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
-  python -m vitface export runs/a --format peft-transformers --out adapter
-  python -m vitface export runs/a --format merged --out merged           LoRA folded into a backbone file, and the head
+  vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
+  vitface export runs/a --format torch --out face.pt2          the same for torch.export.load
+  vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
+  vitface export runs/a --format peft-transformers --out adapter
+  vitface export runs/a --format merged --out merged           LoRA folded into a backbone file, and the head
 """
 FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m vitface export", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("export", __doc__, EXAMPLES)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or owner/name on the Hub")
     add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
@@ -96,7 +93,3 @@ def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     return exit_code(lambda: export(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

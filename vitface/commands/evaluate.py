@@ -1,0 +1,156 @@
+"""Evaluate a face model, or a frozen backbone, on the face-verification benchmarks."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitface.commands.parser import command_parser
+from vitface.config import VIT_ALIASES, VIT_PRESETS
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.device import resolve_device, resolve_dtype
+from vitface.errors import ConfigError, DataError, exit_code
+from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
+from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
+from vitface.evaluation.page import report_page
+from vitface.evaluation.report import results_json, results_table
+from vitface.evaluation.routing import benchmark_routing, pose_text, routing_text, synthetic_routing
+from vitface.evaluation.scores import keep_scores
+from vitface.model.face import FaceModel, shuffle_gate
+from vitface.model.inference import prepare_inference
+from vitface.store.faces import frozen_face, load_face, model_sha256, newest_run
+
+EXAMPLES = """examples:
+  vitface evaluate --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
+  vitface evaluate --checkpoint runs/a --bench all     every benchmark there is a file for
+  vitface evaluate --checkpoint runs/a --bench synthetic --json results.json
+  vitface evaluate --bench all --output report.html    the same as a page with curves and pictures
+  vitface evaluate --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
+  vitface evaluate --bench lfw --routing               what DA-LoRA's domains have to do with pose
+  vitface evaluate --compare runs/lora-s* runs/dalora-s*   is the second one better?
+  vitface evaluate --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("evaluate", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--bench", choices=[*BENCHMARKS, "all"], help="which benchmark; 'all': each that has a file")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run (its best) or checkpoint directory; default: newest in runs/",
+    )
+    add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
+    add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
+    add("--routing", action="store_true", help="also say what DA-LoRA's router makes of pose, age and light")
+    add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
+    add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
+    add("--json", type=Path, metavar="FILE", help="also write the results there")
+    add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
+    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
+    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    return parser
+
+
+def load_model(arguments: argparse.Namespace) -> FaceModel:
+    """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
+    device = resolve_device(arguments.device)
+    if arguments.backbone is None:
+        if arguments.image_size is not None:
+            raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
+        arguments.checkpoint = arguments.checkpoint or newest_run()
+        print(f"checkpoint: {arguments.checkpoint}")
+        model = load_face(arguments.checkpoint, arguments.weights).to(device)
+        return prepare_inference(shuffle_gate(model) if arguments.gate else model)
+    if arguments.gate:
+        raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
+    if arguments.checkpoint is not None:
+        raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
+    dtype = resolve_dtype("auto", device)
+    model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype).to(device)
+    return prepare_inference(model)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag} {path}: its folder does not exist")
+    if arguments.compare:
+        return compare_runs(arguments)
+    if arguments.bench is None:
+        raise ConfigError("name a benchmark with --bench, or runs with --compare")
+    model = load_model(arguments)
+    if arguments.routing:
+        check_routing(model, arguments)
+    if arguments.bench == "all":
+        names = available(arguments.data_dir)
+        for name in BENCHMARKS:
+            if name not in names and name not in SYNTHETIC:
+                print(f"missing: {benchmark_path(name, arguments.data_dir)}")
+        if not names:
+            raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
+    else:
+        names = [arguments.bench]
+    evaluation = evaluate_all(model.embed, names, arguments.data_dir)
+    if evaluation.results:
+        print(results_table(evaluation.results))
+        if arguments.checkpoint and (arguments.checkpoint / "checkpoints").is_dir() and not arguments.gate:
+            keep_scores(arguments.checkpoint, evaluation.results, model_sha256(arguments.checkpoint))
+    routing = route(model, list(evaluation.results), arguments.data_dir) if arguments.routing else {}
+    if arguments.json:
+        written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+    if arguments.output:
+        title = str(arguments.checkpoint or f"{arguments.backbone}, frozen")
+        run, shown = arguments.checkpoint, arguments.show_faces
+        page = report_page(title, model, evaluation, run, arguments.data_dir, shown, routing)
+        arguments.output.write_text(page, encoding="utf-8")
+        print(f"wrote {arguments.output}")
+    for alarm in evaluation.alarms:
+        print(f"ALARM {alarm}", file=sys.stderr)
+    for failure in evaluation.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 2 if evaluation.failures else 0
+
+
+def check_routing(model: FaceModel, arguments: argparse.Namespace) -> None:
+    """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
+    if model.config.num_domains == 1:
+        raise ConfigError("--routing is for DA-LoRA; this model has no router")
+    if arguments.bench not in SYNTHETIC:
+        FaceDetector()
+
+
+def route(model: FaceModel, names: list[str], data_dir: Path) -> dict[str, dict]:
+    """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
+    world = next((name for name in names if name in SYNTHETIC), "synthetic")
+    found = {world: synthetic_routing(model, world=world)}
+    print(f"\nrouting on procedural faces, by their domain\n{routing_text(found[world])}")
+    for name in (name for name in names if name not in SYNTHETIC):
+        found[name] = benchmark_routing(model, read_benchmark(name, data_dir), FaceDetector())
+        print(f"\nrouting on {name}, by how far faces are turned\n{pose_text(found[name])}")
+    return found
+
+
+def compare_runs(arguments: argparse.Namespace) -> int:
+    """Every experiment against the first one named, from the scores that the runs kept."""
+    runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
+    wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
+    results = [{name: result for name, result in read_run(run).items() if name in wanted} for run in runs]
+    first, *others = group_runs(runs, results)
+    comparisons = [compare(first, other) for other in others]
+    print("\n\n".join(comparison_text(comparison) for comparison in comparisons))
+    if arguments.json:
+        entries = [comparison_json(comparison) for comparison in comparisons]
+        arguments.json.write_text(json.dumps({"comparisons": entries}, indent=1) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: evaluate(arguments))

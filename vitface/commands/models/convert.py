@@ -1,0 +1,67 @@
+"""Convert a published checkpoint into the file that training and evaluation take."""
+
+import argparse
+from pathlib import Path
+
+from vitface.commands.parser import command_parser
+from vitface.config import backbone_name
+from vitface.errors import WeightsError, exit_code
+from vitface.store.backbones import find_backbone
+from vitface.weights.conversion import Conversion, convert_backbone
+from vitface.weights.sources import SOURCES
+
+EXAMPLES = f"""examples:
+  vitface convert dinov2 --src dinov2_vits14_pretrain.pth
+  vitface convert clip --src ViT-B-16.pt --out clip.safetensors
+  vitface convert clip --src laion/open_clip_model.safetensors --act gelu
+
+backbones: {", ".join(SOURCES)}
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("convert", __doc__, EXAMPLES)
+    parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
+    parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
+    parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
+    return parser
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    out = arguments.out or Path("weights") / f"{backbone_name(arguments.name)}.safetensors"
+    print(report(convert_backbone(arguments.name, arguments.src, out, arguments.act)))
+
+
+def report(done: Conversion) -> str:
+    """What a conversion read, used, dropped and wrote, and the command that comes next, as lines to print."""
+    config = done.config
+    pinned = "the published original" if done.published else "not a file with a pinned sha256"
+    dropped = ", ".join(f"{names} ({count})" if "*" in names else names for names, count in done.dropped.items())
+    act = config.act
+    if act == "quick_gelu" and not done.published:
+        act += " (as OpenAI's; LAION's and DataComp's weights need --act gelu)"
+    lines = [
+        f"read      {done.src}: {done.family}, sha256 {done.sha256}, {pinned}",
+        f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
+        f"dropped   {dropped or 'none'}",
+        f"settings  activation {act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
+        f"positions {config.pos_interp}, mean {config.mean}, std {config.std}",
+        f"wrote     {done.out} ({done.out.stat().st_size / 1e6:.1f} MB)",
+        f"next      {next_command(done.name, done.out)}",
+    ]
+    return "\n".join(lines)
+
+
+def next_command(name: str, path: Path) -> str:
+    """The command that trains on the backbone file `path`; it need not name a file that is found by itself."""
+    try:
+        found = find_backbone(name).resolve() == path.resolve()
+    except WeightsError:
+        found = False
+    return f"python train.py --backbone {name}" + ("" if found else f" --weights {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: convert(arguments))

@@ -1,0 +1,60 @@
+"""Make a face model from adapters that PEFT trained."""
+
+import argparse
+from pathlib import Path
+
+from vitface.commands.parser import command_parser
+from vitface.config import VIT_ALIASES, VIT_PRESETS
+from vitface.errors import ConfigError, exit_code
+from vitface.exchange.bundle import face_files, write_folder
+from vitface.exchange.from_peft import adapted_backbone, adapters_into
+
+EXAMPLES = """examples:
+  vitface import-peft adapter --backbone dinov2 --out models/a       the embedding is the adapted CLS token
+  vitface import-peft tuned --into runs/a --out models/a-tuned       new adapters; head and router of runs/a
+
+ADAPTER is a folder with adapter_config.json and adapter_model.safetensors, in the names of timm or transformers, or one
+with domain-0, domain-1, ... of them, as `export --format peft-timm` writes for DA-LoRA.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("import-peft", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="PEFT folder, or a folder of domain-0, domain-1, ...")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the face model; vitface.load and --checkpoint take it",
+    )
+    base = parser.add_mutually_exclusive_group(required=True)
+    base.add_argument("--into", type=Path, metavar="CHECKPOINT", help="face model whose adapters are replaced")
+    base.add_argument("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="frozen backbone, without a head")
+    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
+    return parser
+
+
+def import_peft(arguments: argparse.Namespace) -> None:
+    if arguments.into and arguments.image_size:
+        raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
+    if arguments.into:
+        model, weights = adapters_into(arguments.adapter, arguments.into, arguments.weights)
+    else:
+        model, weights = adapted_backbone(
+            arguments.adapter, arguments.backbone, arguments.weights, arguments.image_size or 224
+        )
+    write_folder(arguments.out, {"": face_files(model, weights)})
+    config = model.config
+    print(
+        f"wrote {arguments.out}: rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
+        f"({config.lora_scaling}), {config.num_domains} domain{'s' * (config.num_domains > 1)}\n"
+        f"next: python evaluate.py --checkpoint {arguments.out} --bench all"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: import_peft(arguments))

@@ -1,0 +1,62 @@
+"""Write a model for the Hugging Face Hub: its adapters, router, head, settings, thresholds and a card, nothing else."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from vitface.commands.parser import command_parser
+from vitface.errors import ConfigError, ExchangeError, exit_code
+from vitface.exchange.bundle import sha256
+from vitface.exchange.card import RESEARCH_ONLY
+from vitface.exchange.hub_bundle import people_of, upload, write_bundle
+from vitface.exchange.leaks import check_bundle
+from vitface.store.faces import find_checkpoint, model_sha256
+from vitface.store.hub import NO_HUB, REPOSITORY
+
+EXAMPLES = """examples:
+  vitface publish runs/a --repo me/dinov2-faces --data "CASIA-WebFace, 490,623 images"     a dry run
+  vitface publish runs/a --repo me/dinov2-faces --data "..." --upload                      and upload it
+
+OUT is what is uploaded, and its card may be edited in between: a folder that is there is not written again. It is
+checked each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("publish", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best) or checkpoint")
+    add("--repo", required=True, metavar="OWNER/NAME", help="where it goes on the Hub; created as a private repository")
+    add("--data", metavar="TEXT", help="what it was trained on, for the card, in words that may be public")
+    add("--licence", default=None, metavar="ID", help=f"as the Hub calls it; default: {RESEARCH_ONLY}")
+    add("--out", type=Path, metavar="OUT", help="folder that is written, checked and uploaded; default: published/NAME")
+    add("--upload", action="store_true", help="upload what passed the check; without it, nothing leaves the machine")
+    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    return parser
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    repository = arguments.repo
+    if not REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"--repo {repository} is not OWNER/NAME")
+    if arguments.upload and importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError(NO_HUB)
+    step = find_checkpoint(arguments.checkpoint)
+    out = arguments.out or Path("published") / repository.split("/")[1]
+    if not out.exists():
+        write_bundle(step, out, repository, arguments.data, arguments.licence, arguments.weights)
+    files = check_bundle(out, arguments.weights, people_of(step))
+    if sha256(files["model.safetensors"]) != model_sha256(step):
+        raise ExchangeError(f"{out} holds another model than {arguments.checkpoint}; remove it, or name another --out")
+    print(f"{out}, of which nothing is a backbone, an identity, an image or an embedding:")
+    for name, data in files.items():
+        print(f"  {len(data):>12,}  {name}")
+    if arguments.upload:
+        print(f"uploaded to {upload(repository, files)}, a private repository until you open it")
+    else:
+        print(f"dry run: nothing was uploaded. Read {out / 'README.md'}, then call this again with --upload")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return exit_code(lambda: publish(arguments))

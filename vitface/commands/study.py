@@ -1,0 +1,51 @@
+"""Train and compare a grid of controls over seeds. It continues where it stopped."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from vitface.commands.parser import command_parser
+from vitface.config import add_flags, resolve, to_flag
+from vitface.errors import ConfigError, exit_code
+from vitface.study.grid import STUDIES, chosen_variants, put_between_markers, run_study
+
+SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "gate", "dry_run")
+EXAMPLES = """examples:
+  vitface study tiny                            minutes: shows what a study is
+  vitface study synthetic --seeds 0 1 2
+  vitface study synthetic --variants lora lora_wide --lora-rank 1 --save-dir studies/rank_1
+  vitface study controls --backbone vit_tiny_patch16 --image-size 112 --epochs 10 --train-data data/faces
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser("study", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("name", choices=STUDIES, help="which study; train's flags change its settings")
+    add("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
+    add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
+    add_flags(parser)
+    return parser
+
+
+def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | None, given: dict[str, Any]) -> None:
+    """Runs study `name` with the `given` flags of train on top; ConfigError for flags that it sets itself."""
+    for key in SET_BY_THE_STUDY:
+        if key in given:
+            raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
+    folder = Path(given.pop("save_dir", None) or Path("studies") / name)
+    command = shlex.join(["vitface", "study", *sys.argv[2:]])
+    base = resolve({**STUDIES[name], **given})
+    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command, print)
+    if docs is not None:
+        put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
+        print(f"wrote {docs}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = vars(make_parser().parse_args(argv))
+    own = {key: given.pop(key) for key in ("name", "seeds", "chosen", "docs")}
+    return exit_code(lambda: study(**own, given=given))

@@ -1,0 +1,72 @@
+"""A model's bundle for the Hugging Face Hub: written with a card, and uploaded."""
+
+import re
+from pathlib import Path
+
+from vitface.config import read_config
+from vitface.data.formats.samples import load_samples
+from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.errors import ConfigError, DataError, ExchangeError
+from vitface.evaluation.report import results_json
+from vitface.evaluation.scores import SCORES, load_scores
+from vitface.exchange.bundle import face_files, thresholds_of, write_folder
+from vitface.exchange.card import RESEARCH_ONLY, model_card
+from vitface.store.faces import backbone_of, load_face, model_sha256, run_folder
+
+
+def write_bundle(
+    step: Path, out: Path, repository: str, data: str | None, licence: str | None, weights: str | None
+) -> None:
+    """Writes the folder of a checkpoint with a fresh card.
+
+    `data` says what the model was trained on, and `licence` is an identifier of the Hub; both have defaults for
+    procedural faces. ConfigError where the card would lack one, ExchangeError for a model without adapters.
+    """
+    model = load_face(step, weights)
+    if not model.config.lora_rank:
+        raise ExchangeError(f"{step} has no adapters: there is nothing to publish but what others have published")
+    synthetic = read_config(run_folder(step)).get("train_data") in SYNTHETIC
+    data = data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
+    if data is None:
+        raise ConfigError("say with --data what it was trained on; the card is public, and a path may name somebody")
+    licence = licence or ("apache-2.0" if synthetic else RESEARCH_ONLY)
+    if not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise ConfigError(f"--licence {licence} is not an identifier of the Hub, such as mit or cc-by-nc-4.0")
+    thresholds = thresholds_of(step)
+    card = model_card(repository, model.config, data, licence, results_of(step), thresholds)
+    backbone = backbone_of(step, model.config, weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out, {"": {**face_files(model, backbone, thresholds), "README.md": card.encode()}})
+
+
+def results_of(step: Path) -> dict[str, dict]:
+    """What the run's scores say of this very checkpoint; empty if it was not evaluated."""
+    path = run_folder(step) / SCORES
+    if not path.is_file():
+        return {}
+    results, model = load_scores(path)
+    return results_json(results) if model == model_sha256(step) else {}
+
+
+def people_of(step: Path) -> list[str]:
+    """Names of training people, as far as the training data is still there: no card may hold one of them."""
+    try:
+        return list(load_samples(read_config(run_folder(step))["train_data"]).names)
+    except (DataError, OSError, KeyError, TypeError):
+        return []
+
+
+def upload(repository: str, files: dict[str, bytes]) -> str:
+    """Uploads the bytes that were checked, in one commit; the address. ExchangeError if the Hub refuses."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+        api.create_commit(repository, operations, commit_message="Model of vitface")
+    except Exception as error:  # its own, its HTTP library's, the system's
+        reason = str(error).strip().split("\n")[0]
+        message = f"the Hub did not take {repository} ({reason}); are you logged in?\n  hf auth login"
+        raise ExchangeError(message) from None
+    return str(url)
