@@ -28,7 +28,7 @@ from vitface.data.augment import augment, uniforms
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import pack
 from vitface.data.formats.samples import FolderSamples, Samples, load_samples
-from vitface.data.loader import image_order, read_batches
+from vitface.data.loader import epoch_order, read_batches
 from vitface.data.preprocess import to_float
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.training.loss_scale import LossScale
@@ -68,7 +68,7 @@ def jpeg_folder(train_data: str | None, root: Path) -> FolderSamples:
 
 def shuffled(count: int, available: int, seed: int) -> list[np.ndarray]:
     """Batches of `count` images in all, of which `available` differ."""
-    epochs = [image_order(np.zeros(available), seed, epoch) for epoch in range(-(-count // available))]
+    epochs = [epoch_order(available, seed, epoch) for epoch in range(-(-count // available))]
     return np.split(np.concatenate(epochs)[:count], range(BATCH, count, BATCH))
 
 

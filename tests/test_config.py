@@ -52,61 +52,6 @@ def test_experiments_are_a_two_by_two_grid():
     assert (resolved["exp_001"]["backbone"], resolved["exp_002"]["backbone"]) == ("dinov2", "clip")
 
 
-def test_every_flag_of_the_contract_exists():
-    flags = {to_flag(field.name) for field in dataclasses.fields(TrainConfig)}
-    assert flags >= set(
-        [
-            "--backbone",
-            "--weights",
-            "--image-size",
-            "--use-dalora",
-            "--num-domains",
-            "--lora-rank",
-            "--lora-alpha",
-            "--lora-scaling",
-            "--lora-targets",
-            "--router-depth",
-            "--domain-loss-weight",
-            "--train-patch-embed",
-            "--head",
-            "--embedding-dim",
-            "--loss",
-            "--margin",
-            "--scale",
-            "--augment",
-            "--train-data",
-            "--val-data",
-            "--holdout-people",
-            "--max-samples",
-            "--max-images-per-identity",
-            "--sampler",
-            "--pack",
-            "--cache",
-            "--batch-size",
-            "--limit-batches",
-            "--epochs",
-            "--patience",
-            "--lr",
-            "--head-lr",
-            "--weight-decay",
-            "--warmup-epochs",
-            "--clip",
-            "--num-workers",
-            "--seed",
-            "--save-dir",
-            "--resume",
-            "--device",
-            "--dtype",
-            "--impl",
-            "--compile",
-            "--wandb",
-            "--tensorboard",
-            "--exp",
-            "--dry-run",
-        ]
-    )
-
-
 def to_argv(config: TrainConfig) -> list[str]:
     argv = []
     for field in dataclasses.fields(config):

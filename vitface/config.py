@@ -160,8 +160,7 @@ class TrainConfig:
     train_data: str = flag(
         "data/casia-webface", "RecordIO, packed or image folder (one per person); synthetic, synthetic_shift"
     )
-    pack: bool = flag(True, "decode the training images once, into --cache; --no-pack: anew in every epoch")
-    cache: str | None = flag(None, "folder for packed training data; default ~/.cache/vitface/packed")
+    pack: bool = flag(True, "decode the training images once, into $VITFACE_HOME; --no-pack: in every epoch")
     val_data: str | None = flag("data", "folder of benchmark files, evaluated once at the end")
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a domain classifier")
     num_domains: int = flag(3, "adapters per layer with --use-dalora")
@@ -187,10 +186,8 @@ class TrainConfig:
     shard_identities: bool = flag(False, "cut the identity matrix over the GPUs and its logits into chunks")
     class_sample_rate: float = flag(1.0, "with --shard-identities: share of the other people a step compares with")
     augment: Literal["none", "flip", "strong"] = flag("strong", "augmentation of the training images")
-    sampler: Literal["image", "identity"] = flag("image", "show each image once per epoch, or each person as often")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")
-    max_images_per_identity: int | None = flag(None, "use at most this many training images of a person")
     batch_size: int = flag(64, "images per step, over all GPUs and --grad-accum")
     grad_accum: int = flag(1, "forward and backward passes per step, each on an equal part of a GPU's images")
     limit_batches: int | None = flag(None, "at most this many steps per epoch")
@@ -226,7 +223,7 @@ class TrainConfig:
                 raise ConfigError(f"{to_flag(name)} holds {kind}; settings are saved with the run, so they hold none")
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples", "max_images_per_identity")
+        positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples")
         positive += ("grad_accum", "save_every", "rank_timeout", "gate_temperature")
         for name in (*positive, "memory_budget"):
             value = getattr(self, name)
@@ -271,7 +268,7 @@ class TrainConfig:
 
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
-    "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "cache", "memory_budget", "weights",
+    "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "memory_budget", "weights",
     "val_data", "save_every", "rank_timeout", "wandb", "tensorboard",
 })  # fmt: skip
 

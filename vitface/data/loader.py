@@ -34,23 +34,16 @@ class Split:
         return {"images": len(self.indices), "people": self.num_people, "sha256": digest.hexdigest()}
 
 
-def split_people(
-    samples: Samples, holdout_people: int, max_samples: int | None, seed: int, max_per_identity: int | None = None
-) -> Split:
+def split_people(samples: Samples, holdout_people: int, max_samples: int | None, seed: int) -> Split:
     """Keeps `holdout_people` people with at least two images aside, drawn by `seed`.
 
-    Of the others, at most `max_per_identity` images each and `max_samples` in all are drawn to train on. ConfigError
-    unless at least two people are left.
+    Of the others, at most `max_samples` images are drawn to train on. ConfigError unless at least two people are left.
     """
     rng = np.random.default_rng([seed, 1])
     counts = np.bincount(samples.labels)
     people = rng.permutation(np.flatnonzero(counts >= 2))[:holdout_people]
     kept_aside = np.isin(samples.labels, people)
     indices = np.flatnonzero(~kept_aside)
-    if max_per_identity is not None:
-        by_person = indices[_by_person(samples.labels[indices], rng)]
-        first = np.searchsorted(samples.labels[by_person], samples.labels[by_person])
-        indices = np.sort(by_person[np.arange(len(by_person)) - first < max_per_identity])
     if max_samples is not None and max_samples < len(indices):
         indices = np.sort(rng.permutation(indices)[:max_samples])
     names, labels = np.unique(samples.labels[indices], return_inverse=True)
@@ -62,31 +55,9 @@ def split_people(
     return Split(indices, labels, len(names), np.flatnonzero(kept_aside))
 
 
-def image_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Every position in `labels` (n,) once, shuffled: (n,)."""
-    return np.random.default_rng([seed, 2, epoch]).permutation(len(labels))
-
-
-def identity_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """n positions in `labels` (n,) that show each of the C people n / C times, rounded down or up: (n,).
-
-    Rounds, in each of which every person has one turn, in a new order; a person's images take turns in shuffled order.
-    """
-    rng = np.random.default_rng([seed, 3, epoch])
-    counts = np.bincount(labels)
-    rounds = -(-len(labels) // len(counts))
-    people = rng.permuted(np.tile(np.arange(len(counts)), (rounds, 1)), axis=1)
-    images = _by_person(labels, rng)
-    turns = np.arange(rounds)[:, None] % counts[people]
-    return images[(np.cumsum(counts) - counts)[people] + turns].reshape(-1)[: len(labels)]
-
-
-EPOCH_ORDERS = {"image": image_order, "identity": identity_order}
-
-
-def _by_person(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Positions in `labels` by ascending label, shuffled within each."""
-    return np.lexsort((rng.random(len(labels)), labels))
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers 0 to `count` - 1, shuffled: in which order an epoch shows the training images."""
+    return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
 def read_batches(

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitface.config import TrainConfig
 from vitface.data.augment import augment, uniforms
 from vitface.data.formats.samples import Samples
-from vitface.data.loader import EPOCH_ORDERS, Split, read_batches
+from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
 from vitface.errors import ConfigError
 from vitface.training.ranks.process_group import rank, world_size
@@ -36,7 +36,7 @@ def rank_batches(
     """This rank's micro-batches of some steps of an epoch, in order: augmented float images (b, 3, 112, 112) in [0, 1],
     labels (b,), of `domains` (n,) of all samples theirs (b,), and the labels of the whole step (batch_size,)."""
     device, size = torch.device(config.device), micro_batch_size(config)
-    order = EPOCH_ORDERS[config.sampler](split.labels, config.seed, epoch)
+    order = epoch_order(len(split.labels), config.seed, epoch)
     whole = [order[step * config.batch_size : (step + 1) * config.batch_size] for step in steps]
     first = rank() * config.grad_accum
     parts = [step.reshape(-1, size)[first : first + config.grad_accum] for step in whole]

@@ -51,9 +51,7 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
 def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str, Any] | None:
     """Writes the thresholds of the run's best checkpoint, and returns what it wrote; None if nobody was held out."""
     samples = setup.open_inputs(config)
-    split = split_people(
-        samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
-    )
+    split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
     if not len(split.held_out):
         return None
     embeddings, _, people = embed_held_out(model, samples, split.held_out, flip=True)

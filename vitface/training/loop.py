@@ -68,9 +68,7 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.device = torch.device(config.device)
         self.samples = setup.open_inputs(config)
-        self.split = split_people(
-            self.samples, config.holdout_people, config.max_samples, config.seed, config.max_images_per_identity
-        )
+        self.split = split_people(self.samples, config.holdout_people, config.max_samples, config.seed)
         wait_for_all("inputs")  # packing takes one rank hours, and the others wait
         self.micro_batch = micro_batch_size(config)
         if len(self.split.indices) < config.batch_size:

@@ -78,8 +78,7 @@ def open_inputs(config: TrainConfig) -> Samples:
     if isinstance(samples, PackedSamples):
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):
-        cache = Path(config.cache) if config.cache else cache_home() / "packed"
-        packed = cached(samples, cache, config.num_workers, print)
+        packed = cached(samples, cache_home() / "packed", config.num_workers, print)
         if samples.domains is not None and packed.skipped:
             raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
         packed.domains, samples = samples.domains, packed
