@@ -47,7 +47,7 @@ def test_experiments_are_a_two_by_two_grid():
     assert differ("exp_001", "exp_003") == differ("exp_002", "exp_004") == {"use_dalora"}
     assert differ("exp_001", "exp_002") == differ("exp_003", "exp_004") == {"backbone"}
     recorded = dict(lora_rank=16, lora_alpha=16, head="linear", lr=1e-4, batch_size=128, epochs=40, loss="cosface")
-    recorded |= dict(scale=64, margin=0.35, train_patch_embed=False, num_domains=3, lora_scaling="lora")
+    recorded |= dict(scale=64, margin=0.35, train_patch_embed=False, num_domains=3)
     assert recorded.items() <= resolved["exp_003"].items()
     assert (resolved["exp_001"]["backbone"], resolved["exp_002"]["backbone"]) == ("dinov2", "clip")
 
@@ -93,7 +93,7 @@ def test_parse_inverts_to_argv(config):
         (["--seed", "-1"], "--seed must not be negative"),
         (["--batch-size", "1"], "at least 2"),
         (["--router-depth", "13"], "1 to 12 for dinov2"),
-        (["--limit-batches", "0"], "--limit-batches must be positive"),
+        (["--max-samples", "0"], "--max-samples must be positive"),
         (["--head-levels", "13"], "--head-levels must be 1 to 12 for dinov2, not 13"),
         (["--head", "bn", "--head-levels", "2"], "--head-levels goes with --head patches"),
     ],

@@ -22,7 +22,7 @@ def test_fused_and_reference_train_alike(tmp_path):
     adapters, losses = {}, {}
     for impl in ("reference", "fused"):
         run_dir = tmp_path / impl
-        flags = ["--exp", "demo", "--dtype", "fp32", "--impl", impl, "--batch-size", "32", "--limit-batches", "100"]
+        flags = ["--exp", "demo", "--dtype", "fp32", "--impl", impl, "--batch-size", "32", "--max-samples", "3200"]
         assert train.main([*flags, "--epochs", "2", "--save-dir", str(run_dir)]) == 0
         tensors = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
         adapters[impl] = torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_" in name])

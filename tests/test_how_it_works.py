@@ -287,7 +287,7 @@ def lora() -> list[str]:
     scalings = [lora_scaling(formula, recorded.lora_alpha, r) for r in (rank, 48) for formula in ("lora", "rslora")]
     assert counts["adapters"][0] == attn.qkv.weight.numel() == outputs * width == counts["adapters"][1]
     assert not any(tensor.any() for name, tensor in adapters.items() if name.endswith("lora_b"))
-    assert recorded.lora_scaling == "lora"
+    assert face.config.lora_scaling == "lora"
     return [
         say("moments for {:,} parameters", counts["backbone"][0]),
         say("A ({}, {}), B ({}, {}) for qkv", rank, width, outputs, rank),

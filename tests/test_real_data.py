@@ -43,7 +43,7 @@ def test_a_few_steps_on_real_faces(real_data, vit_tiny, tmp_path):
     """The command of the README on the real training set, cut to four steps."""
     command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", "112", "--use-dalora"]
     command += ["--train-data", str(real_data / "celeba289"), "--val-data", str(tmp_path), "--device", "cpu"]
-    command += ["--limit-batches", "4", "--batch-size", "16", "--epochs", "1", "--save-dir", str(tmp_path / "run")]
+    command += ["--max-samples", "64", "--batch-size", "16", "--epochs", "1", "--save-dir", str(tmp_path / "run")]
     assert train.main([*command, "--num-workers", "0"]) == 0
     model = vitface.load(tmp_path / "run")
     samples = RecordSamples(real_data / "celeba289")

@@ -168,8 +168,7 @@ class TrainConfig:
         "learned", "DA-LoRA's mix: the router's; controls: 1/K each, random for all, another image's"
     )
     lora_rank: int = flag(16, "rank of each adapter")
-    lora_alpha: float = flag(64.0, "adapter strength; see --lora-scaling")
-    lora_scaling: Literal["lora", "rslora"] = flag("lora", "alpha / rank, or alpha / sqrt(rank)")
+    lora_alpha: float = flag(64.0, "adapter strength; W' = W + alpha / rank · B A")
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
     gate_temperature: float = flag(1.0, "of the softmax over domains: below 1 one adapter per image, above 1 all alike")
@@ -190,7 +189,6 @@ class TrainConfig:
     max_samples: int | None = flag(None, "use at most this many training images")
     batch_size: int = flag(64, "images per step, over all GPUs and --grad-accum")
     grad_accum: int = flag(1, "forward and backward passes per step, each on an equal part of a GPU's images")
-    limit_batches: int | None = flag(None, "at most this many steps per epoch")
     epochs: int = flag(20, "passes over the data")
     save_every: int | None = flag(None, "also save after every so many steps, not only after each epoch")
     patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
@@ -211,7 +209,6 @@ class TrainConfig:
     impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused on the CPU, else reference")
     compile: bool = flag(False, "torch.compile the model")
     memory_budget: float | None = flag(None, "GB a step may take; blocks are recomputed until it fits")
-    rank_timeout: float = flag(600.0, "under torchrun: seconds that a process waits for the others")
     wandb: bool = flag(False, "also log to Weights & Biases (extra: vitface[wandb])")
     tensorboard: bool = flag(False, "also log for TensorBoard (extra: vitface[tensorboard])")
     dry_run: bool = flag(False, "two steps on synthetic images with random weights: needs no data, writes nothing")
@@ -223,8 +220,8 @@ class TrainConfig:
                 raise ConfigError(f"{to_flag(name)} holds {kind}; settings are saved with the run, so they hold none")
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        positive += ("epochs", "lr", "head_lr", "clip", "limit_batches", "max_samples")
-        positive += ("grad_accum", "save_every", "rank_timeout", "gate_temperature")
+        positive += ("epochs", "lr", "head_lr", "clip", "max_samples")
+        positive += ("grad_accum", "save_every", "gate_temperature")
         for name in (*positive, "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -269,7 +266,7 @@ class TrainConfig:
 # fields that do not shape what is trained (the backbone's weights are known by their SHA-256)
 BOOKKEEPING = frozenset({
     "save_dir", "resume", "allow_changed", "device", "num_workers", "pack", "memory_budget", "weights",
-    "val_data", "save_every", "rank_timeout", "wandb", "tensorboard",
+    "val_data", "save_every", "wandb", "tensorboard",
 })  # fmt: skip
 
 

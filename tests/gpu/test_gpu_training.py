@@ -29,7 +29,7 @@ def test_the_demo_trains_as_on_the_cpu(tmp_path):
         flags = ["--exp", "demo", "--dtype", "fp32", "--device", device, "--impl", impl, "--batch-size", "32"]
         run_dir = tmp_path / device
         with torch.backends.cudnn.flags(enabled=False):  # it would round the stem's pixels to TF32
-            assert train.main([*flags, "--limit-batches", "100", "--epochs", "2", "--save-dir", str(run_dir)]) == 0
+            assert train.main([*flags, "--max-samples", "3200", "--epochs", "2", "--save-dir", str(run_dir)]) == 0
         tensors = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
         adapters[device] = torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_" in name])
         losses[device] = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]

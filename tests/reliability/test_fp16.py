@@ -188,7 +188,7 @@ def test_fp16_follows_fp32(tmp_path, monkeypatch):
     """Six steps of the demo: every loss within half a percent, and nothing is skipped from a scale of 1,024."""
     monkeypatch.undo()
     monkeypatch.setattr(loss_scale, "START", 1024.0)
-    flags = dict(exp="demo", device="cpu", batch_size=8, limit_batches=6, epochs=1, max_samples=100, holdout_people=0)
+    flags = dict(exp="demo", device="cpu", batch_size=8, epochs=1, max_samples=100, holdout_people=0)
     losses = {}
     for dtype in ("fp32", "fp16"):
         trainer = Trainer(resolve_choices(resolve({**flags, "dtype": dtype})), None)

@@ -1,5 +1,6 @@
 """Runs on several ranks: they train what one process trains, act as one, and end in a clear error if one is lost."""
 
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from tiny import Faces, fingerprint, settings, use_tiny
 
 from vitface.errors import DataError, exit_code
 from vitface.training import batches, loop, setup, step
+from vitface.training import run as run_module
 from vitface.training.loop import Trainer
 from vitface.training.ranks import parallel
 from vitface.training.ranks.process_group import process_group, rank, world_size
@@ -97,7 +99,7 @@ def test_four_ranks_four_shards_and_the_whole_batch_agree_to_a_millionth(tmp_pat
 @pytest.mark.parametrize("world", [2, 4])
 def test_batch_norm_load_balance_and_adaface_are_over_all_ranks(tmp_path, world):
     """One step of DA-LoRA with everything that depends on the batch: gradients and buffers of the whole batch."""
-    config = setup.resolve_choices(settings(tmp_path, epochs=1, limit_batches=1, holdout_people=0))
+    config = setup.resolve_choices(settings(tmp_path, epochs=1, max_samples=8, holdout_people=0))
     expected = gradients(config)
 
     def act(number):
@@ -332,7 +334,8 @@ def lose_and_resume(folder, world, lost, how, where, count, changes):
 
     def act(number):
         lose(lost, how, where, count)
-        return run(settings(folder / "run", rank_timeout=TIMEOUT, **changes), quiet)
+        run_module.process_group = functools.partial(process_group, seconds=TIMEOUT)
+        return run(settings(folder / "run", **changes), quiet)
 
     codes, last = ended(folder, world, act, lost=[lost])
     assert codes == [2] * (world - 1), folder.name

@@ -30,7 +30,7 @@ def test_scores_of_all_pairs():
 def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(setup, "SYNTHETIC_PEOPLE", 24)
     monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 5)
-    command = ["--backbone", "vit_nano", "--image-size", "112", "--train-data", "synthetic", "--limit-batches", "1"]
+    command = ["--backbone", "vit_nano", "--image-size", "112", "--train-data", "synthetic", "--max-samples", "8"]
     command += ["--val-data", str(tmp_path), "--epochs", "1", "--batch-size", "8", "--holdout-people", "16"]
     command += ["--num-workers", "0", "--device", "cpu", "--head", "bn", "--save-dir", str(tmp_path / "run")]
     monkeypatch.setattr("vitface.training.run.final_benchmarks", lambda config: [])

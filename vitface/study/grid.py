@@ -33,7 +33,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "controls": {},  # the default recipe, on --train-data and --val-data
     "synthetic": {"exp": "demo"},
     "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
-    "tiny": {"exp": "demo", "epochs": 1, "limit_batches": 4, "holdout_people": 4, "max_samples": 600},
+    "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
 }
 SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
 
@@ -44,10 +44,9 @@ def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
     "lora_wide" has as many adapter parameters as DA-LoRA and the same scaling.
     """
     k = base.num_domains
-    alpha = base.lora_alpha * (k if base.lora_scaling == "lora" else k**0.5)
     grid: dict[str, dict[str, Any]] = {
         "lora": {"use_dalora": False},
-        "lora_wide": {"use_dalora": False, "lora_rank": k * base.lora_rank, "lora_alpha": alpha},
+        "lora_wide": {"use_dalora": False, "lora_rank": k * base.lora_rank, "lora_alpha": k * base.lora_alpha},
         "dalora": {"use_dalora": True},
         **{gate: {"use_dalora": True, "gate": gate} for gate in ("uniform", "random", "shuffled")},
     }

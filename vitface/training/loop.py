@@ -76,8 +76,6 @@ class Trainer:
                 f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}; lower it"
             )
         self.steps_per_epoch = len(self.split.indices) // config.batch_size
-        if config.limit_batches is not None:
-            self.steps_per_epoch = min(self.steps_per_epoch, config.limit_batches)
         self.model, self.margin = setup.build_model(config, self.split.num_people)
         self.memory = plan_memory(self.model, self.margin, self.micro_batch, config.memory_budget)
         self.model.vit.recomputed = self.memory.recomputed

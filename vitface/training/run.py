@@ -38,7 +38,7 @@ def run(config: TrainConfig, say: Say = print, with_frozen: bool = True) -> Path
     """
     config = resolve_choices(config)
     try:
-        with process_group(config.device, config.rank_timeout):
+        with process_group(config.device):
             say = say if rank() == 0 else _silent
             if config.dry_run:
                 trainer = Trainer(config, None)

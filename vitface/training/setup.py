@@ -37,10 +37,11 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
     if config.dry_run:
+        batch = min(config.batch_size, 8 * launched())
         config = dataclasses.replace(
-            config, weights="random", train_data="synthetic", val_data=None, epochs=1, limit_batches=2,
-            batch_size=min(config.batch_size, 8 * launched()), grad_accum=1, max_samples=64, holdout_people=0,
-            patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False,
+            config, weights="random", train_data="synthetic", val_data=None, epochs=1, batch_size=batch,
+            max_samples=2 * batch, grad_accum=1, holdout_people=0, patience=0, num_workers=0, resume=None,
+            wandb=False, tensorboard=False,
         )  # fmt: skip
     return config
 
@@ -112,7 +113,6 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         image_size=config.image_size,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        lora_scaling=config.lora_scaling,
         lora_targets=config.lora_targets,
         num_domains=config.num_domains if config.use_dalora else 1,
         gate=config.gate,

@@ -1,9 +1,9 @@
 """The process group of a run under torchrun: who is there, what all must agree on, and who was lost.
 
 On one device there is no process group and every function here is the identity. Under torchrun each rank is a process;
-tensors travel by NCCL where there is one, else by gloo, and small messages always by gloo. `rank_timeout` bounds how
-long a rank waits for the others. Each rank's pulse, a counter in the store that a thread raises once a second, tells a
-rank that was killed or stopped from one that merely waits, and each rank that fails leaves its last words there.
+tensors travel by NCCL where there is one, else by gloo, and small messages always by gloo. A rank waits RANK_TIMEOUT
+seconds for the others. Each rank's pulse, a counter in the store that a thread raises once a second, tells a rank that
+was killed or stopped from one that merely waits, and each rank that fails leaves its last words there.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from vitface.errors import ConfigError, RankError, VitfaceError
 
 PULSE = 1.0  # seconds between two beats
+RANK_TIMEOUT = 600.0  # seconds
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
 T = TypeVar("T")
 _watch: "_Watch | None" = None  # of the process group there is
@@ -51,16 +52,16 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def process_group(device: str, rank_timeout: float) -> Iterator[None]:
+def process_group(device: str, seconds: float = RANK_TIMEOUT) -> Iterator[None]:
     """Inside, the ranks that torchrun started are a process group; nothing happens where there is one process.
 
-    RankError, on every rank that is left, if one fails, is killed or keeps the others waiting for `rank_timeout`
-    seconds; it names the ranks.
+    RankError, on every rank that is left, if one fails, is killed or keeps the others waiting for so many `seconds`;
+    it names the ranks.
     """
     if launched() == 1:
         yield
         return
-    timeout = datetime.timedelta(seconds=rank_timeout)
+    timeout = datetime.timedelta(seconds=seconds)
     nccl = device.startswith("cuda") and dist.is_nccl_available()
     try:
         store, number, count = next(rendezvous("env://", timeout=timeout))
@@ -157,7 +158,7 @@ class _Watch:
         if not answers:
             return RankError(f"the process that keeps the ranks together (torchrun, or rank 0) was lost; {ADVICE}")
         if answers[0] is None and "imed out" in str(error):
-            return RankError(f"no rank was lost, but one did not arrive within --rank-timeout; {ADVICE}")
+            return RankError(f"no rank was lost, but one did not arrive in time; {ADVICE}")
         return answers[0]
 
     def missing(self) -> RankError | None:
