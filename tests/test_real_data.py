@@ -13,7 +13,7 @@ from vitface.commands import evaluate, train
 from vitface.commands.models import convert
 from vitface.data.formats.pairs import read_bin
 from vitface.data.formats.samples import RecordSamples
-from vitface.evaluation.protocol import auc
+from vitface.metrics import auc
 from vitface.training.holdout import all_pairs
 
 

@@ -8,17 +8,9 @@ from vitface.data.formats.pairs import read_bin
 from vitface.errors import EvaluationError
 from vitface.evaluation.alarms import pair_alarms
 from vitface.evaluation.benchmarks import embed_pairs
-from vitface.evaluation.protocol import (
-    auc,
-    contiguous_folds,
-    equal_error_rate,
-    far_threshold,
-    pair_distance,
-    roc,
-    tar_at_far,
-    verify,
-)
+from vitface.evaluation.protocol import contiguous_folds, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
+from vitface.metrics import auc, equal_error_rate, far_threshold, roc
 
 metrics = pytest.importorskip("sklearn.metrics")
 model_selection = pytest.importorskip("sklearn.model_selection")
@@ -118,7 +110,7 @@ def test_auc_eer_and_tar_are_torchmetrics(count, seed, ties):
     assert equal_error_rate(score, issame) == pytest.approx(torchmetrics.binary_eer(*given).item(), abs=step / 2 + 1e-6)
     at = 30 / (~issame).sum() + 1e-6
     want, _ = torchmetrics.binary_sensitivity_at_specificity(*given, min_specificity=1 - at - 1e-6)
-    assert tar_at_far(score, issame, at) == pytest.approx(want.item(), abs=1e-6)
+    assert far_threshold(score, issame, at)[1] == pytest.approx(want.item(), abs=1e-6)
 
 
 def test_equal_error_rate():
@@ -132,12 +124,12 @@ def test_equal_error_rate():
 def test_tar_at_far_never_exceeds_the_rate_and_refuses_small_sets():
     score, issame = scores(20_000, 1)
     for far in (0.01, 0.1):
-        tar = tar_at_far(score, issame, far)
+        _, tar = far_threshold(score, issame, far)
         threshold = np.sort(score[issame])[round((1 - tar) * issame.sum())]
         assert (score[~issame] >= threshold).mean() <= far
         assert tar == pytest.approx((score[issame] >= np.quantile(score[~issame], 1 - far)).mean(), abs=0.002)
     with pytest.raises(EvaluationError, match="needs 300,000 different pairs, there are 10,000"):
-        tar_at_far(score, issame, 1e-4)
+        far_threshold(score, issame, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +191,7 @@ def test_far_threshold_is_the_lowest_one_that_keeps_the_rate():
     assert (score[~issame] >= threshold).mean() <= 0.01
     lower = score[score < threshold].max()
     assert (score[~issame] >= lower).mean() > 0.01
-    assert tar == (score[issame] >= threshold).mean() == tar_at_far(score, issame, 0.01)
+    assert tar == (score[issame] >= threshold).mean()
     few, labels = scores(6000, 0)
     far_threshold(few, labels, 0.01)  # exactly 30 of 3,000: allowed
     with pytest.raises(EvaluationError, match="FAR=0.001 needs 30,000 different pairs, there are 3,000"):

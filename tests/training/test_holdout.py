@@ -8,7 +8,7 @@ import vitface
 from vitface.commands import train
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
-from vitface.evaluation.protocol import roc
+from vitface.metrics import roc
 from vitface.store.faces import model_sha256
 from vitface.training import holdout, setup
 from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text

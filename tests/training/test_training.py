@@ -23,7 +23,7 @@ from vitface.config import resolve
 from vitface.data.loader import epoch_order, read_batches, split_people
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError, ConfigError, DataError
-from vitface.evaluation.protocol import auc
+from vitface.metrics import auc
 from vitface.model.margin import MarginLoss
 from vitface.training import loop, setup
 from vitface.training.loop import Trainer

@@ -10,7 +10,8 @@ import numpy as np
 
 from vitface.data.formats.pairs import VerificationSet
 from vitface.errors import DataError, EvaluationError
-from vitface.evaluation.protocol import Verification, auc, contiguous_folds
+from vitface.evaluation.protocol import Verification, contiguous_folds
+from vitface.metrics import auc
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
 DISJOINT_FOLDS = ("lfw", "cfp_ff", "cfp_fp")  # a person, hence an image, is in one fold only

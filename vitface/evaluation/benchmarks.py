@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.formats.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
-from vitface.data.images import decode_image, to_crop
 from vitface.data.synthetic.worlds import SYNTHETIC, pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
@@ -112,15 +111,13 @@ def embed_pairs(
     embed: Embed, pairs: VerificationSet, batch_size: int, in_turns: InTurns = in_order
 ) -> tuple[np.ndarray, np.ndarray]:
     """(first, second), each (N, E). An image that occurs in several pairs is embedded once."""
-    row_of: dict[bytes, int] = {}
-    rows = np.array([row_of.setdefault(image, len(row_of)) for image in pairs.images])
-    unique = list(row_of)
+    images, rows = pairs.distinct()
 
     def embed_batch(turn: int) -> np.ndarray:
-        batch = range(turn * batch_size, min((turn + 1) * batch_size, len(unique)))
-        return embed(np.stack([to_crop(decode_image(unique[i], f"{pairs.name}, image {i}")) for i in batch]))
+        batch = range(turn * batch_size, min((turn + 1) * batch_size, len(images)))
+        return embed(np.stack([images.read(i) for i in batch]))
 
-    embeddings = in_turns(embed_batch, -(-len(unique) // batch_size))
+    embeddings = in_turns(embed_batch, -(-len(images) // batch_size))
     return embeddings[rows[::2]], embeddings[rows[1::2]]
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from vitface.data.images import decode_image, to_crop
+from vitface.data.formats.pairs import EncodedImages
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, read_benchmark
 from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
-from vitface.evaluation.protocol import Verification, roc
+from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import synthetic_routing
+from vitface.metrics import roc
 from vitface.model.face import FaceModel
 from vitface.templates import render
 
@@ -63,9 +64,9 @@ def learning_curve(run: Path) -> list[Chart]:
         rows = list(csv.DictReader(file))
     charts = []
     for key, label in (("loss", "training loss"), ("holdout_auc", "AUC on held-out training people")):
-        points = np.array([(row["epoch"], row[key]) for row in rows if row[key]], float)
-        if len(points) > 1:
-            charts.append(line_chart(label, "epoch", label, {label: points.T}))
+        x, y = (np.array([row[column] for row in rows if row[key]], float) for column in ("epoch", key))
+        if len(x) > 1:
+            charts.append(line_chart(label, "epoch", label, {label: (x, y)}))
     return charts
 
 
@@ -103,13 +104,13 @@ def hardest_pairs(results: dict[str, Verification], data_dir: Path, count: int =
     for name, result in results.items():
         if name in SYNTHETIC:
             continue
-        images = read_benchmark(name, data_dir).images
+        images = EncodedImages(name, read_benchmark(name, data_dir).images)
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):
             worst = np.flatnonzero(kind)[np.argsort(sign * result.distance[kind])[:count]]
             found[f"{name}, {label}"] = [
-                picture(to_crop(decode_image(image, name)), f"cosine {1 - result.distance[i] / 2:.2f}")
+                picture(images.read(2 * i + side), f"cosine {1 - result.distance[i] / 2:.2f}")
                 for i in worst.tolist()
-                for image in images[2 * i : 2 * i + 2]
+                for side in (0, 1)
             ]
     return found
 

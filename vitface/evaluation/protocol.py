@@ -1,4 +1,4 @@
-"""Face verification: distances and labels -> accuracy, AUC, EER, TAR@FAR. numpy only.
+"""Face verification: distances and labels -> accuracy, with AUC and EER of `vitface.metrics`. numpy only.
 
 The field's protocol (InsightFace's `eval/verification.py`): the squared Euclidean distance of unit vectors, in [0, 4];
 ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ...
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitface.errors import EvaluationError
+from vitface.metrics import auc, check_scores, equal_error_rate
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 NUM_FOLDS = 10
@@ -97,62 +98,3 @@ def verify(
 def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:
     """Whether each of the THRESHOLDS decides each pair rightly, bool (T, M)."""
     return (distance[None] < THRESHOLDS[:, None]) == issame[None]
-
-
-def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
-    """EvaluationError for what no metric can be computed from, with the likely cause."""
-    if len(score) != len(issame) or not len(score):
-        raise EvaluationError(f"{len(score)} scores for {len(issame)} labels")
-    if not np.isfinite(score).all():
-        bad = int((~np.isfinite(score)).sum())
-        raise EvaluationError(f"{bad} of {len(score)} scores are NaN or infinite: the model or its weights are broken")
-    if issame.all() or not issame.any():
-        raise EvaluationError("all labels are equal: the pair list was read wrongly")
-    if np.ptp(score) == 0:
-        raise EvaluationError("all scores are equal: the embeddings have collapsed to one point")
-
-
-def auc(score: np.ndarray, issame: np.ndarray) -> float:
-    """Area under the ROC curve: P(score of a same pair > score of a different pair), ties counting half."""
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positives = int(issame.sum())
-    negatives = len(issame) - positives
-    return float((ranks[issame].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def roc(score: np.ndarray, issame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(FAR, TAR, threshold), each rising from "accept nothing"; a pair is accepted if its score >= threshold."""
-    order = np.argsort(-score, kind="stable")
-    last_of_ties = np.r_[np.diff(score[order]) != 0, True]
-    accepted_same = np.cumsum(issame[order])[last_of_ties]
-    accepted = np.flatnonzero(last_of_ties) + 1
-    far = (accepted - accepted_same) / (~issame).sum()
-    return np.r_[0.0, far], np.r_[0.0, accepted_same / issame.sum()], np.r_[np.inf, score[order][last_of_ties]]
-
-
-def equal_error_rate(score: np.ndarray, issame: np.ndarray) -> float:
-    """Where the false accept rate equals the false reject rate, on the ROC's linear interpolation."""
-    far, tar, _ = roc(score, issame)
-    gap = far - (1 - tar)  # rises from -1 to 1
-    i = int(np.argmax(gap >= 0))
-    t = gap[i - 1] / (gap[i - 1] - gap[i])
-    return float(far[i - 1] + t * (far[i] - far[i - 1]))
-
-
-def far_threshold(score: np.ndarray, issame: np.ndarray, far: float) -> tuple[float, float]:
-    """(threshold, TAR) of the lowest threshold whose false accept rate is at most `far`; accepted is score >= it.
-
-    EvaluationError if fewer than 30 false accepts would decide it (Doddington's rule of 30).
-    """
-    negatives = int((~issame).sum())
-    if round(far * negatives, 6) < 30:
-        raise EvaluationError(f"FAR={far:g} needs {int(np.ceil(30 / far)):,} different pairs, there are {negatives:,}")
-    rates, tar, thresholds = roc(score, issame)
-    last = np.searchsorted(rates, far, side="right") - 1  # FAR and TAR rise together
-    return float(thresholds[last]), float(tar[last])
-
-
-def tar_at_far(score: np.ndarray, issame: np.ndarray, far: float) -> float:
-    """The largest true accept rate whose false accept rate is at most `far`; EvaluationError as `far_threshold`."""
-    return far_threshold(score, issame, far)[1]

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import EvaluationError
 from vitface.evaluation.benchmarks import BENCHMARKS
-from vitface.evaluation.protocol import Verification, tar_at_far
+from vitface.evaluation.protocol import Verification
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
+from vitface.metrics import far_threshold
 from vitface.store.faces import FARS
 
 Results = Mapping[str, Verification]  # by benchmark name
@@ -38,7 +39,7 @@ def _mean(results: Results) -> float:
 
 def _tar(result: Verification, far: float) -> float | None:
     try:
-        return tar_at_far(-result.distance, result.issame, far)
+        return far_threshold(-result.distance, result.issame, far)[1]
     except EvaluationError:
         return None
 

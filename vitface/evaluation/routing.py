@@ -11,9 +11,8 @@ import numpy as np
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.pose import crop_landmarks, yaw_degrees
 from vitface.data.formats.pairs import VerificationSet
-from vitface.data.images import decode_image, to_crop
 from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
-from vitface.evaluation.protocol import auc
+from vitface.metrics import auc
 from vitface.model.face import FaceModel
 
 YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, far turned
@@ -97,8 +96,9 @@ def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
 def benchmark_routing(model: FaceModel, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
     """`pose_routing` of a benchmark's first POSED_IMAGES images, without those whose face is not found again."""
     crops, landmarks = [], []
-    for number, image in enumerate(list(dict.fromkeys(pairs.images))[:POSED_IMAGES]):
-        crop = to_crop(decode_image(image, f"{pairs.name}, image {number}"))
+    images, _ = pairs.distinct()
+    for i in range(min(len(images), POSED_IMAGES)):
+        crop = images.read(i)
         found = crop_landmarks(crop, detector)
         if found is not None:
             crops.append(crop)

@@ -15,8 +15,8 @@ from vitface.config import TrainConfig
 from vitface.data.formats.samples import Samples
 from vitface.data.loader import read_batches, split_people
 from vitface.errors import EvaluationError
-from vitface.evaluation.protocol import far_threshold
 from vitface.files import replace_file
+from vitface.metrics import far_threshold
 from vitface.model.face import FaceModel
 from vitface.store.faces import FARS, THRESHOLDS_FILE, model_sha256
 from vitface.training import setup

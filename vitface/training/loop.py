@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vitface.config import TrainConfig
 from vitface.data.loader import split_people
 from vitface.errors import ConfigError
-from vitface.evaluation.protocol import auc
+from vitface.metrics import auc
 from vitface.store.faces import load_trained, trained_tensors
 from vitface.store.tensors import tensor_bytes
 from vitface.training import setup

@@ -1,4 +1,4 @@
-"""Training people in a benchmark whom a trained model recognises: other photos of them, under other names.
+"""Checks by a trained model: it recognises training people in a benchmark on other photos, under other names.
 
 Letters: C people, M images of the benchmark, E embedding.
 """
@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from vitface.data.checks.check_pairs import Benchmark
 from vitface.data.checks.check_people import TrainingSet
-from vitface.data.checks.findings import Finding, Findings
-from vitface.data.images import decode_image, to_crop
+from vitface.data.checks.findings import Finding, finds
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
 IMAGES_PER_PERSON = 10  # more add little to a person's mean
@@ -23,7 +22,7 @@ CHUNK = 256
 
 
 class Faces:
-    """A training set's people as a model sees them: embeddings of up to IMAGES_PER_PERSON images of each."""
+    """The embeddings of a training set's people, of up to IMAGES_PER_PERSON images of each."""
 
     def __init__(self, train: TrainingSet, embed: Embed):
         self.train, self.embed = train, embed
@@ -60,7 +59,7 @@ class Faces:
 
 class Scores:
     """S-norm (Kenny 2010): a cosine in standard deviations above its person's cosines with all images of the benchmark,
-    and above its image's cosines with all people, averaged. It evens out people and images that are like everybody.
+    and above its image's cosines with all people, averaged. People and images that are like everybody get no bonus.
 
     `people` (C, E), `images` (M, E), both unit norm.
     """
@@ -87,53 +86,61 @@ class Scores:
 
 
 def _moments(rows: np.ndarray, cohort: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each row's cosines with the cohort: (n, E), (m, E) -> (n,), (n,)."""
+    """The mean and standard deviation of each row's cosines with the cohort: (n, E), (m, E) -> (n,), (n,)."""
     mean = cohort.mean(0, dtype=np.float64)
     centred = cohort - mean
     variance = np.einsum("ij,jk,ik->i", rows, centred.T @ centred / len(cohort), rows, optimize=True)
     return rows @ mean, np.sqrt(np.maximum(variance, 1e-12))
 
 
-def recognised_people(faces: Faces, bench: Benchmark) -> Findings:
-    """People whose mean embedding is nearer to an image of the benchmark than strangers come.
-
-    The largest score of each of C people over all images follows a Gumbel distribution if they are all strangers; its
-    quartiles, which a few shared people do not move, give the threshold that FALSE_ALARMS of C strangers exceed.
-    """
+def check_faces(faces: Faces, bench: Benchmark) -> list[Finding]:
+    """Finds people whose mean embedding is nearer to an image of the benchmark than strangers come."""
     if len(faces.people) < MIN_PEOPLE or not bench.scan.usable.any():
-        return
-    first = np.unique(bench.rows, return_index=True)[1][bench.scan.usable]  # each image once
-    crops = (to_crop(decode_image(bench.pairs.images[i], f"image {i}")) for i in first)
-    scores = Scores(faces.means(), embed_all(faces.embed, crops, len(first), f"embedding {bench.pairs.name}"))
+        return []
+    usable = np.flatnonzero(bench.scan.usable)
+    crops = (bench.images.read(i) for i in usable.tolist())
+    scores = Scores(faces.means(), embed_all(faces.embed, crops, len(usable), f"embedding {bench.pairs.name}"))
     nearest, best = scores.nearest_image()
-    threshold = stranger_threshold(best)
+    number = np.unique(bench.rows, return_index=True)[1][usable]  # in the benchmark's file
     order = np.argsort(-best)
-    named = [f"{faces.train.samples.names[faces.people[i]]!r} (image {first[nearest[i]]})" for i in order[:3]]
-    found = int(np.sum(best > threshold))
-    if found:
-        yield Finding(
-            "recognised_people", "error", f"the model recognises {found} training people in {bench.pairs.name}: "
-            f"{', '.join(named[:found])}{', ...' if found > 3 else ''}",
-            "look at them, and remove those who are in both from the training set",
-        )  # fmt: skip
-    own = faces.own(scores)
-    yield Finding(
-        "recognition", "note", f"the training people most like {bench.pairs.name}'s: {', '.join(named)}; they count as "
-        f"recognised from {threshold:.1f} standard deviations, which {(own > threshold).mean() if len(own) else 0:.0%} "
-        "of the training people's own images reach",
-        "the lower that share, the more shared people this model misses; one that was trained on them flatters itself",
-    )  # fmt: skip
+    named = [f"{faces.train.samples.names[faces.people[i]]!r} (image {number[nearest[i]]})" for i in order[:3]]
+    threshold = stranger_threshold(best)
+    found = recognised_people(bench.pairs.name, named, int(np.sum(best > threshold)))
+    return [*found, *recognition(bench.pairs.name, named, threshold, faces.own(scores))]
+
+
+@finds("error", "look at them, and remove those who are in both from the training set")
+def recognised_people(benchmark: str, named: list[str], count: int) -> str | None:
+    if count:
+        shown = f"{', '.join(named[:count])}{', ...' if count > 3 else ''}"
+        return f"the model recognises {count} training people in {benchmark}: {shown}"
+
+
+@finds(
+    "note",
+    "the lower that share, the more shared people this model misses; one that was trained on them flatters itself",
+)
+def recognition(benchmark: str, named: list[str], threshold: float, own: np.ndarray) -> str:
+    reached = (own > threshold).mean() if len(own) else 0
+    return (
+        f"the training people most like {benchmark}'s: {', '.join(named)}; they count as recognised from "
+        f"{threshold:.1f} standard deviations, which {reached:.0%} of the training people's own images reach"
+    )
 
 
 def stranger_threshold(best: np.ndarray) -> float:
-    """What FALSE_ALARMS of the C Gumbel-distributed values `best` are expected to exceed, by their quartiles."""
+    """The score that FALSE_ALARMS of C strangers are expected to exceed, given the largest score (C,) of each.
+
+    The largest of a stranger's scores follows a Gumbel distribution. Its quartiles, which a few people who are in both
+    sets do not move, give the threshold.
+    """
     lower, median, upper = np.quantile(best, (0.25, 0.5, 0.75))
     scale = (upper - lower) / (math.log(math.log(4)) - math.log(math.log(4 / 3)))
     return float(median + scale * (math.log(math.log(2)) - math.log(-math.log1p(-FALSE_ALARMS / len(best)))))
 
 
 def embed_all(embed: Embed, crops: Iterable[np.ndarray], count: int, what: str) -> np.ndarray:
-    """float32 (count, E) of as many crops, which are read as they are needed."""
+    """Embeds `count` crops, which are read as they are needed: float32 (count, E)."""
     rows, batch = [], []
     with tqdm(desc=what, total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
         for number, crop in enumerate(crops, start=1):

@@ -1,90 +1,77 @@
 """Checks of the images of any set: damaged, of another size, blank, with swapped channels, not aligned."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-from vitface.data.checks.findings import Finding, Findings, correlation
+from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import Scan, dark_spots
 from vitface.data.images import CROP_SIZE
 
 MIN_IMAGES = 32  # fewer have no mean face
 ALIGNED = 0.5  # correlation of the mean face's dark spots with eyes and mouth; aligned sets have 0.7
 FLAT = 3.0  # grey levels
-# pixels: left eye, right eye, between the corners of the mouth
-TEMPLATE = ((38.3, 51.7, 7.0, 1.0), (73.5, 51.5, 7.0, 1.0), (56.1, 91.0, 5.0, 0.5))  # x, y, width, weight
+# the dark spots of an aligned mean face (left eye, right eye, mouth): x, y and width in pixels, weight
+SPOTS = ((38.3, 51.7, 7.0, 1.0), (73.5, 51.5, 7.0, 1.0), (56.1, 91.0, 5.0, 0.5))
 SHIFTS = [(x, y) for x in range(-12, 13, 2) for y in range(-12, 13, 2)]
 
 
 def check_images(found: Scan) -> list[Finding]:
-    checks: tuple[Callable[[Scan], Findings], ...] = (damaged, sizes, flat, swapped_channels, unaligned)
+    checks = (damaged, size, flat, swapped_channels, unaligned)
     return [finding for check in checks for finding in check(found)]
 
 
-def damaged(found: Scan) -> Findings:
+@finds("error", "get them again or remove them; packing skips and lists them")
+def damaged(found: Scan) -> str | None:
     if found.damaged:
-        yield Finding(
-            "damaged", "error", f"{len(found.damaged)} images cannot be used, the first: {found.damaged[0]}",
-            "get them again or remove them; packing skips and lists them",
-        )  # fmt: skip
+        return f"{len(found.damaged)} images cannot be used, the first: {found.damaged[0]}"
 
 
-def sizes(found: Scan) -> Findings:
+@finds("warning", "align the original photos: vitface align SRC OUT")
+def size(found: Scan) -> str | None:
     other = found.usable & (found.sizes != CROP_SIZE).any(1)
     if other.any():
         height, width = found.sizes[np.argmax(other)]
-        yield Finding(
-            "size", "warning", f"{other.sum()} images are not 112 x 112 but, for example, {width} x {height}; they "
-            "are resized, which is right only if they are aligned to the same template",
-            "align the original photos: vitface align SRC OUT",
-        )  # fmt: skip
+        return (
+            f"{other.sum()} images are not 112 x 112 but, for example, {width} x {height}; they are resized, which is "
+            f"right only if they are aligned to the same template"
+        )
 
 
-def flat(found: Scan) -> Findings:
+@finds("error", "remove them; a damaged download or a failed crop is the usual cause")
+def flat(found: Scan) -> str | None:
     blank = found.usable & (found.contrast < FLAT)
     if blank.any():
-        yield Finding(
-            "flat", "error", f"{blank.sum()} images show nothing, the first is number {np.argmax(blank)}",
-            "remove them; a damaged download or a failed crop is the usual cause",
-        )  # fmt: skip
+        return f"{blank.sum()} images show nothing, the first is number {np.argmax(blank)}"
 
 
-def swapped_channels(found: Scan) -> Findings:
+@finds("error", "swap the channels where the set was written (OpenCV reads and writes BGR)")
+def swapped_channels(found: Scan) -> str | None:
     """Skin is redder than blue, in every light that people are photographed in."""
     blue = np.mean(found.redness[found.usable] < 0) if found.usable.any() else 0
     if blue > 0.15:
-        yield Finding(
-            "swapped_channels", "error", f"{blue:.0%} of the images are bluer than red: they are BGR, not RGB",
-            "swap the channels where the set was written (OpenCV reads and writes BGR)",
-        )  # fmt: skip
+        return f"{blue:.0%} of the images are bluer than red: they are BGR, not RGB"
 
 
-def unaligned(found: Scan) -> Findings:
-    """Eyes and mouth of the mean face against the template; where crops differ, the mean face has no eyes."""
+@finds("error", "align the original photos with the template of the benchmarks: vitface align SRC OUT")
+def unaligned(found: Scan) -> str | None:
+    """Compares eyes and mouth of the mean face with the template's; where crops differ, the mean face has no eyes."""
     if found.usable.sum() < MIN_IMAGES:
-        return
+        return None
     spots = dark_spots(found.mean_face)
     fits = {shift: correlation(spots, template_spots(*shift)) for shift in SHIFTS}
     if fits[0, 0] >= ALIGNED:
-        return
+        return None
     (x, y), best = max(fits.items(), key=lambda item: item[1])
     what = f"eyes and mouth of the mean face are not at the template's places (correlation {fits[0, 0]:.2f})"
     if best > fits[0, 0] + 0.1 and best > 0.3:
         what += f"; they fit {x:+d}, {y:+d} pixels away"
         what += ": the 96 x 112 template" if (x, y) == (-8, 0) else ""
-    yield Finding(
-        "unaligned", "error", what,
-        "align the original photos with the template of the benchmarks: vitface align SRC OUT",
-    )  # fmt: skip
+    return what
 
 
 def template_spots(x: int = 0, y: int = 0) -> np.ndarray:
     """(56, 56): dark spots where the template has eyes and mouth, moved by (x, y) pixels."""
     rows, columns = np.mgrid[0:CROP_SIZE:2, 0:CROP_SIZE:2] + 0.5
-    return np.sum(
-        [
-            weight * np.exp(-(((columns - at_x - x) / width) ** 2) / 2 - ((rows - at_y - y) / 4) ** 2 / 2)
-            for at_x, at_y, width, weight in TEMPLATE
-        ],
-        axis=0,
-    )
+    spots = np.zeros(rows.shape)
+    for at_x, at_y, width, weight in SPOTS:
+        spots += weight * np.exp(-(((columns - at_x - x) / width) ** 2) / 2 - ((rows - at_y - y) / 4) ** 2 / 2)
+    return spots

@@ -4,17 +4,18 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from vitface.data.checks.check_images import check_images
-from vitface.data.checks.findings import Finding, Findings, auc
+from vitface.data.checks.findings import MIN_PAIRS, Finding, finds
 from vitface.data.checks.scan import Scan, scan
 from vitface.data.formats.samples import Samples
+from vitface.metrics import auc
 
 PATTERN_LIMIT = 6000  # images whose patterns are compared
-MIN_PAIRS = 200  # fewer say nothing about labels
 
 
 @dataclass(frozen=True)
@@ -22,114 +23,110 @@ class TrainingSet:
     samples: Samples
     scan: Scan
 
+    @cached_property
+    def equal_crops(self) -> tuple[np.ndarray, np.ndarray]:
+        """The labels (n,), (n,) of each crop that equals another bit for bit, and of that other one."""
+        labels, usable = self.samples.labels, np.flatnonzero(self.scan.usable)
+        _, group = np.unique(self.scan.digests[usable], return_inverse=True)
+        order = np.lexsort((labels[usable], group))
+        again = np.flatnonzero(np.diff(group[order]) == 0)
+        return labels[usable][order][again], labels[usable][order][again + 1]
+
 
 def scan_training(samples: Samples, num_workers: int) -> TrainingSet:
     return TrainingSet(samples, scan(samples, num_workers, PATTERN_LIMIT))  # type: ignore[arg-type]
 
 
 def check_training(data: TrainingSet) -> list[Finding]:
-    checks = (few_images, duplicates, unrelated_labels, slipped_labels)
+    checks = (one_image, duplicated_people, copies, unrelated_labels, slipped_labels)
     return [*check_images(data.scan), *(finding for check in checks for finding in check(data))]
 
 
-def few_images(data: TrainingSet) -> Findings:
-    counts = np.bincount(data.samples.labels)
-    if (counts == 1).any():
-        person = data.samples.names[int(np.argmax(counts == 1))]
-        yield Finding(
-            "one_image", "warning", f"{np.sum(counts == 1)} people have one image only, the first is {person!r}",
-            "they teach little; remove them, or add images",
-        )  # fmt: skip
+@finds("warning", "they teach little; remove them, or add images")
+def one_image(data: TrainingSet) -> str | None:
+    alone = np.bincount(data.samples.labels) == 1
+    if alone.any():
+        return f"{alone.sum()} people have one image only, the first is {data.samples.names[int(np.argmax(alone))]!r}"
 
 
-def duplicates(data: TrainingSet) -> Findings:
-    """Crops that are equal bit for bit: two folders of one person, or stray copies, of which real sets have a few."""
-    labels, usable = data.samples.labels, np.flatnonzero(data.scan.usable)
-    _, group = np.unique(data.scan.digests[usable], return_inverse=True)
-    order = np.lexsort((labels[usable], group))
-    again = np.flatnonzero(np.diff(group[order]) == 0)
-    first, second = labels[usable][order][again], labels[usable][order][again + 1]
-    counts, shared = np.bincount(labels), Counter(zip(first.tolist(), second.tolist(), strict=True))
+@finds("error", "merge them")
+def duplicated_people(data: TrainingSet) -> str | None:
+    first, second = data.equal_crops
+    counts, shared = np.bincount(data.samples.labels), Counter(zip(first.tolist(), second.tolist(), strict=True))
     doubled = [pair for pair, n in shared.items() if pair[0] != pair[1] and 2 * n >= min(counts[list(pair)])]
     if doubled:
         one, two = (data.samples.names[person] for person in doubled[0])
-        yield Finding(
-            "duplicated_people", "error", f"{len(doubled)} pairs of people share at least half of the images of one, "
-            f"such as {one!r} and {two!r}: they are one person under two labels", "merge them",
-        )  # fmt: skip
-    if len(again):
-        yield Finding(
-            "copies", "note", f"{len(again)} images are copies of others, {np.sum(first != second)} of them under "
-            f"another person's label", "remove those that are with the wrong person",
-        )  # fmt: skip
+        return (
+            f"{len(doubled)} pairs of people share at least half of the images of one, such as {one!r} and {two!r}: "
+            f"they are one person under two labels"
+        )
 
 
-def unrelated_labels(data: TrainingSet) -> Findings:
-    """Two images of one person look more alike than two of different people, or the labels are of other images."""
-    count = len(data.scan.patterns)
-    labels = data.samples.labels[:count]
-    rng = np.random.default_rng(0)
-    order = np.lexsort((rng.random(count), labels))
-    first, second = order[:-1], order[1:]
-    same = labels[first] == labels[second]
-    other = rng.permutation(order)[: len(first)]
-    different = labels[first] != labels[other]
-    if min(same.sum(), different.sum()) < MIN_PAIRS:
-        return
+@finds("note", "remove those that are with the wrong person")
+def copies(data: TrainingSet) -> str | None:
+    """Real sets have a few stray copies."""
+    first, second = data.equal_crops
+    if len(first):
+        wrong = np.sum(first != second)
+        return f"{len(first)} images are copies of others, {wrong} of them under another person's label"
+
+
+@finds("error", "write images and labels again, together")
+def unrelated_labels(data: TrainingSet) -> str | None:
+    """Two images of one person look more alike than two of different people, unless the labels are of other images."""
     patterns = data.scan.patterns
-    alike = np.einsum("ij,ij->i", patterns[first[same]], patterns[second[same]])
-    unlike = np.einsum("ij,ij->i", patterns[first[different]], patterns[other[different]])
-    score = auc(alike, unlike)
+    labels = data.samples.labels[: len(patterns)]
+    rng = np.random.default_rng(0)
+    order = np.lexsort((rng.random(len(patterns)), labels))
+    same = np.column_stack([order[:-1], order[1:]])
+    different = np.column_stack([order[:-1], rng.permutation(order)[:-1]])
+    same = same[labels[same[:, 0]] == labels[same[:, 1]]]
+    different = different[labels[different[:, 0]] != labels[different[:, 1]]]
+    if min(len(same), len(different)) < MIN_PAIRS:
+        return None
+    first, second = np.concatenate([same, different]).T
+    issame = np.repeat([True, False], [len(same), len(different)])
+    score = auc(np.einsum("ij,ij->i", patterns[first], patterns[second]), issame)
     if score < 0.55:
-        yield Finding(
-            "unrelated_labels", "error", f"images with the same label are hardly more alike than others (AUC "
-            f"{score:.2f}, usually above 0.6): the labels are in another order than the images",
-            "write images and labels again, together",
-        )  # fmt: skip
+        return (
+            f"images with the same label are hardly more alike than others (AUC {score:.2f}, usually above 0.6): the "
+            f"labels are in another order than the images"
+        )
 
 
-def slipped_labels(data: TrainingSet) -> Findings:
-    """Where people follow each other, each one's first and last image look like the others of that person.
+@finds("error", "write images and labels again, together; a header record counted as an image is the usual cause")
+def slipped_labels(data: TrainingSet) -> str | None:
+    """Where the images lie person after person, labels that slipped by one give a person an image of the neighbour.
 
-    If the labels slipped by one, one of the two looks like the neighbour.
+    Each person's first and last image are compared with that person's others and with the neighbour's.
     """
     patterns = data.scan.patterns
     labels = data.samples.labels[: len(patterns)]
     starts = np.flatnonzero(np.diff(labels, prepend=-1))
     if len(starts) != len(np.unique(labels)):
-        return
+        return None
     margins: dict[str, list[float]] = {"first": [], "last": []}
     people = [patterns[begin:end] for begin, end in itertools.pairwise(starts)]
     for before, own, after in zip(people, people[1:], people[2:], strict=False):
         if min(len(before), len(own), len(after)) >= 4:
-            margins["first"].append(_mean_similarity(own[0], own[1:-1]) - _mean_similarity(own[0], before[1:-1]))
-            margins["last"].append(_mean_similarity(own[-1], own[1:-1]) - _mean_similarity(own[-1], after[1:-1]))
+            for which, image, neighbour in (("first", own[0], before), ("last", own[-1], after)):
+                margins[which].append(float((own[1:-1] @ image).mean() - (neighbour[1:-1] @ image).mean()))
     for which, margin in margins.items():
         if len(margin) >= 30 and np.mean(margin) < -4 * np.std(margin) / np.sqrt(len(margin)):
-            yield Finding(
-                "slipped_labels", "error", f"the {which} image of a person usually shows the neighbour in the list: "
-                "the labels are shifted against the images",
-                "write images and labels again, together; a header record counted as an image is the usual cause",
-            )  # fmt: skip
+            return (
+                f"the {which} image of a person usually shows the neighbour in the list: the labels are shifted "
+                f"against the images"
+            )
 
 
-def people_in_list(samples: Samples, pair_list: Path) -> list[Finding]:
-    """Training people who are named in a benchmark's pair list, spelled alike but for case, spaces and _."""
+@finds("error", "remove them from the training set (namesakes are possible, look first)")
+def people_in_benchmark(samples: Samples, pair_list: Path) -> str | None:
+    """Finds training people by their names, spelled alike but for case, spaces and _."""
     listed = set(_spelled(pair_list.read_text(encoding="utf-8", errors="replace")).split())
     known = [name for name in samples.names if not name.isdigit() and _spelled(name).replace(" ", "") in listed]
-    if not known:
-        return []
-    return [
-        Finding(
-            "people_in_benchmark", "error", f"{len(known)} training people are named in {pair_list}: "
-            f"{', '.join(known[:3])}...", "remove them from the training set (namesakes are possible, look first)",
-        )
-    ]  # fmt: skip
+    if known:
+        return f"{len(known)} training people are named in {pair_list}: {', '.join(known[:3])}..."
 
 
 def _spelled(text: str) -> str:
     return re.sub("_[0-9]{4}|[^\\w\\s]|_", "", text.casefold())
-
-
-def _mean_similarity(one: np.ndarray, many: np.ndarray) -> float:
-    return float((many @ one).mean())

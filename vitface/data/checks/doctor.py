@@ -1,7 +1,7 @@
-"""What is wrong with a data set, before hours of training or a published number depend on it.
+"""Finds what is wrong with a data set, before hours of training or a published number depend on it.
 
-A check is a function from a scanned set to findings. Most look for something that has spoilt results in public:
-swapped channels, crops of another alignment, labels that slipped, pairs in another order, people in training and test.
+A check is a function from a scanned set to findings. Most look for a fault that has spoilt published results: swapped
+channels, crops of another alignment, labels that slipped, pairs in another order, people in training and test.
 """
 
 from dataclasses import dataclass, field
@@ -9,23 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.data.checks.check_faces import Embed, Faces, recognised_people
+from vitface.data.checks.check_faces import Embed, Faces, check_faces
 from vitface.data.checks.check_images import MIN_IMAGES
 from vitface.data.checks.check_pairs import Benchmark, check_benchmark, scan_benchmark
-from vitface.data.checks.check_people import TrainingSet, check_training, people_in_list, scan_training
-from vitface.data.checks.findings import Finding, Findings, correlation
+from vitface.data.checks.check_people import TrainingSet, check_training, people_in_benchmark, scan_training
+from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import dark_spots
 from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.pairs import read_bin
 from vitface.data.formats.samples import RecordSamples, load_samples
 from vitface.errors import DataError
 
-ALIKE = 0.8  # correlation of two sets' dark spots; those of sets aligned alike have 0.9
+SAME_ALIGNMENT = 0.8  # correlation of two sets' dark spots; sets with the same alignment have 0.9
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one set is, how much is in it, and what is wrong with it."""
+    """One set: its format, how much is in it, and what is wrong with it."""
 
     path: str
     format: str
@@ -98,45 +98,45 @@ def _training_report(
     faces = Faces(data, embed) if embed else None
     for bench in benchmarks:
         findings += check_between(data, bench)
-        findings += recognised_people(faces, bench) if faces else []
+        findings += check_faces(faces, bench) if faces else []
     for file in lists:
-        findings += people_in_list(samples, file)
+        findings += people_in_benchmark(samples, file)
     return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)
 
 
 def _unreadable(path: Path, error: DataError) -> Report:
-    todo = "mend what is named, or get the set again"
-    return Report(str(path), "unreadable", {}, [Finding("unreadable", "error", str(error), todo)])
+    return Report(str(path), "unreadable", {}, unreadable(error))
+
+
+@finds("error", "fix what is named, or get the set again")
+def unreadable(error: DataError) -> str:
+    return str(error)
 
 
 def check_between(train: TrainingSet, bench: Benchmark) -> list[Finding]:
-    return [finding for check in (shared_images, different_alignment) for finding in check(train, bench)]
+    return [*trained_on_test(train, bench), *different_alignment(train, bench)]
 
 
-def shared_images(train: TrainingSet, bench: Benchmark) -> Findings:
+@finds("error", "remove these people from the training set; otherwise results on that benchmark mean nothing")
+def trained_on_test(train: TrainingSet, bench: Benchmark) -> str | None:
     shared = np.isin(train.scan.digests, bench.scan.digests) & train.scan.usable
     if shared.any():
         people = np.unique(train.samples.labels[shared])
-        yield Finding(
-            "trained_on_test", "error", f"{shared.sum()} training images, of {len(people)} people such as "
-            f"{train.samples.names[people[0]]!r}, are in {bench.pairs.name}",
-            "remove these people from the training set; results on that benchmark mean nothing otherwise",
-        )  # fmt: skip
+        first = train.samples.names[people[0]]
+        return f"{shared.sum()} training images, of {len(people)} people such as {first!r}, are in {bench.pairs.name}"
 
 
-def different_alignment(train: TrainingSet, bench: Benchmark) -> Findings:
+@finds("error", "align both with one template: vitface align SRC OUT")
+def different_alignment(train: TrainingSet, bench: Benchmark) -> str | None:
     if min(train.scan.usable.sum(), bench.scan.usable.sum()) < MIN_IMAGES:
-        return
-    alike = correlation(dark_spots(train.scan.mean_face), dark_spots(bench.scan.mean_face))
-    if alike < ALIKE:
-        yield Finding(
-            "different_alignment", "error", f"the mean faces of training and {bench.pairs.name} do not lie on each "
-            f"other (correlation {alike:.2f})", "align both with one template: vitface align SRC OUT",
-        )  # fmt: skip
+        return None
+    similar = correlation(dark_spots(train.scan.mean_face), dark_spots(bench.scan.mean_face))
+    if similar < SAME_ALIGNMENT:
+        return f"the mean faces of training and {bench.pairs.name} do not lie on each other (correlation {similar:.2f})"
 
 
 def report_text(report: Report) -> str:
-    """The set in one line, and under it what was found."""
+    """One line about the set, and below it what was found."""
     counts = ", ".join(f"{count:,} {what}" for what, count in report.counts.items())
     lines = [f"{report.path}: {report.format}{', ' if counts else ''}{counts}"]
     if not report.problems:

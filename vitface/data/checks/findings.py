@@ -1,31 +1,42 @@
-"""What a check finds, and the two measures that checks share."""
+"""What a check finds, and how a function becomes a check."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+MIN_PAIRS = 200  # fewer pairs say nothing about labels
+Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` is wrong, in words and numbers, and what to `do`. A note is worth knowing but found in sound sets too."""
+    """`what` is wrong, in words and numbers, and what to `do`. A note is worth knowing, but sound sets have it too."""
 
     name: str
-    severity: Literal["error", "warning", "note"]
+    severity: Severity
     what: str
     do: str
 
 
-Findings = Iterator[Finding]
+def finds(severity: Severity, do: str) -> Callable[[Callable[..., str | None]], Callable[..., list[Finding]]]:
+    """Makes a check of a function that returns what is wrong with its arguments, or None.
+
+    The check has the function's name, and returns one `Finding` of that name, or no finding.
+    """
+
+    def decorate(function: Callable[..., str | None]) -> Callable[..., list[Finding]]:
+        @functools.wraps(function)
+        def check(*data: Any) -> list[Finding]:
+            what = function(*data)
+            return [Finding(function.__name__, severity, what, do)] if what else []
+
+        return check
+
+    return decorate
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
-
-
-def auc(above: np.ndarray, below: np.ndarray) -> float:
-    """The probability that one of `above` is larger than one of `below`."""
-    below = np.sort(below)
-    wins = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
-    return float(wins.mean() / 2 / len(below))

@@ -1,4 +1,4 @@
-"""One pass over a set's images: what `check` judges them by, a few numbers per image and a mean face.
+"""One pass over a set's images gives what the checks need: a few numbers per image and a mean face.
 
 Letters: n images, H W pixels.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitface.data.background import in_processes
-from vitface.data.images import CROP_SIZE, decode_image, to_crop
+from vitface.data.images import CROP_SIZE, to_crop
 from vitface.errors import DataError
 
 CHUNK = 256
@@ -21,7 +21,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Images(Protocol):
-    """What is scanned: `image(i)` uint8 (H, W, 3), DataError if it is damaged; `where(i)` says in words which it is."""
+    """The images to scan: `image(i)` uint8 (H, W, 3), DataError if it is damaged; `where(i)` names it in messages."""
 
     def __len__(self) -> int: ...
 
@@ -30,25 +30,9 @@ class Images(Protocol):
     def where(self, index: int) -> str: ...
 
 
-class EncodedImages:
-    """The images of a verification set."""
-
-    def __init__(self, name: str, images: list[bytes]):
-        self.name, self.images = name, images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, image {index}"
-
-    def image(self, index: int) -> np.ndarray:
-        return decode_image(self.images[index], self.where(index))
-
-
 @dataclass(frozen=True)
 class Scan:
-    """`damaged` says which images cannot be used as crops and why; their rows are blank."""
+    """`damaged` lists the images that cannot be used as crops, and why; their rows are blank."""
 
     damaged: list[str]
     digests: np.ndarray  # (n,) bytes: equal for equal crops
@@ -108,7 +92,7 @@ def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:
-    """(n, 112, 112) -> (n, 784): at 28 x 28, each pixel against its 7 x 7 surroundings; light cancels out."""
+    """(n, 112, 112) -> (n, 784): at 28 x 28, each pixel relative to its 7 x 7 surroundings; light cancels out."""
     step = CROP_SIZE // PATTERN_SIDE
     small = grey.reshape(-1, PATTERN_SIDE, step, PATTERN_SIDE, step).mean((2, 4))
     above = small - _blurred(small, 3)
@@ -125,7 +109,7 @@ def _comparable(patterns: np.ndarray) -> np.ndarray:
 
 
 def dark_spots(mean_face: np.ndarray) -> np.ndarray:
-    """(112, 112) grey -> (56, 56): where a mean face is darker than its surroundings, which is at eyes and mouth."""
+    """(112, 112) grey -> (56, 56): by how much a mean face is darker than its surroundings, as at eyes and mouth."""
     face = mean_face[None]
     return np.clip((_blurred(_blurred(face, 12), 6) - _blurred(_blurred(face, 2), 2))[0, ::2, ::2], 0, None)
 

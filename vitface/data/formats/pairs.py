@@ -17,11 +17,32 @@ from typing import Literal
 import numpy as np
 
 from vitface.data.formats.bin_format import MAX_IMAGE_BYTES, MAX_PAIRS, parse_bin
-from vitface.data.images import read_file
+from vitface.data.images import decode_image, read_file, to_crop
 from vitface.errors import DataError, ImageError
 
 MAX_BIN_BYTES = 2 << 30
 _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+
+
+class EncodedImages:
+    """JPEG or PNG bytes as a sequence of images; an image that is damaged is an ImageError when it is read."""
+
+    def __init__(self, name: str, encoded: list[bytes]):
+        self.name, self.encoded = name, encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, image {index}"
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), as it was stored."""
+        return decode_image(self.encoded[index], self.where(index))
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (112, 112, 3)."""
+        return to_crop(self.image(index), self.where(index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +69,12 @@ class VerificationSet:
         for i, image in enumerate(self.images):
             if not image.startswith(_MAGICS):
                 raise DataError(f"{self.name}: image {i} is neither JPEG nor PNG (it begins with {image[:8]!r})")
+
+    def distinct(self) -> tuple[EncodedImages, np.ndarray]:
+        """(the images, each once; which of them `images[i]` is, int64 (2 N,)): an image may occur in several pairs."""
+        row_of: dict[bytes, int] = {}
+        rows = np.array([row_of.setdefault(image, len(row_of)) for image in self.images])
+        return EncodedImages(self.name, list(row_of)), rows
 
 
 def read_bin(path: str | Path) -> VerificationSet:

@@ -1,0 +1,62 @@
+"""The metrics of scores and labels: AUC, ROC, EER, thresholds. numpy only.
+
+A score rises with similarity; `issame` bool (M,) is true for a pair of the same person. Letters: M pairs.
+"""
+
+import numpy as np
+
+from vitface.errors import EvaluationError
+
+
+def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
+    """EvaluationError, with the likely cause, for scores and labels that no metric can be computed from."""
+    if len(score) != len(issame) or not len(score):
+        raise EvaluationError(f"{len(score)} scores for {len(issame)} labels")
+    if not np.isfinite(score).all():
+        bad = int((~np.isfinite(score)).sum())
+        raise EvaluationError(f"{bad} of {len(score)} scores are NaN or infinite: the model or its weights are broken")
+    if issame.all() or not issame.any():
+        raise EvaluationError("all labels are equal: the pair list was read wrongly")
+    if np.ptp(score) == 0:
+        raise EvaluationError("all scores are equal: the embeddings have collapsed to one point")
+
+
+def auc(score: np.ndarray, issame: np.ndarray) -> float:
+    """Area under the ROC curve: P(score of a same pair > score of a different pair), ties counting half."""
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positives = int(issame.sum())
+    negatives = len(issame) - positives
+    return float((ranks[issame].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def roc(score: np.ndarray, issame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(FAR, TAR, threshold), FAR and TAR rising from "accept nothing"; a pair is accepted if its score >= threshold."""
+    order = np.argsort(-score, kind="stable")
+    last_of_ties = np.r_[np.diff(score[order]) != 0, True]
+    accepted_same = np.cumsum(issame[order])[last_of_ties]
+    accepted = np.flatnonzero(last_of_ties) + 1
+    far = (accepted - accepted_same) / (~issame).sum()
+    return np.r_[0.0, far], np.r_[0.0, accepted_same / issame.sum()], np.r_[np.inf, score[order][last_of_ties]]
+
+
+def equal_error_rate(score: np.ndarray, issame: np.ndarray) -> float:
+    """The rate at which false accepts equal false rejects, on the ROC's linear interpolation."""
+    far, tar, _ = roc(score, issame)
+    gap = far - (1 - tar)  # rises from -1 to 1
+    i = int(np.argmax(gap >= 0))
+    t = gap[i - 1] / (gap[i - 1] - gap[i])
+    return float(far[i - 1] + t * (far[i] - far[i - 1]))
+
+
+def far_threshold(score: np.ndarray, issame: np.ndarray, far: float) -> tuple[float, float]:
+    """(threshold, TAR) of the lowest threshold whose false accept rate is at most `far`; accepted is score >= it.
+
+    EvaluationError if fewer than 30 false accepts would decide it (Doddington's rule of 30).
+    """
+    negatives = int((~issame).sum())
+    if round(far * negatives, 6) < 30:
+        raise EvaluationError(f"FAR={far:g} needs {int(np.ceil(30 / far)):,} different pairs, there are {negatives:,}")
+    rates, tar, thresholds = roc(score, issame)
+    last = np.searchsorted(rates, far, side="right") - 1  # FAR and TAR rise together
+    return float(thresholds[last]), float(tar[last])
