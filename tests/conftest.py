@@ -1,10 +1,13 @@
 """What the tests share: where real data lies, tiny models, single-threaded exactness."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +27,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that 
 
 CASES = pytest.StashKey[dict[str, int]]()
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def optional(name: str) -> ModuleType:
+    """A package that not every machine has, imported; where that fails, for any reason, the test or file is skipped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name} cannot be imported ({type(error).__name__}: {error})", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TEST_DATA
+from conftest import TEST_DATA, optional
 
 import vitface
 import vitface.__main__
@@ -61,7 +61,7 @@ def test_photos_are_verified_by_a_model_trained_on_real_faces(real_data, vit_tin
     Three epochs of the small backbone make a weak recogniser (LFW accuracy in the eighties): that it does far better
     than guessing on 24 photos of 8 people it has not seen is asserted, not that it is right.
     """
-    pytest.importorskip("cv2")
+    optional("cv2")
     run, photos = tmp_path / "run", sorted((real_data / "raw_faces").glob("*.jpg"))
     command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", "112", "--epochs", "3"]
     command += ["--train-data", str(real_data / "celeba289"), "--val-data", str(tmp_path), "--save-dir", str(run)]

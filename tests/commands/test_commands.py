@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import optional
 from PIL import Image
 
 import vitface
@@ -84,7 +85,7 @@ def test_photos_are_aligned_unless_they_are_crops(faces, tmp_path, monkeypatch, 
 
 
 def test_embed_search_cluster(faces, tiny_run, capsys):
-    pytest.importorskip("scipy")
+    optional("scipy")
     code, out, _ = call(capsys, "embed", faces, "people", "--num-workers", 0, "--json")
     assert code == 0 and json.loads(out) == {"total": 6, "new": 6, "skipped": []}
     (faces / "p0" / "bad.png").write_bytes(b"?")

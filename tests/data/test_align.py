@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from vitface.data.formats.pairs import read_annotated_pairs, read_bin
 from vitface.data.images import read_image
 from vitface.errors import ConfigError, DataError, ImageError, WeightsError
 
-cv2 = pytest.importorskip("cv2")
+cv2 = optional("cv2")
 HEADER = "file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\n"
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import tiny_face
+from conftest import optional, tiny_face
 from PIL import Image
 
 from vitface.data.faces.alignment import TEMPLATE, align_face
@@ -75,7 +75,7 @@ def test_what_aligning_needs_is_said_when_a_photo_needs_it(monkeypatch):
     crop, photo = crop_and_photo()
     reader = CropReader(True)
     reader(crop)
-    pytest.importorskip("cv2")
+    optional("cv2")
     with pytest.raises(WeightsError, match="vitface fetch yunet"):
         reader(photo)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -96,7 +96,7 @@ def test_embedding_photos_is_embedding_their_crops():
 
 
 def test_real_photos_give_upright_centred_faces(real_data):
-    pytest.importorskip("cv2")
+    optional("cv2")
     detector = FaceDetector(real_data / "face_detection_yunet.onnx")
     reader = pickle.loads(pickle.dumps(CropReader(detector)))  # as it travels to the decoding processes
     for path in sorted((real_data / "raw_faces").glob("*_0001.jpg")):

@@ -1,5 +1,5 @@
 import numpy as np
-import pytest
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ def test_a_nose_to_the_images_right_is_positive():
 
 
 def test_mirrored_real_faces_turn_the_other_way(real_data):
-    pytest.importorskip("cv2")
+    optional("cv2")
     images = read_bin(real_data / "lfw.bin").images[:60]
     detector = FaceDetector(real_data / "face_detection_yunet.onnx")
     crops = [decode_image(image, "lfw") for image in images]

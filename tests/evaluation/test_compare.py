@@ -3,6 +3,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from vitface.evaluation.protocol import contiguous_folds, verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores, save_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar, seed_weights
 
-stats = pytest.importorskip("scipy.stats")
+stats = optional("scipy.stats")
 
 
 def result(separation, seed, pairs=2000, common=None):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,8 +13,8 @@ from vitface.evaluation.protocol import contiguous_folds, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
 from vitface.metrics import auc, equal_error_rate, far_threshold, roc
 
-metrics = pytest.importorskip("sklearn.metrics")
-model_selection = pytest.importorskip("sklearn.model_selection")
+metrics = optional("sklearn.metrics")
+model_selection = optional("sklearn.model_selection")
 
 
 def scores(count, seed, decimals=None):
@@ -99,7 +100,7 @@ def test_auc_under_monotone_maps_and_flipped_labels(count, seed):
 
 @given(st.integers(200, 2000), st.integers(0, 50), st.booleans())
 def test_auc_eer_and_tar_are_torchmetrics(count, seed, ties):
-    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    torchmetrics = optional("torchmetrics.functional.classification")
     score, issame = scores(count, seed, 1 if ties else None)
     ranks = np.unique(score, return_inverse=True)[1]
     # probabilities in the same order and exact in its float32, which it takes as they are

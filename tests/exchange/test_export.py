@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from runs import NAME, face_on, faces, save_run, use_tiny
 
 import vitface
@@ -43,7 +44,7 @@ def in_float32(run):
 
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dalora"])
 def test_onnx_runtime_computes_the_same(backbone, tmp_path, kind, capsys):
-    import onnxruntime
+    onnxruntime = optional("onnxruntime")
 
     run = trained(backbone, tmp_path, **KINDS[kind])
     assert export("onnx", "face.onnx") == 0

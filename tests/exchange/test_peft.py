@@ -5,11 +5,9 @@ import json
 
 import pytest
 import torch
-import transformers
-from conftest import randomise_adapters, tiny_config, tiny_vit
+from conftest import optional, randomise_adapters, tiny_config, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +20,7 @@ from vitface.model.lora import TARGETS, adapter_state_dict, add_lora
 from vitface.model.vit import ViT, init_weights
 from vitface.weights.keymaps import transformers_family
 
+peft, transformers = optional("peft"), optional("transformers")
 # what transformers says of itself; PEFT's warnings of missing keys stay errors
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 BACKBONES = {
@@ -143,7 +142,7 @@ def test_peft_on_transformers_computes_the_same(backbone, changes, tmp_path):
     files = peft_files(adapter_state_dict(vit), config, transformers_layout(backbone))
     write_folder(tmp_path / "adapter", {"": files})
     before = cls(base)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(cls(adapted.double()), ours(vit.double()), atol=1e-9, rtol=1e-9)
     assert (before - ours(vit)).abs().max() > 0.03  # the adapters matter
 
@@ -153,7 +152,7 @@ def test_peft_on_timm_computes_the_same(changes, tmp_path):
     config = settings("dinov2_vits14", **changes)
     vit = adapted_vit("dinov2_vits14", config)
     write_folder(tmp_path / "adapter", {"": peft_files(adapter_state_dict(vit), config, TIMM)})
-    adapted = PeftModel.from_pretrained(TimmLike(vit), tmp_path / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(TimmLike(vit), tmp_path / "adapter").eval()
     assert not any("patch_embed" in name for name, _ in adapted.named_parameters() if "lora" in name)
     with torch.no_grad():
         x = vit.tokens(images())
@@ -168,7 +167,7 @@ def test_a_domain_is_an_adapter_that_peft_can_route_to(backbone, tmp_path):
     vit = adapted_vit(backbone, config)
     layout, adapters = transformers_layout(backbone), adapter_state_dict(vit)
     write_folder(tmp_path / "a", {f"domain-{k}": peft_files(adapters, config, layout, k) for k in range(3)})
-    adapted = PeftModel.from_pretrained(theirs(backbone, vit), tmp_path / "a" / "domain-0", "d0")
+    adapted = peft.PeftModel.from_pretrained(theirs(backbone, vit), tmp_path / "a" / "domain-0", "d0")
     for k in (1, 2):
         adapted.load_adapter(tmp_path / "a" / f"domain-{k}", f"d{k}")
     adapted.eval()
@@ -231,7 +230,9 @@ def trained_by_peft(backbone: str, folder, targets: list[str], **changes) -> tup
     """A model of transformers with an adapter as PEFT makes and saves it, with random values; and our frozen ViT."""
     torch.manual_seed(5)
     vit = adapted_vit(backbone, settings(backbone, lora_rank=0))
-    model = get_peft_model(theirs(backbone, vit), LoraConfig(r=4, lora_alpha=6, target_modules=targets, **changes))
+    model = peft.get_peft_model(
+        theirs(backbone, vit), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **changes)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -266,8 +267,8 @@ def test_what_peft_trained_computes_the_same_here(backbone, targets, rank, kind,
 
 def test_what_peft_trained_on_timm_names_computes_the_same_here(tmp_path):
     vit = adapted_vit("dinov2_vits14", settings("dinov2_vits14", lora_rank=0))
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=r".*blocks\.\d+\.(attn\.qkv|mlp\.fc2)")
-    model = get_peft_model(TimmLike(vit), config)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*blocks\.\d+\.(attn\.qkv|mlp\.fc2)")
+    model = peft.get_peft_model(TimmLike(vit), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -413,7 +414,7 @@ def test_peft_itself_only_warns_of_what_is_refused_here(tmp_path):
     save_file({key.replace("blocks", "layers"): tensor for key, tensor in tensors.items()}, folder / TENSORS)
     vit = tiny_vit()
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        PeftModel.from_pretrained(TimmLike(vit), folder)
+        peft.PeftModel.from_pretrained(TimmLike(vit), folder)
 
 
 def test_two_names_of_one_layer_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from conftest import optional
 from PIL import Image
 from runs import NAME, face_on, faces, save_run, use_tiny
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ ADDRESS = "https://huggingface.co/me/faces"
 @pytest.fixture
 def uploaded(monkeypatch):
     """What the Hub is given."""
-    import huggingface_hub
+    huggingface_hub = optional("huggingface_hub")
 
     given = {}
 
@@ -260,7 +261,7 @@ def test_the_data_has_to_be_said_in_public_words(run, capsys):
 
 
 def test_a_refusal_of_the_hub_is_said(run, monkeypatch, capsys):
-    import huggingface_hub
+    huggingface_hub = optional("huggingface_hub")
 
     def refuse(*arguments, **options):
         raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required\nmore")
@@ -274,7 +275,7 @@ def test_a_refusal_of_the_hub_is_said(run, monkeypatch, capsys):
 
 
 def test_the_card_is_what_the_hub_reads(run, tmp_path):
-    from huggingface_hub import ModelCard
+    ModelCard = optional("huggingface_hub").ModelCard
 
     generator = np.random.default_rng(0)
     issame = np.tile([True, False], 300)
@@ -318,7 +319,7 @@ def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
 
 
 def test_load_takes_a_repository_of_the_hub(run, tmp_path, monkeypatch):
-    import huggingface_hub
+    huggingface_hub = optional("huggingface_hub")
 
     assert publish() == 0
     expected, asked = vitface.load(run).embed(faces()), []
@@ -350,7 +351,7 @@ def test_without_the_extra_the_answer_names_both(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", ["LocalEntryNotFoundError", "HFValidationError", "OfflineModeIsEnabled"])
 def test_what_the_hub_says_is_passed_on(tmp_path, monkeypatch, error):
-    import huggingface_hub
+    huggingface_hub = optional("huggingface_hub")
 
     def fail(*arguments, **options):
         raise getattr(huggingface_hub.errors, error)("cannot reach it\nmore")

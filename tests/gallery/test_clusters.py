@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,7 +8,7 @@ from vitface.errors import ConfigError, DataError
 from vitface.gallery import clusters
 from vitface.gallery.clusters import cluster, pair_distances
 
-pytest.importorskip("scipy")
+optional("scipy")
 
 
 def unit(x):
@@ -20,7 +21,7 @@ def same_partition(a, b):
 
 @given(st.integers(0, 1000), st.integers(2, 60), st.floats(-0.5, 0.95))
 def test_it_is_average_linkage_on_the_cosine(seed, count, threshold):
-    learn = pytest.importorskip("sklearn.cluster")
+    learn = optional("sklearn.cluster")
     rows = unit(np.random.default_rng(seed).normal(size=(count, 5)))
     oracle = learn.AgglomerativeClustering(
         n_clusters=None, metric="cosine", linkage="average", distance_threshold=1 - threshold

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -56,7 +57,7 @@ def test_search_is_exact_however_rows_were_added(count, num_queries, k, cuts):
 
 
 def test_search_agrees_with_scikit_learn():
-    neighbors = pytest.importorskip("sklearn.neighbors")
+    neighbors = optional("sklearn.neighbors")
     embeddings, queries = rows(200, 32), rows(20, 32, seed=1)
     distances, nearest = neighbors.NearestNeighbors(n_neighbors=7, metric="cosine").fit(embeddings).kneighbors(queries)
     gallery = Gallery(32)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise_adapters, tiny_vit
+from conftest import optional, randomise_adapters, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -181,7 +181,7 @@ class Twin(nn.Module):
 
 @pytest.mark.parametrize(("formula", "use_rslora"), [("lora", False), ("rslora", True)])
 def test_peft_agrees(formula, use_rslora):
-    peft = pytest.importorskip("peft")
+    peft = optional("peft")
     ours = Linear(6, 10).double()
     theirs = peft.get_peft_model(
         Twin(ours), peft.LoraConfig(r=4, lora_alpha=12, target_modules=["fc"], use_rslora=use_rslora)

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from vitface.model.vit import ViT, resample_pos_embed
 from vitface.store.backbones import load_backbone
 from vitface.weights.conversion import convert_file
 
-transformers = pytest.importorskip("transformers")
+transformers = optional("transformers")
 
 NATIVE, RESAMPLED = 1e-9, 1e-5
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import optional
 
 ROOT = Path(__file__).parents[2]
 CLONE = ("vitface", "kernels", "weights", "pyproject.toml", "README.md", "LICENSE", "train.py", "evaluate.py")
@@ -67,4 +67,4 @@ def other_pythons() -> dict[str, Path]:
 def need_build_backend() -> None:
     """Skips a test where nothing can build the package without a network."""
     for name in ("hatchling", "editables"):
-        pytest.importorskip(name, reason=f"{name} builds the package: pip install -e '.[test]'")
+        optional(name)
