@@ -30,6 +30,7 @@ from vitface.model.ops import attention, attention_map, lora_linear, split_heads
 from vitface.model.router import load_balance_loss, thin_out
 from vitface.model.vit import ViT
 from vitface.training.setup import build_model, parameter_counts
+from vitface.training.step import DOMAIN_LOSS_WEIGHT
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
@@ -341,7 +342,7 @@ def dalora() -> list[str]:
         say("weights of {}/{} each are exactly rank {}", 1, domains, stacked),
         say("({:.0f} when all {} are used alike, {:.0f} when", even.abs(), domains, collapsed),
         say("weight {})", config.balance_loss_weight),
-        say("weight {})", config.domain_loss_weight),
+        say("weight {})", DOMAIN_LOSS_WEIGHT),
         say("has {} times the adapters", adapters // single),
         say("rank {}, α = {}", wide, wide),
         say("s = {:.2f} as before): the same {:,}", qkv.scaling, adapters),

@@ -128,7 +128,7 @@ _RECORDED: dict[str, Any] = {
 _DEMO: dict[str, Any] = {
     "backbone": "vit_nano", "image_size": 112, "train_data": "synthetic", "use_dalora": True, "router_depth": 2,
     "head": "bn", "embedding_dim": 128, "margin": 0.2, "scale": 32.0, "augment": "flip", "epochs": 3, "lr": 2e-3,
-    "head_lr": 1e-2, "warmup_epochs": 0.3, "num_workers": 0, "val_data": None,
+    "head_lr": 1e-2, "num_workers": 0, "val_data": None,
 }  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "demo": _DEMO,
@@ -173,8 +173,10 @@ class TrainConfig:
     router_depth: int = flag(3, "frozen blocks the domain classifier looks through")
     gate_temperature: float = flag(1.0, "of the softmax over domains: below 1 one adapter per image, above 1 all alike")
     balance_loss_weight: float = flag(0.01, "keeps DA-LoRA from using one domain only")
-    domain_loss_weight: float = flag(0.1, "cross-entropy on domain labels, where the data has them")
-    domain_labels: str | None = flag(None, "CSV with the columns image,domain: the domain of each training image")
+    domain_labels: str | None = flag(
+        None,
+        "CSV with the columns image,domain: the domain of each training image; none: not even those of synthetic faces",
+    )
     train_patch_embed: bool = flag(False, "also train the patch convolution (as the recorded experiments did)")
     head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
     head_levels: int = flag(1, "evenly spaced depths whose tokens the head 'patches' reads; 1: the last block alone")
@@ -182,8 +184,9 @@ class TrainConfig:
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax")
     margin: float = flag(0.35, "margin m")
     scale: float = flag(64.0, "scale s of the cosines")
-    shard_identities: bool = flag(False, "cut the identity matrix over the GPUs and its logits into chunks")
-    class_sample_rate: float = flag(1.0, "with --shard-identities: share of the other people a step compares with")
+    partial_fc: float | None = flag(
+        None, "cut the identity matrix over the GPUs and compare with this share of the other people in a step; 1: all"
+    )
     augment: Literal["none", "flip", "strong"] = flag("strong", "augmentation of the training images")
     holdout_people: int = flag(10, "training people kept aside to choose the best epoch by; 0: the last epoch")
     max_samples: int | None = flag(None, "use at most this many training images")
@@ -195,7 +198,6 @@ class TrainConfig:
     lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
     head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
     weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
-    warmup_epochs: float = flag(1.0, "epochs of linear warm-up before the cosine")
     clip: float = flag(5.0, "largest norm of the gradient")
     num_workers: int = flag(2, "processes that decode images")
     seed: int = flag(0, "seeds initialisation, order and augmentation")
@@ -226,8 +228,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{to_flag(name)} must be positive, not {value}")
-        not_negative = ("margin", "weight_decay", "warmup_epochs", "holdout_people", "patience", "num_workers", "seed")
-        for name in (*not_negative, "balance_loss_weight", "domain_loss_weight"):
+        not_negative = ("margin", "weight_decay", "holdout_people", "patience", "num_workers", "seed")
+        for name in (*not_negative, "balance_loss_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{to_flag(name)} must not be negative, not {getattr(self, name)}")
         for name in ("image_size", "num_domains", "lora_rank", "embedding_dim"):
@@ -249,10 +251,8 @@ class TrainConfig:
                 "--batch-size must be at least 2, and that times --grad-accum: the batch norm of the embedding head "
                 "needs two images"
             )
-        if not 0 < self.class_sample_rate <= 1:
-            raise ConfigError(f"--class-sample-rate must be above 0 and at most 1, not {self.class_sample_rate}")
-        if self.class_sample_rate < 1 and not self.shard_identities:
-            raise ConfigError("--class-sample-rate goes with --shard-identities")
+        if self.partial_fc is not None and not 0 < self.partial_fc <= 1:
+            raise ConfigError(f"--partial-fc must be above 0 and at most 1, not {self.partial_fc}")
         vit = VIT_PRESETS[backbone_name(self.backbone)]
         vit.grid(self.image_size)
         if not 1 <= self.router_depth <= vit.depth:

@@ -108,10 +108,11 @@ def test_evaluate_says_what_the_router_does(tiny_run, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_with_labels_the_router_finds_pose_age_and_light(tmp_path, capsys):
+def test_with_labels_the_router_finds_pose_age_and_light(tmp_path, monkeypatch, capsys):
     """On faces of people it has never seen; without labels it has no reason to, and does not."""
     command = ["--exp", "demo", "--epochs", "1", "--max-samples", "1920", "--lora-rank", "2"]
-    command += ["--domain-loss-weight", "1", "--save-dir", str(tmp_path / "run")]
+    command += ["--save-dir", str(tmp_path / "run")]
+    monkeypatch.setattr("vitface.training.step.DOMAIN_LOSS_WEIGHT", 1.0)
     assert train.main(command) == 0
     routing = synthetic_routing(vitface.load(tmp_path / "run"))
     print(routing)

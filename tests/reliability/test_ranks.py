@@ -88,8 +88,8 @@ def test_four_ranks_four_shards_and_the_whole_batch_agree_to_a_millionth(tmp_pat
         "both": difference(four, train(tmp_path / "both", 2, grad_accum=2, **whole)),
         "whole batch": difference(four, train(tmp_path / "whole", **whole)),
         "sharded identities": difference(
-            train(tmp_path / "sharded", 4, shard_identities=True, **whole),
-            train(tmp_path / "chunked", shard_identities=True, **whole),
+            train(tmp_path / "sharded", 4, partial_fc=1.0, **whole),
+            train(tmp_path / "chunked", partial_fc=1.0, **whole),
         ),
     }
     print(f"after {4 * epochs} steps:", found)
@@ -150,8 +150,8 @@ def stop_after(count):
     "sharded",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"shard_identities": True}, marks=pytest.mark.slow),
-        {"shard_identities": True, "class_sample_rate": 0.5},
+        pytest.param({"partial_fc": 1.0}, marks=pytest.mark.slow),
+        {"partial_fc": 0.5},
     ],
 )
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back_with_every_tensor(tmp_path, monkeypatch, sharded):
@@ -235,7 +235,7 @@ def test_an_infinity_on_one_rank_stops_all_before_the_update(tmp_path, ran, case
 
 
 def stop_at_infinity(folder, world, where, sharded):
-    changes = {**LINEAR, "shard_identities": sharded, "save_every": 5}
+    changes = {**LINEAR, "partial_fc": 1.0 if sharded else None, "save_every": 5}
     folder.mkdir()
 
     def act(number):
@@ -274,7 +274,7 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
         step.first_fault, step.share, step.on_any_rank = alone, lambda value, source=0: value, lambda flag: flag
         parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient; the shards' loss has its own
         with process_group("cpu", 10):
-            trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, shard_identities=True)), None)
+            trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, partial_fc=1.0)), None)
             with suppress(step.NonFiniteError, RuntimeError):  # one stops, and the other finds that out a step later
                 trainer._epoch(None, loop.StopRequest())
             parameters = [p.detach().numpy().tobytes() for p in trainer.model.parameters()]
@@ -317,7 +317,7 @@ def lose(number, how, where, count):
 
 @sizes("lost ranks")
 def test_a_killed_or_stopped_rank_ends_all_in_an_error_that_names_it(tmp_path, ran, cases):
-    changes = dict(save_every=3, shard_identities=True, loss="cosface")
+    changes = dict(save_every=3, partial_fc=1.0, loss="cosface")
     expected = {world: fingerprint(train(tmp_path / f"{world}", world, **changes)) for world in (2, 4)}
     chosen = LOST[:: len(LOST) // cases]
     for case in chosen:
@@ -412,7 +412,7 @@ def test_only_rank_0_writes(tmp_path):
         allowed = ("/dev/null", "/proc", "/sys")
         if number:
             sys.addaudithook(lambda event, args: _no_write(event, args, allowed))
-        run(settings(tmp_path / "run", shard_identities=True), quiet)
+        run(settings(tmp_path / "run", partial_fc=1.0), quiet)
 
     assert in_ranks(2, act) == [0, 0]
     assert (tmp_path / "run" / "results.md").is_file()

@@ -90,6 +90,13 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if name.endswith("lora_b"))
 
 
+def test_synthetic_domains_are_learned_unless_told_not_to():
+    for labels, known in ((None, True), ("none", False)):
+        trainer = Trainer(resolve_choices(resolve({**SMALL, "use_dalora": True, "domain_labels": labels})), None)
+        _, parts = trainer._step(trainer._batches(0))
+        assert trainer.has_domain_labels == known == ("domain_loss" in parts)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
 def test_resume_is_bit_exact_from_any_step(tmp_path, monkeypatch, stop_at, number):
@@ -283,12 +290,13 @@ def test_batches_arrive_in_order_and_name_a_bad_image(num_workers):
 
 
 def test_schedule():
-    factors = [schedule(step, 100, 10) for step in range(100)]
+    factors = [schedule(step, 100, 25) for step in range(100)]  # a tenth of the run is the shorter warm-up
     np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
     assert factors[10] == 1.0
     assert factors[55] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.0, abs=4e-4)
-    assert schedule(0, 100, 0) == 1.0
+    assert [schedule(step, 100, 4) for step in (0, 3, 4)] == [0.25, 1.0, 1.0]  # an epoch is
+    assert schedule(0, 4, 2) == 1.0  # a run of four steps has none
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 

@@ -51,7 +51,7 @@ def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
         **{gate: {"use_dalora": True, "gate": gate} for gate in ("uniform", "random", "shuffled")},
     }
     if base.train_data in SYNTHETIC or base.domain_labels:
-        grid["dalora_unlabelled"] = {"use_dalora": True, "domain_loss_weight": 0.0}
+        grid["dalora_unlabelled"] = {"use_dalora": True, "domain_labels": "none"}
     return grid
 
 

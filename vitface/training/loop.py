@@ -87,11 +87,11 @@ class Trainer:
         compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.forward = replicate(compiled, self.device)
         self.margin_forward = self.margin
-        if not config.shard_identities:
+        if config.partial_fc is None:
             self.margin_forward = replicate(self.margin, self.device)
             self.margin.whole_batch = gather_rows
-        domains = self.samples.domains
-        self.has_domain_labels = config.use_dalora and domains is not None and domains.max() + 1 == config.num_domains
+        domains = self.samples.domains if config.use_dalora and config.domain_labels != "none" else None
+        self.has_domain_labels = domains is not None and domains.max() + 1 == config.num_domains
         self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
         self.progress = Progress()
         self.alarmed: set[str] = set()
@@ -176,7 +176,7 @@ class Trainer:
         )  # fmt: skip
         with contextlib.closing(batches), bar:
             while self.steps_into_epoch < self.steps_per_epoch:
-                factor = schedule(progress.step, self.total_steps, round(config.warmup_epochs * self.steps_per_epoch))
+                factor = schedule(progress.step, self.total_steps, self.steps_per_epoch)
                 set_rates(self.optimizer, factor)
                 norm, values = self._step(batches)
                 stopped, means = agree(stop.requested, list(values.values()))

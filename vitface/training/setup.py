@@ -62,12 +62,12 @@ def open_inputs(config: TrainConfig) -> Samples:
             problems.append(f"--{extra} needs an extra that is not installed:\n  pip install 'vitface[{extra}]'")
     try:
         if config.train_data in SYNTHETIC:
-            if config.domain_labels is not None:
+            if config.domain_labels not in (None, "none"):
                 raise DataError("--domain-labels is for your own images; synthetic faces come with their domains")
             samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
         else:
             samples = load_samples(config.train_data)
-            if config.domain_labels is not None and config.use_dalora:
+            if config.domain_labels not in (None, "none") and config.use_dalora:
                 if isinstance(samples, PackedSamples):
                     raise DataError("--domain-labels names images: pass the folder that was packed, it has the names")
                 samples.domains = read_domains(config.domain_labels, samples.image_names())
@@ -126,7 +126,7 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
     )
     model = FaceModel(vit, face, config.impl, config.seed)
     sizes = (config.loss, num_people, config.embedding_dim, config.margin, config.scale, config.seed)
-    margin = ShardedMargin(*sizes, config.class_sample_rate) if config.shard_identities else MarginLoss(*sizes)
+    margin = MarginLoss(*sizes) if config.partial_fc is None else ShardedMargin(*sizes, config.partial_fc)
     return model.to(config.device).train(), margin.to(config.device)
 
 

@@ -15,6 +15,8 @@ from vitface.training.loss_scale import LossScale
 from vitface.training.ranks.parallel import clip_gradients, mean_over_ranks, on_any_rank
 from vitface.training.ranks.process_group import lowest, rank, share, world_size
 
+DOMAIN_LOSS_WEIGHT = 0.1
+
 
 class NonFiniteError(VitfaceError):
     """The loss or a gradient became NaN or infinite, first on rank `culprit`; the step was not taken."""
@@ -50,11 +52,15 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def schedule(step: int, total_steps: int, warmup_steps: int) -> float:
-    """The factor of the peak learning rate at step 0, 1, ...: linear warm-up, then a cosine down to zero."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
+def schedule(step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """The factor of the peak learning rate at step 0, 1, ...: linear warm-up, then a cosine down to zero.
+
+    The warm-up takes an epoch, but at most a tenth of the run.
+    """
+    warmup = min(steps_per_epoch, round(total_steps / 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1)))
 
 
 def total_loss(
@@ -69,7 +75,7 @@ def total_loss(
         loss = loss + config.balance_loss_weight * parts["balance_loss"]
         if domains is not None:
             parts["domain_loss"] = F.cross_entropy(logits, domains)
-            loss = loss + config.domain_loss_weight * parts["domain_loss"]
+            loss = loss + DOMAIN_LOSS_WEIGHT * parts["domain_loss"]
     return {"loss": loss, **parts}
 
 

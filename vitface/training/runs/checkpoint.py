@@ -9,7 +9,7 @@ step-N/
   model.json            FaceConfig: everything needed to rebuild it around the frozen backbone
   training.safetensors  identity matrix and optimiser moments; never shared: the identity matrix is biometric data
   training.json         counters, the settings and the data it was trained with
-  identities-*          with --shard-identities: the identity matrix by ranges of classes (see `identity_files`)
+  identities-*          with --partial-fc: the identity matrix by ranges of classes (see `identity_files`)
   manifest.json         step, sizes and SHA-256 of the files, SHA-256 of the settings, versions, and its own SHA-256
 """
 
