@@ -11,7 +11,31 @@ gallery.search(embeddings, k=2)                       # for each row: the most a
 
 __all__ = ["Gallery", "__version__", "load", "load_backbone"]
 
-from vitface.gallery.gallery import Gallery
-from vitface.store.backbones import load_backbone
-from vitface.store.faces import load_face as load
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vitface.version import __version__
+
+if TYPE_CHECKING:
+    from vitface.gallery.gallery import Gallery
+    from vitface.store.backbones import load_backbone
+    from vitface.store.faces import load_face as load
+
+# name -> (module, its name there); imported when first used, so that `vitface --help` does not wait for torch
+_PLACES = {
+    "Gallery": ("vitface.gallery.gallery", "Gallery"),
+    "load": ("vitface.store.faces", "load_face"),
+    "load_backbone": ("vitface.store.backbones", "load_backbone"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    globals()[name] = value = getattr(importlib.import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,44 +2,81 @@
 
 import importlib
 import sys
+from typing import NamedTuple
 
-# command -> (module with `main(argv) -> exit code`, what it does); imported when asked for
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("vitface.commands.train", "adapt a frozen ViT to face recognition"),
-    "evaluate": ("vitface.commands.evaluate", "score a model on the face-verification benchmarks"),
-    "fetch": ("vitface.commands.models.fetch", "download a backbone or the face detector"),
-    "convert": ("vitface.commands.models.convert", "a published checkpoint to a backbone file"),
-    "align": ("vitface.commands.photos.align", "photos to aligned 112 x 112 crops"),
-    "data": ("vitface.commands.data", "pack training data, check it, look at it"),
-    "verify": ("vitface.commands.photos.verify", "do two photos show the same person?"),
-    "embed": ("vitface.commands.photos.embed", "a folder of images to a gallery of embeddings"),
-    "search": ("vitface.commands.photos.search", "who in a gallery is most like these photos?"),
-    "cluster": ("vitface.commands.photos.cluster", "group the images of a gallery by person"),
-    "explain": ("vitface.commands.photos.explain", "draw where a model looks, and its domain weights"),
-    "info": ("vitface.commands.models.info", "what is in a checkpoint, a backbone file, a gallery"),
-    "export": ("vitface.commands.models.export", "a trained model for PEFT, ONNX Runtime, torch.export"),
-    "import-peft": ("vitface.commands.models.import_peft", "a face model from adapters that PEFT trained"),
-    "publish": ("vitface.commands.models.publish", "a model for the Hugging Face Hub, without what must not leave"),
-    "experiments": ("vitface.commands.experiments", "the recorded experiments beside your runs of them"),
-    "study": ("vitface.commands.study", "train and compare DA-LoRA and its controls over seeds"),
-}
+from vitface.commands.parser import did_you_mean
+from vitface.version import __version__
+
+
+class Group(NamedTuple):
+    """Commands whose modules lie in `package`, each with an example of its arguments and what it does."""
+
+    title: str
+    package: str
+    commands: dict[str, tuple[str, str]]
+
+
+GROUPS = (
+    Group(
+        "training and evaluation",
+        "vitface.commands",
+        {
+            "train": ("--exp demo", "adapt a frozen ViT to face recognition"),
+            "evaluate": ("--bench lfw", "score a model on the face-verification benchmarks"),
+            "study": ("tiny", "train and compare DA-LoRA and its controls over seeds"),
+            "experiments": ("", "the recorded experiments beside your runs of them"),
+            "data": ("check data", "check training data and benchmarks; also pack, build, show, draw"),
+        },
+    ),
+    Group(
+        "photos",
+        "vitface.commands.photos",
+        {
+            "align": ("photos aligned", "photos to aligned 112 x 112 crops"),
+            "verify": ("A.jpg B.jpg", "do two photos show the same person?"),
+            "embed": ("photos people", "a folder of images to a gallery of embeddings"),
+            "search": ("people NEW.jpg", "who in a gallery is most like this photo?"),
+            "cluster": ("people", "group the images of a gallery by person"),
+            "explain": ("A.jpg -o out.png", "draw where a model looks, and its domain weights"),
+        },
+    ),
+    Group(
+        "models",
+        "vitface.commands.models",
+        {
+            "fetch": ("dinov2", "download a backbone, or the face detector"),
+            "convert": ("clip --src FILE", "a published checkpoint to a backbone file"),
+            "info": ("runs/a", "what is in a checkpoint, a backbone file, a gallery"),
+            "export": ("runs/a --format onnx --out a.onnx", "a model for ONNX Runtime, torch.export, PEFT"),
+            "import-peft": ("adapter --into runs/a --out b", "a face model from adapters that PEFT trained"),
+            "publish": ("runs/a --repo me/faces", "a model for the Hugging Face Hub, without what must not leave"),
+        },
+    ),
+)
+COMMANDS = {name: f"{group.package}.{name.replace('-', '_')}" for group in GROUPS for name in group.commands}
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS), default=0)
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: vitface COMMAND [--help]", "", *lines])
+    lines = ["usage: vitface COMMAND ...   (vitface COMMAND --help has its flags and examples; --version)"]
+    for group in GROUPS:
+        lines += ["", f"{group.title}:"]
+        lines += [f"  vitface {f'{name} {example}':<42}  {text}" for name, (example, text) in group.commands.items()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs a command; its exit code. 2 for an unknown one."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
-        return 0
-    if name not in COMMANDS:
-        print(f"unknown command {name!r}\n{usage()}", file=sys.stderr)
+    elif name == "--version":
+        print(f"vitface {__version__}")
+    elif name not in COMMANDS:
+        print(f"error: unknown command {name}{did_you_mean(name, COMMANDS)}\nsee vitface --help", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    else:
+        return importlib.import_module(COMMANDS[name]).main(rest)
+    return 0
 
 
 if __name__ == "__main__":

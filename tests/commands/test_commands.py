@@ -1,7 +1,9 @@
 """The commands on a tiny run, in one process: what they print, write and return."""
 
 import csv
+import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from PIL import Image
 
 import vitface
 import vitface.__main__
-from vitface.commands.parser import NO_THRESHOLD
+from vitface.commands import data
+from vitface.commands.inputs import NO_THRESHOLD
+from vitface.commands.photos import verify
+from vitface.data.faces import build
 from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.images import read_image
 
@@ -218,8 +223,67 @@ def test_every_command_has_help_with_examples(capsys):
             vitface.__main__.main([name, "--help"])
         out = capsys.readouterr().out
         assert stop.value.code == 0 and "examples:" in out and f"  vitface {name} " in out, name
-    assert vitface.__main__.main(["--help"]) == 0 and "verify" in capsys.readouterr().out
-    assert vitface.__main__.main(["unknown"]) == 2
+
+
+def test_the_list_of_commands_shows_an_example_of_each(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0 and call(capsys) == (0, out, "")
+    lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("  vitface ")}
+    assert lines.keys() == vitface.__main__.COMMANDS.keys()
+    assert re.split(r"\s{3,}", lines["verify"]) == [
+        "  vitface verify A.jpg B.jpg",
+        "do two photos show the same person?",
+    ]
+    for name, line in lines.items():  # each example is one that the command's own parser takes
+        module = importlib.import_module(vitface.__main__.COMMANDS[name])
+        module.make_parser().parse_args(re.split(r"\s{2,}", line.strip())[0].split()[2:])
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--version"]])
+def test_what_needs_no_command(arguments, capsys):
+    code, out, err = call(capsys, *arguments)
+    assert code == 0 and err == "" and (out == f"vitface {vitface.__version__}\n" or out == call(capsys, "--help")[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian", "error: unknown command trian; did you mean train?\nsee vitface --help\n"),
+        ("xyz --help", "error: unknown command xyz\nsee vitface --help\n"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_meant(line, message, capsys):
+    assert call(capsys, *line.split()) == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --epoch 3", "unknown flag --epoch; did you mean --epochs?\nsee vitface train --help"),
+        ("train --batch_size=8", "unknown flag --batch_size; did you mean --batch-size?\nsee vitface train --help"),
+        ("train --xyz 1", "unknown flag --xyz\nsee vitface train --help"),
+        ("study tiny --epoch 1", "unknown flag --epoch; did you mean --epochs?\nsee vitface study --help"),
+        ("convert clip --sorce x", "unknown flag --sorce; did you mean --src?\nsee vitface convert --help"),
+        ("data check x --agianst y", "unknown flag --agianst; did you mean --against?\nsee vitface data check --help"),
+        ("evaluate --bench lwf", "argument --bench: invalid choice: 'lwf' (choose from"),
+        ("verify a b c", "unexpected c\nsee vitface verify --help"),
+        ("convert clip", "the following arguments are required: --src\nsee vitface convert --help"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_answered_in_a_line_or_two(line, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(capsys, *line.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith(f"error: {message}") and err.count("\n") == 2
+
+
+def test_words_after_two_dashes_are_no_flags():
+    parsed = verify.make_parser().parse_args(["--json", "--", "--a.jpg", "--b.jpg"])
+    assert (str(parsed.first), str(parsed.second), parsed.json) == ("--a.jpg", "--b.jpg", True)
+
+
+def test_the_benchmarks_that_can_be_built_are_those_that_build_knows():
+    assert tuple(build.RELEASES) == data.RELEASES
 
 
 def test_draw_writes_the_faces_that_the_demo_sees(tmp_path, capsys):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 import vitface.__main__
-from vitface.commands.experiments import BENCHMARKS, RECORDED, experiments_markdown
+from vitface.commands.experiments import RECORDED, RECORDED_ON, experiments_markdown
 from vitface.config import EXPERIMENTS, resolve
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, save_scores
@@ -45,7 +45,7 @@ def test_a_run_shows_what_it_scored_and_how_it_differs(tmp_path, tiny_run, capsy
     assert ("exp_003", "not run") not in table and ("exp_001", "not run") in table
     trained = 2 * 3 * 4 * (16 + 48 + 16 + 16) + 16 * 256 + 256 + 256 * 3 + 3 + 16 * 8 + 8 + 16
     scored = f"{100 * verify(distance, issame).accuracy:.2f} ± {100 * verify(distance, issame).std:.2f}"
-    others = ["not evaluated"] * (len(BENCHMARKS) - 1)
+    others = ["not evaluated"] * (len(RECORDED_ON) - 1)
     assert table["exp_003", "tiny"] == [f"{trained:,}", scored, *others, "`--epochs 2`"]
     assert table["exp_002", "unfinished"] == ["", "not evaluated", *others, ""]
     assert printed in docs.read_text() and "## The recorded experiments" in docs.read_text()

@@ -15,7 +15,7 @@ from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face
 from vitface.data.faces.pose import MARGIN
 from vitface.data.formats.pairs import VerificationSet
-from vitface.evaluation import benchmarks
+from vitface.evaluation import benchmarks, routing
 from vitface.evaluation.routing import (
     agreement,
     benchmark_routing,
@@ -95,7 +95,7 @@ def test_benchmark_images_are_routed_by_their_pose(tiny_run):
 
 def test_evaluate_says_what_the_router_does(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(benchmarks.BENCHMARKS, "synthetic", benchmarks.Benchmark("synthetic", 40))
-    monkeypatch.setattr(evaluate, "synthetic_routing", partial(synthetic_routing, num_people=4, images_per_person=3))
+    monkeypatch.setattr(routing, "synthetic_routing", partial(synthetic_routing, num_people=4, images_per_person=3))
     benchmarks._synthetic_benchmark.cache_clear()
     command = ["--checkpoint", str(tiny_run), "--bench", "synthetic", "--routing"]
     evaluate.main([*command, "--json", str(tmp_path / "a.json")])

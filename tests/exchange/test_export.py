@@ -73,7 +73,7 @@ def test_a_graph_that_differs_is_not_written(backbone, tmp_path, monkeypatch, ca
         raise ExchangeError("cosine 0.9")
 
     for name, stand_in in {"trace": lambda *_: None, "onnx_bytes": lambda *_: b"x", "check_onnx": differs}.items():
-        monkeypatch.setattr(f"vitface.commands.models.export.{name}", stand_in)
+        monkeypatch.setattr(f"vitface.exchange.onnx_graph.{name}", stand_in)
     assert export("onnx", "face.onnx") == 2
     assert "cosine 0.9" in capsys.readouterr().err and not (tmp_path / "face.onnx").exists()
 

@@ -3,21 +3,13 @@
 import argparse
 import dataclasses
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
-from vitface.commands.parser import add_model_flags, command_parser, load_model
-from vitface.commands.photos.align import add_finder_flags, make_finder
-from vitface.data.checks.doctor import check, report_text
-from vitface.data.faces.build import RELEASES, build
-from vitface.data.faces.folder import write_crop
-from vitface.data.formats.packed import PackedSamples
-from vitface.data.formats.packing import pack
-from vitface.data.formats.samples import load_samples
-from vitface.data.show import contact_sheet
-from vitface.data.synthetic.worlds import SyntheticSamples
-from vitface.errors import ConfigError, DataError, exit_code
+from vitface.commands.parser import CommandParser, add_finder_flags, add_model_flags, add_workers_flag
+from vitface.errors import ConfigError, DataError
 
+RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # those of `vitface.data.faces.build`
 EXAMPLES = """examples:
   vitface data check data                         everything in the folder; exit code 1 if something is wrong
   vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
@@ -28,51 +20,34 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("data", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface data", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, action, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(action=action)
-        return sub
+    def add(name: str, action: Callable[[argparse.Namespace], int], text: str) -> CommandParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(action=action)
+        return command
 
-    packing = command("pack", _pack, "decode a training set once, into a folder that training maps into memory")
-    packing.add_argument("src", type=Path, metavar="SRC", help="folder with train.rec, or with a folder per person")
-    packing.add_argument("out", type=Path, metavar="OUT", help="the packed folder; --train-data OUT trains on it")
-    checking = command("check", _check, "what is wrong with training sets and benchmarks; exit code 1 if anything is")
-    checking.add_argument("path", type=Path, metavar="PATH", help="training set, .bin, or a folder of them")
-    checking.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="FILE",
-        help="benchmarks that training must not have seen: .bin files, or published pair lists (names are compared)",
-    )  # fmt: skip
-    add_model_flags(checking, "trained run whose model looks for training people's faces in the benchmarks, too")
-    checking.add_argument("--json", action="store_true", help="print the reports as JSON")
-    for sub in (packing, checking):
-        sub.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    building = command("build", _build, "a benchmark's .bin from its official release: photos and pair list")
-    building.add_argument("name", choices=RELEASES, help="the benchmark")
-    building.add_argument("src", type=Path, metavar="SRC", help="folder of the release, as it unpacks")
-    building.add_argument("out", type=Path, metavar="OUT", help="folder for NAME.bin and, in NAME, the aligned crops")
-    building.add_argument("--pairs", type=Path, metavar="FILE", help="the pair list, where SRC does not hold it")
-    add_finder_flags(building)
-    showing = command("show", _show, "draw what the model sees of a training set, before and after augmentation")
-    showing.add_argument("path", type=Path, metavar="PATH", help="training set")
-    showing.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
-    showing.add_argument("--augment", choices=["none", "flip", "strong"], default="strong")
-    showing.add_argument("--count", type=int, default=8, help="images, a row each (default: 8)")
-    showing.add_argument("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
-    showing.add_argument("--image-size", type=int, default=112, help="input side of the model (default: 112)")
-    showing.add_argument("--seed", type=int, default=0)
-    drawing = command("draw", _draw, "procedural faces as files, a folder per person: something to try commands on")
-    drawing.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    drawing.add_argument("--people", type=int, default=5, help="how many (default: 5)")
-    drawing.add_argument("--images", type=int, default=60, help="of each (default: 60)")
-    drawing.add_argument("--seed", type=int, default=0)
+    _pack_flags(add("pack", _pack, "decode a training set once, into a folder that training maps into memory"))
+    _check_flags(add("check", _check, "what is wrong with training sets and benchmarks; exit code 1 if anything is"))
+    _build_flags(add("build", _build, "a benchmark's .bin from its official release: photos and pair list"))
+    _show_flags(add("show", _show, "draw what the model sees of a training set, before and after augmentation"))
+    _draw_flags(add("draw", _draw, "procedural faces as files, a folder per person: something to try commands on"))
     return parser
 
 
+def _pack_flags(parser: CommandParser) -> None:
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder with train.rec, or with a folder per person")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the packed folder; --train-data OUT trains on it")
+    add_workers_flag(parser)
+
+
 def _pack(arguments: argparse.Namespace) -> int:
+    from vitface.data.formats.packed import PackedSamples
+    from vitface.data.formats.packing import pack
+    from vitface.data.formats.samples import load_samples
+
     samples = load_samples(arguments.src)
     if isinstance(samples, PackedSamples):
         raise DataError(f"{arguments.src} is packed already; train on it with --train-data {arguments.src}")
@@ -86,7 +61,19 @@ def _pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_flags(parser: CommandParser) -> None:
+    unseen = "benchmarks that training must not have seen: .bin files, or published pair lists (names are compared)"
+    parser.add_argument("path", type=Path, metavar="PATH", help="training set, .bin, or a folder of them")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help=unseen)
+    add_model_flags(parser, "trained run whose model looks for training people's faces in the benchmarks, too")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    add_workers_flag(parser)
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import load_model
+    from vitface.data.checks.doctor import check, report_text
+
     for file in arguments.against:
         if not file.is_file():
             raise ConfigError(f"--against {file}: no such file")
@@ -99,7 +86,18 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(any(report.problems for report in reports))
 
 
+def _build_flags(parser: CommandParser) -> None:
+    parser.add_argument("name", choices=RELEASES, help="the benchmark")
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder of the release, as it unpacks")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for NAME.bin and, in NAME, the aligned crops")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="the pair list, where SRC does not hold it")
+    add_finder_flags(parser)
+
+
 def _build(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import make_finder
+    from vitface.data.faces.build import build
+
     finder = make_finder(arguments, min_face=0)
     pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
     print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
@@ -107,7 +105,21 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _show_flags(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="training set")
+    add("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+    add("--augment", choices=["none", "flip", "strong"], default="strong", help="as in training (default: strong)")
+    add("--count", type=int, default=8, help="images, a row each (default: 8)")
+    add("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
+    add("--image-size", type=int, default=112, help="input side of the model (default: 112)")
+    add("--seed", type=int, default=0, help="chooses the images and their augmentation (default: 0)")
+
+
 def _show(arguments: argparse.Namespace) -> int:
+    from vitface.data.formats.samples import load_samples
+    from vitface.data.show import contact_sheet
+
     samples = load_samples(arguments.path)
     sheet = contact_sheet(
         samples, arguments.count, arguments.augment, arguments.epochs, arguments.image_size, arguments.seed
@@ -117,7 +129,17 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _draw_flags(parser: CommandParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--people", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--images", type=int, default=60, help="of each (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses their photos (default: 0)")
+
+
 def _draw(arguments: argparse.Namespace) -> int:
+    from vitface.data.faces.folder import write_crop
+    from vitface.data.synthetic.worlds import SyntheticSamples
+
     if arguments.out.exists():
         raise DataError(f"{arguments.out} exists already; choose a new folder")
     samples = SyntheticSamples(arguments.people, arguments.images, arguments.seed)
@@ -130,5 +152,4 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: arguments.action(arguments))
+    return make_parser().run(lambda arguments: arguments.action(arguments), argv)

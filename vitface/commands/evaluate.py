@@ -4,22 +4,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser, add_device_flag, add_weights_flag
 from vitface.config import VIT_ALIASES, VIT_PRESETS
-from vitface.data.faces.detect import FaceDetector
-from vitface.data.synthetic.worlds import SYNTHETIC
-from vitface.device import resolve_device, resolve_dtype
-from vitface.errors import ConfigError, DataError, exit_code
-from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
-from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
-from vitface.evaluation.page import report_page
-from vitface.evaluation.report import results_json, results_table
-from vitface.evaluation.routing import benchmark_routing, pose_text, routing_text, synthetic_routing
-from vitface.evaluation.scores import keep_scores
-from vitface.model.face import FaceModel, shuffle_gate
-from vitface.model.inference import prepare_inference
-from vitface.store.faces import frozen_face, load_face, model_sha256, newest_run
+from vitface.errors import ConfigError, DataError
+from vitface.evaluation.benchmarks import BENCHMARKS
+
+if TYPE_CHECKING:
+    from vitface.model.face import FaceModel
 
 EXAMPLES = """examples:
   vitface evaluate --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
@@ -33,32 +26,43 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("evaluate", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface evaluate", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("--bench", choices=[*BENCHMARKS, "all"], help="which benchmark; 'all': each that has a file")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="RUN",
-        help="run (its best) or checkpoint directory; default: newest in runs/",
-    )
+    add("--checkpoint", type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/")
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
-    add("--routing", action="store_true", help="also say what DA-LoRA's router makes of pose, age and light")
+    add("--routing", action="store_true", help="also print what DA-LoRA's router makes of pose, age and light")
     add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
-    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add_weights_flag(parser)
     add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
-    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    add_device_flag(parser)
     return parser
 
 
-def load_model(arguments: argparse.Namespace) -> FaceModel:
+def evaluate(arguments: argparse.Namespace) -> int:
+    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag} {path}: its folder does not exist")
+    if arguments.compare:
+        return compare_runs(arguments)
+    if arguments.bench is None:
+        raise ConfigError("name a benchmark with --bench, or runs with --compare")
+    return evaluate_model(load_model(arguments), arguments)
+
+
+def load_model(arguments: argparse.Namespace) -> "FaceModel":
     """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
+    from vitface.device import resolve_device, resolve_dtype
+    from vitface.model.face import shuffle_gate
+    from vitface.model.inference import prepare_inference
+    from vitface.store.faces import frozen_face, load_face, newest_run
+
     device = resolve_device(arguments.device)
     if arguments.backbone is None:
         if arguments.image_size is not None:
@@ -76,39 +80,29 @@ def load_model(arguments: argparse.Namespace) -> FaceModel:
     return prepare_inference(model)
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
-        if path and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {path}: its folder does not exist")
-    if arguments.compare:
-        return compare_runs(arguments)
-    if arguments.bench is None:
-        raise ConfigError("name a benchmark with --bench, or runs with --compare")
-    model = load_model(arguments)
+def evaluate_model(model: "FaceModel", arguments: argparse.Namespace) -> int:
+    """Prints the results, adds them to the run's scores, and writes what was asked for."""
+    from vitface.evaluation.benchmarks import evaluate_all
+    from vitface.evaluation.page import report_page
+    from vitface.evaluation.report import results_json, results_table
+    from vitface.evaluation.scores import keep_scores
+    from vitface.store.faces import model_sha256
+
     if arguments.routing:
         check_routing(model, arguments)
-    if arguments.bench == "all":
-        names = available(arguments.data_dir)
-        for name in BENCHMARKS:
-            if name not in names and name not in SYNTHETIC:
-                print(f"missing: {benchmark_path(name, arguments.data_dir)}")
-        if not names:
-            raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
-    else:
-        names = [arguments.bench]
-    evaluation = evaluate_all(model.embed, names, arguments.data_dir)
+    run, data_dir = arguments.checkpoint, arguments.data_dir
+    evaluation = evaluate_all(model.embed, benchmark_names(arguments), data_dir)
     if evaluation.results:
         print(results_table(evaluation.results))
-        if arguments.checkpoint and (arguments.checkpoint / "checkpoints").is_dir() and not arguments.gate:
-            keep_scores(arguments.checkpoint, evaluation.results, model_sha256(arguments.checkpoint))
-    routing = route(model, list(evaluation.results), arguments.data_dir) if arguments.routing else {}
+        if run and (run / "checkpoints").is_dir() and not arguments.gate:
+            keep_scores(run, evaluation.results, model_sha256(run))
+    routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")
     if arguments.output:
-        title = str(arguments.checkpoint or f"{arguments.backbone}, frozen")
-        run, shown = arguments.checkpoint, arguments.show_faces
-        page = report_page(title, model, evaluation, run, arguments.data_dir, shown, routing)
+        title = str(run or f"{arguments.backbone}, frozen")
+        page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
         arguments.output.write_text(page, encoding="utf-8")
         print(f"wrote {arguments.output}")
     for alarm in evaluation.alarms:
@@ -118,16 +112,39 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 2 if evaluation.failures else 0
 
 
-def check_routing(model: FaceModel, arguments: argparse.Namespace) -> None:
+def benchmark_names(arguments: argparse.Namespace) -> list[str]:
+    """The benchmarks that --bench asks for; those of 'all' that have no file are printed."""
+    from vitface.evaluation.benchmarks import available, benchmark_path
+
+    if arguments.bench != "all":
+        return [arguments.bench]
+    names = available(arguments.data_dir)
+    for name, benchmark in BENCHMARKS.items():
+        if name not in names and benchmark.category != "synthetic":
+            print(f"missing: {benchmark_path(name, arguments.data_dir)}")
+    if not names:
+        raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
+    return names
+
+
+def check_routing(model: "FaceModel", arguments: argparse.Namespace) -> None:
     """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
+    from vitface.data.faces.detect import FaceDetector
+    from vitface.data.synthetic.worlds import SYNTHETIC
+
     if model.config.num_domains == 1:
         raise ConfigError("--routing is for DA-LoRA; this model has no router")
     if arguments.bench not in SYNTHETIC:
         FaceDetector()
 
 
-def route(model: FaceModel, names: list[str], data_dir: Path) -> dict[str, dict]:
+def route(model: "FaceModel", names: list[str], data_dir: Path) -> dict[str, dict]:
     """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
+    from vitface.data.faces.detect import FaceDetector
+    from vitface.data.synthetic.worlds import SYNTHETIC
+    from vitface.evaluation.benchmarks import read_benchmark
+    from vitface.evaluation.routing import benchmark_routing, pose_text, routing_text, synthetic_routing
+
     world = next((name for name in names if name in SYNTHETIC), "synthetic")
     found = {world: synthetic_routing(model, world=world)}
     print(f"\nrouting on procedural faces, by their domain\n{routing_text(found[world])}")
@@ -139,6 +156,8 @@ def route(model: FaceModel, names: list[str], data_dir: Path) -> dict[str, dict]
 
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Every experiment against the first one named, from the scores that the runs kept."""
+    from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
+
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
     wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
     results = [{name: result for name, result in read_run(run).items() if name in wanted} for run in runs]
@@ -152,5 +171,4 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: evaluate(arguments))
+    return make_parser().run(evaluate, argv)

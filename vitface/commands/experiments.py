@@ -5,15 +5,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from vitface.commands.models.info import describe_checkpoint
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser
 from vitface.config import BOOKKEEPING, EXPERIMENTS, read_config, resolve, to_flag
-from vitface.errors import VitfaceError, exit_code
-from vitface.evaluation.compare import read_run
-from vitface.store.faces import find_checkpoint
-from vitface.study.grid import put_between_markers
+from vitface.errors import VitfaceError
 
-BENCHMARKS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
+RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 RECORDED = {  # accuracies in % as they were written down, and what was trainable; of the others nothing is known
     "exp_001": (865_664, (90.45, 71.81, 52.30, 69.27, 68.67)),
     "exp_003": (1_849_731, (89.50, 72.73, 54.17, 68.45, 68.82)),
@@ -30,8 +26,8 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("experiments", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface experiments", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the table there, between two markers")
     return parser
@@ -39,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def experiments_markdown(runs: Path) -> str:
     """The table: for each experiment what was recorded, and every run of it in `runs` with what it scored."""
-    head = ("experiment", "", "trainable parameters", *BENCHMARKS, "settings that differ")
+    head = ("experiment", "", "trainable parameters", *RECORDED_ON, "settings that differ")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
         if name in RECORDED:
@@ -56,6 +52,10 @@ def experiments_markdown(runs: Path) -> str:
 
 def _cells(name: str, run: Path) -> list[str]:
     """What one run scored; a benchmark that it was not evaluated on says so."""
+    from vitface.commands.models.info import describe_checkpoint
+    from vitface.evaluation.compare import read_run
+    from vitface.store.faces import find_checkpoint
+
     preset, settings = dataclasses.asdict(resolve({"exp": name})), read_config(run)
     known = {key for key in preset if key not in BOOKKEEPING}
     resolved = {"device", "dtype", "impl"}  # "auto" in the preset
@@ -67,12 +67,14 @@ def _cells(name: str, run: Path) -> list[str]:
         trainable, results = "", {}
     scored = [
         f"{100 * results[bench].accuracy:.2f} ± {100 * results[bench].std:.2f}" if bench in results else "not evaluated"
-        for bench in BENCHMARKS
+        for bench in RECORDED_ON
     ]
     return [trainable, *scored, ", ".join(f"`{to_flag(key)} {settings.get(key)}`" for key in differ)]
 
 
 def experiments(arguments: argparse.Namespace) -> None:
+    from vitface.study.grid import put_between_markers
+
     text = experiments_markdown(arguments.runs)
     print(text, end="")
     if arguments.docs:
@@ -81,5 +83,4 @@ def experiments(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: experiments(arguments))
+    return make_parser().run(experiments, argv)

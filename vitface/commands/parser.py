@@ -1,85 +1,101 @@
-"""What the commands share: how they are described, and the model they use."""
+"""What the parsers of all commands share: their answer to a mistake, and the flags that several of them have."""
 
 import argparse
+import difflib
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from vitface.data.faces.detect import FaceDetector
-from vitface.data.faces.photos import CropReader
-from vitface.device import resolve_device
-from vitface.errors import CheckpointError, ConfigError
-from vitface.gallery.parts import Settings
-from vitface.model.face import FaceModel
-from vitface.model.inference import prepare_inference
-from vitface.store.faces import load_face, model_sha256, newest_run
-from vitface.store.thresholds import choose_threshold
-
-NO_THRESHOLD = (
-    "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "
-    "(FAR 0.01 takes 3,000 pairs of different people); or pass your own --threshold COSINE"
-)
+from vitface.errors import exit_code
 
 
-def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
-    """A parser that shows its examples as they are written, and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
-        f"vitface {name}", description=description, epilog=examples, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+class CommandParser(argparse.ArgumentParser):
+    """A parser that shows its examples as they are written, and answers a mistake in one line instead of its usage.
+
+    Flags cannot be abbreviated. A mistake ends the process with exit code 2.
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Looks for unknown flags first: argparse would rather complain of the required one that was misspelt."""
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # a parser with subcommands has no flags of its own
+            for word in words[: words.index("--") if "--" in words else None]:
+                self._check_flag(word.partition("=")[0])
+        namespace, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unexpected {' '.join(unknown)}")
+        return namespace, []
+
+    def _check_flag(self, flag: str) -> None:
+        known = self._option_string_actions
+        if flag.startswith("--") and flag not in known:
+            self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nsee {self.prog} --help\n")
+
+    def run(self, action: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None) -> int:
+        """The exit code of `action` on the parsed arguments (see `exit_code`)."""
+        arguments = self.parse_args(argv)
+        return exit_code(lambda: action(arguments))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: "; did you mean X?", X the most similar of the `known` words, or nothing."""
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
+
+
+def add_weights_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"
+    )
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
 
 
 def add_model_flags(
     parser: argparse.ArgumentParser, what: str = "run (its best) or checkpoint; default: newest in runs/"
 ) -> None:
     """--checkpoint, which is `what`, --weights and --device."""
-    add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="RUN", help=what)
-    add("--weights", metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places")
-    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help=what)
+    add_weights_flag(parser)
+    add_device_flag(parser)
 
 
 def add_photo_flags(parser: argparse.ArgumentParser) -> None:
     """--no-align and --detector."""
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--align",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="find and align the face in every image that is not 112 x 112 pixels, which is what aligned crops are; "
         "--no-align: all images are crops",
     )
-    add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
+    add_detector_flag(parser)
 
 
-def default_run() -> Path:
-    """The newest run in runs/, which is said on stderr; CheckpointError says what to do where there is none."""
-    try:
-        run = newest_run()
-    except CheckpointError:
-        raise CheckpointError(
-            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
-        ) from None
-    print(f"checkpoint: {run}", file=sys.stderr)
-    return run
+def add_finder_flags(parser: argparse.ArgumentParser) -> None:
+    """How the faces in a folder of photos are found: --landmarks, --detector, --num-workers."""
+    landmarks = "file, x1, y1, ... x5, y5; such photos need no detector"
+    parser.add_argument("--landmarks", type=Path, metavar="CSV", help=landmarks)
+    add_detector_flag(parser)
+    add_workers_flag(parser)
 
 
-def load_model(arguments: argparse.Namespace) -> FaceModel:
-    """The model of --checkpoint, or of the newest run, on --device; sets arguments.checkpoint."""
-    arguments.checkpoint = arguments.checkpoint or default_run()
-    return prepare_inference(load_face(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device)))
+def add_detector_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
 
 
-def crop_reader(arguments: argparse.Namespace) -> CropReader:
-    """How --align and --detector want images to be read."""
-    if arguments.detector and not arguments.align:
-        raise ConfigError("--detector is for photos, --no-align says that there are none; leave one of them out")
-    return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
-
-
-def gallery_settings(arguments: argparse.Namespace, model: FaceModel) -> Settings:
-    """What a gallery has to know of the model that `load_model` loaded."""
-    return Settings(model_sha256(arguments.checkpoint), arguments.align, model.thresholds)
+def add_workers_flag(parser: argparse.ArgumentParser) -> None:
+    cores = os.cpu_count() or 1
+    parser.add_argument("--num-workers", type=int, default=cores, help="processes (default: all cores)")
 
 
 def add_threshold_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +103,3 @@ def add_threshold_flags(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--far", type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated")
     either.add_argument("--threshold", type=float, metavar="COSINE", help="your own threshold, from -1 to 1")
-
-
-def threshold_of(arguments: argparse.Namespace, thresholds: Mapping[float, float]) -> tuple[float | None, float | None]:
-    """(threshold, FAR) that --threshold or --far ask for; (None, None) if nothing was calibrated or asked for."""
-    if arguments.threshold is None:
-        return choose_threshold(thresholds, arguments.far)
-    if not -1 <= arguments.threshold <= 1:
-        raise ConfigError(f"--threshold is a cosine, from -1 to 1, not {arguments.threshold:g}")
-    return arguments.threshold, None

@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser
 from vitface.config import add_flags, resolve, to_flag
-from vitface.errors import ConfigError, exit_code
-from vitface.study.grid import STUDIES, chosen_variants, put_between_markers, run_study
+from vitface.errors import ConfigError
 
+STUDIES: dict[str, dict[str, Any]] = {
+    "controls": {},  # the default recipe, on --train-data and --val-data
+    "synthetic": {"exp": "demo"},
+    "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
+    "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
+}
 SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "gate", "dry_run")
 EXAMPLES = """examples:
   vitface study tiny                            minutes: shows what a study is
@@ -20,8 +25,8 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("study", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface study", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("name", choices=STUDIES, help="which study; train's flags change its settings")
     add("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
@@ -31,8 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | None, given: dict[str, Any]) -> None:
-    """Runs study `name` with the `given` flags of train on top; ConfigError for flags that it sets itself."""
+def study(arguments: argparse.Namespace) -> None:
+    """Runs a study with train's flags on top; ConfigError for those that the study sets itself."""
+    from vitface.study.grid import chosen_variants, put_between_markers, run_study
+
+    given = vars(arguments)
+    name, seeds, chosen, docs = (given.pop(key) for key in ("name", "seeds", "chosen", "docs"))
     for key in SET_BY_THE_STUDY:
         if key in given:
             raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
@@ -46,6 +55,4 @@ def study(name: str, seeds: list[int], chosen: list[str] | None, docs: Path | No
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = vars(make_parser().parse_args(argv))
-    own = {key: given.pop(key) for key in ("name", "seeds", "chosen", "docs")}
-    return exit_code(lambda: study(**own, given=given))
+    return make_parser().run(study, argv)

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser
 from vitface.config import add_flags
-from vitface.errors import exit_code
-from vitface.training.run import run
-from vitface.training.runs.resume import configure
 
 EXAMPLES = """examples:
   vitface train --exp demo                                     procedural faces, no download, under 3 minutes
@@ -18,12 +15,19 @@ EXAMPLES = """examples:
 """
 
 
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface train", description=__doc__, epilog=EXAMPLES)
+    add_flags(parser)
+    return parser
+
+
 def train(given: dict[str, Any]) -> None:
+    """One run with the `given` flags, by the names of `TrainConfig`'s fields."""
+    from vitface.training.run import run
+    from vitface.training.runs.resume import configure
+
     run(configure(given))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("train", __doc__, EXAMPLES)
-    add_flags(parser)
-    given = vars(parser.parse_args(argv))
-    return exit_code(lambda: train(given))
+    return make_parser().run(lambda arguments: train(vars(arguments)), argv)

@@ -29,12 +29,6 @@ from vitface.store.faces import frozen_face, load_face
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
 
-STUDIES: dict[str, dict[str, Any]] = {
-    "controls": {},  # the default recipe, on --train-data and --val-data
-    "synthetic": {"exp": "demo"},
-    "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
-    "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
-}
 SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
 
 

@@ -2,13 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser
 from vitface.config import backbone_name
-from vitface.errors import WeightsError, exit_code
-from vitface.store.backbones import find_backbone
-from vitface.weights.conversion import Conversion, convert_backbone
+from vitface.errors import WeightsError
 from vitface.weights.sources import SOURCES
+
+if TYPE_CHECKING:
+    from vitface.weights.conversion import Conversion
 
 EXAMPLES = f"""examples:
   vitface convert dinov2 --src dinov2_vits14_pretrain.pth
@@ -19,8 +21,8 @@ backbones: {", ".join(SOURCES)}
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("convert", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface convert", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
     parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
@@ -29,11 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    from vitface.weights.conversion import convert_backbone
+
     out = arguments.out or Path("weights") / f"{backbone_name(arguments.name)}.safetensors"
     print(report(convert_backbone(arguments.name, arguments.src, out, arguments.act)))
 
 
-def report(done: Conversion) -> str:
+def report(done: "Conversion") -> str:
     """What a conversion read, used, dropped and wrote, and the command that comes next, as lines to print."""
     config = done.config
     pinned = "the published original" if done.published else "not a file with a pinned sha256"
@@ -55,6 +59,8 @@ def report(done: Conversion) -> str:
 
 def next_command(name: str, path: Path) -> str:
     """The command that trains on the backbone file `path`; it need not name a file that is found by itself."""
+    from vitface.store.backbones import find_backbone
+
     try:
         found = find_backbone(name).resolve() == path.resolve()
     except WeightsError:
@@ -63,5 +69,4 @@ def next_command(name: str, path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: convert(arguments))
+    return make_parser().run(convert, argv)

@@ -2,17 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitface.commands.parser import command_parser
-from vitface.errors import ConfigError, ExchangeError, exit_code
-from vitface.exchange.bundle import write_folder
-from vitface.exchange.merged import merged_files
-from vitface.exchange.onnx_graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
-from vitface.exchange.peft import TIMM, base_model, peft_files, transformers_layout
+from vitface.commands.parser import CommandParser, add_weights_flag
+from vitface.errors import ConfigError, ExchangeError
 from vitface.files import replace_file
-from vitface.model.face import FaceModel
-from vitface.model.lora import adapter_state_dict
-from vitface.store.faces import find_checkpoint, load_face, read_face_config
+
+if TYPE_CHECKING:
+    from vitface.model.face import FaceModel
 
 EXAMPLES = """examples:
   vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
@@ -24,23 +21,24 @@ EXAMPLES = """examples:
 FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("export", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface export", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or owner/name on the Hub")
     add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
     add("--out", type=Path, required=True, help="file or folder that does not exist yet")
     add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")
-    add(
-        "--no-flip",
-        action="store_true",
-        help="onnx, torch: without the mirror image, half the work; the thresholds are with it",
-    )
-    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    half = "onnx, torch: without the mirror image, half the work; the thresholds are with it"
+    add("--no-flip", action="store_true", help=half)
+    add_weights_flag(parser)
     return parser
 
 
 def export(arguments: argparse.Namespace) -> None:
+    from vitface.exchange.bundle import write_folder
+    from vitface.exchange.merged import merged_files
+    from vitface.store.faces import find_checkpoint, load_face, read_face_config
+
     out: Path = arguments.out
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out} exists; name one that does not")
@@ -57,7 +55,9 @@ def export(arguments: argparse.Namespace) -> None:
         _export_peft(load_face(step, arguments.weights), arguments)
 
 
-def _export_graph(model: FaceModel, arguments: argparse.Namespace) -> None:
+def _export_graph(model: "FaceModel", arguments: argparse.Namespace) -> None:
+    from vitface.exchange.onnx_graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
+
     flip = not arguments.no_flip
     program = trace(model, flip)
     if arguments.format == "torch":
@@ -69,7 +69,11 @@ def _export_graph(model: FaceModel, arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model)['images']}")
 
 
-def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
+def _export_peft(model: "FaceModel", arguments: argparse.Namespace) -> None:
+    from vitface.exchange.bundle import write_folder
+    from vitface.exchange.peft import TIMM, base_model, peft_files, transformers_layout
+    from vitface.model.lora import adapter_state_dict
+
     config = model.config
     if not config.lora_rank or config.train_patch_embed:
         why = "trained the patch convolution, which PEFT's format has not" if config.lora_rank else "has no adapters"
@@ -91,5 +95,4 @@ def _export_peft(model: FaceModel, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: export(arguments))
+    return make_parser().run(export, argv)

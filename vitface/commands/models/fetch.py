@@ -3,11 +3,9 @@
 import argparse
 
 from vitface.commands.models.convert import next_command, report
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser
 from vitface.config import backbone_name
-from vitface.errors import exit_code
 from vitface.home import cache_home
-from vitface.weights.download import fetch_backbone, fetch_detector
 from vitface.weights.sources import SOURCES
 
 EXAMPLES = f"""examples:
@@ -19,13 +17,15 @@ backbones: {", ".join(name for name, source in SOURCES.items() if source.url)}
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("fetch", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface fetch", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("name", metavar="NAME", help="dinov2, clip or one of the list below; yunet, the face detector")
     return parser
 
 
 def fetch(arguments: argparse.Namespace) -> None:
+    from vitface.weights.download import fetch_backbone, fetch_detector
+
     if arguments.name == "yunet":
         print(f"{fetch_detector()} is there\nnext      vitface align SRC OUT")
         return
@@ -35,5 +35,4 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: fetch(arguments))
+    return make_parser().run(fetch, argv)

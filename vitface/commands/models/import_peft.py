@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-from vitface.commands.parser import command_parser
+from vitface.commands.parser import CommandParser, add_weights_flag
 from vitface.config import VIT_ALIASES, VIT_PRESETS
-from vitface.errors import ConfigError, exit_code
-from vitface.exchange.bundle import face_files, write_folder
-from vitface.exchange.from_peft import adapted_backbone, adapters_into
+from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
   vitface import-peft adapter --backbone dinov2 --out models/a       the embedding is the adapted CLS token
@@ -18,26 +16,24 @@ with domain-0, domain-1, ... of them, as `export --format peft-timm` writes for 
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("import-peft", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface import-peft", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="PEFT folder, or a folder of domain-0, domain-1, ...")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the face model; vitface.load and --checkpoint take it",
-    )
+    made = "the face model; vitface.load and --checkpoint take it"
+    add("--out", type=Path, required=True, metavar="FOLDER", help=made)
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--into", type=Path, metavar="CHECKPOINT", help="face model whose adapters are replaced")
     base.add_argument("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="frozen backbone, without a head")
-    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add_weights_flag(parser)
     add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
     return parser
 
 
 def import_peft(arguments: argparse.Namespace) -> None:
+    from vitface.exchange.bundle import face_files, write_folder
+    from vitface.exchange.from_peft import adapted_backbone, adapters_into
+
     if arguments.into and arguments.image_size:
         raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
     if arguments.into:
@@ -56,5 +52,4 @@ def import_peft(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: import_peft(arguments))
+    return make_parser().run(import_peft, argv)

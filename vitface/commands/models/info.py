@@ -7,17 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vitface.commands.parser import command_parser, default_run
-from vitface.errors import CheckpointError, exit_code
-from vitface.gallery.parts import is_gallery, read_names, read_settings
-from vitface.model.face import FaceModel
-from vitface.model.vit import ViT
-from vitface.store.backbones import read_backbone
-from vitface.store.faces import find_checkpoint, read_thresholds
-from vitface.store.settings import face_config
-from vitface.training.setup import parameter_counts
+from vitface.commands.parser import CommandParser
+from vitface.errors import CheckpointError
 
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
@@ -26,8 +17,8 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("info", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface info", description=__doc__, epilog=EXAMPLES)
     parser.add_argument(
         "path", type=Path, nargs="?", metavar="CHECKPOINT", help="run, checkpoint, backbone file or gallery"
     )
@@ -37,6 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def describe(path: Path) -> dict[str, Any]:
     """Everything there is to say, as JSON takes it; the errors of whatever `path` turns out to be."""
+    from vitface.gallery.parts import is_gallery, read_names, read_settings
+    from vitface.store.backbones import read_backbone
+    from vitface.store.faces import find_checkpoint
+
     if path.is_file():
         name, config, tensors, source = read_backbone(path)
         count = sum(tensor.numel() for tensor in tensors.values())
@@ -48,6 +43,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 def describe_checkpoint(step: Path) -> dict[str, Any]:
     """A verified step directory: where it comes from, its settings, sizes and thresholds."""
+    import torch
+
+    from vitface.model.face import FaceModel
+    from vitface.model.vit import ViT
+    from vitface.store.faces import read_thresholds
+    from vitface.store.settings import face_config
+    from vitface.training.setup import parameter_counts
+
     try:
         config = face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
     except (TypeError, KeyError, ValueError) as error:
@@ -97,12 +100,13 @@ def _shown(item: Any) -> str:
     return "none" if item in (None, {}) else str(item)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def info(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import default_run
+
     found = describe(arguments.path or default_run())
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(_lines(found)))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: run(arguments))
+    return make_parser().run(info, argv)

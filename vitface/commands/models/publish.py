@@ -4,13 +4,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from vitface.commands.parser import command_parser
-from vitface.errors import ConfigError, ExchangeError, exit_code
-from vitface.exchange.bundle import sha256
-from vitface.exchange.card import RESEARCH_ONLY
-from vitface.exchange.hub_bundle import people_of, upload, write_bundle
-from vitface.exchange.leaks import check_bundle
-from vitface.store.faces import find_checkpoint, model_sha256
+from vitface.commands.parser import CommandParser, add_weights_flag
+from vitface.errors import ConfigError, ExchangeError
 from vitface.store.hub import NO_HUB, REPOSITORY
 
 EXAMPLES = """examples:
@@ -22,20 +17,25 @@ checked each time, and refused if it holds anything but adapters, router, head, 
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("publish", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface publish", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best) or checkpoint")
     add("--repo", required=True, metavar="OWNER/NAME", help="where it goes on the Hub; created as a private repository")
     add("--data", metavar="TEXT", help="what it was trained on, for the card, in words that may be public")
-    add("--licence", default=None, metavar="ID", help=f"as the Hub calls it; default: {RESEARCH_ONLY}")
+    add("--licence", default=None, metavar="ID", help="as the Hub calls it; default: non-commercial-research")
     add("--out", type=Path, metavar="OUT", help="folder that is written, checked and uploaded; default: published/NAME")
     add("--upload", action="store_true", help="upload what passed the check; without it, nothing leaves the machine")
-    add("--weights", metavar="FILE", help="converted backbone file; default: look in the usual places")
+    add_weights_flag(parser)
     return parser
 
 
 def publish(arguments: argparse.Namespace) -> None:
+    from vitface.exchange.bundle import sha256
+    from vitface.exchange.hub_bundle import people_of, upload, write_bundle
+    from vitface.exchange.leaks import check_bundle
+    from vitface.store.faces import find_checkpoint, model_sha256
+
     repository = arguments.repo
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(f"--repo {repository} is not OWNER/NAME")
@@ -58,5 +58,4 @@ def publish(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: publish(arguments))
+    return make_parser().run(publish, argv)

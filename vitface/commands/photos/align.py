@@ -1,13 +1,9 @@
 """Align a folder of photos: find the face in each, write its 112 x 112 crop under the same name."""
 
 import argparse
-import os
 from pathlib import Path
 
-from vitface.commands.parser import command_parser
-from vitface.data.faces.detect import MIN_FACE, FaceDetector
-from vitface.data.faces.folder import Finder, align_folder, read_landmarks, summary
-from vitface.errors import exit_code
+from vitface.commands.parser import CommandParser, add_finder_flags
 
 EXAMPLES = """examples:
   vitface fetch yunet                      the detector, once
@@ -20,22 +16,8 @@ with the photos that have no crop yet.
 """
 
 
-def add_finder_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--landmarks", type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector")
-    add("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
-    add("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-
-
-def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:
-    """With --landmarks alone, nothing is detected."""
-    landmarks = read_landmarks(arguments.landmarks) if arguments.landmarks else {}
-    detector = FaceDetector(arguments.detector) if arguments.detector or not landmarks else None
-    return Finder(landmarks, detector, min_face)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("align", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface align", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of photos, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the crops, under the same names")
     add_finder_flags(parser)
@@ -43,6 +25,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def align(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import make_finder
+    from vitface.data.faces.detect import MIN_FACE
+    from vitface.data.faces.folder import align_folder, summary
+
     finder, out = make_finder(arguments, MIN_FACE), arguments.out
     statuses = align_folder(arguments.src, out, finder, arguments.num_workers)
     print("\n".join(summary(statuses)))
@@ -51,5 +37,4 @@ def align(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: align(arguments))
+    return make_parser().run(align, argv)

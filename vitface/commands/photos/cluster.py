@@ -6,13 +6,9 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
-
-from vitface.commands.parser import NO_THRESHOLD, add_threshold_flags, command_parser, threshold_of
-from vitface.errors import ConfigError, exit_code
+from vitface.commands.parser import CommandParser, add_threshold_flags
+from vitface.errors import ConfigError
 from vitface.files import replace_file
-from vitface.gallery.clusters import cluster
-from vitface.gallery.gallery import Gallery
 
 SHOWN, NAMES = 20, 4
 EXAMPLES = """examples:
@@ -26,8 +22,8 @@ Needs SciPy: pip install 'vitface[cluster]'
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("cluster", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface cluster", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     add_threshold_flags(parser)
     parser.add_argument("--out", type=Path, metavar="CSV", help="also write the columns name,cluster there")
@@ -35,7 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def cluster_gallery(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from vitface.commands.inputs import NO_THRESHOLD, threshold_of
+    from vitface.gallery.clusters import cluster
+    from vitface.gallery.gallery import Gallery
+
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: its folder does not exist")
     gallery = Gallery.load(arguments.gallery)
@@ -67,5 +69,4 @@ def _text(members: list[list[str]], threshold: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: run(arguments))
+    return make_parser().run(cluster_gallery, argv)

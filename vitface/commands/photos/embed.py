@@ -3,20 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import (
-    add_model_flags,
-    add_photo_flags,
-    command_parser,
-    crop_reader,
-    gallery_settings,
-    load_model,
-)
-from vitface.errors import exit_code
-from vitface.gallery.from_folder import embed_folder
+from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_workers_flag
 
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
@@ -30,19 +20,21 @@ stopped run loses half a minute at most, and new photos are added by the same co
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("embed", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface embed", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("src", type=Path, metavar="FOLDER", help="folder of images, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
     add_photo_flags(parser)
     add_model_flags(parser)
-    cores = os.cpu_count() or 1
-    parser.add_argument("--num-workers", type=int, default=cores, help="processes that decode (default: all cores)")
+    add_workers_flag(parser)
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
 
 
 def embed(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import crop_reader, gallery_settings, load_model
+    from vitface.gallery.from_folder import embed_folder
+
     crops, model = crop_reader(arguments), load_model(arguments)
     settings = gallery_settings(arguments, model)
     done = embed_folder(model, arguments.src, arguments.out, settings, crops, arguments.num_workers)
@@ -57,5 +49,4 @@ def embed(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: embed(arguments))
+    return make_parser().run(embed, argv)

@@ -4,9 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from vitface.commands.parser import add_model_flags, add_photo_flags, command_parser, crop_reader, load_model
-from vitface.errors import ConfigError, exit_code
-from vitface.evaluation.explanation import explanation
+from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags
+from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
   vitface explain A.jpg -o out.png
@@ -17,8 +16,8 @@ the head "patches" reads every patch besides.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("explain", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface explain", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("photo", type=Path, metavar="PHOTO", help="a photo, or an aligned crop")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="the picture")
     parser.add_argument("--block", type=int, default=-1, help="block whose attention is shown (default: the last)")
@@ -29,6 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def explain(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import crop_reader, load_model
+    from vitface.evaluation.explanation import explanation
+
     if not arguments.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: its folder does not exist")
     crop = crop_reader(arguments)(arguments.photo)
@@ -52,5 +54,4 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: explain(arguments))
+    return make_parser().run(explain, argv)

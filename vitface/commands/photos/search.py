@@ -3,19 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitface.commands.parser import (
-    add_model_flags,
-    add_photo_flags,
-    add_threshold_flags,
-    command_parser,
-    crop_reader,
-    load_model,
-    threshold_of,
-)
-from vitface.errors import ConfigError, exit_code
-from vitface.gallery.gallery import Gallery, Match
-from vitface.store.faces import model_sha256
+from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_threshold_flags
+from vitface.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitface.gallery.gallery import Match
 
 EXAMPLES = """examples:
   vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
@@ -25,8 +19,8 @@ A false accept rate is per comparison: at FAR 0.001, a stranger meets one false 
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("search", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface search", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many to show (default: 5)")
@@ -38,6 +32,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def search(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import crop_reader, load_model, threshold_of
+    from vitface.gallery.gallery import Gallery
+    from vitface.store.faces import model_sha256
+
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}")
     crops = crop_reader(arguments)
@@ -58,12 +56,12 @@ def search(arguments: argparse.Namespace) -> int:
     return int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 
-def _entry(photo: Path, matches: list[Match], threshold: float | None) -> dict:
+def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict:
     rows = [{**match._asdict(), "same": None if threshold is None else match.score >= threshold} for match in matches]
     return {"photo": str(photo), "threshold": threshold, "matches": rows}
 
 
-def _text(photo: Path, matches: list[Match], threshold: float | None) -> str:
+def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
     """The photo, then a line per match; those under the threshold say so."""
     word = "" if threshold is None else f", threshold {threshold:.4f}"
     lines = []
@@ -74,5 +72,4 @@ def _text(photo: Path, matches: list[Match], threshold: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: search(arguments))
+    return make_parser().run(search, argv)

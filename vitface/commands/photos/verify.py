@@ -5,18 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import (
-    NO_THRESHOLD,
-    add_model_flags,
-    add_photo_flags,
-    add_threshold_flags,
-    command_parser,
-    crop_reader,
-    load_model,
-    threshold_of,
-)
-from vitface.errors import exit_code
-from vitface.store.thresholds import Verdict
+from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_threshold_flags
 
 EXAMPLES = """examples:
   vitface verify A.jpg B.jpg                       by the newest run in runs/
@@ -28,8 +17,8 @@ training people that were held out: at FAR 0.001, 1 in 1,000 pairs of different 
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser("verify", __doc__, EXAMPLES)
+def make_parser() -> CommandParser:
+    parser = CommandParser("vitface verify", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("first", type=Path, metavar="A", help="a photo, or an aligned crop")
     parser.add_argument("second", type=Path, metavar="B", help="the other one")
     add_threshold_flags(parser)
@@ -40,6 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def verify(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, threshold_of
+    from vitface.store.thresholds import Verdict
+
     crops = crop_reader(arguments)
     images = [crops(path) for path in (arguments.first, arguments.second)]  # what is wrong with them is said first
     model = load_model(arguments)
@@ -59,5 +51,4 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    return exit_code(lambda: verify(arguments))
+    return make_parser().run(verify, argv)

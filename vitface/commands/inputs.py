@@ -1,0 +1,68 @@
+"""What the shared flags stand for: the model, the reader of photos, the finder of faces, the threshold."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.folder import Finder, read_landmarks
+from vitface.data.faces.photos import CropReader
+from vitface.device import resolve_device
+from vitface.errors import CheckpointError, ConfigError
+from vitface.gallery.parts import Settings
+from vitface.model.face import FaceModel
+from vitface.model.inference import prepare_inference
+from vitface.store.faces import load_face, model_sha256, newest_run
+from vitface.store.thresholds import choose_threshold
+
+NO_THRESHOLD = (
+    "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "
+    "(FAR 0.01 takes 3,000 pairs of different people); or pass your own --threshold COSINE"
+)
+
+
+def default_run() -> Path:
+    """The newest run in runs/, which is said on stderr; CheckpointError says what to do where there is none."""
+    try:
+        run = newest_run()
+    except CheckpointError:
+        raise CheckpointError(
+            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
+        ) from None
+    print(f"checkpoint: {run}", file=sys.stderr)
+    return run
+
+
+def load_model(arguments: argparse.Namespace) -> FaceModel:
+    """The model of --checkpoint, or of the newest run, on --device; sets arguments.checkpoint."""
+    arguments.checkpoint = arguments.checkpoint or default_run()
+    return prepare_inference(load_face(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device)))
+
+
+def crop_reader(arguments: argparse.Namespace) -> CropReader:
+    """How --align and --detector want images to be read."""
+    if arguments.detector and not arguments.align:
+        raise ConfigError("--detector is for photos, --no-align says that there are none; leave one of them out")
+    return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
+
+
+def gallery_settings(arguments: argparse.Namespace, model: FaceModel) -> Settings:
+    """What a gallery has to know of the model that `load_model` loaded."""
+    return Settings(model_sha256(arguments.checkpoint), arguments.align, model.thresholds)
+
+
+def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:
+    """With --landmarks alone, nothing is detected."""
+    landmarks = read_landmarks(arguments.landmarks) if arguments.landmarks else {}
+    detector = FaceDetector(arguments.detector) if arguments.detector or not landmarks else None
+    return Finder(landmarks, detector, min_face)
+
+
+def threshold_of(arguments: argparse.Namespace, thresholds: Mapping[float, float]) -> tuple[float | None, float | None]:
+    """(threshold, FAR) that --threshold or --far ask for; (None, None) if nothing was calibrated or asked for."""
+    if arguments.threshold is None:
+        return choose_threshold(thresholds, arguments.far)
+    if not -1 <= arguments.threshold <= 1:
+        raise ConfigError(f"--threshold is a cosine, from -1 to 1, not {arguments.threshold:g}")
+    return arguments.threshold, None
