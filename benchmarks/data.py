@@ -110,7 +110,7 @@ def wait_share(packed: PackedSamples) -> float:
         waited += time.perf_counter() - asked
         pixels = model.preprocess(augment(to_float(images), uniforms(0, 0, where), config.augment))
         loss = total_loss(model, margin, pixels, torch.from_numpy(packed.labels[where]), None, config)["loss"]
-        update(optimizer, loss, trained, config.clip, scale)
+        update(optimizer, loss, trained, config.clip_grad, scale)
         optimizer.zero_grad(set_to_none=True)
     return waited / (time.perf_counter() - started)
 

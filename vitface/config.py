@@ -123,12 +123,12 @@ class FaceConfig:
 
 
 _RECORDED: dict[str, Any] = {
-    "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "head_lr": 1e-4, "batch_size": 128, "epochs": 40,
+    "lora_alpha": 16.0, "head": "linear", "lr": 1e-4, "identity_lr": 1e-4, "batch_size": 128, "epochs": 40,
 }  # fmt: skip
 _DEMO: dict[str, Any] = {
     "backbone": "vit_nano", "image_size": 112, "train_data": "synthetic", "use_dalora": True, "router_depth": 2,
     "head": "bn", "embedding_dim": 128, "margin": 0.2, "scale": 32.0, "augment": "flip", "epochs": 3, "lr": 2e-3,
-    "head_lr": 1e-2, "num_workers": 0, "val_data": None,
+    "identity_lr": 1e-2, "num_workers": 0, "val_data": None,
 }  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "demo": _DEMO,
@@ -196,9 +196,9 @@ class TrainConfig:
     save_every: int | None = flag(None, "also save after every so many steps, not only after each epoch")
     patience: int = flag(0, "stop after this many epochs without improvement; 0: never")
     lr: float = flag(5e-4, "peak learning rate of the adapters, the router and the embedding head")
-    head_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
+    identity_lr: float = flag(5e-3, "peak learning rate of the identity matrix")
     weight_decay: float = flag(0.05, "AdamW weight decay; never on biases and norms")
-    clip: float = flag(5.0, "largest norm of the gradient")
+    clip_grad: float = flag(5.0, "largest norm of the gradient")
     num_workers: int = flag(2, "processes that decode images")
     seed: int = flag(0, "seeds initialisation, order and augmentation")
     save_dir: str | None = flag(None, "run directory; default runs/EXP-DATE")
@@ -222,7 +222,7 @@ class TrainConfig:
                 raise ConfigError(f"{to_flag(name)} holds {kind}; settings are saved with the run, so they hold none")
         backbone_name(self.backbone)
         positive = ("image_size", "num_domains", "lora_rank", "lora_alpha", "embedding_dim", "scale", "batch_size")
-        positive += ("epochs", "lr", "head_lr", "clip", "max_samples")
+        positive += ("epochs", "lr", "identity_lr", "clip_grad", "max_samples")
         positive += ("grad_accum", "save_every", "gate_temperature")
         for name in (*positive, "memory_budget"):
             value = getattr(self, name)

@@ -115,7 +115,7 @@ def test_a_scaled_step_is_the_plain_one_and_keeps_small_gradients():
 
 
 def test_learning_rates_are_a_factor_of_their_peaks():
-    config = resolve({"lr": 1e-3, "head_lr": 1e-2, "device": "cpu"})
+    config = resolve({"lr": 1e-3, "identity_lr": 1e-2, "device": "cpu"})
     optimizer = make_optimizer(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), config)
     for factor in (0.5, 0.1):
         set_rates(optimizer, factor)

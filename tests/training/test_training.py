@@ -302,7 +302,7 @@ def test_schedule():
 
 def test_weight_decay_spares_biases_and_norms():
     model, margin = tiny_face(num_domains=3), MarginLoss("cosface", 5, 8, 0.35, 64.0)
-    config = resolve({"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.1})
+    config = resolve({"lr": 1e-3, "identity_lr": 1e-2, "weight_decay": 0.1})
     groups = parameter_groups(model, margin, config)
     names = {id(p): name for name, p in [*model.named_parameters(), ("identities", margin.weight)]}
     decay = {names[id(p)]: (g["weight_decay"], g["peak_lr"]) for g in groups for p in g["params"]}

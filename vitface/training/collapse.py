@@ -21,7 +21,7 @@ def alarms(embeddings: np.ndarray, auc: float, gates: np.ndarray | None) -> dict
     if cosine > COLLAPSED and auc < USELESS:
         found["collapse"] = (
             f"the embeddings are nearly constant (mean cosine {cosine:.4f} between held-out images, AUC {auc:.3f}); "
-            f"likely causes: --lr or --head-lr too high, or a --margin too hard for so early an epoch"
+            f"likely causes: --lr or --identity-lr too high, or a --margin too hard for so early an epoch"
         )
     if gates is not None:
         usage = gates.mean(axis=0, dtype=np.float64)

@@ -226,7 +226,9 @@ class Trainer:
             if not last:
                 self.loss_scale(parts["loss"]).backward()
                 return told
-            loss, norm, bad = update(self.optimizer, parts["loss"], self.trained, self.config.clip, self.loss_scale)
+            loss, norm, bad = update(
+                self.optimizer, parts["loss"], self.trained, self.config.clip_grad, self.loss_scale
+            )
         return {**told, "loss": loss, "grad_norm": norm, "bad": bad}
 
     def _not_taken(self, values: dict[str, float], norm: float, images: Tensor) -> None:

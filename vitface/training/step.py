@@ -27,7 +27,7 @@ class NonFiniteError(VitfaceError):
 
 
 def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's groups: adapters, router and head at `lr`, the identity matrix at `head_lr`.
+    """AdamW's groups: adapters, router and head at `lr`, the identity matrix at `identity_lr`.
 
     Weight decay on matrices only, never on biases and norms.
     """
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "peak_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "peak_lr": config.lr, "weight_decay": 0.0},
-        {"params": list(margin.parameters()), "peak_lr": config.head_lr, "weight_decay": config.weight_decay},
+        {"params": list(margin.parameters()), "peak_lr": config.identity_lr, "weight_decay": config.weight_decay},
     ]
     return [group for group in groups if group["params"]]
 
