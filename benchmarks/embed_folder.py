@@ -28,7 +28,7 @@ from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
-from vitface.model.inference import prepare_inference
+from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone
 
 DRAWN = 256  # faces that are drawn; more images are copies of them
@@ -45,14 +45,14 @@ def write_folder(source: Path | None, count: int, folder: Path) -> None:
         write_crop(folder / f"{i:06d}.jpg", crops[i % len(crops)])
 
 
-def random_model(backbone: str, image_size: int, device: str) -> FaceModel:
+def random_model(backbone: str, image_size: int, device: str) -> Recogniser:
     where = resolve_device(device)
     vit = load_backbone(backbone, "random", image_size)
     config = FaceConfig(
         backbone_name(backbone), "random", vit.config, image_size, lora_rank=16, head="bn",
         dtype=resolve_dtype("auto", where),
     )  # fmt: skip
-    return prepare_inference(FaceModel(vit, config).to(where))
+    return Recogniser(FaceModel(vit, config).eval()).to(where).prepare()
 
 
 def main() -> None:

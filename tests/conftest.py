@@ -16,6 +16,7 @@ from hypothesis import settings
 from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights
+from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone, save_backbone
 from vitface.store.faces import THRESHOLDS_FILE, model_sha256, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
@@ -91,6 +92,13 @@ def tiny_face(seed: int = 0, **changes) -> FaceModel:
     fields = dict(lora_rank=4, lora_alpha=8, head="bn", embedding_dim=8, router_depth=1)
     config = FaceConfig("dinov2_vits14", "random", vit.config, 32, **{**fields, **changes})
     return FaceModel(vit, config, seed=seed).eval()
+
+
+def tiny_recogniser(seed: int = 0, **changes) -> Recogniser:
+    """`tiny_face` as `vitface.load` would give it, each of its adapters with a say."""
+    model = tiny_face(seed, **changes)
+    randomise_adapters(model)
+    return Recogniser(model)
 
 
 @pytest.fixture

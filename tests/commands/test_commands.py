@@ -142,8 +142,8 @@ def test_info(faces, tiny_run, capsys):
     assert code == 0 and found["kind"] == "checkpoint" and found["step"] == 7
     assert found["thresholds"] == {"0.01": 0.2, "0.001": 0.6}
     assert found["settings"]["lora_rank"] == 4 and found["settings"]["num_domains"] == 3
-    assert found["parameters"]["all"]["total"] == sum(p.numel() for p in model.parameters())
-    assert found["parameters"]["all"]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["parameters"]["all"]["total"] == sum(p.numel() for p in model.model.parameters())
+    assert found["parameters"]["all"]["trained"] == sum(p.numel() for p in model.model.parameters() if p.requires_grad)
     code, out, _ = call(capsys, "info")
     assert code == 0 and "lora_rank          4\n" in out and "of them trained" in out
     call(capsys, "embed", faces, "people", "--num-workers", 0)

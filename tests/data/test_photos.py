@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import optional, tiny_face
+from conftest import optional, tiny_recogniser
 from PIL import Image
 
 from vitface.data.faces.alignment import TEMPLATE, align_face
@@ -84,7 +84,7 @@ def test_what_aligning_needs_is_said_when_a_photo_needs_it(monkeypatch):
 
 
 def test_embedding_photos_is_embedding_their_crops():
-    model = tiny_face()
+    model = tiny_recogniser()
     crop, photo = crop_and_photo()
     other, _ = crop_and_photo(1)
     detector = StubDetector(face_at(FRAME, FRAME))

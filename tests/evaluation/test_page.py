@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import tiny_face
+from conftest import tiny_recogniser
 from PIL import Image
 
 from vitface.evaluation.benchmarks import Evaluation
@@ -53,7 +53,9 @@ def page_of(tmp_path, **changes):
     (tmp_path / "log.csv").write_text("step,epoch,loss,holdout_auc,img_per_s\n2,1,9.5,0.7,80\n4,2,4.25,0.8,80\n")
     evaluation = Evaluation(results, ["lfw: AUC <0.52> is chance level"], [])
     poses = {"lfw": pose_routing(np.array([[0.75, 0.25], [0.125, 0.875]]), np.array([3.0, 40.0]))}
-    page = report_page("runs/a & b", tiny_face(**changes), evaluation, tmp_path, tmp_path, faces=False, routing=poses)
+    page = report_page(
+        "runs/a & b", tiny_recogniser(**changes), evaluation, tmp_path, tmp_path, faces=False, routing=poses
+    )
     outline = Outline()
     outline.feed(page)
     assert outline.open == []

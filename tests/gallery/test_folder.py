@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import tiny_face
+from conftest import tiny_recogniser
 from PIL import Image
 
 from vitface.data.faces.photos import CropReader
@@ -34,12 +34,12 @@ def photos(tmp_path, monkeypatch):
 
 def embed(photos, out, model=None, **changes):
     settings = Settings("model", **changes)
-    return embed_folder(model or tiny_face(), photos, out, settings, CropReader())
+    return embed_folder(model or tiny_recogniser(), photos, out, settings, CropReader())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_rows_are_the_models_embeddings(photos, tmp_path, num_workers):
-    model = tiny_face()
+    model = tiny_recogniser()
     done = embed_folder(model, photos, tmp_path / "out", Settings("model"), CropReader(), num_workers)
     assert (done.total, done.new, done.skipped) == (COUNT, COUNT, [])
     gallery = Gallery.load(tmp_path / "out")
@@ -64,14 +64,14 @@ class Stopping:
     """A model that stops after some batches."""
 
     def __init__(self, batches, stop):
-        self.model, self.batches, self.stop = tiny_face(), batches, stop
-        self.config = self.model.config
+        self.recogniser, self.batches, self.stop = tiny_recogniser(), batches, stop
+        self.config = self.recogniser.config
 
     def embed(self, images):
         if not self.batches:
             self.stop()
         self.batches -= 1
-        return self.model.embed(images)
+        return self.recogniser.embed(images)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
@@ -108,7 +108,7 @@ def test_what_does_not_belong_together_is_refused(photos, tmp_path):
     with pytest.raises(DataError, match="was made with another alignment"):
         embed(photos, tmp_path / "out", align=True)
     with pytest.raises(DataError, match="was made with another model"):
-        embed_folder(tiny_face(), photos, tmp_path / "out", Settings("other"), CropReader())
+        embed_folder(tiny_recogniser(), photos, tmp_path / "out", Settings("other"), CropReader())
     with pytest.raises(DataError, match="is not empty"):
         embed(photos, photos)
     with pytest.raises(DataError, match="holds no image"):

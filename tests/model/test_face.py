@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise_adapters, tiny_face, tiny_vit
-from PIL import Image
 
 from vitface.config import resolve
-from vitface.errors import ConfigError, ImageError
+from vitface.errors import ConfigError
 from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
 from vitface.model.router import DomainClassifier, load_balance_loss, thin_out
 from vitface.model.vit import ViT, init_weights
+from vitface.recogniser import Recogniser
 from vitface.training.setup import build_model, parameter_counts
 
 
@@ -52,12 +52,12 @@ def test_an_image_alone_equals_the_image_in_a_batch(head, num_domains):
     model = tiny_face(head=head, num_domains=num_domains, embedding_dim=16 if head == "cls" else 8)
     randomise_adapters(model)
     images = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)
-    whole = model.embed(images)
+    whole = Recogniser(model).embed(images)
     assert whole.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
     for i in range(5):
-        np.testing.assert_allclose(model.embed(images[i : i + 1])[0], whole[i], atol=1e-5)
-    np.testing.assert_allclose(model.embed(images, batch_size=2), whole, atol=1e-5)
+        np.testing.assert_allclose(Recogniser(model).embed(images[i : i + 1])[0], whole[i], atol=1e-5)
+    np.testing.assert_allclose(Recogniser(model).embed(images, batch_size=2), whole, atol=1e-5)
     model.vit.double()
     tokens = model.vit.tokens(torch.randn(3, 3, 32, 32))
     logits = model.route(tokens)
@@ -66,29 +66,14 @@ def test_an_image_alone_equals_the_image_in_a_batch(head, num_domains):
     torch.testing.assert_close(alone, model.vit.encode(tokens, gate)[:1], rtol=0, atol=1e-12)
 
 
-def test_flip_sum_is_the_sum_over_the_mirror_image():
-    model = tiny_face()
-    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
-    with torch.no_grad():
-
-        def raw(x):
-            return model(model.preprocess(torch.from_numpy(x).permute(0, 3, 1, 2) / 255.0))[0]
-
-        total = raw(images) + raw(images[:, :, ::-1].copy())
-        expected = (total / total.norm(dim=1, keepdim=True)).numpy()
-    np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
-    np.testing.assert_allclose(model.embed(images), model.embed(images[:, :, ::-1].copy()), atol=1e-6)
-    assert abs(model.embed(images, flip=False) - model.embed(images)).max() > 1e-4
-
-
 def test_the_gate_is_a_function_of_the_image_before_any_adapter():
     model = tiny_face(num_domains=3)
     images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
-    before = model.domain_weights(images)
+    before = Recogniser(model).domain_weights(images)
     np.testing.assert_allclose(before.sum(axis=1), 1, atol=1e-6)
     randomise_adapters(model)
-    np.testing.assert_array_equal(model.domain_weights(images), before)
-    np.testing.assert_array_equal(tiny_face().domain_weights(images), np.ones((4, 1), np.float32))
+    np.testing.assert_array_equal(Recogniser(model).domain_weights(images), before)
+    np.testing.assert_array_equal(Recogniser(tiny_face()).domain_weights(images), np.ones((4, 1), np.float32))
 
 
 def test_domain_weights_reach_the_blocks():
@@ -106,33 +91,7 @@ def test_domain_weights_reach_the_blocks():
                     b.lora_a.copy_(a.lora_a[4 * k : 4 * k + 4])
                     b.lora_b.copy_(a.lora_b[:, 4 * k : 4 * k + 4])
             lora.head.load_state_dict(dalora.head.state_dict())
-        np.testing.assert_allclose(dalora.embed(images), lora.embed(images), atol=1e-6)
-
-
-def test_attention_maps_sum_to_at_most_one():
-    model = tiny_face(num_domains=3)
-    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
-    maps = model.attention(images, block=0)
-    assert maps.shape == (2, 2, 4, 4)
-    full = model.vit.attention(model.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0), block=0)
-    np.testing.assert_allclose(full[:, :, 0, 1:].detach().numpy().reshape(2, 2, 4, 4), maps, atol=1e-6)
-    with pytest.raises(ValueError, match="block 2 does not exist"):
-        model.attention(images, block=2)
-
-
-def test_embed_takes_paths_and_pil_images(tmp_path):
-    model = tiny_face()
-    pixels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    expected = model.embed(pixels[None])
-    np.testing.assert_allclose(model.embed([tmp_path / "a.png", str(tmp_path / "a.png")]), expected[[0, 0]], atol=1e-6)
-    np.testing.assert_array_equal(model.embed([Image.fromarray(pixels)]), expected)
-    Image.fromarray(pixels[:, :60]).save(tmp_path / "b.png")
-    with pytest.raises(ImageError, match=r"b\.png"):
-        model.embed([tmp_path / "b.png"])
-    assert model.embed([]).shape == (0, 8)
-    with pytest.raises(RuntimeError, match="eval"):
-        model.train().embed(pixels[None])
+        np.testing.assert_allclose(Recogniser(dalora).embed(images), Recogniser(lora).embed(images), atol=1e-6)
 
 
 def test_patches_head_reads_every_token():
@@ -226,7 +185,7 @@ def gates(model, images):
         return encode(tokens, gate, *rest)
 
     model.vit.encode = spy
-    model.embed(images, flip=False)
+    Recogniser(model).embed(images, flip=False)
     del model.vit.encode
     return torch.cat(seen).numpy()
 
@@ -238,7 +197,7 @@ def test_fixed_gates_are_the_same_for_every_image_and_are_stored():
     rows = gates(random, images)
     np.testing.assert_array_equal(rows, rows[:1].repeat(4, 0))
     assert rows[0].std() > 0.01 and rows[0].sum() == pytest.approx(1)
-    np.testing.assert_allclose(random.domain_weights(images), rows, atol=1e-7)
+    np.testing.assert_allclose(Recogniser(random).domain_weights(images), rows, atol=1e-7)
     other = tiny_face(num_domains=3, gate="random", seed=6)
     assert abs(gates(other, images) - rows).max() > 0.05
     other.load_state_dict(random.state_dict())  # the gate travels with the checkpoint, whatever the seed
@@ -255,17 +214,17 @@ def test_the_temperature_decides_how_decided_the_gate_is(temperature):
     expected = np.exp(logits / temperature)
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(gates(model, images), expected, atol=1e-6)
-    np.testing.assert_allclose(model.domain_weights(images), expected, atol=1e-6)
+    np.testing.assert_allclose(Recogniser(model).domain_weights(images), expected, atol=1e-6)
 
 
 def test_the_shuffled_gate_is_another_images():
     images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
     model = tiny_face(num_domains=3)
     own = gates(model, images)
-    np.testing.assert_allclose(own, model.domain_weights(images), atol=1e-7)
+    np.testing.assert_allclose(own, Recogniser(model).domain_weights(images), atol=1e-7)
     shuffled = shuffle_gate(model)
     np.testing.assert_allclose(gates(shuffled, images), own[[2, 3, 0, 1]], atol=1e-7)
-    np.testing.assert_allclose(shuffled.domain_weights(images), own, atol=1e-7)
+    np.testing.assert_allclose(Recogniser(shuffled).domain_weights(images), own, atol=1e-7)
     for refused in (tiny_face(), tiny_face(num_domains=3, gate="uniform"), shuffled):
         with pytest.raises(ConfigError, match="learned gate"):
             shuffle_gate(refused)

@@ -12,6 +12,7 @@ import vitface
 from vitface.errors import CheckpointError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.face import FaceModel
+from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone, save_backbone
 from vitface.store.faces import MODEL_FILES, load_face, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
@@ -47,8 +48,8 @@ def test_face_round_trip_is_bitwise(backbone, tmp_path, changes):
     ):
         loaded = vitface.load(where)
         assert loaded.config == model.config
-        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
-        np.testing.assert_array_equal(loaded.embed(images), model.embed(images))
+        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.model.state_dict().items())
+        np.testing.assert_array_equal(loaded.embed(images), Recogniser(model).embed(images))
     kept = set(load_file(tmp_path / "run" / "checkpoints" / "best" / "model.safetensors"))
     frozen = set(load_backbone("tiny", path, 32).state_dict())
     trained = {"vit.patch_embed.proj.weight", "vit.patch_embed.proj.bias"} if changes else set()
@@ -94,7 +95,7 @@ def test_a_shared_model_is_two_files_and_a_manifest(backbone, tmp_path):
     for name in (*MODEL_FILES, "manifest.json"):
         shutil.copy(tmp_path / "run" / "checkpoints" / "best" / name, shared)
     images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
-    np.testing.assert_array_equal(vitface.load(shared, weights=path).embed(images), model.embed(images))
+    np.testing.assert_array_equal(vitface.load(shared, weights=path).embed(images), Recogniser(model).embed(images))
 
 
 def test_neither_run_nor_checkpoint(tmp_path):

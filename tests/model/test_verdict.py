@@ -1,12 +1,10 @@
 import dataclasses
 
-import numpy as np
 import pytest
-from conftest import randomise_adapters, tiny_face
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.errors import ConfigError, ImageError
+from vitface.errors import ConfigError
 from vitface.store.thresholds import Verdict, choose_threshold
 
 RATES = st.dictionaries(st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4]), st.floats(-1, 1), min_size=1)
@@ -41,19 +39,3 @@ def test_a_rate_that_was_not_calibrated_is_refused():
     with pytest.raises(ConfigError, match="there is: none"):
         choose_threshold({}, 1e-3)
     assert choose_threshold({}) == (None, None)
-
-
-def test_verify_is_the_cosine_of_the_embeddings():
-    model = tiny_face(num_domains=3)
-    randomise_adapters(model)
-    first, second = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
-    rows = model.embed([first, second]).astype("f8")
-    assert model.verify(first, second) == Verdict(pytest.approx(rows[0] @ rows[1], abs=1e-6))
-    assert model.verify(first, first).score == pytest.approx(1, abs=1e-6)
-    assert model.verify(first, second).score == pytest.approx(model.verify(second, first).score, abs=1e-6)
-    model.thresholds = {1e-2: -1.0, 1e-3: 1.5}
-    assert model.verify(first, second).same is False and model.verify(first, second, far=1e-2).same is True
-    with pytest.raises(ConfigError):
-        model.verify(first, second, far=0.5)
-    with pytest.raises(ImageError, match="not a square crop"):
-        model.verify(first, second[:50])

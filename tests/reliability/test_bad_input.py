@@ -15,6 +15,7 @@ from matrix import ROWS, sizes
 from PIL import Image
 from sandbox import assault
 
+import vitface
 from vitface.config import VIT_PRESETS
 from vitface.data.formats.bin_format import parse_bin
 from vitface.data.formats.pairs import VerificationSet
@@ -277,7 +278,7 @@ def test_adapter_files(adapter, ran, cases):
                   ("model.safetensors", "model.json")}  # fmt: skip
         (step / "manifest.json").write_text(json.dumps({"files": sealed}))
         try:
-            loaded = load_face(step)
+            loaded = vitface.load(step)
         except VitfaceError:
             return "error"
         assert loaded.embed(np.zeros((1, 112, 112, 3), np.uint8)).shape == (1, loaded.config.embedding_dim)
@@ -285,7 +286,7 @@ def test_adapter_files(adapter, ran, cases):
 
     def warm_up():
         load_trained(model, tensors)
-        load_face(step).embed(np.zeros((1, 112, 112, 3), np.uint8))
+        vitface.load(step).embed(np.zeros((1, 112, 112, 3), np.uint8))
 
     attempts = {0: attempt_settings, 1: attempt_loading, 2: attempt_loading}  # of every 20; the others only read
     assault(lambda case: attempts.get(case % 20, attempt_reading)(), cases, warm_up)

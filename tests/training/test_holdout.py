@@ -9,6 +9,7 @@ from vitface.commands import train
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
 from vitface.metrics import roc
+from vitface.recogniser import Recogniser
 from vitface.store.faces import model_sha256
 from vitface.training import holdout, setup
 from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text
@@ -20,7 +21,7 @@ def test_scores_of_all_pairs():
     embeddings, gates, people = embed_held_out(model, samples, held_out)
     assert (gates == 1).all() and gates.shape == (4, 1)
     score, issame = all_pairs(embeddings, people)
-    rows = model.embed(samples.render(held_out), flip=False)
+    rows = Recogniser(model).embed(samples.render(held_out), flip=False)
     expected = [(rows[i] @ rows[j], samples.labels[held_out[i]] == samples.labels[held_out[j]])
                 for i in range(4) for j in range(i + 1, 4)]  # fmt: skip
     np.testing.assert_allclose(score, [cosine for cosine, _ in expected], atol=1e-6)
@@ -48,7 +49,7 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(holdout, "far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
-        holdout.calibrate(vitface.config.TrainConfig(**saved), tmp_path / "run", model)
+        holdout.calibrate(vitface.config.TrainConfig(**saved), tmp_path / "run", model.model)
     far, tar, thresholds = roc(*seen[0][:2])
     allowed = thresholds[far <= 0.01].min()
     assert model.thresholds[0.01] == pytest.approx(allowed, abs=1e-6)

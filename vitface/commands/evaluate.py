@@ -12,7 +12,7 @@ from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
-    from vitface.model.face import FaceModel
+    from vitface.recogniser import Recogniser
 
 EXAMPLES = """examples:
   vitface evaluate --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
@@ -56,12 +56,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return evaluate_model(load_model(arguments), arguments)
 
 
-def load_model(arguments: argparse.Namespace) -> "FaceModel":
+def load_model(arguments: argparse.Namespace) -> "Recogniser":
     """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
     from vitface.device import resolve_device, resolve_dtype
     from vitface.model.face import shuffle_gate
-    from vitface.model.inference import prepare_inference
-    from vitface.store.faces import frozen_face, load_face, newest_run
+    from vitface.recogniser import Recogniser, load
+    from vitface.store.faces import frozen_face, newest_run
 
     device = resolve_device(arguments.device)
     if arguments.backbone is None:
@@ -69,18 +69,20 @@ def load_model(arguments: argparse.Namespace) -> "FaceModel":
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
         arguments.checkpoint = arguments.checkpoint or newest_run()
         print(f"checkpoint: {arguments.checkpoint}")
-        model = load_face(arguments.checkpoint, arguments.weights).to(device)
-        return prepare_inference(shuffle_gate(model) if arguments.gate else model)
+        model = load(arguments.checkpoint, arguments.weights).to(device)
+        if arguments.gate:
+            shuffle_gate(model.model)
+        return model.prepare()
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
     dtype = resolve_dtype("auto", device)
-    model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype).to(device)
-    return prepare_inference(model)
+    model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype)
+    return Recogniser(model).to(device).prepare()
 
 
-def evaluate_model(model: "FaceModel", arguments: argparse.Namespace) -> int:
+def evaluate_model(model: "Recogniser", arguments: argparse.Namespace) -> int:
     """Prints the results, adds them to the run's scores, and writes what was asked for."""
     from vitface.evaluation.benchmarks import evaluate_all
     from vitface.evaluation.page import report_page
@@ -127,7 +129,7 @@ def benchmark_names(arguments: argparse.Namespace) -> list[str]:
     return names
 
 
-def check_routing(model: "FaceModel", arguments: argparse.Namespace) -> None:
+def check_routing(model: "Recogniser", arguments: argparse.Namespace) -> None:
     """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
     from vitface.data.faces.detect import FaceDetector
     from vitface.data.synthetic.worlds import SYNTHETIC
@@ -138,7 +140,7 @@ def check_routing(model: "FaceModel", arguments: argparse.Namespace) -> None:
         FaceDetector()
 
 
-def route(model: "FaceModel", names: list[str], data_dir: Path) -> dict[str, dict]:
+def route(model: "Recogniser", names: list[str], data_dir: Path) -> dict[str, dict]:
     """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
     from vitface.data.faces.detect import FaceDetector
     from vitface.data.synthetic.worlds import SYNTHETIC

@@ -11,9 +11,8 @@ from vitface.data.faces.photos import CropReader
 from vitface.device import resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.gallery.parts import Settings
-from vitface.model.face import FaceModel
-from vitface.model.inference import prepare_inference
-from vitface.store.faces import load_face, model_sha256, newest_run
+from vitface.recogniser import Recogniser, load
+from vitface.store.faces import model_sha256, newest_run
 from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
@@ -34,10 +33,10 @@ def default_run() -> Path:
     return run
 
 
-def load_model(arguments: argparse.Namespace) -> FaceModel:
+def load_model(arguments: argparse.Namespace) -> Recogniser:
     """The model of --checkpoint, or of the newest run, on --device; sets arguments.checkpoint."""
     arguments.checkpoint = arguments.checkpoint or default_run()
-    return prepare_inference(load_face(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device)))
+    return load(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device)).prepare()
 
 
 def crop_reader(arguments: argparse.Namespace) -> CropReader:
@@ -47,7 +46,7 @@ def crop_reader(arguments: argparse.Namespace) -> CropReader:
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
 
 
-def gallery_settings(arguments: argparse.Namespace, model: FaceModel) -> Settings:
+def gallery_settings(arguments: argparse.Namespace, model: Recogniser) -> Settings:
     """What a gallery has to know of the model that `load_model` loaded."""
     return Settings(model_sha256(arguments.checkpoint), arguments.align, model.thresholds)
 

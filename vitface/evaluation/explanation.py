@@ -4,12 +4,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vitface.evaluation.plots import heat
-from vitface.model.face import FaceModel
+from vitface.recogniser import Recogniser
 
 SIDE, GAP, ROW = 336, 12, 22  # pixels
 
 
-def explanation(model: FaceModel, crop: np.ndarray, block: int = -1) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+def explanation(model: Recogniser, crop: np.ndarray, block: int = -1) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """(picture, attention (g, g), domain weights (K,)) of one crop, uint8 (112, 112, 3).
 
     The attention is CLS's in one block, the mean over heads; its sum is what CLS does not give to itself.

@@ -19,7 +19,7 @@ from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import synthetic_routing
 from vitface.metrics import roc
-from vitface.model.face import FaceModel
+from vitface.recogniser import Recogniser
 from vitface.templates import render
 
 Pictures = list[tuple[str, str]]  # of `picture`
@@ -27,7 +27,7 @@ Pictures = list[tuple[str, str]]  # of `picture`
 
 def report_page(
     title: str,
-    model: FaceModel,
+    model: Recogniser,
     evaluation: Evaluation,
     run: Path | None,
     data_dir: Path,
@@ -115,7 +115,7 @@ def hardest_pairs(results: dict[str, Verification], data_dir: Path, count: int =
     return found
 
 
-def attention_maps(model: FaceModel) -> Pictures:
+def attention_maps(model: Recogniser) -> Pictures:
     """The last block's attention of CLS, mean over heads, on procedural faces: no real person is shown."""
     samples = SyntheticSamples(2, 3, first_person=TEST_PEOPLE.start)
     images = samples.render(np.arange(len(samples)))
@@ -123,7 +123,7 @@ def attention_maps(model: FaceModel) -> Pictures:
     return [picture(heat(image, weights), "bright: looked at") for image, weights in zip(images, maps, strict=True)]
 
 
-def routing_section(model: FaceModel, by_pose: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def routing_section(model: Recogniser, by_pose: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean domain weights by the known hard factor of procedural faces, and by how far a benchmark's are turned."""
     found = next((found for name, found in by_pose.items() if name in SYNTHETIC), None) or synthetic_routing(model)
     return {

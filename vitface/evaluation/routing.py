@@ -13,7 +13,7 @@ from vitface.data.faces.pose import crop_landmarks, yaw_degrees
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
 from vitface.metrics import auc
-from vitface.model.face import FaceModel
+from vitface.recogniser import Recogniser
 
 YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, far turned
 POSED_IMAGES = 2000
@@ -51,7 +51,7 @@ def agreement(weights: np.ndarray, labels: np.ndarray) -> tuple[float, list[int]
 
 
 def synthetic_routing(
-    model: FaceModel, num_people: int = 60, images_per_person: int = 6, world: str = "synthetic"
+    model: Recogniser, num_people: int = 60, images_per_person: int = 6, world: str = "synthetic"
 ) -> dict[str, Any]:
     """The router on procedural faces of people it has never seen, whose domain (as pose, age or light) is known.
 
@@ -93,7 +93,7 @@ def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
     }
 
 
-def benchmark_routing(model: FaceModel, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
+def benchmark_routing(model: Recogniser, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
     """`pose_routing` of a benchmark's first POSED_IMAGES images, without those whose face is not found again."""
     crops, landmarks = [], []
     images, _ = pairs.distinct()

@@ -1,7 +1,7 @@
 """The whole face model as one graph, for programs without vitface: torch.export's .pt2, and ONNX.
 
 Inside are resize, mean and std, the router and its gate, the adapters, the head and the sum with the mirror image: the
-graph is `FaceModel.embed`, so that nobody has to rebuild the preprocessing and the thresholds hold for it. It computes
+graph is `Recogniser.embed`, so that nobody has to rebuild the preprocessing and the thresholds hold for it. It computes
 in float32. Letters: B images (any number), E embedding, K domains.
 """
 
@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vitface.data.images import CROP_SIZE
-from vitface.data.preprocess import to_float
 from vitface.data.synthetic.worlds import synthetic_pairs
 from vitface.errors import ConfigError, ExchangeError
 from vitface.model.face import FaceModel
+from vitface.model.inference import embed_crops
 from vitface.model.lora import use_impl
+from vitface.recogniser import Recogniser
 from vitface.version import __version__
 
 MIN_COSINE = 0.99999  # between an exported graph's embeddings and the model's
@@ -41,15 +41,8 @@ class Embedder(nn.Module):
         self.model, self.flip = model, flip
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        batch = images.shape[0]
-        faces = to_float(images)
-        if self.flip:
-            faces = torch.cat([faces, faces.flip(3)])
-        embeddings, logits = self.model(self.model.preprocess(faces))
-        if self.flip:
-            embeddings = embeddings[:batch] + embeddings[batch:]
-        weights = () if logits is None else (self.model.mix(logits[:batch]),)
-        return F.normalize(embeddings, dim=1), *weights
+        embeddings, weights = embed_crops(self.model, images, self.flip)
+        return (embeddings,) if weights is None else (embeddings, weights)
 
 
 def trace(model: FaceModel, flip: bool = True) -> ExportedProgram:
@@ -78,7 +71,7 @@ def torch_bytes(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def onnx_bytes(program: ExportedProgram, model: FaceModel) -> bytes:
+def onnx_bytes(program: ExportedProgram, model: Recogniser) -> bytes:
     """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA, "domain_weights"; settings as metadata.
 
     ConfigError without the extra.
@@ -86,7 +79,7 @@ def onnx_bytes(program: ExportedProgram, model: FaceModel) -> bytes:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--format onnx needs {', '.join(missing)}:\n  pip install 'vitface[onnx]'")
-    outputs = ["embeddings", *(["domain_weights"] if model.router is not None else [])]
+    outputs = ["embeddings", *(["domain_weights"] if model.config.num_domains > 1 else [])]
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         exported = torch.onnx.export(program, input_names=["images"], output_names=outputs, verbose=False)
         assert exported is not None
@@ -96,7 +89,7 @@ def onnx_bytes(program: ExportedProgram, model: FaceModel) -> bytes:
         return path.read_bytes()
 
 
-def describe(model: FaceModel) -> dict:
+def describe(model: Recogniser) -> dict:
     """What a program needs to know of the graph, in the file's metadata."""
     return {
         "vitface_version": __version__,
@@ -107,7 +100,7 @@ def describe(model: FaceModel) -> dict:
     }
 
 
-def check_onnx(data: bytes, model: FaceModel, flip: bool) -> float:
+def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
     """The lowest cosine between ONNX Runtime's embeddings and the model's, on drawn faces in batches of 1 and 32.
 
     ExchangeError if it is below MIN_COSINE.

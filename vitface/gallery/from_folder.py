@@ -29,7 +29,7 @@ from vitface.gallery.parts import (
     write_settings,
 )
 from vitface.lock import folder_lock
-from vitface.model.face import FaceModel
+from vitface.recogniser import Recogniser
 
 CHUNK = 64  # images that a process decodes at a time, and that are embedded together
 PART_SECONDS = 30  # so much work a power loss may cost
@@ -45,7 +45,7 @@ class Embedded:
 
 
 def embed_folder(
-    model: FaceModel, src: Path, out: Path, settings: Settings, crops: CropReader, num_workers: int = 0
+    model: Recogniser, src: Path, out: Path, settings: Settings, crops: CropReader, num_workers: int = 0
 ) -> Embedded:
     """Embeds every image below `src` that `out` does not have yet; rows are named by the path below `src`.
 
@@ -64,7 +64,7 @@ def embed_folder(
 
 
 def _embed(
-    model: FaceModel, src: Path, out: Path, names: list[str], settings: Settings, crops: CropReader, num_workers: int
+    model: Recogniser, src: Path, out: Path, names: list[str], settings: Settings, crops: CropReader, num_workers: int
 ) -> Embedded:
     known = _open_gallery(out, settings)
     rest = [name for name in names if name not in known]

@@ -65,7 +65,6 @@ def load_face(path: str | Path, weights: str | Path | None = None, dtype: Dtype 
     _check_size(config, step / "model.safetensors")
     model = FaceModel(vit, config)
     load_trained(model, step / "model.safetensors")
-    model.thresholds = read_thresholds(step)
     return model.eval()
 
 

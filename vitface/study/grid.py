@@ -25,6 +25,7 @@ from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
 from vitface.model.face import FaceModel, shuffle_gate
+from vitface.recogniser import Recogniser, load
 from vitface.store.faces import frozen_face, load_face
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
@@ -86,7 +87,8 @@ def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -
     """Evaluates a model that no run trained, unless that is done; EvaluationError if a benchmark cannot be judged."""
     if (cell / SCORES).is_file():
         return
-    evaluation = evaluate_all(model.to(resolve_choices(config).device).embed, names, config.val_data or "")
+    recogniser = Recogniser(model).to(resolve_choices(config).device)
+    evaluation = evaluate_all(recogniser.embed, names, config.val_data or "")
     if evaluation.failures:
         raise EvaluationError("; ".join(evaluation.failures))
     cell.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> di
         row["p"] = against.rows[0].p if len(against.rows) == 1 else None
     if side.name in ("dalora", "dalora_unlabelled"):
         world = next((name for name in accuracies if name in SYNTHETIC), "synthetic")
-        routed = [synthetic_routing(load_face(cell), world=world) for cell in cells]
+        routed = [synthetic_routing(load(cell), world=world) for cell in cells]
         row["entropy"] = float(np.mean([routing["entropy"] for routing in routed]))
         if routed[0]["agreement"] is not None:
             row["agreement"] = float(np.mean([routing["agreement"] for routing in routed]))

@@ -1,6 +1,6 @@
 """The people a run never trained on: they choose its best epoch, and its thresholds.
 
-Thresholds are for the cosine of two embeddings as `FaceModel.embed` gives them: the same person if it is >= the
+Thresholds are for the cosine of two embeddings as `Recogniser.embed` gives them: the same person if it is >= the
 threshold. They lie in the run's thresholds.json, {"model": SHA-256 of the checkpoint, "pairs": {"same", "different"},
 "thresholds": {FAR: {"threshold", "tar"} or {"refused": why}}}, and on the model that `vitface.load` returns.
 """
@@ -18,6 +18,7 @@ from vitface.errors import EvaluationError
 from vitface.files import replace_file
 from vitface.metrics import far_threshold
 from vitface.model.face import FaceModel
+from vitface.model.inference import embed_batches, split
 from vitface.store.faces import FARS, THRESHOLDS_FILE, model_sha256
 from vitface.training import setup
 from vitface.training.ranks.parallel import in_turns
@@ -34,8 +35,8 @@ def embed_held_out(
     positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
 
     def embed_batch(turn: int) -> np.ndarray:
-        [(_, images)] = read_batches(samples, held_out, [positions[turn]])
-        return np.hstack([model.embed(images, flip=flip), model.domain_weights(images)])
+        [(_, crops)] = read_batches(samples, held_out, [positions[turn]])
+        return np.hstack(embed_batches(model, split(model, crops, flip), flip))
 
     rows = in_turns(embed_batch, len(positions))
     embeddings, gates = np.split(rows, [model.config.embedding_dim], axis=1)

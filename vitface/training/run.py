@@ -16,7 +16,8 @@ from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import make_folder, replace_file
 from vitface.lock import folder_lock
-from vitface.store.faces import frozen_face, load_face, model_sha256
+from vitface.recogniser import Recogniser, load
+from vitface.store.faces import frozen_face, model_sha256
 from vitface.training.header import header
 from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.loop import Trainer
@@ -116,12 +117,12 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
     scores and results.md."""
     share(None)  # rank 0 has written the last checkpoint
     names = final_benchmarks(config)
-    adapted = load_face(run_dir, config.weights).to(config.device)
-    thresholds = calibrate(config, run_dir, adapted)
+    adapted = load(run_dir, config.weights).to(config.device)
+    thresholds = calibrate(config, run_dir, adapted.model)
     models = {"adapted, best epoch": adapted}
     if with_frozen:
         frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
-        models = {"frozen backbone, raw CLS": frozen.to(config.device), **models}
+        models = {"frozen backbone, raw CLS": Recogniser(frozen).to(config.device), **models}
     sections = {}
     for title, model in models.items() if names else ():
         sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)

@@ -10,6 +10,7 @@ from vitface.files import replace_file
 
 if TYPE_CHECKING:
     from vitface.model.face import FaceModel
+    from vitface.recogniser import Recogniser
 
 EXAMPLES = """examples:
   vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
@@ -37,6 +38,7 @@ def make_parser() -> CommandParser:
 def export(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import write_folder
     from vitface.exchange.merged import merged_files
+    from vitface.recogniser import load
     from vitface.store.faces import find_checkpoint, load_face, read_face_config
 
     out: Path = arguments.out
@@ -46,7 +48,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--out {out}: its folder does not exist")
     step = find_checkpoint(arguments.checkpoint)
     if arguments.format in ("onnx", "torch"):
-        _export_graph(load_face(step, arguments.weights, dtype="fp32"), arguments)
+        _export_graph(load(step, arguments.weights, dtype="fp32"), arguments)
     elif arguments.format == "merged":
         write_folder(out, {"": merged_files(step, arguments.weights)})
         backbone = read_face_config(step).backbone
@@ -55,11 +57,11 @@ def export(arguments: argparse.Namespace) -> None:
         _export_peft(load_face(step, arguments.weights), arguments)
 
 
-def _export_graph(model: "FaceModel", arguments: argparse.Namespace) -> None:
+def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:
     from vitface.exchange.onnx_graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
 
     flip = not arguments.no_flip
-    program = trace(model, flip)
+    program = trace(model.model, flip)
     if arguments.format == "torch":
         data, checked = torch_bytes(program), ""
     else:
