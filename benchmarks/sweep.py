@@ -34,8 +34,8 @@ def rows(args: argparse.Namespace) -> list[list[str]]:
             common += [] if args.compiled else ["--no-compiled"]
             found.append(["embed.py", *common])
             found.append(["train_step.py", *common, "--adapter", "lora"])
-            for domains in args.domains if batch in args.peers_at else [d for d in args.domains if d == 3]:
-                found.append(["train_step.py", *common, "--adapter", "dalora", "--domains", str(domains)])
+            counts = [count for count in args.domains if batch in args.peers_at or count == 3]
+            found += [["train_step.py", *common, "--adapter", "dalora", "--domains", str(count)] for count in counts]
     return found
 
 

@@ -58,10 +58,11 @@ def problems(page: str, claims: list[str]) -> list[str]:
         else:
             covered.update(range(*match.span()))
             position = match.end()
-    for number in NUMBER.finditer(page):
-        if not covered.issuperset(range(*number.span())):
-            found.append(f"line {page.count(chr(10), 0, number.start()) + 1}: no claim covers {number[0]}")
-    return found
+    return found + [
+        f"line {page.count(chr(10), 0, number.start()) + 1}: no claim covers {number[0]}"
+        for number in NUMBER.finditer(page)
+        if not covered.issuperset(range(*number.span()))
+    ]
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def on_grey(rgb, alpha):
     return np.floor(exact + 0.5).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
 def test_lossless_rgb_is_exact(kind, options):
     decoded = decode_image(encode(PIXELS, kind, **options))
     assert decoded.dtype == np.uint8 and decoded.flags.writeable
@@ -124,7 +124,7 @@ def test_transparent_colours_become_mid_grey():
 
 
 @pytest.mark.parametrize(
-    "cmyk, rgb",
+    ("cmyk", "rgb"),
     [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 255, 0), (0, 255, 0)),
      ((0, 0, 0, 255), (0, 0, 0)), ((255, 128, 0, 0), (0, 127, 255)), ((0, 0, 0, 100), (155, 155, 155))],
 )  # fmt: skip
@@ -147,7 +147,7 @@ EXIF_ORACLE = {
 
 
 @pytest.mark.parametrize("orientation", EXIF_ORACLE)
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
 def test_exif_orientation_is_applied(orientation, kind, options):
     exif = Image.Exif()
     exif[0x0112] = orientation

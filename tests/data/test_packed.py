@@ -149,9 +149,10 @@ def stop(*_):
 
 def test_a_journal_of_another_source_is_not_continued(tmp_path, small_shards, monkeypatch, capsys):
     source = many_people(tmp_path / "set")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(packing, "_seal", stop)
-        pack(source, tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, tmp_path / "out")
     (tmp_path / "set" / "p0" / "0.png").write_bytes(face(250))
     packed = pack(FolderSamples(tmp_path / "set"), tmp_path / "out")
     assert packed.read(0)[0, 0, 0] == 250

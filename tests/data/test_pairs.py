@@ -313,7 +313,7 @@ def test_hostile_files_are_refused_at_no_cost(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
         ("memo bomb", "STOP at byte 6 ends something else"),  # one entry of a dict
         ("BINBYTES8 of 2^40", "has 1099511627776 bytes"),
@@ -482,7 +482,7 @@ def test_lfw_pairs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, line, message",
+    ("number", "line", "message"),
     [
         (0, "2", "line 1 has ''"),
         (0, "two 2", "line 1 has 'two'"),
@@ -528,7 +528,7 @@ def test_calfw_pairs_balance_the_folds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("", "empty file"),
         ("a.jpg 1\n", "1 lines, expected two per pair"),
@@ -573,7 +573,7 @@ def cfp(root):
     return protocol
 
 
-@pytest.mark.parametrize("kind, right", [("FP", "P"), ("FF", "F")])
+@pytest.mark.parametrize(("kind", "right"), [("FP", "P"), ("FF", "F")])
 def test_cfp_pairs_take_the_second_image_from_the_right_list(tmp_path, kind, right):
     found = read_cfp_pairs(cfp(tmp_path), kind)
     expected = [image(x) for i in range(1, 11) for x in (f"F{i}", f"{right}{i}", f"F{i}", f"{right}{i + 1}")]
@@ -582,7 +582,7 @@ def test_cfp_pairs_take_the_second_image_from_the_right_list(tmp_path, kind, rig
 
 
 @pytest.mark.parametrize(
-    "file, text, message",
+    ("file", "text", "message"),
     [
         ("Pair_list_P.txt", "1 ../../secret.jpg", "line 1 names '../../secret.jpg', which is outside"),
         ("Pair_list_P.txt", "1 /etc/passwd", "line 1 names '/etc/passwd', which is outside"),

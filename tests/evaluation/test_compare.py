@@ -109,16 +109,16 @@ def test_no_difference_is_said_to_be_none():
     assert "One seed" in comparison.verdict
 
 
-SIMULATIONS, PAIRS = 1000, 1000
+SIMULATIONS, PAIRS, TRUTH = 1000, 1000, 0.3
 
 
 @pytest.mark.slow
-def test_coverage_of_the_paired_difference(truth=0.3):
+def test_coverage_of_the_paired_difference():
     """Over simulated pairs of runs the interval holds the true difference in 95 % of them, or a little more."""
     found, intervals = [], []
     for draw in range(SIMULATIONS):
         common = np.random.default_rng(draw).normal(size=PAIRS)
-        a, b = (result(s, 7919 * draw + i, PAIRS, common) for i, s in enumerate((1.5, 1.5 + truth)))
+        a, b = (result(s, 7919 * draw + i, PAIRS, common) for i, s in enumerate((1.5, 1.5 + TRUTH)))
         drawn = difference_draws([[a]], [[b]], matched=True, draws=400, seed=draw)
         found.append(b.accuracy - a.accuracy)
         intervals.append(interval(drawn[0]))

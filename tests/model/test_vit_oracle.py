@@ -167,7 +167,7 @@ def test_the_comparison_sees_a_wrong_setting(fault, folder):
     assert compare(oracle, vit, images_like(2, side)) > at_least
 
 
-@pytest.mark.parametrize("one, other", [("q", "k"), ("q", "v"), ("k", "v")])
+@pytest.mark.parametrize(("one", "other"), [("q", "k"), ("q", "v"), ("k", "v")])
 def test_the_comparison_sees_swapped_parts_of_qkv(one, other, folder):
     config = tiny("dinov2_vits14", native_size=56)
     oracle = dinov2_oracle(config)
@@ -229,7 +229,7 @@ def test_resampling_follows_the_published_formula(native, grid, rule):
     assert torch.equal(ours[:, 0], table[:, 0])
 
 
-@pytest.mark.parametrize("native, grid", [(37, 8), (37, 16), (14, 7), (14, 20)])
+@pytest.mark.parametrize(("native", "grid"), [(37, 8), (37, 16), (14, 7), (14, 20)])
 def test_antialiased_resampling_is_pillows(native, grid):
     table = positions(native)
     ours = split(resample_pos_embed(table, grid, "size_antialias"), grid)

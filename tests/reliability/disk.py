@@ -114,9 +114,7 @@ class Folder:
     def after_power_loss(self, rule):
         if rule == "kept":
             return self.names
-        names = dict(self.synced)
-        for name, node in self.pending[-1:] if rule == "reordered" else []:
-            names[name] = node
+        names = {**self.synced, **dict(self.pending[-1:] if rule == "reordered" else [])}
         return {name: node for name, node in names.items() if node is not None}
 
 

@@ -86,8 +86,7 @@ def table() -> str:
         "| fault or input | asked for | `pytest` | `pytest -m slow` | outcome, asserted |",
         "|---|---|---|---|---|",
     ]
-    for row in ROWS.values():
-        lines.append(f"| {row.fault} | {row.asked} | {row.small:,} | {row.full:,} | {row.outcome} |")
+    lines += [f"| {row.fault} | {row.asked} | {row.small:,} | {row.full:,} | {row.outcome} |" for row in ROWS.values()]
     return "\n".join(lines)
 
 

@@ -62,9 +62,10 @@ def hits(secret: str, sinks: dict[str, bytes]) -> list[str]:
 
 def test_nothing_of_the_environment_is_written(tmp_path, monkeypatch, capfd, planted, tracked, ran):
     run(settings(tmp_path / "run", wandb=True))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped before the update"):
+    with monkeypatch.context() as patch:
         patch.setattr(loop, "update", lambda optimizer, loss, *rest: BAD(optimizer, loss * float("nan"), *rest))
-        run(settings(tmp_path / "nan", wandb=True))
+        with pytest.raises(ValueError, match="stopped before the update"):
+            run(settings(tmp_path / "nan", wandb=True))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "update", lambda *arguments: 1 / 0)
         try:

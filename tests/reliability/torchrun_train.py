@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
-from pytest import MonkeyPatch  # noqa: E402
 from tiny import TINY, use_tiny  # noqa: E402
 
 from vitface.commands import train  # noqa: E402
@@ -21,7 +21,7 @@ from vitface.training import loop  # noqa: E402
 
 def main() -> int:
     torch.set_num_threads(1)
-    use_tiny(MonkeyPatch())
+    use_tiny(pytest.MonkeyPatch())
     run_dir, *kills = sys.argv[1:]
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     steps = [int(step) for step, *who in (kill.split(":") for kill in kills) if who == [rank, attempt]]

@@ -299,7 +299,7 @@ def test_a_dropped_tensor_may_hold_anything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, tensor",
+    ("key", "tensor"),
     [
         ("encoder.layer.0.attention.attention.key.weight", randn(4, 8)),
         ("encoder.layer.0.attention.attention.key.bias", torch.zeros(8, dtype=torch.int64)),
@@ -472,7 +472,7 @@ def test_a_file_with_wrong_bytes_converts_or_says_so(folder, save, data):
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    ("content", "says"),
     [
         (b"<html>not found</html>", "not a file of plain tensors"),
         (b"version https://git-lfs.github.com/spec/v1\n", "not a file of plain tensors"),
@@ -486,7 +486,7 @@ def test_a_file_that_is_no_checkpoint_is_said_to_be_none(content, says, tmp_path
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    ("content", "says"),
     [
         ({"optimizer": {}, "epoch": 3}, "optimizer is a dict, not a tensor"),
         ([torch.zeros(3)], "holds no tensors by name"),
@@ -585,7 +585,9 @@ def test_round_trip_through_load_backbone_is_bitwise(layout, tmp_path):
     assert_same(dict(vit.state_dict()), ours)
 
 
-@pytest.mark.parametrize("save, file", [(write, "model.safetensors"), (save_zip, "dinov2.pth"), (scripted, "clip.pt")])
+@pytest.mark.parametrize(
+    ("save", "file"), [(write, "model.safetensors"), (save_zip, "dinov2.pth"), (scripted, "clip.pt")]
+)
 def test_a_source_file_is_answered_with_the_command(save, file, tmp_path):
     src = save(tmp_path / file, as_openai(random_state(tiny("clip_vitb16"))))
     with pytest.raises(WeightsError) as caught:
@@ -676,7 +678,7 @@ def test_act_overrides_the_presets(tiny_clip, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    ("argv", "says"),
     [
         (["clip", "--src", "absent.pt"], "absent.pt: no such file"),
         (["resnet50", "--src", "absent.pt"], "unknown backbone 'resnet50'; known: dinov2, clip"),
@@ -733,7 +735,7 @@ def test_the_pinned_sources_are_complete():
 def test_the_real_vit_tiny_converts(tmp_path):
     src, out = DATA / "vit_tiny_patch16_224_augreg.pth", tmp_path / "out.safetensors"
     done = convert_backbone("vit_tiny_patch16", src, out)
-    source = torch.load(src, weights_only=True)
+    source = torch.load(src, weights_only=True)  # noqa: TID251
     assert done.dropped == {"head.weight": 1, "head.bias": 1} and done.used == 150
     assert_same(load_file(out), {key: tensor for key, tensor in source.items() if not key.startswith("head.")})
     assert load_backbone("vit_tiny_patch16", out, 224).config == VIT_PRESETS["vit_tiny_patch16"]

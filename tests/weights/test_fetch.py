@@ -114,7 +114,7 @@ def assert_complete(home, content: bytes) -> None:
     assert source["sha256"] == hashlib.sha256(content).hexdigest()
     assert source["licence"] == "Apache-2.0 (Meta's DINOv2)"
     (home.parent / "again.pth").write_bytes(content)
-    original = torch.load(home.parent / "again.pth", weights_only=True)
+    original = torch.load(home.parent / "again.pth", weights_only=True)  # noqa: TID251
     original.pop("mask_token")
     assert tensors.keys() == original.keys()
     assert all(torch.equal(tensors[key], original[key]) for key in original)
@@ -288,7 +288,7 @@ def test_an_original_that_does_not_convert_is_kept(server, monkeypatch, part):
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    ("name", "says"),
     [
         ("vit_tiny_patch16", "vitface convert vit_tiny_patch16 --src FILE --out"),
         ("vit_nano", "ships with the package"),

@@ -57,9 +57,11 @@ def open_inputs(config: TrainConfig) -> Samples:
             find_backbone(backbone_name(config.backbone))
     except WeightsError as error:
         problems.append(str(error))
-    for extra in ("wandb", "tensorboard"):
-        if getattr(config, extra) and importlib.util.find_spec(extra) is None:
-            problems.append(f"--{extra} needs an extra that is not installed:\n  pip install 'vitface[{extra}]'")
+    problems += [
+        f"--{tracker} needs a package that is not installed:\n  pip install {tracker}"
+        for tracker in ("wandb", "tensorboard")
+        if getattr(config, tracker) and importlib.util.find_spec(tracker) is None
+    ]
     try:
         if config.train_data in SYNTHETIC:
             if config.domain_labels not in (None, "none"):

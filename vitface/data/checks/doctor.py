@@ -50,9 +50,7 @@ def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None
         report, bench = _benchmark_report(file, num_workers)
         reports.append(report)
         scanned += [bench] if bench else []
-    for folder in trainings:
-        reports.append(_training_report(folder, scanned, lists, num_workers, embed))
-    return reports
+    return reports + [_training_report(folder, scanned, lists, num_workers, embed) for folder in trainings]
 
 
 def sets_at(path: Path) -> tuple[list[Path], list[Path]]:
