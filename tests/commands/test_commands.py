@@ -15,8 +15,8 @@ import vitface.__main__
 from vitface.commands import data
 from vitface.commands.inputs import NO_THRESHOLD
 from vitface.commands.photos import verify
-from vitface.data.faces import build
 from vitface.data.faces.detect import Face, FaceDetector
+from vitface.data.formats.pair_lists import PAIR_LISTS
 from vitface.data.images import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -283,7 +283,7 @@ def test_words_after_two_dashes_are_no_flags():
 
 
 def test_the_benchmarks_that_can_be_built_are_those_that_build_knows():
-    assert tuple(build.RELEASES) == data.RELEASES
+    assert tuple(PAIR_LISTS) == data.RELEASES
 
 
 def test_draw_writes_the_faces_that_the_demo_sees(tmp_path, capsys):

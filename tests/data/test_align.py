@@ -15,7 +15,8 @@ import vitface.__main__
 from vitface.data.faces.alignment import TEMPLATE, align_face, similarity
 from vitface.data.faces.detect import Face, FaceDetector, central_face
 from vitface.data.faces.folder import Finder, align_folder, crop_path, read_landmarks
-from vitface.data.formats.pairs import read_annotated_pairs, read_bin
+from vitface.data.formats.pair_lists import read_annotated_pairs
+from vitface.data.formats.pairs import read_bin
 from vitface.data.images import read_image
 from vitface.errors import ConfigError, DataError, ImageError, WeightsError
 

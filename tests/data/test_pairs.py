@@ -16,14 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitface.data.formats.bin_format import parse_bin
-from vitface.data.formats.pairs import (
-    VerificationSet,
-    read_bin,
-    read_calfw_pairs,
-    read_cfp_pairs,
-    read_lfw_pairs,
-    write_bin,
-)
+from vitface.data.formats.pair_lists import read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
+from vitface.data.formats.pairs import VerificationSet, read_bin, write_bin
 from vitface.data.images import decode_image
 from vitface.errors import DataError
 
@@ -432,11 +426,10 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         with pytest.raises(DataError):
             write_bin(path, images, flags)
 
-    def fail(value, file, protocol):
-        file.write(b"half")
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pickle, "dump", fail)
+    monkeypatch.setattr("vitface.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_bin(path, IMAGES, ISSAME)
     assert path.read_bytes() == before
@@ -575,7 +568,7 @@ def cfp(root):
 
 @pytest.mark.parametrize(("kind", "right"), [("FP", "P"), ("FF", "F")])
 def test_cfp_pairs_take_the_second_image_from_the_right_list(tmp_path, kind, right):
-    found = read_cfp_pairs(cfp(tmp_path), kind)
+    found = read_cfp_pairs(cfp(tmp_path) / "Pair_list_F.txt", tmp_path, kind)
     expected = [image(x) for i in range(1, 11) for x in (f"F{i}", f"{right}{i}", f"F{i}", f"{right}{i + 1}")]
     assert found.images == expected and found.name == f"cfp_{kind.lower()}"
     assert found.issame.tolist() == [True, False] * 10 and found.folds.tolist() == np.repeat(np.arange(10), 2).tolist()
@@ -604,7 +597,7 @@ def test_cfp_faults_name_the_line(tmp_path, file, text, message):
     else:
         (protocol / file).write_text(text)
     with pytest.raises(DataError, match=message):
-        read_cfp_pairs(protocol, "FP")
+        read_cfp_pairs(protocol / "Pair_list_F.txt", tmp_path / "cfp", "FP")
 
 
 @pytest.mark.skipif(not (DATA / "lfw.bin").is_file(), reason="real data is absent")

@@ -9,7 +9,7 @@ from pathlib import Path
 from vitface.commands.parser import CommandParser, add_finder_flags, add_model_flags, add_workers_flag
 from vitface.errors import ConfigError, DataError
 
-RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # those of `vitface.data.faces.build`
+RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
 EXAMPLES = """examples:
   vitface data check data                         everything in the folder; exit code 1 if something is wrong
   vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a

@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in processes or in a thread; results arrive in order, however many there are."""
+"""Work that processes or a thread do ahead of its use; the results arrive in order."""
 
 import signal
 from collections import deque
@@ -15,7 +15,7 @@ AHEAD = 3  # items that the thread works ahead
 
 
 class _Task(Dataset):
-    """An item -> `work(item)`, or the error, which travels back to be raised."""
+    """An item -> `work(item)`, or the error, which the parent raises."""
 
     def __init__(self, work: Callable[[Any], Any]):
         self.work = work
@@ -30,15 +30,19 @@ class _Task(Dataset):
 def in_processes(
     work: Callable[[Any], Any], items: Sequence[Any], num_workers: int, pinned: bool = False
 ) -> Iterator[Any]:
-    """`work(item)` of each item, in `num_workers` processes (0: in this one). `work` is to be picklable.
+    """Yields `work(item)` of each item, from `num_workers` processes (0: this one); `work` must be picklable.
 
     Arrays arrive as tensors. The VitfaceError of an item is raised in its turn.
     """
-    # an own generator, so that making the iterator does not draw from the global one
     loader = DataLoader(
-        _Task(work), batch_size=None, sampler=items, num_workers=num_workers, generator=torch.Generator(),
-        pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_parent,
-    )  # fmt: skip
+        _Task(work),
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        pin_memory=pinned,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # its own, so that nothing is drawn from the global one
+    )
     for result in loader:
         if isinstance(result, VitfaceError):
             raise result
@@ -46,7 +50,7 @@ def in_processes(
 
 
 def in_thread(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`work(item)` of each item, AHEAD of them in one thread; what `work` raises is raised in the item's turn."""
+    """Yields `work(item)` of each item; one thread works AHEAD items ahead. An error is raised in its item's turn."""
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(work, item) for item in items[:AHEAD])
         for item in items[AHEAD:]:

@@ -1,11 +1,10 @@
 """Bytes or a path -> uint8 (H, W, 3) RGB, safely decoded.
 
-JPEG, PNG, WebP and BMP only, at most 4096 x 4096 pixels, both judged from the header before anything is decoded. What
-cannot be shown to be a whole image is an ImageError; nothing is guessed, and a truncated file is not padded.
+JPEG, PNG, WebP and BMP only, at most 4096 x 4096 pixels, both judged from the header before anything is decoded. A
+damaged or truncated file is an ImageError.
 
-What happens to the other kinds: EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit values lose
-their low byte (never clipped); alpha is composited on mid-grey (128); an animation gives its first frame; an ICC
-profile is ignored.
+EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit values lose their low byte; alpha is composited
+on mid-grey (128); an animation gives its first frame; an ICC profile is ignored.
 """
 
 import os
@@ -16,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -30,16 +29,6 @@ MAX_PIXELS = 4096 * 4096
 MAX_FILE_BYTES = 64 << 20
 
 _MAGIC = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"BM", BmpImageFile))
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Pillow warns about odd EXIF and APNG chunks only. Looking for their names first keeps the lock and the switching of
 # the process-wide warning filters away from ordinary crops.
 _CAN_WARN = (b"Exif", b"eXIf", b"EXIF", b"acTL", b"Raw profile type")
@@ -82,8 +71,7 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
 def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
     """An aligned face, uint8 (S, S, 3) -> (112, 112, 3), bicubic; one of 112 px is returned untouched.
 
-    ImageError for a side under 16 px, and for an image that is not square: stretching or cutting it would put the face
-    elsewhere than the model expects, so it has to be aligned first.
+    ImageError for a side under 16 px, and for an image that is not square: it has to be aligned first.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ImageError(f"{where}: {image.dtype} {image.shape} is not an RGB image, uint8 (H, W, 3)")
@@ -111,11 +99,7 @@ def _decode(data: bytes) -> np.ndarray:
 
 def to_array(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) RGB of a Pillow image: turned by its EXIF, 16 bits scaled, alpha on grey."""
-    orientation = _orientation(image)
-    rgb = _to_rgb(image)
-    if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
-    return np.array(rgb)
+    return np.array(_to_rgb(_upright(image)))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -144,13 +128,13 @@ def _check_webp_canvas(data: bytes) -> None:
         raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
 
 
-def _orientation(image: Image.Image) -> int:
+def _upright(image: Image.Image) -> Image.Image:
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
-        return 1
+        return image
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return ImageOps.exif_transpose(image)
     except Exception:  # EXIF is optional: a damaged block says nothing about the pixels
-        return 1
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

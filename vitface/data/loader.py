@@ -1,7 +1,6 @@
 """Batches of training images: the order is a pure function of (seed, epoch), so workers hold no state.
 
-Any number of workers gives the same batches, and a resumed run continues in the middle of an epoch by starting at a
-later batch.
+Any number of workers gives the same batches, and a resumed run continues in the middle of an epoch at a later batch.
 """
 
 import functools
@@ -21,21 +20,21 @@ from vitface.errors import ConfigError
 
 @dataclass(frozen=True)
 class Split:
-    """Which samples train and which people are kept aside. `labels` are renumbered 0..C-1 over those that train."""
+    """The samples to train on, and those of the people who are held out."""
 
     indices: np.ndarray  # (n,) samples to train on
-    labels: np.ndarray  # (n,) their people, in [0, num_people)
+    labels: np.ndarray  # (n,) their people, renumbered in [0, num_people)
     num_people: int
     held_out: np.ndarray  # (h,) samples of people that never train
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What tells this split of this data from another: counts, and a SHA-256 of who is where."""
+        """Identifies this split of this data: counts, and a SHA-256 of indices and labels."""
         digest = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.labels.astype("<i8").tobytes())
         return {"images": len(self.indices), "people": self.num_people, "sha256": digest.hexdigest()}
 
 
 def split_people(samples: Samples, holdout_people: int, max_samples: int | None, seed: int) -> Split:
-    """Keeps `holdout_people` people with at least two images aside, drawn by `seed`.
+    """Holds out `holdout_people` people with at least two images, drawn by `seed`.
 
     Of the others, at most `max_samples` images are drawn to train on. ConfigError unless at least two people are left.
     """
@@ -56,17 +55,17 @@ def split_people(samples: Samples, holdout_people: int, max_samples: int | None,
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers 0 to `count` - 1, shuffled: in which order an epoch shows the training images."""
+    """The order in which an epoch shows the training images: the numbers 0 to `count` - 1, shuffled."""
     return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
 def read_batches(
     samples: Samples, indices: np.ndarray, positions: list[np.ndarray], num_workers: int = 0, pinned: bool = False
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """For each array of `positions` into `indices`: (positions, images uint8 (B, 112, 112, 3)), in order.
+    """Yields (positions, images uint8 (B, 112, 112, 3)) for each array of `positions` into `indices`.
 
-    Packed samples are copied by a thread, a few batches ahead; others are decoded in `num_workers` processes. DataError
-    names the first image that cannot be read.
+    A thread copies packed samples, a few batches ahead; `num_workers` processes decode others. DataError names the
+    first image that cannot be read.
     """
     if isinstance(samples, PackedSamples):
         batches = in_thread(functools.partial(_gather, samples, indices, pinned), positions)

@@ -1,4 +1,4 @@
-"""A contact sheet of training images: as they are stored, and as the model sees them."""
+"""A contact sheet of training images, as they are stored and as the model sees them."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ GAP, CAPTION = 4, 14  # pixels
 
 
 def contact_sheet(samples: Samples, count: int, policy: str, epochs: int, side: int, seed: int) -> Image.Image:
-    """A row for each of `count` images, drawn by `seed`: as it is stored, then what the first epochs make of it.
+    """A row for each of `count` images, drawn by `seed`: the image as it is stored, then as each epoch augments it.
 
     Every image is resized to `side` pixels as the model does it (bicubic). ConfigError for a count below one.
     """

@@ -1,8 +1,7 @@
-"""The benchmarks: where they lie, how many pairs they must have, what they test; and a model's result on one.
+"""The benchmarks, with their number of pairs and what makes them hard; and a model's result on one.
 
 A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with beside aligned 112 x 112
-crops under the published names: lfw/pairs.txt, calfw/pairs_CALFW.txt, cplfw/pairs_CPLFW.txt, cfp/Protocol. "synthetic"
-and "synthetic_shift" are drawn by this project and need no file.
+crops under the published names (see `pair_lists`). "synthetic" and "synthetic_shift" are drawn and need no file.
 """
 
 import functools
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.data.formats.pairs import VerificationSet, read_bin, read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
+from vitface.data.formats.pair_lists import PAIR_LISTS
+from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.synthetic.worlds import SYNTHETIC, pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
@@ -48,21 +48,11 @@ BENCHMARKS = {
 }
 
 
-PAIR_LISTS = {
-    "lfw": ("lfw/pairs.txt", lambda path: read_lfw_pairs(path, path.parent)),
-    "calfw": ("calfw/pairs_CALFW.txt", lambda path: read_calfw_pairs(path, path.parent)),
-    "cplfw": ("cplfw/pairs_CPLFW.txt", lambda path: read_calfw_pairs(path, path.parent)),
-    "cfp_fp": ("cfp/Protocol", lambda path: read_cfp_pairs(path, "FP")),
-    "cfp_ff": ("cfp/Protocol", lambda path: read_cfp_pairs(path, "FF")),
-}
-
-
 def benchmark_path(name: str, data_dir: str | Path) -> Path:
-    """Where real benchmark `name` lies: its .bin if there is one, else its pair list if there is one, else its .bin."""
+    """The file of a real benchmark: its .bin, or its pair list where there is no .bin and the list exists."""
     file = Path(data_dir) / f"{name}.bin"
-    if not file.is_file() and name in PAIR_LISTS and (Path(data_dir) / PAIR_LISTS[name][0]).exists():
-        return Path(data_dir) / PAIR_LISTS[name][0]
-    return file
+    pair_list = Path(data_dir) / PAIR_LISTS[name].path
+    return pair_list if pair_list.exists() and not file.is_file() else file
 
 
 def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
@@ -70,7 +60,10 @@ def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
     path = benchmark_path(name, data_dir)
     if not path.exists():
         raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
-    pairs = read_bin(path) if path.suffix == ".bin" else PAIR_LISTS[name][1](path)
+    if path.suffix == ".bin":
+        pairs = read_bin(path)
+    else:
+        pairs = PAIR_LISTS[name].read(path, Path(data_dir) / Path(PAIR_LISTS[name].path).parts[0])
     check_pairs(name, pairs, BENCHMARKS[name].pairs)
     return pairs
 

@@ -1,7 +1,7 @@
 """Five landmarks -> the 112 x 112 crop that InsightFace's training sets and benchmarks are made of.
 
-Landmarks are (x, y) in pixels, the centre of the upper left pixel at (0, 0), in the order: the eye and then the corner
-of the mouth that are on the image's left come first - left eye, right eye, nose, left corner, right corner.
+Landmarks are (x, y) in pixels, the centre of the upper left pixel at (0, 0): left eye, right eye, nose, left and right
+corner of the mouth, where left is the image's left.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ TEMPLATE = np.column_stack([_X, _Y])
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The (2, 3) matrix of rotation, scale and shift that takes points (n, 2) nearest to `target`, in least squares.
 
-    Umeyama 1991, equations 34 to 43; never a reflection. ImageError if the points coincide.
+    Umeyama 1991, equations 34 to 43, without reflections. ImageError if the points coincide.
     """
     centre, aim = source.mean(0), target.mean(0)
     points, goals = source - centre, target - aim

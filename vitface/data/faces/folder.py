@@ -1,7 +1,7 @@
 """A folder of photos -> their aligned crops, under the same names.
 
-OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
-(no crop).
+OUT/align.csv lists the status of each photo: ok; several (the large face near the middle was taken); tiny, none,
+damaged (no crop).
 """
 
 import csv
@@ -32,7 +32,7 @@ COLUMNS = ["file", "status", "faces", *POINTS]
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a photo; `landmarks` (5, 2) where a face was found."""
+    """The line of a photo in align.csv; `landmarks` (5, 2) where a face was found."""
 
     file: str
     status: str
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Finder:
-    """Landmarks (5, 2) by file name, and the detector for photos that have none; faces under `min_face` get no crop."""
+    """Landmarks (5, 2) by file name, and a detector for other photos; faces under `min_face` pixels get no crop."""
 
     landmarks: dict[str, np.ndarray]
     detector: FaceDetector | None = None
@@ -64,9 +64,9 @@ class Finder:
 
 
 def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> Counter[str]:
-    """Aligns every image below `src` into `out`; how many photos had each status, in this call or an earlier one.
+    """Aligns every image below `src` into `out`, and counts the photos by status, those of earlier calls included.
 
-    DataError if there is no image. Photos that OUT/align.csv lists with a crop are not done again.
+    DataError if there is no image. Photos that OUT/align.csv lists with a crop are not aligned again.
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
@@ -79,18 +79,13 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> 
     chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
     work = functools.partial(_align_chunk, src, out, finder)
     statuses = Counter(known[name] for name in names if name in known)
-    with (
-        open(out / "align.csv", "a", newline="", encoding="utf-8") as file,
-        tqdm(
-            desc="aligning", total=len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True
-        ) as bar,
-    ):
+    bar = tqdm(desc="aligning", total=len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
+    with bar, open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
         for rows in in_processes(work, chunks, num_workers):
-            file.write(rows)
+            csv.writer(file, lineterminator="\n").writerows(rows)
             file.flush()
-            found = [row["status"] for row in csv.DictReader(io.StringIO(rows), COLUMNS)]
-            statuses.update(found)
-            bar.update(len(found))
+            statuses.update(status for _, status, *_ in rows)
+            bar.update(len(rows))
     return statuses
 
 
@@ -101,12 +96,12 @@ def photos_in(src: Path) -> list[str]:
 
 
 def crop_path(out: Path, name: str) -> Path:
-    """JPEG and PNG keep their name, a.webp becomes a.webp.png."""
+    """The file of a photo's crop: JPEG and PNG keep their name, a.webp becomes a.webp.png."""
     return out / (name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.png")
 
 
 def read_report(path: Path) -> dict[str, str]:
-    """File -> status of the photos that have a crop according to an align.csv; a line left unfinished is cut off."""
+    """{file: status} of the photos that have a crop according to an align.csv; an unfinished last line is cut off."""
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         return {}
@@ -121,7 +116,7 @@ def read_report(path: Path) -> dict[str, str]:
 
 
 def read_landmarks(path: Path) -> dict[str, np.ndarray]:
-    """File -> (5, 2) of a CSV with the columns file, x1, y1, ... x5, y5; rows without landmarks are left out.
+    """{file: landmarks (5, 2)} of a CSV with the columns file, x1, y1, ... x5, y5, without rows that have none.
 
     DataError names the line that is wrong.
     """
@@ -144,29 +139,25 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
     return landmarks
 
 
-def _align_chunk(src: Path, out: Path, finder: Finder, names: list[str]) -> str:
-    """Writes the crops; the rows of align.csv as text."""
-    text = io.StringIO()
-    for name in names:
-        try:
-            row = _align_photo(src, out, finder, name)
-        except ImageError:
-            row = Row(name, "damaged", 0)
-        csv.writer(text, lineterminator="\n").writerow(row.cells())
-    return text.getvalue()
+def _align_chunk(src: Path, out: Path, finder: Finder, names: list[str]) -> list[list[str]]:
+    """Writes the crops, and returns the lines of align.csv."""
+    return [_align_photo(src, out, finder, name).cells() for name in names]
 
 
 def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
-    image = read_image(src / name)
-    row = finder.find(name, image)
-    if row.status in CROPPED:
-        assert row.landmarks is not None
-        write_crop(crop_path(out, name), align_face(image, row.landmarks))
-    return row
+    try:
+        image = read_image(src / name)
+        row = finder.find(name, image)
+        if row.status in CROPPED:
+            assert row.landmarks is not None
+            write_crop(crop_path(out, name), align_face(image, row.landmarks))
+        return row
+    except ImageError:
+        return Row(name, "damaged", 0)
 
 
 def write_crop(path: Path, crop: np.ndarray) -> None:
-    """JPEG at quality 95 with full colour, or PNG; a broken write leaves no file of that name."""
+    """Writes JPEG at quality 95 with full colour, or PNG; a broken write leaves no file of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     kind = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
@@ -175,6 +166,7 @@ def write_crop(path: Path, crop: np.ndarray) -> None:
 
 
 def summary(statuses: Counter[str]) -> Iterator[str]:
+    """A line for each status that occurs."""
     words = {
         "ok": "with one face",
         "several": "with several faces: the large one near the middle was taken",

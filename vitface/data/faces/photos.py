@@ -1,4 +1,4 @@
-"""Whatever shows a face -> the crop that the models take: a file, a Pillow image or an array, aligned or not."""
+"""A file, a Pillow image or an array that shows a face, aligned or not -> the crop that the models take."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ Photo = str | Path | Image.Image | np.ndarray
 
 
 class CropReader:
-    """`reader(image)` is its crop, uint8 (112, 112, 3).
+    """`reader(image)` is its crop, uint8 (112, 112, 3); a reader can be pickled.
 
     `align` False: images are aligned crops; a square of another size is resized. True: an image of exactly 112 x 112
-    pixels is a crop, in any other the face is found (the large one near the middle, if there are several) and aligned;
-    a FaceDetector does the same with that detector. Can be pickled.
+    pixels is a crop; in any other the face is found (the large one near the middle, if there are several) and aligned.
+    A FaceDetector does the same with that detector.
 
     ImageError names the image that is damaged, that shows no face or a tiny one, or that is no square crop. Where a
     face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.
@@ -29,21 +29,16 @@ class CropReader:
         self.detector = align if isinstance(align, FaceDetector) else None
 
     def __call__(self, image: Photo) -> np.ndarray:
-        pixels, where = _pixels(image)
+        where = str(image) if isinstance(image, str | Path) else "image"
+        if isinstance(image, Image.Image):
+            pixels = to_array(image)
+        else:
+            pixels = image if isinstance(image, np.ndarray) else read_image(image)
         if not self.align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
             return to_crop(pixels, where)
         if self.detector is None:
             self.detector = FaceDetector()
         return _aligned(pixels, self.detector, where)
-
-
-def _pixels(image: Photo) -> tuple[np.ndarray, str]:
-    """uint8 (H, W, 3), and how a message calls it."""
-    if isinstance(image, Image.Image):
-        return to_array(image), "image"
-    if isinstance(image, np.ndarray):
-        return image, "image"
-    return read_image(image), str(image)
 
 
 def _aligned(photo: np.ndarray, detector: FaceDetector, where: str) -> np.ndarray:

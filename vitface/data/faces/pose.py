@@ -1,4 +1,4 @@
-"""How far a face is turned, from its five landmarks. Letters: n faces."""
+"""The angle by which a face is turned, from its five landmarks. Letters: n faces."""
 
 import numpy as np
 
@@ -13,10 +13,9 @@ MARGIN = CROP_SIZE // 2  # pixels around a crop, without which the detector take
 
 
 def yaw_degrees(landmarks: np.ndarray) -> np.ndarray:
-    """(n, 5, 2), ordered as in `faces.alignment` -> (n,), positive for noses that point to the image's right.
+    """Landmarks (n, 5, 2), ordered as in `faces.alignment` -> (n,), positive for noses that point to the image's right.
 
-    Fits a scaled orthographic view of `HEAD` in least squares; blind to what five points do not show, such as a face's
-    own asymmetry, and good to some degrees.
+    The scaled orthographic view of `HEAD` that fits best in least squares; accurate to some degrees.
     """
     head = HEAD - HEAD.mean(axis=0)
     across = np.einsum("kp,np->nk", np.linalg.pinv(head), landmarks[..., 0] - landmarks[..., 0].mean(axis=1)[:, None])

@@ -1,18 +1,18 @@
 """InsightFace's verification sets (lfw.bin, cfp_fp.bin, ...), read without unpickling.
 
 A .bin is a pickle of (2N encoded images, N flags): pair i is images 2i and 2i + 1, a true flag means the same person.
-An unpickler would execute what the file says. Here a small stack machine walks the opcodes and knows only data: lists,
-tuples, bytes, text, whole numbers, booleans. Of calls it knows the ones numpy and Python 3 write into such files, and
-computes their value itself:
+An unpickler would execute what the file asks for. Here a small stack machine reads the opcodes and knows only data:
+lists, tuples, bytes, text, whole numbers, booleans. It knows three calls, which numpy and Python 3 write into such
+files, and computes their values itself:
 
     _codecs.encode(text, "latin1")                               bytes in protocols 0-2
     numpy[._core|.core].multiarray._reconstruct + state          an image as a uint8 array of one column
     numpy[._core|.core].multiarray.scalar(dtype b1, byte)        a flag as np.bool_
 
-Every other opcode, name and shape of arguments is refused by its byte offset. Lengths are compared with what is left
-of the file before anything is read, the memo is a dict (an index of 2^31 costs one entry), no operation copies a value
-that the file can name again, lists hold no containers, tuples nest two deep, and the number of opcodes is bounded. So
-a hostile file costs time and memory in proportion to its size.
+Every other opcode, name and form of arguments is refused, and the message names its byte. A hostile file costs time and
+memory in proportion to its size: lengths are compared with what is left of the file before anything is read, the memo
+is a dict (an index of 2^31 costs one entry), no operation copies a value that the file can name again, lists hold no
+containers, tuples nest two deep, and the number of opcodes is bounded.
 """
 
 import codecs
@@ -68,7 +68,7 @@ class _Array:
 def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
     """(images, issame) of a .bin file's contents; DataError, which begins with `where`, for anything else.
 
-    Each image is at most 10 MB of bytes, not looked into; one that the file repeats by reference is one object. The two
+    Each image is at most 10 MB of bytes, not decoded; one that the file repeats by reference is one object. The two
     lengths are not compared here.
     """
     return _Machine(data, where).run()
@@ -100,17 +100,14 @@ class _Machine:
             self.refuse("ends the set with something left over")
         if not isinstance(whole, tuple) or [type(part) for part in whole] != [list, list]:
             self.refuse("ends something else than (images, flags)")
-        images, issame = whole
-        blobs: list[bytes] = []
+        images: list = [image.data if isinstance(image, _Array) else image for image in whole[0]]
         for i, image in enumerate(images):
-            blob = image.data if isinstance(image, _Array) else image
-            if not isinstance(blob, bytes) or len(blob) > MAX_IMAGE_BYTES:
+            if not isinstance(image, bytes) or len(image) > MAX_IMAGE_BYTES:
                 self.refuse(f"ends a set whose image {i} is not at most {MAX_IMAGE_BYTES} bytes")
-            blobs.append(blob)
-        for i, flag in enumerate(issame):
+        for i, flag in enumerate(whole[1]):
             if not isinstance(flag, int) or flag not in (0, 1):
                 self.refuse(f"ends a set whose flag {i} is neither true nor false")
-        return blobs, [bool(flag) for flag in issame]
+        return images, [bool(flag) for flag in whole[1]]
 
     def refuse(self, why: str) -> NoReturn:
         code = self.data[self.start : self.start + 1].decode("latin-1")
@@ -203,7 +200,7 @@ class _Machine:
             self.refuse(f"asks for the value {index}, which was not stored")
         self.push(self.memo[index])
 
-    def proto(self) -> None:
+    def protocol(self) -> None:
         if (version := self.uint(1)) > 5:
             self.refuse(f"asks for protocol {version}, known are 0 to 5")
 
@@ -211,16 +208,10 @@ class _Machine:
         if self.uint(8) > len(self.data) - self.pos:
             self.refuse("is longer than the file; download it again")
 
-    def integer(self) -> None:
+    def decimal(self, pattern: bytes) -> int:
         line = self.line(16)
-        if not re.fullmatch(rb"-?[0-9]{1,12}", line):
+        if not re.fullmatch(pattern, line):
             self.refuse(f"has {line!r} for a whole number")
-        self.push(int(line))  # protocol 0 writes booleans as 00 and 01
-
-    def index(self) -> int:
-        line = self.line(16)
-        if not re.fullmatch(rb"[0-9]{1,12}", line):
-            self.refuse(f"has {line!r} for an index")
         return int(line)
 
     def python2_string(self) -> None:
@@ -270,7 +261,7 @@ class _Machine:
 
 
 _OPCODES = {
-    b"\x80": _Machine.proto,
+    b"\x80": _Machine.protocol,
     b"\x95": _Machine.frame,
     b"(": _Machine.mark,
     b"]": lambda m: m.push_list([]),
@@ -284,24 +275,22 @@ _OPCODES = {
     b"N": lambda m: m.push(None),
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
-    b"I": _Machine.integer,
+    b"I": lambda m: m.push(m.decimal(rb"-?[0-9]{1,12}")),  # protocol 0 writes booleans as 00 and 01
     b"J": lambda m: m.push(*struct.unpack("<i", m.take(4))),
     b"K": lambda m: m.push(m.uint(1)),
     b"M": lambda m: m.push(m.uint(2)),
-    b"B": lambda m: m.push(m.blob(m.uint(4))),
-    b"C": lambda m: m.push(m.blob(m.uint(1))),
+    **dict.fromkeys((b"C", b"U"), lambda m: m.push(m.blob(m.uint(1)))),
+    **dict.fromkeys((b"B", b"T"), lambda m: m.push(m.blob(m.uint(4)))),
     b"\x8e": lambda m: m.push(m.blob(m.uint(8))),
-    b"T": lambda m: m.push(m.blob(m.uint(4))),
-    b"U": lambda m: m.push(m.blob(m.uint(1))),
     b"S": _Machine.python2_string,
     b"V": lambda m: m.push(m.text(m.line(_MAX_TEXT_BYTES), "raw-unicode-escape")),
     b"X": lambda m: m.push(m.text(m.blob(m.uint(4), _MAX_TEXT_BYTES), "utf-8")),
     b"\x8c": lambda m: m.push(m.text(m.blob(m.uint(1)), "utf-8")),
-    b"p": lambda m: m.put(m.index()),
+    b"p": lambda m: m.put(m.decimal(rb"[0-9]{1,12}")),
     b"q": lambda m: m.put(m.uint(1)),
     b"r": lambda m: m.put(m.uint(4)),
     b"\x94": lambda m: m.put(len(m.memo)),
-    b"g": lambda m: m.get(m.index()),
+    b"g": lambda m: m.get(m.decimal(rb"[0-9]{1,12}")),
     b"h": lambda m: m.get(m.uint(1)),
     b"j": lambda m: m.get(m.uint(4)),
     b"c": lambda m: m.push_name(m.line(256), m.line(256)),

@@ -14,7 +14,6 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +30,8 @@ FILES = ("images.uint8", "labels.npy", "manifest.json")
 class PackedSamples:
     """A packed folder as `Samples`; `gather` reads many at once.
 
-    `source` is the identity of what was packed, `skipped` says which images could not be decoded and why. Opening
-    checks everything but the pixels, `verify` those too; DataError says what is damaged.
+    `source` is the identity of the samples that were packed, `skipped` lists the images that could not be decoded, and
+    why. Opening checks everything but the pixels; `verify` checks these too. DataError names what is damaged.
     """
 
     domains: np.ndarray | None = None
@@ -40,30 +39,28 @@ class PackedSamples:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._map: np.ndarray | None = None
+        manifest_file = self.path / "manifest.json"
         try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
             labels = (self.path / "labels.npy").read_bytes()
             size = (self.path / "images.uint8").stat().st_size
-            self._read_manifest(manifest)
+            if manifest["format"] != FORMAT:
+                raise ValueError
+            self.names: list[str] = manifest["names"]
+            self.source: str = manifest["source"]["identity"]
+            self.skipped: list[str] = manifest["skipped"]
+            self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
+            whole = hashlib.sha256(labels).hexdigest() == manifest["labels_sha256"]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None
         except (KeyError, TypeError, ValueError):
-            raise DataError(f"{self.path / 'manifest.json'} is damaged; pack the set again") from None
-        if hashlib.sha256(labels).hexdigest() != self._labels_sha256:
+            raise DataError(f"{manifest_file} is damaged; pack the set again") from None
+        if not whole:
             raise DataError(f"{self.path / 'labels.npy'} is damaged; pack the set again")
         self.labels = np.load(io.BytesIO(labels), allow_pickle=False)
         if size != len(self) * CROP_BYTES:
-            what = f"{self.path / 'images.uint8'} has {size} bytes, not those of {len(self)} images"
-            raise DataError(f"{what}; pack the set again")
-
-    def _read_manifest(self, manifest: dict[str, Any]) -> None:
-        if manifest["format"] != FORMAT:
-            raise ValueError
-        self.names: list[str] = manifest["names"]
-        self.source: str = manifest["source"]["identity"]
-        self.skipped: list[str] = manifest["skipped"]
-        self._labels_sha256: str = manifest["labels_sha256"]
-        self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
+            images = self.path / "images.uint8"
+            raise DataError(f"{images} has {size} bytes, not those of {len(self)} images; pack the set again")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +72,7 @@ class PackedSamples:
         """uint8 (112, 112, 3)."""
         return self.gather(np.array([index]))[0]
 
-    image = read  # as the other kinds have it: what was stored
+    image = read
 
     def where(self, index: int) -> str:
         return f"{self.path}, image {index}"
@@ -88,7 +85,7 @@ class PackedSamples:
         return np.take(self._images(), indices, axis=0, out=out, mode="clip")
 
     def verify(self) -> None:
-        """DataError unless every image is, bit for bit, what was packed."""
+        """DataError unless every image is bit for bit the one that was packed."""
         ends = np.cumsum([count for count, _ in self._shards])
         images = self._images()
 

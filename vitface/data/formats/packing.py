@@ -1,8 +1,8 @@
-"""Writing packed training data (see `packed`): `pack` where the user says, `cached` where train.py keeps it.
+"""Writes packed training data (see `packed`): `pack` into a folder of the user's, `cached` into train.py's own.
 
 A packed folder OUT grows as OUT.part, shard after shard; a line of OUT.part/journal.jsonl follows each shard that is on
-the disk. Whatever ends the work, even kill -9, the next call cuts off what the journal does not vouch for and goes on,
-so the bytes are those of an undisturbed run. OUT gets its name when it is whole.
+the disk. Whatever ends the work, even kill -9, the next call cuts off what the journal does not list and goes on, so
+the bytes are those of an undisturbed run. OUT gets its name when it is whole.
 """
 
 import functools
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,9 +22,10 @@ from PIL import features
 from tqdm import tqdm
 
 from vitface.data.background import in_processes
-from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples, is_packed
+from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import DataError
+from vitface.files import write_synced
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
@@ -39,34 +40,41 @@ def pack(samples: Source, out: str | Path, num_workers: int = 0) -> PackedSample
     DataError if `out` holds anything else, no image can be decoded, or the disk is too small.
     """
     out = Path(out)
-    with _alone(out):
+    with _locked(out):
         if not out.exists():
             return _pack(samples, out, num_workers)
-        if not is_packed(out) or PackedSamples(out).source != samples.identity():
-            raise DataError(f"{out} is there already and not {samples.path} packed; delete it or choose another folder")
-        packed = PackedSamples(out)
-        packed.verify()
-        return packed
+        try:
+            return _open_verified(samples, out)
+        except DataError as error:
+            raise DataError(f"{out} is there already ({error}); delete it or choose another folder") from None
 
 
-def cached(samples: Source, cache: Path, num_workers: int, say: Callable[[str], None]) -> PackedSamples:
-    """`samples` packed in a folder of `cache` named after their path; packed anew if they changed or it is damaged."""
+def cached(samples: Source, cache: Path, num_workers: int, report: Callable[[str], None]) -> PackedSamples:
+    """`samples` packed in a folder of `cache` named after their path; packed anew if they changed or it is damaged.
+
+    `report` takes a line of text for the user.
+    """
     path = str(samples.path.resolve())
     out = cache / f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
-    with _alone(out):
+    with _locked(out):
         try:
-            packed = PackedSamples(out)
-            if packed.source != samples.identity():
-                raise DataError(f"{samples.path} has changed since it was packed; pack the set again")
-            packed.verify()
+            packed = _open_verified(samples, out)
         except DataError as error:
-            if out.exists():
-                say(f"{error} (which is done now)")
-            else:
-                say(f"packing {samples.path} into {out}, once (--no-pack decodes while training instead)")
+            once = f"packing {samples.path} into {out}, once (--no-pack decodes while training instead)"
+            report(f"{error} (which is done now)" if out.exists() else once)
             packed = _pack(samples, out, num_workers)
     if packed.skipped:
-        say(f"{len(packed.skipped)} images were skipped, see {out / 'manifest.json'}; the first: {packed.skipped[0]}")
+        report(
+            f"{len(packed.skipped)} images were skipped, see {out / 'manifest.json'}; the first: {packed.skipped[0]}"
+        )
+    return packed
+
+
+def _open_verified(samples: Source, out: Path) -> PackedSamples:
+    packed = PackedSamples(out)
+    if packed.source != samples.identity():
+        raise DataError(f"{samples.path} has changed since it was packed; pack the set again")
+    packed.verify()
     return packed
 
 
@@ -76,7 +84,7 @@ def _pack(samples: Source, out: Path, num_workers: int) -> PackedSamples:
     header = {
         "format": FORMAT,
         "source": {"path": str(samples.path.absolute()), "identity": samples.identity()},
-        "made_with": decoder_versions(),
+        "made_with": _decoder_versions(),
     }
     with open(part / "images.uint8", "ab") as images, open(part / "journal.jsonl", "a+b") as journal:
         shards = _resume(images, journal, header)
@@ -100,14 +108,14 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def decoder_versions() -> dict[str, str | None]:
-    """What the pixels depend on."""
+def _decoder_versions() -> dict[str, str | None]:
+    """The versions that the pixels depend on."""
     codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp")}
     return {"vitface": __version__, "pillow": PIL.__version__, **codecs}
 
 
 def _resume(images: BinaryIO, journal: BinaryIO, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that are there, after cutting both files back to them; none if they are of another source."""
+    """Cuts both files back to whole shards and returns these; none if they are of another source."""
     journal.seek(0)
     shards, size, end = [], 0, 0
     for number, line in enumerate(journal.readlines()):
@@ -146,7 +154,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _decode_rest(samples: Source, first: int, num_workers: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """The shards from number `first` on: crops (k, 112, 112, 3), and what the journal says of them."""
+    """The shards from number `first` on: crops (k, 112, 112, 3), and their entry of the journal."""
     rest = range(first, -(-len(samples) // SHARD))
     with tqdm(desc="packing", total=len(samples), initial=first * SHARD, unit="img", dynamic_ncols=True) as bar:
         for crops, skipped in in_processes(functools.partial(_decode, samples), rest, num_workers):
@@ -166,7 +174,7 @@ def _decode(samples: Source, shard: int) -> tuple[np.ndarray, list[tuple[int, st
 
 
 def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-    """Labels and manifest of the images that were packed."""
+    """Writes the labels and the manifest of the images that were packed."""
     skipped = [entry for shard in shards for entry in shard["skipped"]]
     kept = np.ones(len(samples), bool)
     kept[[index for index, _ in skipped]] = False
@@ -185,14 +193,11 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
         "labels_sha256": hashlib.sha256(data.getvalue()).hexdigest(),
         "shards": [{"images": shard["images"], "sha256": shard["sha256"]} for shard in shards],
     }
-    for name, content in (("labels.npy", data.getvalue()), ("manifest.json", json.dumps(manifest, indent=1).encode())):
-        with open(part / name, "wb") as file:
-            _append(file, content)
+    write_synced(part / "labels.npy", data.getvalue())
+    write_synced(part / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> AbstractContextManager[None]:
     """Makes a second process that packs into the same folder wait for the first."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(out.with_name(f".{out.name}.lock")):
-        yield
+    return waiting_lock(out.with_name(f".{out.name}.lock"))

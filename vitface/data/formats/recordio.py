@@ -29,10 +29,7 @@ _CHUNK = 1 << 16
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and byte offsets of an .idx file, int64 (n,) each, by ascending key.
-
-    DataError names the line that is not two whole numbers, or a negative or repeated key.
-    """
+    """The keys and byte offsets of an .idx file, int64 (n,) each, by ascending key; DataError names a line at fault."""
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -69,8 +66,8 @@ def read_record(data: mmap | bytes, offset: int, where: str) -> tuple[tuple[floa
 def read_labels(data: mmap | bytes, offsets: np.ndarray, where: str) -> np.ndarray:
     """The (first) label of each record, float32 (n,), from the headers alone; every header is validated.
 
-    DataError as `read_record`. Ordinary records, one part and one label, are checked 65,536 at a time; what is left is
-    read one by one.
+    DataError as `read_record`. Ordinary records, of one part and one label, are checked 65,536 at a time, the others
+    one by one.
     """
     raw = np.frombuffer(data, np.uint8)
     if len(raw) < _ROW.itemsize:
@@ -91,11 +88,11 @@ def read_labels(data: mmap | bytes, offsets: np.ndarray, where: str) -> np.ndarr
 
 
 def image_records(data: mmap | bytes, keys: np.ndarray, offsets: np.ndarray, where: str) -> np.ndarray:
-    """Positions in `keys` (ascending) of the records that are images, int64 (n,).
+    """The positions in `keys` (ascending) of the records that are images, int64 (n,).
 
     InsightFace's record 0 is no image: it has two labels, the first key after the images and the number of records;
-    what follows the images is one (first, last + 1) range per identity. A record 0 with one label (bundles packed by
-    other tools) is itself an image, and so is every other record.
+    behind the images there is one (first, last + 1) range per person. A record 0 with one label, as other tools write
+    it, is an image, and so is every other record.
     """
     if keys[0] != 0:
         raise DataError(f"{where}: record 0, which says how many images there are, is not in the .idx")

@@ -1,8 +1,7 @@
-"""Training samples: InsightFace RecordIO folders, image folders and packed folders, behind one shape, `Samples`.
+"""Training samples: InsightFace RecordIO folders, image folders and packed folders, with one interface, `Samples`.
 
 Opening checks everything that can be checked without decoding an image (offsets, headers, labels, names); an image is
-decoded when it is read. Nothing is held across a fork or a pickle but names and numbers, so samples can be handed to
-DataLoader workers as they are.
+decoded when it is read. Samples can be handed to DataLoader workers: their pickle holds names and numbers only.
 """
 
 import csv
@@ -28,7 +27,7 @@ class Samples(Protocol):
 
     `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C people, by label; `domains` int64
     (n,), None where the source has no domain labels (see `read_domains`); `read(i)` uint8 (112, 112, 3) RGB, ImageError
-    or DataError if that sample is damaged.
+    or DataError that names the file and the sample if it is damaged.
     """
 
     labels: np.ndarray
@@ -43,10 +42,7 @@ class Samples(Protocol):
 
 
 def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSamples":
-    """The training set at `path`: a folder with train.rec, a packed one, or one with a folder of images per person.
-
-    DataError says what was looked for and what would help.
-    """
+    """The training set at `path`: a folder with train.rec, a packed one, or one with a folder of images per person."""
     path = Path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
@@ -67,7 +63,7 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
 class RecordSamples:
     """An InsightFace folder: train.rec, train.idx and property (`num_classes,height,width`).
 
-    DataError if a file is missing or damaged, a label is not a whole number in [0, num_classes), or an identity has no
+    DataError if a file is missing or damaged, a label is not a whole number in [0, num_classes), or a person has no
     image. The .rec file is mapped on first use in each process.
     """
 
@@ -83,17 +79,14 @@ class RecordSamples:
                 )
         self._map: mmap | None = None
         try:
-            self._open()
+            num_classes, rec = _num_classes(self.path / "property"), str(self.path / "train.rec")
+            keys, offsets = read_index(self.path / "train.idx")
+            images = image_records(self._data(), keys, offsets, rec)
+            self._keys, self._offsets = keys[images], offsets[images]
+            labels = read_labels(self._data(), self._offsets, rec)
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from None
-
-    def _open(self) -> None:
-        num_classes = _num_classes(self.path / "property")
-        rec = str(self.path / "train.rec")
-        keys, offsets = read_index(self.path / "train.idx")
-        images = image_records(self._data(), keys, offsets, rec)
-        self._keys, self._offsets = keys[images], offsets[images]
-        self.labels = _whole_labels(read_labels(self._data(), self._offsets, rec), self._keys, num_classes, rec)
+        self.labels = _whole_labels(labels, self._keys, num_classes, rec)
         self.names = [str(label) for label in range(num_classes)]
 
     def __len__(self) -> int:
@@ -103,7 +96,7 @@ class RecordSamples:
         return {**self.__dict__, "_map": None}
 
     def identity(self) -> str:
-        """A hexadecimal name of the files as they are: another one when the set has changed."""
+        """A hash of the files' names, sizes and times, which changes when the set does."""
         status = (self.path / "train.rec").stat()
         digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
         for name in ("train.idx", "property"):
@@ -111,11 +104,10 @@ class RecordSamples:
         return digest.hexdigest()
 
     def image_names(self) -> list[str]:
-        """The records' keys."""
+        """The records' keys, as --domain-labels names them."""
         return [str(key) for key in self._keys]
 
     def read(self, index: int) -> np.ndarray:
-        """uint8 (112, 112, 3); ImageError or DataError names the file and the record's key."""
         return to_crop(self.image(index), self.where(index))
 
     def image(self, index: int) -> np.ndarray:
@@ -169,8 +161,8 @@ class FolderSamples:
     """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
 
     Images end in .jpg, .jpeg, .png or .webp, in any case. Hidden entries, other files and deeper folders are ignored;
-    links are followed. DataError for a person without an image, a name that is not UTF-8, or an entry called like an
-    image that is no regular file (a FIFO, a broken link, a folder).
+    links are followed. DataError for a person without an image, a name that is not UTF-8, or an image's name on
+    something else than a file.
     """
 
     domains: np.ndarray | None = None
@@ -191,7 +183,7 @@ class FolderSamples:
         return len(self._files)
 
     def identity(self) -> str:
-        """A hexadecimal name of the files as they are: another one when a name, a size or a time has changed."""
+        """A hash of the files' names, sizes and times, which changes when the set does."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             path = self.file(index)
@@ -206,23 +198,22 @@ class FolderSamples:
         return str(self.file(index))
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), as it was stored; ImageError names the file."""
+        """uint8 (H, W, 3), as it was stored; errors as `read`."""
         return read_image(self.file(index))
 
     def image_names(self) -> list[str]:
-        """PERSON/IMAGE of each."""
+        """PERSON/IMAGE, as --domain-labels names them."""
         return [f"{self.names[label]}/{file}" for label, file in zip(self.labels, self._files, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
-        """uint8 (112, 112, 3); ImageError names the file."""
         return to_crop(self.image(index), self.where(index))
 
 
 def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
     """The domain of each image, int64 (n,), from a CSV file with the columns `image` and `domain`.
 
-    Images are named as `image_names` has them: PERSON/IMAGE.jpg in a folder, the record's key in a .rec. Domains may
-    have any names; they are numbered in sorted order. DataError for another file, or an image without a domain.
+    Domains may have any names; they are numbered in sorted order. DataError for another file, or an image without a
+    domain.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -17,22 +17,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitface.data.counter import uniform
 from vitface.data.synthetic.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, View, meet, smooth_max, soft, unit
+from vitface.data.synthetic.features import eyes, marks, mouth, nose, wrinkles
 
-FACTORS = (
-    "head_width", "head_height", "head_depth", "jaw_width", "jaw_length", "chin_size", "chin_forward", "cheek_fullness",
-    "eye_spacing", "eye_height", "eye_width", "eye_opening", "eye_tilt", "iris_hue", "iris_size",
-    "brow_thickness", "brow_height", "brow_slope", "brow_arch", "brow_length", "brow_darkness",
-    "nose_length", "nose_width", "nose_forward", "nose_bridge", "nose_tip",
-    "mouth_width", "mouth_height", "mouth_curve", "upper_lip", "lower_lip", "lip_redness",
-    "ear_size", "ear_height", "ear_out", "skin_light", "skin_hue", "hair_light", "hair_hue",
-    "hairline", "hair_parting", "hair_temple", "hair_length", "hair_volume", "hair_curl", "beard", "freckles",
-    "mole_1_side", "mole_1_height", "mole_1_size", "mole_2_side", "mole_2_height", "mole_2_size",
-)  # fmt: skip
-MOMENTS = (
-    "roll", "pitch", "scale", "shift_u", "shift_v", "smile", "blink", "gaze", "lamp_height", "exposure", "contrast",
-    "cast_r", "cast_g", "cast_b", "back_r", "back_g", "back_b", "back_slope", "back_wave", "back_turn",
-    "shirt_r", "shirt_g", "shirt_b", "noise_level", "noise_start",
-)  # fmt: skip
+_FACTORS = """
+head_width head_height head_depth jaw_width jaw_length chin_size chin_forward cheek_fullness
+eye_spacing eye_height eye_width eye_opening eye_tilt iris_hue iris_size
+brow_thickness brow_height brow_slope brow_arch brow_length brow_darkness
+nose_length nose_width nose_forward nose_bridge nose_tip
+mouth_width mouth_height mouth_curve upper_lip lower_lip lip_redness
+ear_size ear_height ear_out skin_light skin_hue hair_light hair_hue
+hairline hair_parting hair_temple hair_length hair_volume hair_curl beard freckles
+mole_1_side mole_1_height mole_1_size mole_2_side mole_2_height mole_2_size
+"""
+_MOMENTS = """
+roll pitch scale shift_u shift_v smile blink gaze lamp_height exposure contrast
+cast_r cast_g cast_b back_r back_g back_b back_slope back_wave back_turn
+shirt_r shirt_g shirt_b noise_level noise_start
+"""
+FACTORS, MOMENTS = tuple(_FACTORS.split()), tuple(_MOMENTS.split())
 
 
 def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
@@ -51,6 +53,11 @@ def _noise_bank() -> NDArray[np.float32]:
 
 
 _NOISE = _noise_bank()
+
+
+# how much the edge between a part and the head so far is rounded
+CREASES = {"cranium": 0.1, "jaw": 0.25, "cheeks": 0.3, "chin": 0.4, "ridge": 0.12, "tip": 0.06}
+CREASES |= {"ear_left": 0.03, "ear_right": 0.03}
 
 
 def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
@@ -87,7 +94,7 @@ def _head_shape(f: SimpleNamespace, age: float) -> dict[str, tuple]:
             (half + 0.10 + volume, skull + 0.12 + volume + 0.26 * long, 0.93 + 0.08 * f.head_depth + volume),
             0,
         ),
-    }  # fmt: skip
+    }
 
 
 def _backdrop(canvas: Canvas, m: SimpleNamespace) -> None:
@@ -109,10 +116,9 @@ def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
     iris = np.array([0.36 - 0.16 * f.iris_hue, 0.32 + 0.06 * f.iris_hue, 0.30 + 0.20 * f.iris_hue])
     lips = skin * np.array([0.92, 0.68 - 0.08 * f.lip_redness, 0.72 - 0.06 * f.lip_redness])
     brow = hair * (0.75 - 0.2 * f.brow_darkness)
-    return SimpleNamespace(
-        skin=skin.tolist(), hair=(hair + grey * (white - hair)).tolist(), iris=iris.tolist(), lips=lips.tolist(),
-        brow=(brow + 0.6 * grey * (white - brow)).tolist(), beard=(0.6 * hair + 0.25 * grey * white).tolist(),
-    )  # fmt: skip
+    tones = {"skin": skin, "hair": hair + grey * (white - hair), "iris": iris, "lips": lips}
+    tones |= {"brow": brow + 0.6 * grey * (white - brow), "beard": 0.6 * hair + 0.25 * grey * white}
+    return SimpleNamespace(**{name: colour.tolist() for name, colour in tones.items()})
 
 
 def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
@@ -126,10 +132,7 @@ def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace
     _, y, _ = canvas.points(box, back)
     canvas.paint(box, cover * soft(y - _nape(f)), [0.6 * c for c in tone.hair])
     depth, total = np.full((SIDE, SIDE), -9, np.float32), canvas.head
-    for part, crease in (
-        ("cranium", 0.1), ("jaw", 0.25), ("cheeks", 0.3), ("chin", 0.4), ("ridge", 0.12), ("tip", 0.06),
-        ("ear_left", 0.03), ("ear_right", 0.03),
-    ):  # fmt: skip
+    for part, crease in CREASES.items():
         box, front, _, cover = met[part]
         depth[box] = smooth_max(depth[box], front, crease)
         np.maximum(total[box], cover, out=total[box])
@@ -155,130 +158,6 @@ def _hair(canvas: Canvas, hair, f: SimpleNamespace, tone: SimpleNamespace, age: 
     shade = 1 + 0.15 * wave
     np.maximum(canvas.head[box], strand, out=canvas.head[box])
     canvas.put(box, strand, [shade * c for c in tone.hair], front)
-
-
-def _eyes(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
-    ex, ey = 0.285 + 0.07 * f.eye_spacing, 0.06 + 0.06 * f.eye_height
-    a, b = 0.135 + 0.04 * f.eye_width, (0.075 + 0.03 * f.eye_opening) * (1 - 0.25 * age - 0.15 * m.blink)
-    for side in (-1, 1):
-        box = canvas.view.box((side * ex, ey, 0.62), 0.34, 0.42)
-        x, y, z = canvas.points(box)
-        if not x.size:
-            continue
-        out, up = (x - side * ex) * side, y - ey
-        ahead = canvas.head[box] * soft(z - 0.25, 0.1)
-        canvas.depth[box] -= 0.07 * ahead * np.exp(-((out * 5) ** 2) - ((up - 0.02) * 7) ** 2)
-        up = up - (0.20 * f.eye_tilt - 0.10 * age) * out
-        lid = b * (1 - (out * (1 / a)) ** 2)
-        opening = soft(lid - np.abs(up)) * ahead
-        canvas.paint(box, opening, (0.90, 0.88, 0.86))
-        gaze = np.sqrt((out - side * 0.04 * m.gaze) ** 2 + (up - 0.01) ** 2)
-        radius = 0.066 + 0.016 * f.iris_size
-        canvas.paint(box, opening * soft(radius - gaze), tone.iris)
-        canvas.paint(box, opening * soft(0.45 * radius - gaze), (0.05, 0.05, 0.05))
-        lash = soft(0.022 - np.abs(up - np.maximum(lid, -0.02))) * soft(a * 1.12 - np.abs(out)) * ahead
-        canvas.paint(box, 0.8 * lash, [0.35 * c for c in tone.skin])
-        bag = (
-            soft(0.02 - np.abs(up + 0.05 + 1.6 * b * (1 - (out * (1 / a)) ** 2)), 0.04) * soft(a - np.abs(out)) * ahead
-        )
-        canvas.paint(box, 0.5 * age * bag, [0.6 * c for c in tone.skin])
-        _brow(canvas, box, out, y - ey, ahead, f, tone)
-
-
-def _brow(canvas: Canvas, box, out, up, ahead, f: SimpleNamespace, tone: SimpleNamespace) -> None:
-    length = 0.19 + 0.04 * f.brow_length
-    along = out * (1 / length)
-    line = 0.20 + 0.055 * f.brow_height + 0.08 * f.brow_slope * along - (0.05 + 0.04 * f.brow_arch) * along * along
-    thick = (0.036 + 0.024 * f.brow_thickness) * (1 - 0.35 * along)
-    cover = soft(thick - np.abs(up - line), 0.03) * soft(1 - np.abs(along), 0.15) * ahead
-    canvas.paint(box, 0.85 * cover, tone.brow)
-
-
-def _mouth(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
-    my, half = -0.56 + 0.07 * f.mouth_height, 0.215 + 0.07 * f.mouth_width + 0.025 * m.smile
-    box = canvas.view.box((0, my, 0.66), 0.46, 0.34)
-    x, y, z = canvas.points(box)
-    along = x * (1 / half)
-    bow = 1 - along * along
-    ahead = canvas.head[box] * soft(z - 0.3, 0.1)
-    up = y - my - (0.06 * f.mouth_curve + 0.05 * m.smile - 0.05 * age) * (along * along - 0.4)
-    upper, lower = 0.045 + 0.028 * f.upper_lip - 0.02 * age, 0.06 + 0.036 * f.lower_lip - 0.02 * age
-    dip = upper * (bow - 0.35 * np.exp(-((x * 18) ** 2)))
-    lips = soft(np.where(up > 0, dip - up, lower * bow + up)) * ahead * soft(bow, 0.3)
-    canvas.depth[box] += 0.05 * lips
-    canvas.paint(box, lips, tone.lips)
-    canvas.paint(box, 0.75 * soft(0.014 - np.abs(up)) * soft(bow, 0.2) * ahead, [0.35 * c for c in tone.lips])
-
-
-def _nose(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
-    (_, ty, tz), (width, height, _), _ = shape["tip"]
-    box = canvas.view.box((0, ty, tz), 0.3, 0.25)
-    x, y, z = canvas.points(box)
-    ahead = canvas.head[box] * soft(z - 0.5, 0.1)
-    hole = 1 - np.sqrt(((np.abs(x) - 0.5 * width) * (1 / 0.042)) ** 2 + ((y - ty + 0.75 * height) * (1 / 0.028)) ** 2)
-    canvas.paint(box, 0.7 * soft(hole, 0.8) * ahead, [0.35 * c for c in tone.skin])
-
-
-def _marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
-    """Freckles on the cheeks, a beard's shadow, and two moles at fixed places of the surface."""
-    box = canvas.view.box((0, -0.35, 0.4), 0.9, 0.75)
-    x, y, z = canvas.points(box)
-    if f.freckles > 0:
-        spots = np.sin(41 * x + 9 * f.mole_1_side) * np.sin(37 * y + 5 * z + 9 * f.mole_2_side)
-        cheeks = canvas.head[box] * np.maximum(1 - ((y + 0.16) * 4) ** 2, 0) * soft(z - 0.2, 0.2)
-        canvas.paint(box, 0.55 * f.freckles * cheeks * soft(spots - 0.45, 0.4), [0.62 * c for c in tone.skin])
-    if f.beard > 0:
-        around = np.maximum(np.abs(x) * 1.3 - 0.45, 0) - 0.36 + 0.06 * f.mouth_height
-        canvas.paint(
-            box,
-            0.6 * f.beard * canvas.head[box] * soft(around - y, 0.12) * soft(z + 0.05, 0.2) * soft(y + 1.05, 0.1),
-            tone.beard,
-        )
-    for side, up, size in (
-        (f.mole_1_side, f.mole_1_height, f.mole_1_size), (f.mole_2_side, f.mole_2_height, f.mole_2_size),
-    ):  # fmt: skip
-        if size > -0.4:
-            turn, height = 1.3 * side, -0.25 + 0.40 * up
-            at = [float(np.sin(turn)), height, float(np.cos(turn))]
-            at = _surface(shape, at)
-            box = canvas.view.box(at, 0.12, 0.12)
-            x, y, z = canvas.points(box)
-            gap = np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2)
-            canvas.paint(box, 0.85 * soft(0.034 + 0.02 * size - gap, 0.03), [0.35 * c for c in tone.skin])
-
-
-def _surface(shape: dict, at) -> list[float]:
-    """Where the level ray from the head's axis towards `at` leaves the head."""
-    far = 0.0
-    for part in ("cranium", "jaw", "cheeks", "chin"):
-        (cx, cy, cz), (ax, ay, az), _ = shape[part]
-        level = 1 - ((at[1] - cy) / ay) ** 2
-        p, q = (at[0] / ax) ** 2 + (at[2] / az) ** 2, at[0] * cx / ax**2 + at[2] * cz / az**2
-        root = q * q - p * ((cx / ax) ** 2 + (cz / az) ** 2 - level)
-        if root > 0:
-            far = max(far, (q + root**0.5) / p)
-    return [at[0] * far, at[1], at[2] * far]
-
-
-def _wrinkles(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
-    """Forehead lines, folds from nose to mouth, crow's feet: grooves of the depth, so that light acts on them."""
-    box = canvas.view.box((0, 0.0, 0.5), 0.9, 0.85)
-    x, y, z = canvas.points(box)
-    ahead = canvas.head[box] * soft(z - 0.15, 0.2)
-    wide = np.abs(x)
-    lines = np.maximum(np.sin(58 * y + 2.5 * np.cos(4 * x)) - 0.3, 0) * soft(y - 0.38, 0.1) * soft(0.5 - wide, 0.2)
-    fold_x = 0.16 + 0.32 * np.clip(-0.2 - y, 0, 0.5)
-    folds = np.maximum(1 - np.abs(wide - fold_x) * 28, 0) * soft(-0.22 - y, 0.1) * soft(y + 0.62, 0.1)
-    dx, dy = wide - 0.30, y - 0.05
-    feet = (
-        np.maximum(np.sin(13 * np.arctan2(dy, dx + 1e-6)) - 0.2, 0)
-        * soft(dx - 0.16, 0.06)
-        * soft(0.33 - dx, 0.08)
-        * soft(0.17 - np.abs(dy), 0.08)
-    )
-    groove = (lines + folds + feet) * ahead
-    canvas.depth[box] -= 0.02 * age * groove
-    canvas.paint(box, 0.35 * age * groove, [0.55 * c for c in tone.skin])
 
 
 def _expose(canvas: Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uint8]:
@@ -313,11 +192,11 @@ def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, Simpl
     shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(View(yaw, m))
     _backdrop(canvas, m)
     hair = _head(canvas, shape, f, tone, m)
-    _marks(canvas, shape, f, tone)
-    _wrinkles(canvas, f, tone, age)
-    _eyes(canvas, f, tone, m, age)
-    _mouth(canvas, f, tone, m, age)
-    _nose(canvas, shape, f, tone)
+    marks(canvas, shape, f, tone)
+    wrinkles(canvas, f, tone, age)
+    eyes(canvas, f, tone, m, age)
+    mouth(canvas, f, tone, m, age)
+    nose(canvas, shape, f, tone)
     _hair(canvas, hair, f, tone, age)
     return canvas, m
 

@@ -1,10 +1,10 @@
 """Procedural faces with known identity, pose, age and light: the data that needs no download.
 
-A photo's factors are a pure function of (seed, person, image number); render.py draws them. There are two
-worlds, of three domains each, and the photos of a person take them in turn. In "synthetic" a domain makes a photo hard:
-"pose" (a face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong lamp from one side); its other factors
-are mild. In "synthetic_shift" it is another kind of picture, as far apart as sensors are: "plain", "negative" and
-"upside_down", of mild faces. The people to pretrain, train and test on have disjoint numbers.
+A photo's factors are a pure function of (seed, person, image number); render.py draws them. There are two worlds, of
+three domains each, and the photos of a person take them in turn. In "synthetic" a domain makes a photo hard: "pose" (a
+face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong lamp from one side). In "synthetic_shift" a domain
+is another kind of picture of a mild face: "plain", "negative" and "upside_down". The people to pretrain, train and test
+on have disjoint numbers.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ RANGES = {
 
 
 def photo_factors(kind: str, *keys: int) -> tuple[float, float, float, int]:
-    """(yaw, age, light, seed) of one photo; `kind` one of RANGES. A function of the keys."""
+    """(yaw, age, light, seed) of one photo, a function of the keys; `kind` is one of RANGES."""
     low_yaw, high_yaw, young, old, low_light, high_light = RANGES[kind]
     a, b, c, left, dim, seed = uniform(6, 4, *keys).tolist()
     yaw = (low_yaw + (high_yaw - low_yaw) * a) * (1 if left < 0.5 else -1)
@@ -135,7 +135,7 @@ def synthetic_pairs(
 def pair_people(
     num_pairs: int, seed: int = 0, first_person: int = TEST_PEOPLE.start, num_people: int = 500
 ) -> NDArray[np.int64]:
-    """Whom the pairs of `synthetic_pairs` show: int64 (N, 2)."""
+    """The people whom the pairs of `synthetic_pairs` show: int64 (N, 2)."""
     people = np.zeros((num_pairs, 2), np.int64)
     for pair in range(num_pairs):
         (first_same,) = uniform(1, 5, seed, pair // 2)
