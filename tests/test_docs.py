@@ -18,7 +18,7 @@ from vitface.commands import evaluate, train
 from vitface.data.images import read_image
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 SCRIPTS = {"train.py": train.main, "evaluate.py": evaluate.main}
 
 

@@ -67,6 +67,11 @@ def test_the_metadata(wheel):
     assert "vitface = vitface.__main__:main" in scripts
 
 
+def test_the_version_is_the_one_to_cite_and_has_its_changes():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_source_archive_builds_the_same_wheel(wheel, tmp_path):
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
