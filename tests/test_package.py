@@ -1,5 +1,6 @@
 """What `import vitface` and `--help` bring along, and what they leave alone."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 import vitface
 from vitface.__main__ import COMMANDS
+from vitface.errors import ConfigError
+from vitface.extras import require
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("triton", "cv2", "scipy", "transformers", "timm", "peft", "huggingface_hub", "onnx", "wandb", "tensorboard")
@@ -108,3 +111,12 @@ assert "torch" not in sys.modules
 """
     done = fresh(code.replace("SCRIPT", repr(str(ROOT / f"{script}.py"))))
     assert done.returncode == 0 and f"usage: vitface {script}" in done.stdout, done.stderr
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
+    require("this", "json")
+    monkeypatch.setattr(importlib.util, "find_spec", {"json": 1}.get)
+    with pytest.raises(
+        ConfigError, match=r"^this needs opencv-python-headless, x:\n  pip install opencv-python-headless x!$"
+    ):
+        require("this", "json", "cv2", "x", otherwise="!")

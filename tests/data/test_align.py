@@ -162,7 +162,7 @@ def test_what_is_missing_is_said_with_the_command_that_gets_it(tmp_path, monkeyp
     with pytest.raises(WeightsError, match="vitface fetch yunet"):
         FaceDetector(tmp_path / "none.onnx")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vitface\[align\]'"):
+    with pytest.raises(ConfigError, match=r"pip install opencv-python-headless"):
         FaceDetector()
     with pytest.raises(DataError, match="holds no image"):
         align_folder(tmp_path, tmp_path.parent / "out", Finder({}))

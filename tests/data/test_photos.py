@@ -79,7 +79,7 @@ def test_what_aligning_needs_is_said_when_a_photo_needs_it(monkeypatch):
     with pytest.raises(WeightsError, match="vitface fetch yunet"):
         reader(photo)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vitface\[align\]'"):
+    with pytest.raises(ConfigError, match=r"pip install opencv-python-headless"):
         reader(photo)
 
 

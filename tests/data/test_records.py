@@ -424,7 +424,7 @@ def test_a_damaged_file_is_named_when_read(tmp_path):
 
 
 def test_load_samples_says_what_it_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)nowhere does not exist.*train.rec.*train.py --exp demo"):
+    with pytest.raises(DataError, match=r"(?s)nowhere does not exist.*train.rec.*vitface train --exp demo"):
         load_samples(tmp_path / "nowhere")
     (tmp_path / "outer").mkdir()
     folder = write_rec(tmp_path / "outer" / "set", insightface(), 3)

@@ -139,7 +139,7 @@ def test_evaluate_says_what_is_missing_and_writes_json_before_it_fails(tmp_path,
 def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--bench", "lfw"]) == 2
-    assert "python train.py --exp demo" in capsys.readouterr().err
+    assert "vitface train --exp demo" in capsys.readouterr().err
     assert (
         evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]) == 2
     )

@@ -344,8 +344,8 @@ def test_a_folder_that_is_not_there_is_not_asked_for(run, tmp_path, monkeypatch)
 
 def test_without_the_extra_the_answer_names_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"no folder me/faces here(.*\n)* *pip install 'vitface\[hub\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"no folder me/faces here(.*\n)* *pip install huggingface_hub"):
         vitface.load("me/faces")
 
 

@@ -53,5 +53,5 @@ def test_edges(monkeypatch):
     with pytest.raises(DataError, match="at most 3 rows"):
         cluster(np.ones((4, 4), np.float32), 0.5)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vitface\[cluster\]'"):
+    with pytest.raises(ConfigError, match=r"pip install scipy"):
         cluster(np.ones((2, 4), np.float32), 0.5)

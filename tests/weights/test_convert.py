@@ -663,7 +663,7 @@ def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys)
     }  # fmt: skip
     assert "activation quick_gelu (as OpenAI's; LAION's and DataComp's weights need --act gelu)" in printed
     assert "wrote     weights/clip_vitb16.safetensors" in printed
-    assert printed.endswith("next      python train.py --backbone clip_vitb16\n")
+    assert printed.endswith("next      vitface train --backbone clip_vitb16\n")
     assert load_backbone("clip", image_size=32).config.act == "quick_gelu"
 
 
@@ -671,7 +671,7 @@ def test_act_overrides_the_presets(tiny_clip, capsys):
     assert main(["clip", "--src", str(tiny_clip), "--out", "mine.safetensors", "--act", "gelu"]) == 0
     printed = capsys.readouterr().out
     assert "activation gelu," in printed
-    assert printed.endswith("next      python train.py --backbone clip_vitb16 --weights mine.safetensors\n")
+    assert printed.endswith("next      vitface train --backbone clip_vitb16 --weights mine.safetensors\n")
     exact = load_backbone("clip", "mine.safetensors", 32)
     assert exact.config == dataclasses.replace(VIT_PRESETS["clip_vitb16"], act="gelu")
     assert exact.blocks[0].mlp.act == "gelu"

@@ -263,10 +263,10 @@ def test_another_file_put_there_by_hand_is_refused_and_kept(server, content, par
 def test_what_is_there_is_not_fetched_again(server, tmp_path, capsys):
     assert fetch.main([NAME]) == 0
     printed = capsys.readouterr().out
-    assert "the published original" in printed and printed.endswith(f"next      python train.py --backbone {NAME}\n")
+    assert "the published original" in printed and printed.endswith(f"next      vitface train --backbone {NAME}\n")
     assert fetch.main(["dinov2"]) == 0
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'home' / NAME}.safetensors is there already\nnext      python train.py --backbone {NAME}\n"
+        f"{tmp_path / 'home' / NAME}.safetensors is there already\nnext      vitface train --backbone {NAME}\n"
     )
     assert len(server.requests) == 1
 

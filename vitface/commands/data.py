@@ -57,7 +57,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         print(f"  skipped {why}")
     if packed.skipped[10:]:
         print(f"  and {len(packed.skipped) - 10} more, listed in {arguments.out / 'manifest.json'}")
-    print(f"next: python train.py --train-data {arguments.out}")
+    print(f"next: vitface train --train-data {arguments.out}")
     return 0
 
 
@@ -147,7 +147,7 @@ def _draw(arguments: argparse.Namespace) -> int:
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
-    print(f"next: python train.py --train-data {arguments.out} --backbone vit_nano --image-size 112")
+    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112")
     return 0
 
 

@@ -20,8 +20,8 @@ CAVEATS = (
     "was trained by mistake; `--train-patch-embed` repeats that."
 )
 EXAMPLES = """examples:
-  python train.py --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, days on one small GPU
-  python evaluate.py --checkpoint runs/exp_001 --bench all
+  vitface train --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, days on one small GPU
+  vitface evaluate --checkpoint runs/exp_001 --bench all
   vitface experiments --docs docs/experiments.md
 """
 

@@ -27,7 +27,7 @@ def default_run() -> Path:
         run = newest_run()
     except CheckpointError:
         raise CheckpointError(
-            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  python train.py --exp demo"
+            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  vitface train --exp demo"
         ) from None
     print(f"checkpoint: {run}", file=sys.stderr)
     return run

@@ -97,7 +97,7 @@ def compare(a: Side, b: Side) -> Comparison:
     if not names:
         raise EvaluationError(
             f"{a.name} and {b.name} have no benchmark in common; evaluate them with "
-            "evaluate.py --checkpoint RUN --bench NAME, which adds to their scores"
+            "vitface evaluate --checkpoint RUN --bench NAME, which adds to their scores"
         )
     for name in names:
         _check_same_pairs(name, [results[name] for results in every])

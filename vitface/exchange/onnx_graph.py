@@ -5,7 +5,6 @@ graph is `Recogniser.embed`, so that nobody has to rebuild the preprocessing and
 in float32. Letters: B images (any number), E embedding, K domains.
 """
 
-import importlib.util
 import io
 import json
 import logging
@@ -22,7 +21,8 @@ from torch.export import ExportedProgram
 
 from vitface.data.images import CROP_SIZE
 from vitface.data.synthetic.worlds import synthetic_pairs
-from vitface.errors import ConfigError, ExchangeError
+from vitface.errors import ExchangeError
+from vitface.extras import require
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_crops
 from vitface.model.lora import use_impl
@@ -74,11 +74,9 @@ def torch_bytes(program: ExportedProgram) -> bytes:
 def onnx_bytes(program: ExportedProgram, model: Recogniser) -> bytes:
     """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA, "domain_weights"; settings as metadata.
 
-    ConfigError without the extra.
+    ConfigError without onnx, onnxscript and onnxruntime.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"--format onnx needs {', '.join(missing)}:\n  pip install 'vitface[onnx]'")
+    require("--format onnx", "onnx", "onnxscript", "onnxruntime")
     outputs = ["embeddings", *(["domain_weights"] if model.config.num_domains > 1 else [])]
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         exported = torch.onnx.export(program, input_names=["images"], output_names=outputs, verbose=False)

@@ -1,14 +1,13 @@
-"""Which images show the same person, when nobody is named: average linkage on the cosine (SciPy; extra: cluster).
+"""Which images show the same person, when nobody is named: average linkage on the cosine (by SciPy).
 
 Two groups are one while the mean cosine over all their pairs reaches the threshold. A single wrong pair cannot chain
 two people together, as it can where one link suffices; equal input gives equal groups. It compares all pairs.
 """
 
-import importlib.util
-
 import numpy as np
 
-from vitface.errors import ConfigError, DataError
+from vitface.errors import DataError
+from vitface.extras import require
 
 MAX_ROWS = 20_000  # 200 million pairs, twice 1.6 GB while they are merged
 BLOCK = 512
@@ -19,8 +18,7 @@ def cluster(embeddings: np.ndarray, threshold: float) -> np.ndarray:
 
     ConfigError without SciPy, DataError for more than MAX_ROWS rows.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise ConfigError("clustering needs SciPy:\n  pip install 'vitface[cluster]'")
+    require("clustering", "scipy")
     if len(embeddings) > MAX_ROWS:
         raise DataError(f"{len(embeddings):,} rows: all pairs are compared, at most {MAX_ROWS:,} rows; cluster a part")
     if len(embeddings) < 2:

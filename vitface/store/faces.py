@@ -158,7 +158,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "best"
     if not path.is_dir():
-        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint; train one with python train.py")
+        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint; train one with vitface train")
     verify_checkpoint(path, MODEL_FILES)
     return path
 
@@ -169,8 +169,8 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     if not found:
         raise CheckpointError(
             f"no trained run in {runs}/: train one, or name a checkpoint or a frozen backbone:\n"
-            f"  python train.py --exp demo\n"
-            f"  python evaluate.py --checkpoint RUN\n"
-            f"  python evaluate.py --backbone dinov2 --image-size 224"
+            f"  vitface train --exp demo\n"
+            f"  vitface evaluate --checkpoint RUN\n"
+            f"  vitface evaluate --backbone dinov2 --image-size 224"
         )
     return max(found, key=lambda run: (run / "checkpoints" / "last").lstat().st_mtime)

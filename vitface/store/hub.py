@@ -1,15 +1,14 @@
-"""Models on the Hugging Face Hub: `owner/name`, or `owner/name@revision` for one that never changes (extra: hub)."""
+"""Models on the Hugging Face Hub: `owner/name`, or `owner/name@revision` for one that never changes."""
 
-import importlib.util
 import re
 from pathlib import Path
 
-from vitface.errors import CheckpointError, ConfigError
+from vitface.errors import CheckpointError
+from vitface.extras import require
 
 # all that a published model may consist of, and all that is ever downloaded
 BUNDLE_FILES = ("model.safetensors", "model.json", "thresholds.json", "manifest.json", "README.md")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-NO_HUB = "the Hub needs huggingface_hub:\n  pip install 'vitface[hub]'"
 
 
 def is_repository(path: Path) -> bool:
@@ -26,8 +25,7 @@ def download(path: Path) -> Path:
     """
     repository, _, revision = path.as_posix().partition("@")
     missing = f"there is no folder {path} here"
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise ConfigError(f"{missing}, and {NO_HUB}")
+    require(f"{missing}, and the Hub", "huggingface_hub")
     from huggingface_hub import snapshot_download
 
     try:

@@ -99,7 +99,7 @@ def _to_resume(config: TrainConfig, run_dir: Path, say: Say) -> Path | None:
 
 def what_is_saved(run_dir: Path) -> str:
     """What to say when training stops before its end."""
-    steps, again = step_directories(run_dir), f"python train.py --save-dir {run_dir} --resume auto"
+    steps, again = step_directories(run_dir), f"vitface train --save-dir {run_dir} --resume auto"
     if not steps:
         return f"stopped before the first checkpoint; start again with\n  {again}"
     return f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}"
@@ -107,7 +107,7 @@ def what_is_saved(run_dir: Path) -> str:
 
 def _finish_again(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool) -> None:
     if share((run_dir / "results.md").is_file()):
-        say(f"{run_dir} is finished; evaluate it with\n  python evaluate.py --checkpoint {run_dir} --bench all")
+        say(f"{run_dir} is finished; evaluate it with\n  vitface evaluate --checkpoint {run_dir} --bench all")
     else:
         finish(config, run_dir, say, with_frozen)
 
@@ -135,10 +135,7 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
     say(f"\n{text}")
     replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())
     bench = names[0] if names == [config.train_data] else "all"
-    say(
-        f"\nwrote {run_dir}/results.md; evaluate again with\n"
-        f"  python evaluate.py --checkpoint {run_dir} --bench {bench}"
-    )
+    say(f"\nwrote {run_dir}/results.md; evaluate again with\n  vitface evaluate --checkpoint {run_dir} --bench {bench}")
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

@@ -1,7 +1,6 @@
 """What a run is made of: the choices that "auto" stands for, the samples, the model, and how large it is."""
 
 import dataclasses
-import importlib.util
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype, resolve_impl
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
+from vitface.extras import require
 from vitface.home import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss
@@ -57,11 +57,10 @@ def open_inputs(config: TrainConfig) -> Samples:
             find_backbone(backbone_name(config.backbone))
     except WeightsError as error:
         problems.append(str(error))
-    problems += [
-        f"--{tracker} needs a package that is not installed:\n  pip install {tracker}"
-        for tracker in ("wandb", "tensorboard")
-        if getattr(config, tracker) and importlib.util.find_spec(tracker) is None
-    ]
+    try:
+        require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name)))
+    except ConfigError as error:
+        problems.append(str(error))
     try:
         if config.train_data in SYNTHETIC:
             if config.domain_labels not in (None, "none"):

@@ -65,7 +65,7 @@ def next_command(name: str, path: Path) -> str:
         found = find_backbone(name).resolve() == path.resolve()
     except WeightsError:
         found = False
-    return f"python train.py --backbone {name}" + ("" if found else f" --weights {path}")
+    return f"vitface train --backbone {name}" + ("" if found else f" --weights {path}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def import_peft(arguments: argparse.Namespace) -> None:
     print(
         f"wrote {arguments.out}: rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
         f"({config.lora_scaling}), {config.num_domains} domain{'s' * (config.num_domains > 1)}\n"
-        f"next: python evaluate.py --checkpoint {arguments.out} --bench all"
+        f"next: vitface evaluate --checkpoint {arguments.out} --bench all"
     )
 
 

@@ -1,12 +1,12 @@
 """Write a model for the Hugging Face Hub: its adapters, router, head, settings, thresholds and a card, nothing else."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from vitface.commands.parser import CommandParser, add_weights_flag
 from vitface.errors import ConfigError, ExchangeError
-from vitface.store.hub import NO_HUB, REPOSITORY
+from vitface.extras import require
+from vitface.store.hub import REPOSITORY
 
 EXAMPLES = """examples:
   vitface publish runs/a --repo me/dinov2-faces --data "CASIA-WebFace, 490,623 images"     a dry run
@@ -39,8 +39,8 @@ def publish(arguments: argparse.Namespace) -> None:
     repository = arguments.repo
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(f"--repo {repository} is not OWNER/NAME")
-    if arguments.upload and importlib.util.find_spec("huggingface_hub") is None:
-        raise ConfigError(NO_HUB)
+    if arguments.upload:
+        require("--upload", "huggingface_hub")
     step = find_checkpoint(arguments.checkpoint)
     out = arguments.out or Path("published") / repository.split("/")[1]
     if not out.exists():

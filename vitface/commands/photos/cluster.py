@@ -18,7 +18,7 @@ EXAMPLES = """examples:
 Average linkage: two groups become one while the mean cosine of their pairs reaches the threshold, by default that of
 the lowest calibrated false accept rate. A higher one splits people, a lower one mixes them. All pairs are compared:
 10,000 images take a minute or so, more than 20,000 are refused.
-Needs SciPy: pip install 'vitface[cluster]'
+This needs SciPy: pip install scipy
 """
 
 

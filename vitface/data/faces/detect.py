@@ -1,13 +1,13 @@
-"""Faces and their five landmarks in a photo, by OpenCV's YuNet (Wu et al. 2023; extra: vitface[align])."""
+"""Faces and their five landmarks in a photo, by OpenCV's YuNet (Wu et al. 2023)."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitface.errors import ConfigError, WeightsError
+from vitface.errors import WeightsError
+from vitface.extras import require
 from vitface.home import cache_home
 
 MAX_SIDE = 1280  # larger photos are reduced to it; faces beyond 300 pixels are not what YuNet was trained on
@@ -31,11 +31,8 @@ class FaceDetector:
     """
 
     def __init__(self, model: Path | None = None):
-        if importlib.util.find_spec("cv2") is None:
-            raise ConfigError(
-                "finding faces in photos needs OpenCV:\n  pip install 'vitface[align]'\n"
-                "(vitface align also takes landmarks from a file: --landmarks CSV)"
-            )
+        otherwise = "\n(vitface align also takes landmarks from a file: --landmarks CSV)"
+        require("finding faces in photos", "cv2", otherwise=otherwise)
         self.model = model or cache_home() / "face_detection_yunet.onnx"
         if not self.model.is_file():
             raise WeightsError(f"no face detector at {self.model}; fetch it with\n  vitface fetch yunet")

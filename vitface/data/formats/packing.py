@@ -149,7 +149,7 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise DataError(
             f"packing needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free; "
-            f"choose a folder on another disk (train.py: set VITFACE_HOME, or --no-pack to decode while training)"
+            f"choose a folder on another disk (to train: set VITFACE_HOME, or --no-pack to decode while training)"
         )
 
 

@@ -19,7 +19,7 @@ from vitface.data.images import decode_image, read_image, to_crop
 from vitface.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_DEMO = "to try training without data:\n  python train.py --exp demo"
+_DEMO = "to try training without data:\n  vitface train --exp demo"
 
 
 class Samples(Protocol):
