@@ -49,7 +49,7 @@ GROUPS = (
             "info": ("runs/a", "what is in a checkpoint, a backbone file, a gallery"),
             "export": ("runs/a --format onnx --out a.onnx", "a model for ONNX Runtime, torch.export, PEFT"),
             "import-peft": ("adapter --into runs/a --out b", "a face model from adapters that PEFT trained"),
-            "publish": ("runs/a --repo me/faces", "a model for the Hugging Face Hub, without what must not leave"),
+            "publish": ("runs/a --repo me/faces", "a model for the Hugging Face Hub, with nothing private in it"),
         },
     ),
 )

@@ -56,7 +56,7 @@ def convert_backbone(name: str, src: str | Path, out: str | Path, act: str | Non
 
 
 def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversion:
-    """`convert_backbone` for any sizes: `config` says what the model in `src` is."""
+    """`convert_backbone` for any sizes: `config` describes the model in `src`."""
     if not src.is_file():
         hint = "; name the file inside, such as model.safetensors" if src.is_dir() else ""
         raise WeightsError(f"{src}: no such file{hint}")
@@ -121,7 +121,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-    except Exception:  # no archive or a damaged one, which torch.load then says
+    except Exception:  # no archive, or a damaged one, which torch.load will report
         return False
 
 
@@ -170,7 +170,7 @@ def map_tensors(
     for target, want in expected_tensors(config).items():
         marks = [mark for mark in ("", "[q]", "[k]", "[v]") if family.source_names(target + mark)]
         if not marks:
-            raise WeightsError(f"{path}: {name} needs {target}, which {family.title} files have not")
+            raise WeightsError(f"{path}: {name} needs {target}, which {family.title} files do not have")
         pieces = []
         for mark in marks:
             if target + mark not in assigned:

@@ -104,7 +104,7 @@ def _transfer(url: str, part: Path) -> None:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        # 416 says that nothing follows the part: it is complete, or no part of this file, which its sha256 tells
+        # 416: nothing follows the part. It is complete or belongs to another file; its sha256 decides
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return
         raise

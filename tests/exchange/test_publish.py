@@ -257,7 +257,7 @@ def test_flags_are_checked(run, flags, message, capsys):
 
 def test_the_data_has_to_be_said_in_public_words(run, capsys):
     assert main(["publish", "run", "--repo", "me/faces"]) == 2
-    assert "say with --data what it was trained on" in capsys.readouterr().err
+    assert "describe its training data with --data" in capsys.readouterr().err
 
 
 def test_a_refusal_of_the_hub_is_said(run, monkeypatch, capsys):

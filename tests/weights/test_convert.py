@@ -331,7 +331,7 @@ def test_another_presets_file_is_told_by_its_sizes(monkeypatch, tmp_path):
 def test_a_layout_that_lacks_a_layer_says_so(tmp_path):
     theirs = as_openai(random_state(tiny("clip_vitb16")))
     config = tiny("dinov2_vits14", patch_size=16, native_size=32)
-    with pytest.raises(WeightsError, match=r"needs patch_embed.proj.bias, which OpenAI or open_clip files have not"):
+    with pytest.raises(WeightsError, match=r"needs patch_embed.proj.bias, which OpenAI or open_clip files do not have"):
         convert_state(theirs, "dinov2_vits14", config, tmp_path)
 
 

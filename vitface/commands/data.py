@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   vitface data pack data/casia-webface data/casia-packed
   vitface data build cplfw downloads/cplfw data
   vitface data show data/casia-webface --augment strong --out sheet.png
-  vitface data draw faces --people 5 --images 60  nobody's faces, to try things on
+  vitface data draw faces --people 5 --images 60  drawn faces, to try commands on
 """
 
 
@@ -33,7 +33,7 @@ def make_parser() -> CommandParser:
     _check_flags(add("check", _check, "what is wrong with training sets and benchmarks; exit code 1 if anything is"))
     _build_flags(add("build", _build, "a benchmark's .bin from its official release: photos and pair list"))
     _show_flags(add("show", _show, "draw what the model sees of a training set, before and after augmentation"))
-    _draw_flags(add("draw", _draw, "procedural faces as files, a folder per person: something to try commands on"))
+    _draw_flags(add("draw", _draw, "procedural faces as files, a folder per person, to try commands on"))
     return parser
 
 

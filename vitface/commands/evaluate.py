@@ -83,7 +83,7 @@ def load_model(arguments: argparse.Namespace) -> "Recogniser":
 
 
 def evaluate_model(model: "Recogniser", arguments: argparse.Namespace) -> int:
-    """Prints the results, adds them to the run's scores, and writes what was asked for."""
+    """Prints the results, adds them to the run's scores, and writes --json and --output."""
     from vitface.evaluation.benchmarks import evaluate_all
     from vitface.evaluation.page import report_page
     from vitface.evaluation.report import results_json, results_table

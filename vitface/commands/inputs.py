@@ -22,7 +22,7 @@ NO_THRESHOLD = (
 
 
 def default_run() -> Path:
-    """The newest run in runs/, which is said on stderr; CheckpointError says what to do where there is none."""
+    """The newest run in runs/, printed to stderr too; CheckpointError with the way to one if there is none."""
     try:
         run = newest_run()
     except CheckpointError:
@@ -42,7 +42,7 @@ def load_model(arguments: argparse.Namespace) -> Recogniser:
 def crop_reader(arguments: argparse.Namespace) -> CropReader:
     """How --align and --detector want images to be read."""
     if arguments.detector and not arguments.align:
-        raise ConfigError("--detector is for photos, --no-align says that there are none; leave one of them out")
+        raise ConfigError("--detector is for photos, and --no-align is for folders without any; leave one of them out")
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
 
 

@@ -19,7 +19,7 @@ def write_bundle(
 ) -> None:
     """Writes the folder of a checkpoint with a fresh card.
 
-    `data` says what the model was trained on, and `licence` is an identifier of the Hub; both have defaults for
+    `data` describes what the model was trained on, and `licence` is an identifier of the Hub; both have defaults for
     procedural faces. ConfigError where the card would lack one, ExchangeError for a model without adapters.
     """
     model = load_face(step, weights)
@@ -28,7 +28,7 @@ def write_bundle(
     synthetic = read_config(run_folder(step)).get("train_data") in SYNTHETIC
     data = data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
     if data is None:
-        raise ConfigError("say with --data what it was trained on; the card is public, and a path may name somebody")
+        raise ConfigError("describe its training data with --data; the card is public, and a path may name somebody")
     licence = licence or ("apache-2.0" if synthetic else RESEARCH_ONLY)
     if not re.fullmatch(r"[a-z0-9.-]+", licence):
         raise ConfigError(f"--licence {licence} is not an identifier of the Hub, such as mit or cc-by-nc-4.0")
@@ -40,7 +40,7 @@ def write_bundle(
 
 
 def results_of(step: Path) -> dict[str, dict]:
-    """What the run's scores say of this very checkpoint; empty if it was not evaluated."""
+    """The results of this very checkpoint among the run's scores; empty if it was not evaluated."""
     path = run_folder(step) / SCORES
     if not path.is_file():
         return {}

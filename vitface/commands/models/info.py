@@ -1,4 +1,4 @@
-"""What is in a file or folder of vitface: a run or checkpoint, a converted backbone, a gallery. Nothing is loaded."""
+"""Describe a file or folder of vitface: a run or checkpoint, a converted backbone, a gallery."""
 
 import argparse
 import csv
@@ -27,7 +27,7 @@ def make_parser() -> CommandParser:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Everything there is to say, as JSON takes it; the errors of whatever `path` turns out to be."""
+    """All that is known of `path`, ready for JSON; it raises what reading that kind of file or folder raises."""
     from vitface.gallery.parts import is_gallery, read_names, read_settings
     from vitface.store.backbones import read_backbone
     from vitface.store.faces import find_checkpoint

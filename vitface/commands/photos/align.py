@@ -10,8 +10,8 @@ EXAMPLES = """examples:
   vitface align photos aligned                     photos/PERSON/1.jpg -> aligned/PERSON/1.jpg
   vitface align photos aligned --landmarks mine.csv
 
-OUT/align.csv says what became of each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
-(no crop). Its columns are those --landmarks takes, so landmarks can be mended in a copy of it. A second call goes on
+OUT/align.csv has the result for each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
+(no crop). Its columns are those --landmarks takes, so you can correct landmarks in a copy of it. A second call goes on
 with the photos that have no crop yet.
 """
 

@@ -62,7 +62,7 @@ def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict
 
 
 def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
-    """The photo, then a line per match; those under the threshold say so."""
+    """The photo, then a line per match; those below the threshold are marked."""
     word = "" if threshold is None else f", threshold {threshold:.4f}"
     lines = []
     for match in matches:

@@ -33,7 +33,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from vitface.store.thresholds import Verdict
 
     crops = crop_reader(arguments)
-    images = [crops(path) for path in (arguments.first, arguments.second)]  # what is wrong with them is said first
+    images = [crops(path) for path in (arguments.first, arguments.second)]  # a bad photo is reported at once
     model = load_model(arguments)
     rows = model.embed(images)
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
