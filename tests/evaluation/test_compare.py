@@ -161,7 +161,7 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
     with pytest.raises(ConfigError, match="one seed twice"):
         group_runs([one, write_run(tmp_path / "c", 1, 0), write_run(tmp_path / "d", 1, 0, lr=1)], [{}] * 3)
     other = Side("B", [0], [{"lfw": result(1, 0, pairs=400)}])
-    with pytest.raises(EvaluationError, match="not judged on the same pairs"):
+    with pytest.raises(EvaluationError, match="not evaluated on the same pairs"):
         compare(side("A", 1), other)
     assert evaluate.main(["--compare", str(one), str(tmp_path / "nothing")]) == 2
     assert "scores.safetensors is missing" in capsys.readouterr().err

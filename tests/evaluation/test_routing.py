@@ -1,12 +1,9 @@
-import itertools
 import json
 from functools import partial
 from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import vitface
@@ -19,7 +16,6 @@ from vitface.evaluation import benchmarks, routing
 from vitface.evaluation.routing import (
     agreement,
     benchmark_routing,
-    best_assignment,
     entropy,
     pose_routing,
     pose_text,
@@ -30,16 +26,6 @@ from vitface.evaluation.routing import (
 def test_entropy_at_its_extremes():
     rows = np.array([[1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0]])
     np.testing.assert_allclose(entropy(rows), [0, 1, 0.5], atol=1e-12)
-
-
-@given(st.integers(1, 4), st.integers(0, 2), st.integers(0, 999))
-def test_the_assignment_is_the_best_of_all(labels, spare, seed):
-    counts = np.random.default_rng(seed).integers(0, 9, (labels + spare, labels))
-    orders = itertools.permutations(range(labels + spare), labels)
-    best = max(sum(counts[domain, label] for label, domain in enumerate(order)) for order in orders)
-    found = best_assignment(counts)
-    assert len(set(found)) == labels
-    assert sum(counts[domain, label] for label, domain in enumerate(found)) == best
 
 
 def test_agreement_does_not_mind_how_domains_are_numbered():

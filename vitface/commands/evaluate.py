@@ -1,6 +1,7 @@
 """Evaluate a face model, or a frozen backbone, on the face-verification benchmarks."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def route(model: "Recogniser", names: list[str], data_dir: Path) -> dict[str, di
 
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Every experiment against the first one named, from the scores that the runs kept."""
-    from vitface.evaluation.compare import compare, comparison_json, comparison_text, group_runs, read_run
+    from vitface.evaluation.compare import compare, comparison_text, group_runs, read_run
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
     wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
@@ -167,7 +168,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(comparison_text(comparison) for comparison in comparisons))
     if arguments.json:
-        entries = [comparison_json(comparison) for comparison in comparisons]
+        entries = [dataclasses.asdict(comparison) for comparison in comparisons]
         arguments.json.write_text(json.dumps({"comparisons": entries}, indent=1) + "\n")
     return 0
 

@@ -1,7 +1,7 @@
-"""What is wrong with a benchmark or a result, and the likely cause: mistakes that have cost people months.
+"""Finds what is wrong with a benchmark or a result, with the likely cause: mistakes that have cost people months.
 
 Failures raise (`DataError`, `EvaluationError`): no number can be taken from such a set. Alarms are returned: the number
-stands, but hardly means what it seems to.
+stands, but is hardly plausible.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
 
 
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
-    """Alarms that the images and labels raise before any model has looked."""
+    """Alarms from the images and labels alone, without a model."""
     folds = contiguous_folds(len(pairs.issame)) if pairs.folds is None else pairs.folds
     alarms = []
     twins = sum(a == b for a, b in zip(pairs.images[::2], pairs.images[1::2], strict=True))
@@ -87,10 +87,10 @@ def judge(name: str, result: Verification) -> list[str]:
 
 
 def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
-    """Inverted or shifted labels, or None if the distances do not speak for another reading of the labels.
+    """Names the reading of the labels, inverted or shifted, that the distances support; None if there is none.
 
-    They are asked on the pairs where the two readings differ, by the rank statistic of Mann and Whitney. Of several
-    likely readings the best is named.
+    A reading is tested on the pairs where it differs, by the rank statistic of Mann and Whitney. Of several likely
+    readings the best is named.
     """
     readings = {"the labels are inverted (1 means different, or True was written as 0)": ~issame}
     for shift in SHIFTS:
@@ -105,7 +105,7 @@ def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
 
 
 def rank_deviation(distance: np.ndarray, issame: np.ndarray) -> float:
-    """By how many standard deviations under chance the AUC of these pairs differs from one half; 0 for one class."""
+    """AUC minus one half, in standard deviations of the AUC under chance; 0 where there is but one class."""
     same, different = int(issame.sum()), int((~issame).sum())
     if not same or not different:
         return 0.0
@@ -113,7 +113,7 @@ def rank_deviation(distance: np.ndarray, issame: np.ndarray) -> float:
 
 
 def chance_cause(issame: np.ndarray) -> str:
-    """Why distances tell nothing about these labels."""
+    """The likely cause of an AUC at chance level."""
     blocks = 1 + int(np.count_nonzero(np.diff(issame.astype(int))))
     if blocks * 10 <= len(issame):
         return (
@@ -124,7 +124,7 @@ def chance_cause(issame: np.ndarray) -> str:
 
 
 def order_alarms(name: str, first: np.ndarray, second: np.ndarray, issame: np.ndarray) -> Iterator[str]:
-    """Embeddings (M, E) twice: an alarm if each pair's second image fits the next pair's first one better."""
+    """Embeddings (M, E) twice -> an alarm if the second image of each pair fits the next pair's first image better."""
     cosine = (first * second).sum(axis=1)
     late = (second[:-1] * first[1:]).sum(axis=1)
     for labels in (issame[:-1], issame[1:]):

@@ -1,10 +1,8 @@
-"""Does B verify better than A? Runs alike but for the seed are one side; both sides are judged on the same pairs."""
+"""Tests whether B verifies better than A on the same pairs; the runs of one side differ in nothing but the seed."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +19,10 @@ SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
 
 @dataclass(frozen=True)
 class Side:
-    """Runs of one experiment, one per seed, and what each scored by benchmark."""
+    """The runs of one experiment, one per seed, with their results by benchmark."""
 
     name: str
-    seeds: list[int | None]  # [None] for a model that was not trained, which a comparison has on one side at most
+    seeds: list[int | None]  # [None] for a model that was not trained, on one side at most
     results: list[dict[str, Verification]]
 
 
@@ -56,7 +54,7 @@ class Comparison:
 
 
 def read_run(run: Path) -> dict[str, Verification]:
-    """A run's scores by benchmark; CheckpointError if they are missing or older than its best checkpoint."""
+    """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
     results, model = load_scores(run / SCORES)
     if (run / "checkpoints").is_dir() and model != model_sha256(run):
         raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate it again")
@@ -66,7 +64,7 @@ def read_run(run: Path) -> dict[str, Verification]:
 def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]]) -> list[Side]:
     """Sides in the order of their first run; a side is named after the settings in which the sides differ.
 
-    ConfigError for a run or a seed that comes twice, or fewer than two sides.
+    ConfigError for an experiment with the same seed twice, or fewer than two sides.
     """
     settings = [{k: v for k, v in read_config(run).items() if k not in SAME_EXPERIMENT} for run in runs]
     seeds = [read_config(run).get("seed") for run in runs]
@@ -89,7 +87,7 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
 def compare(a: Side, b: Side) -> Comparison:
     """B minus A on every benchmark that all their runs have, and on average (without synthetic ones beside others).
 
-    EvaluationError if they have no benchmark in common, or were judged on different pairs.
+    EvaluationError if they have no benchmark in common, or if their pairs differ.
     """
     every = [*a.results, *b.results]
     names = [name for name in a.results[0] if all(name in results for results in every)]
@@ -118,11 +116,11 @@ def _check_same_pairs(name: str, results: list[Verification]) -> None:
     for other in results[1:]:
         for ours, theirs in ((results[0].issame, other.issame), (results[0].folds, other.folds)):
             if not np.array_equal(ours, theirs):
-                raise EvaluationError(f"{name}: the runs were not judged on the same pairs; evaluate them on one file")
+                raise EvaluationError(f"{name}: the runs were not evaluated on the same pairs; use one file for all")
 
 
 def verdict(a: Side, b: Side, row: Difference) -> str:
-    """What the interval allows to say, and what it does not."""
+    """The conclusion that the interval allows, as a sentence."""
     low, high = (100 * bound for bound in row.interval)
     size, seeds = 100 * row.difference, min(len(side.seeds) for side in (a, b) if side.seeds != [None])
     if low > 0 or high < 0:
@@ -159,8 +157,3 @@ def comparison_text(comparison: Comparison) -> str:
 def _seeds(seeds: list[int | None]) -> str:
     known = [str(seed) for seed in seeds if seed is not None]
     return f"seed{'s' if len(known) > 1 else ''} {', '.join(known)}" if known else "no seed"
-
-
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """`Comparison` as JSON has it; accuracies and differences as fractions."""
-    return dataclasses.asdict(comparison)

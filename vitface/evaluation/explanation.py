@@ -1,4 +1,4 @@
-"""One face, and what a model makes of it, as a picture: where CLS looks, and which domains the router mixes."""
+"""A picture of one face with the model's attention and the domain weights of its router."""
 
 import numpy as np
 from PIL import Image, ImageDraw

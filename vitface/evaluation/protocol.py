@@ -2,8 +2,8 @@
 
 The field's protocol (InsightFace's `eval/verification.py`): the squared Euclidean distance of unit vectors, in [0, 4];
 ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ...
-3.99) decides the tenth; a pair is called the same person if its distance is strictly below it. The mean of the ten test
-folds is the accuracy. Letters: M pairs, E embedding.
+3.99) decides the tenth, where a pair is the same person if its distance is strictly below it. The accuracy is the mean
+of the ten test folds. Letters: M pairs, E embedding.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ NUM_FOLDS = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions; and what they come from."""
+    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions; and the scores behind them."""
 
     accuracy: float
     std: float
     auc: float
     eer: float
-    folds: np.ndarray  # (M,) which fold tested this pair, from 0
-    correct: np.ndarray  # bool (M,): was this pair decided rightly there
+    folds: np.ndarray  # (M,) the fold that tested this pair, from 0
+    correct: np.ndarray  # bool (M,): its threshold decides this pair correctly
     thresholds: np.ndarray  # (folds,) on the squared distance
     distance: np.ndarray  # (M,) float64
     issame: np.ndarray  # bool (M,)
@@ -35,16 +35,11 @@ class Verification:
 
 def check_embeddings(rows: np.ndarray) -> None:
     """EvaluationError for embeddings (N, E) that are not finite, zero, or all the same, with the likely cause."""
-    bad = int((~np.isfinite(rows).all(axis=1)).sum())
+    bad, zero = (int(rows.sum()) for rows in (~np.isfinite(rows).all(axis=1), ~rows.any(axis=1)))
     if bad:
-        raise EvaluationError(
-            f"{bad} of {len(rows)} embeddings are NaN or infinite: the model or its weights are broken"
-        )
-    zero = int((np.abs(rows).max(axis=1) == 0).sum())
+        raise EvaluationError(f"{bad} of {len(rows)} embeddings are NaN or infinite: the model's weights are broken")
     if zero:
-        raise EvaluationError(
-            f"{zero} of {len(rows)} embeddings are zero: the embedding head is dead or its file is cut"
-        )
+        raise EvaluationError(f"{zero} of {len(rows)} embeddings are zero: the embedding head or its file is damaged")
     if np.abs(rows - rows[0]).max() <= 1e-6 * np.abs(rows[0]).max():
         raise EvaluationError("all embeddings are equal: the model has collapsed to one point, or sees blank images")
 
@@ -96,5 +91,5 @@ def verify(
 
 
 def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:
-    """Whether each of the THRESHOLDS decides each pair rightly, bool (T, M)."""
+    """bool (T, M): each of the THRESHOLDS decides this pair correctly."""
     return (distance[None] < THRESHOLDS[:, None]) == issame[None]

@@ -1,6 +1,6 @@
-"""What DA-LoRA's router does with images: how sure it is, which domains it uses, whether they mean pose, age or light.
+"""Measures of DA-LoRA's router: how sure it is, which domains it uses, and whether these are pose, age or light.
 
-`synthetic_routing` and `benchmark_routing` ask a model, the rest is numpy. Letters: B images, K domains, L labels.
+`synthetic_routing` and `benchmark_routing` run a model, the rest is numpy. Letters: B images, K domains, L labels.
 """
 
 import itertools
@@ -20,40 +20,30 @@ POSED_IMAGES = 2000
 
 
 def entropy(weights: np.ndarray) -> np.ndarray:
-    """How undecided the router is on each image: (B, K) -> (B,), 0 for one domain, 1 for all alike (nats / log K)."""
+    """The entropy of each image's weights over log K: (B, K) -> (B,), 0 for one domain, 1 for equal weights."""
     logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
     return -(weights * logs).sum(axis=1) / np.log(weights.shape[1])
 
 
-def best_assignment(counts: np.ndarray) -> list[int]:
-    """counts (K, L) -> for each label its domain, each domain used once at most, so that most images agree; needs
-    K >= L. Exact, by dynamic programming over the sets of domains in use."""
+def agreement(weights: np.ndarray, labels: np.ndarray) -> tuple[float, list[int]]:
+    """(share of images whose strongest domain is their label's, the domain of each label) at the best assignment.
+
+    weights (B, K), labels (B,) in [0, L); all assignments of labels to different domains are tried, so L <= K.
+    """
+    counts = np.zeros((weights.shape[1], labels.max() + 1))
+    np.add.at(counts, (weights.argmax(axis=1), labels), 1)
     num_domains, num_labels = counts.shape
     if num_domains < num_labels:
         raise ValueError(f"{num_labels} labels cannot be assigned to {num_domains} domains")
-    best: dict[frozenset[int], tuple[float, list[int]]] = {frozenset(): (0.0, [])}
-    for label in range(num_labels):
-        longer: dict[frozenset[int], tuple[float, list[int]]] = {}
-        for used, (score, domains) in best.items():
-            for domain in set(range(num_domains)) - used:
-                candidate = (score + float(counts[domain, label]), [*domains, domain])
-                longer[used | {domain}] = max(longer.get(used | {domain}, candidate), candidate)
-        best = longer
-    return max(best.values())[1]
-
-
-def agreement(weights: np.ndarray, labels: np.ndarray) -> tuple[float, list[int]]:
-    """(share of images whose strongest domain is their label's, the domain of each label) at the best assignment."""
-    counts = np.zeros((weights.shape[1], labels.max() + 1))
-    np.add.at(counts, (weights.argmax(axis=1), labels), 1)
-    domains = best_assignment(counts)
-    return float(sum(counts[domain, label] for label, domain in enumerate(domains)) / len(labels)), domains
+    assignments = itertools.permutations(range(num_domains), num_labels)
+    share, domains = max((sum(counts[domains, range(num_labels)]), domains) for domains in assignments)
+    return float(share / len(labels)), list(domains)
 
 
 def synthetic_routing(
     model: Recogniser, num_people: int = 60, images_per_person: int = 6, world: str = "synthetic"
 ) -> dict[str, Any]:
-    """The router on procedural faces of people it has never seen, whose domain (as pose, age or light) is known.
+    """The router on procedural faces of unseen people, whose domain (such as pose, age or light) is known.
 
     {"usage": (K,) mean weight, "entropy": mean, "labels": names (L,), "weights": (L, K) mean weight for each label,
     "agreement": share or None with fewer domains than labels, "domain_of_label": list or None, "chance": 1 / L}.
@@ -75,8 +65,8 @@ def synthetic_routing(
 def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
     """Domain weights (B, K) by how far a face is turned, `yaw` (B,) in degrees.
 
-    {"degrees": bins of |yaw|, "images": in each, "weights": (bins, K) means or None, "auc": (K,), how well a domain's
-    weight tells the last bin from the first, 0.5: not at all; None if one of them is empty}.
+    {"degrees": bins of |yaw|, "images": in each, "weights": (bins, K) means or None, "auc": (K,), of a domain's weight
+    as a sign of the last bin against the first; None if one of them is empty}.
     """
     turned = np.digitize(np.abs(yaw), YAW_EDGES[1:-1])
     bins = [weights[turned == number] for number in range(len(YAW_EDGES) - 1)]
@@ -94,7 +84,7 @@ def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
 
 
 def benchmark_routing(model: Recogniser, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
-    """`pose_routing` of a benchmark's first POSED_IMAGES images, without those whose face is not found again."""
+    """`pose_routing` of a benchmark's first POSED_IMAGES images, without those in which no face is detected."""
     crops, landmarks = [], []
     images, _ = pairs.distinct()
     for i in range(min(len(images), POSED_IMAGES)):
@@ -109,20 +99,25 @@ def benchmark_routing(model: Recogniser, pairs: VerificationSet, detector: FaceD
 
 
 def pose_text(routing: dict[str, Any]) -> str:
-    """A line per bin: its images and the mean weight of each domain; then the areas under the curve."""
-    count = max(len(row or ()) for row in routing["weights"])
-    lines = [f"{'turned by':<12}{'images':>7}" + "".join(f"{f'domain {k}':>10}" for k in range(count))]
-    for degrees, images, row in zip(routing["degrees"], routing["images"], routing["weights"], strict=True):
-        lines.append(f"{degrees + '°':<12}{images:>7}" + "".join(f"{weight:>10.3f}" for weight in row or ()))
+    """A line per bin: its images and the mean weight of each domain; then each domain's AUC."""
+    bins = zip(routing["degrees"], routing["images"], strict=True)
+    labels = [f"{degrees + '°':<12}{images:>7}" for degrees, images in bins]
+    lines = _weights_table(f"{'turned by':<12}{'images':>7}", labels, routing["weights"])
     if routing["auc"] is not None:
         lines.append(f"{'far or not':<19}" + "".join(f"{f'AUC {area:.2f}':>10}" for area in routing["auc"]))
     return "\n".join(lines)
 
 
 def routing_text(routing: dict[str, Any]) -> str:
-    """A line per label: the mean weight of each domain; then agreement, usage and entropy."""
-    lines = [f"{'mean weight':<12}" + "".join(f"{f'domain {k}':>10}" for k in range(len(routing["usage"])))]
-    for label, row in zip([*routing["labels"], "all"], [*routing["weights"], routing["usage"]], strict=True):
-        lines.append(f"{label:<12}" + "".join(f"{weight:>10.3f}" for weight in row))
+    """A line per label: the mean weight of each domain; then agreement and entropy."""
+    labels = [f"{label:<12}" for label in (*routing["labels"], "all")]
+    lines = _weights_table(f"{'mean weight':<12}", labels, [*routing["weights"], routing["usage"]])
     found = "" if routing["agreement"] is None else f"agreement with the known labels {routing['agreement']:.1%}, "
     return "\n".join([*lines, f"{found}entropy {routing['entropy']:.3f} of 1"])
+
+
+def _weights_table(head: str, labels: list[str], weights: list[list[float] | None]) -> list[str]:
+    count = max(len(row or ()) for row in weights)
+    lines = [head + "".join(f"{f'domain {k}':>10}" for k in range(count))]
+    rows = ("".join(f"{weight:>10.3f}" for weight in row or ()) for row in weights)
+    return [*lines, *(label + row for label, row in zip(labels, rows, strict=True))]

@@ -1,4 +1,4 @@
-"""Verification scores on disk: what every table, comparison and report is computed from, without the model.
+"""Verification scores on disk: every table, comparison and report is computed from them, without the model.
 
 A scores file is safetensors: `NAME.distance` float64 (M,), `NAME.issame` uint8 (M,), `NAME.folds` int64 (M,) and, where
 names are known, `NAME.people` int64 (M, 2) for each benchmark; the metadata names the model it came from.
@@ -36,7 +36,7 @@ def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> N
 
 
 def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
-    """(results by benchmark, computed anew from the scores; the model they came from).
+    """(results by benchmark, computed from the scores; the model they came from).
 
     CheckpointError for a missing or damaged file.
     """
@@ -48,13 +48,8 @@ def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
         raise CheckpointError(f"{path} is missing") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and evaluate again") from None
-    names = [key.removesuffix(".distance") for key in tensors if key.endswith(".distance")]
-    return {
-        name: verify(
-            tensors[f"{name}.distance"],
-            tensors[f"{name}.issame"].astype(bool),
-            tensors[f"{name}.folds"],
-            tensors.get(f"{name}.people"),
-        )
-        for name in names
-    }, model
+    results = {}
+    for name in (key.removesuffix(".distance") for key in tensors if key.endswith(".distance")):
+        distance, issame, folds = (tensors[f"{name}.{part}"] for part in ("distance", "issame", "folds"))
+        results[name] = verify(distance, issame.astype(bool), folds, tensors.get(f"{name}.people"))
+    return results, model

@@ -1,4 +1,4 @@
-"""How sure a verification result is, and whether two differ. numpy only. Letters: M pairs, R runs."""
+"""Intervals of verification results and of their differences. numpy only. Letters: M pairs, R runs."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,9 @@ DRAWS = 2000
 def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Bootstrap draws (R, draws) of the accuracies of R results on the same pairs, as fractions.
 
-    Pairs are redrawn within each fold's same and different pairs, whose numbers the benchmark fixes, alike for all
-    results, and the whole protocol is repeated on them, choice of thresholds included: with the thresholds kept, an
-    interval holds the truth in 91 to 93 % of cases instead of 95. A resample's thresholds are a little worse than the
-    sample's, so each row is moved to the mean that was measured.
+    Pairs are redrawn within each fold's same and different pairs, in the same way for all results. The thresholds are
+    chosen again: with those of the sample, a 95 % interval would hold the truth in 91 to 93 % of cases. A resample's
+    thresholds are a little worse than the sample's, so each row is moved to the mean that was measured.
     """
     rng, folds = np.random.default_rng(seed), results[0].folds
     sizes = np.bincount(folds)
@@ -48,8 +47,8 @@ def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -
 def identity_interval(result: Verification, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """95 % interval of the accuracy by identity bootstrap, as fractions; None where the pairs' people are not known.
 
-    People are drawn with replacement; a same pair counts as often as its person was drawn, a different pair as the
-    product of both (the vertex bootstrap of Snijders and Borgatti 1999). Each class keeps its share of the pairs.
+    People are drawn with replacement (the vertex bootstrap of Snijders and Borgatti 1999). A same pair counts as often
+    as its person was drawn, a different pair as the product of both. Each class keeps its share of the pairs.
     """
     if result.people is None:
         return None
@@ -72,10 +71,10 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def seed_weights(runs: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How much each of R runs counts in each bootstrap draw, (draws, R), rows sum to one.
+    """The weights of R runs in each bootstrap draw, (draws, R); rows sum to one.
 
-    R - 1 runs are drawn with replacement: the mean's variance then comes out unbiased, which drawing R would
-    underestimate by (R - 1) / R (Rao and Wu 1988), much when there are three seeds. One run counts one, always.
+    R - 1 runs are drawn with replacement, for an unbiased variance of the mean: drawing R would underestimate it by
+    (R - 1) / R (Rao and Wu 1988), which matters for three seeds. A single run has the weight one.
     """
     if runs == 1:
         return np.ones((draws, 1))
@@ -91,8 +90,8 @@ def difference_draws(
 ) -> np.ndarray:
     """Bootstrap draws (benchmarks, draws) of B's accuracy minus A's, as fractions.
 
-    `first[i]` and `second[i]` are the results of A's and B's runs on benchmark i, all on the same pairs, runs in one
-    order throughout. Pairs are redrawn for all runs alike; so are runs, A's and B's together if `matched` by seed.
+    `first[i]` and `second[i]` are the results of A's and B's runs on benchmark i, all on the same pairs, the runs in
+    the same order. Each draw takes the same pairs for all runs, and if `matched` by seed the same runs of A and B.
     """
     rng = np.random.default_rng([seed, 1])
     of_a = seed_weights(len(first[0]), draws, rng)
@@ -103,10 +102,10 @@ def difference_draws(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """(pairs only A decides rightly, pairs only B does, two-sided exact binomial p), McNemar 1947.
+    """(pairs that only A decides correctly, pairs that only B does, two-sided exact binomial p), McNemar 1947.
 
-    `first` (Ra, M) and `second` (Rb, M) are the runs' decisions; several runs decide by majority, a tie counts for
-    neither side.
+    `first` (Ra, M) and `second` (Rb, M) mark the runs' correct decisions; several runs decide by majority, and a tie
+    counts for neither side.
     """
     a, b = (np.sign(correct.mean(axis=0) - 0.5) for correct in (first, second))
     only_a, only_b = int(((a > 0) & (b < 0)).sum()), int(((a < 0) & (b > 0)).sum())

@@ -20,7 +20,7 @@ from vitface.config import Dtype, TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
-from vitface.evaluation.compare import Comparison, Side, compare, comparison_json, read_run
+from vitface.evaluation.compare import Comparison, Side, compare, read_run
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
@@ -111,7 +111,7 @@ def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder:
         "device": resolve_choices(base).device,
     }  # fmt: skip
     replace_file(folder / "study.md", study_markdown(about, rows, comparisons).encode())
-    entries = {name: comparison_json(comparison) for name, comparison in comparisons.items()}
+    entries = {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()}
     replace_file(
         folder / "study.json",
         (json.dumps({**about, "variants": rows, "comparisons": entries}, indent=1) + "\n").encode(),
