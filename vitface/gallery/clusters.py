@@ -1,7 +1,7 @@
-"""Which images show the same person, when nobody is named: average linkage on the cosine (by SciPy).
+"""Groups images without names by person: average linkage on the cosine (by SciPy).
 
-Two groups are one while the mean cosine over all their pairs reaches the threshold. A single wrong pair cannot chain
-two people together, as it can where one link suffices; equal input gives equal groups. It compares all pairs.
+Two groups are merged while the mean cosine over all their pairs reaches the threshold, so that a single wrong pair does
+not chain two people together. All pairs are compared.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ BLOCK = 512
 
 
 def cluster(embeddings: np.ndarray, threshold: float) -> np.ndarray:
-    """Unit-norm embeddings (N, E) and a cosine -> the group of each, int64 (N,), from 0, the largest group first.
+    """Unit-norm embeddings (N, E) and a cosine -> the group of each, int64 (N,); group 0 is the largest.
 
     ConfigError without SciPy, DataError for more than MAX_ROWS rows.
     """

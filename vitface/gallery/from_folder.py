@@ -1,5 +1,6 @@
-"""A folder of images -> a gallery on disk, written as it goes: what was embedded is kept, whatever happens next."""
+"""A folder of images -> a gallery on disk, written part by part: an interruption loses half a minute at most."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -17,27 +18,19 @@ from vitface.data.formats.samples import IMAGE_SUFFIXES
 from vitface.data.images import CROP_SIZE
 from vitface.errors import DataError, ImageError
 from vitface.files import make_folder
-from vitface.gallery.gallery import BLOCK, Gallery
-from vitface.gallery.parts import (
-    Settings,
-    check_new,
-    is_gallery,
-    next_number,
-    read_names,
-    read_settings,
-    write_part,
-    write_settings,
-)
+from vitface.gallery import parts
+from vitface.gallery.gallery import BLOCK
+from vitface.gallery.parts import Settings, is_gallery
 from vitface.lock import folder_lock
 from vitface.recogniser import Recogniser
 
 CHUNK = 64  # images that a process decodes at a time, and that are embedded together
-PART_SECONDS = 30  # so much work a power loss may cost
+PART_SECONDS = 30  # work that a power loss may cost
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """How many images a gallery has now, how many of them from this call, and why others could not be used."""
+    """The number of images in a gallery, how many of them are from this call, and why others were skipped."""
 
     total: int
     new: int
@@ -57,7 +50,7 @@ def embed_folder(
     if not names:
         raise DataError(f"{src} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
     if not is_gallery(out):
-        check_new(out)
+        parts.check_new(out)
     make_folder(out.absolute())
     with folder_lock(out):
         return _embed(model, src, out, names, settings, crops, num_workers)
@@ -69,9 +62,9 @@ def _embed(
     known = _open_gallery(out, settings)
     rest = [name for name in names if name not in known]
     chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
-    writer, skipped = _PartWriter(out, model.config.embedding_dim), []
+    writer, skipped = _PartWriter(out), []
     bar = tqdm(desc="embedding", total=len(names), initial=len(names) - len(rest), unit="image", dynamic_ncols=True)
-    with bar, writer:
+    with bar, contextlib.closing(writer):
         for images, used, failures in in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers):
             writer.add(used, model.embed(images))
             skipped.extend(failures)
@@ -82,13 +75,13 @@ def _embed(
 def _open_gallery(out: Path, settings: Settings) -> set[str]:
     """The names that a gallery has already; an empty one is made where there is none."""
     if not is_gallery(out):
-        write_settings(out, settings)
+        parts.write_settings(out, settings)
         return set()
-    there = read_settings(out)
+    there = parts.read_settings(out)
     if (there.model, there.align) != (settings.model, settings.align):
         differs = "another model" if there.model != settings.model else "another alignment (--align or --no-align)"
         raise DataError(f"{out} was made with {differs}; embeddings of both cannot be compared, choose a new folder")
-    return set(read_names(out))
+    return set(parts.read_names(out))
 
 
 def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
@@ -104,26 +97,20 @@ def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.
 
 
 class _PartWriter:
-    """Collects rows and writes them as a part every PART_SECONDS or BLOCK rows, and when its block is left."""
+    """Collects rows and writes them as a part every PART_SECONDS or BLOCK rows, and when it is closed."""
 
-    def __init__(self, out: Path, embedding_dim: int):
-        self.out, self.rows = out, Gallery(embedding_dim)
-        self.number = next_number(out)
-        self.written = time.monotonic()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
+    def __init__(self, out: Path):
+        self.out, self.names, self.rows, self.written = out, [], [], time.monotonic()
 
     def add(self, names: list[str], embeddings: np.ndarray) -> None:
-        self.rows.add(names, embeddings)
-        if len(self.rows) >= BLOCK or time.monotonic() - self.written > PART_SECONDS:
-            self.flush()
+        self.names.extend(names)
+        self.rows.append(embeddings)
+        if len(self.names) >= BLOCK or time.monotonic() - self.written > PART_SECONDS:
+            self.close()
 
-    def flush(self) -> None:
-        if len(self.rows):
-            write_part(self.out, self.number, self.rows.names, torch.from_numpy(self.rows.embeddings))
-            self.number = next_number(self.out)
-        self.rows, self.written = Gallery(self.rows.embedding_dim), time.monotonic()
+    def close(self) -> None:
+        if self.names:
+            parts.write_part(
+                self.out, parts.next_number(self.out), self.names, torch.from_numpy(np.concatenate(self.rows))
+            )
+        self.names, self.rows, self.written = [], [], time.monotonic()

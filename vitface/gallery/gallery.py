@@ -1,7 +1,7 @@
-"""Named embeddings, and which of them are the most alike: exact search, to about a million rows.
+"""Named embeddings and exact search for the most similar ones, up to about a million rows.
 
-Rows lie in blocks, so that adding never copies what is there and a search needs little memory beside them: the scores
-of at most QUERIES queries and one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
+Rows lie in blocks: adding does not copy the rows that are there, and a search needs memory for the scores of QUERIES
+queries and one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ BLOCK, QUERIES = 1 << 14, 1 << 10
 
 
 class Match(NamedTuple):
-    """A row of a gallery: its name, and its cosine with the query, in [-1, 1]."""
+    """A row of a gallery: its name and its cosine with the query, in [-1, 1]."""
 
     name: str
     score: float
@@ -28,8 +28,8 @@ class Match(NamedTuple):
 class Gallery:
     """Embeddings float32 (N, E), unit norm, each with a name; names may repeat, as a person may have many photos.
 
-    `settings` say which model's embeddings these are and at which cosines it takes two for the same person; search
-    does not need them. Rows and searches are on `device`.
+    `settings` hold the model of these embeddings and its thresholds; search does not need them. Rows and searches are
+    on `device`.
     """
 
     def __init__(self, embedding_dim: int, settings: Settings | None = None, device: str | torch.device = "cpu"):
@@ -73,7 +73,7 @@ class Gallery:
             names, rows = names[count:], rows[count:]
 
     def search(self, queries: np.ndarray | Tensor, k: int = 5) -> list[list[Match]]:
-        """For each query (Q, E) its k most alike rows, the best first; all N where there are fewer than k."""
+        """The k most similar rows of each query (Q, E), the best first; all N where there are fewer than k."""
         scores, rows = self.top_k(queries, k)
         return [
             [Match(self.names[row], score) for row, score in zip(*pair, strict=True)]

@@ -1,4 +1,4 @@
-"""A gallery on disk: a folder of parts that are whole or not there, so that one can be added to while it grows.
+"""A gallery on disk: a folder of parts, each of which is whole or missing, so that a gallery can grow.
 
 gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine}}
 part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has the n names, as JSON
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,8 +26,8 @@ MAX_SETTINGS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """`model` is the SHA-256 of the model's trained tensors, None if unknown; `align` whether photos were aligned;
-    `thresholds` {FAR: cosine} at which the model takes two images for the same person."""
+    """`model` is the SHA-256 of the model's trained tensors, None if unknown; `align` is true if photos were aligned;
+    from `thresholds` {FAR: cosine} on, the model takes two images for the same person."""
 
     model: str | None = None
     align: bool = False
@@ -34,12 +35,12 @@ class Settings:
 
 
 def is_gallery(path: Path) -> bool:
-    """Whether `path` is a gallery, whole or still growing."""
+    """True if `path` is a gallery, which may still grow."""
     return (path / SETTINGS_FILE).is_file()
 
 
 def check_new(path: Path) -> None:
-    """DataError unless `path` is free for a gallery: not there, or a folder with hidden files at most."""
+    """DataError unless `path` does not exist, or is a folder with hidden files at most."""
     if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
         raise DataError(f"{path} is not empty; choose a new folder for the gallery")
 
@@ -71,9 +72,15 @@ def read_settings(path: Path) -> Settings:
 
 
 def write_part(path: Path, number: int, names: Sequence[str], embeddings: Tensor) -> None:
-    """Writes a part, whole or not at all: embeddings float32 (n, E) and their n names."""
+    """Writes a part, whole or not at all: embeddings float32 (n, E), unit norm, and their n names."""
+    _check_norms(embeddings)
     metadata = {"format": FORMAT, "names": json.dumps(list(names))}
     replace_file(_part_file(path, number), tensor_bytes({"embeddings": embeddings}, metadata))
+
+
+def _check_norms(embeddings: Tensor) -> None:
+    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not either
+        raise ValueError("its rows are not of unit norm")
 
 
 def next_number(path: Path) -> int:
@@ -95,10 +102,7 @@ def part_files(path: Path) -> list[Path]:
 
 def read_parts(path: Path) -> Iterator[tuple[list[str], Tensor]]:
     """(names, embeddings float32 (n, E)) of each part, in order; DataError for a part that is damaged."""
-    for file in part_files(path):
-        names, embeddings = _read_part(file)
-        assert embeddings is not None
-        yield names, embeddings
+    return (_read_part(file) for file in part_files(path))
 
 
 def read_names(path: Path) -> list[str]:
@@ -106,25 +110,21 @@ def read_names(path: Path) -> list[str]:
     return [name for file in part_files(path) for name in _read_part(file, rows=False)[0]]
 
 
-def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor | None]:
+def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor]:
+    """(names, embeddings, or none of them without `rows`)."""
     try:
         with safe_open(file, "pt") as part:
             metadata = part.metadata() or {}
             if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
                 raise ValueError("not a part of a gallery")
-            names, shape = json.loads(metadata["names"]), part.get_slice("embeddings").get_shape()
+            names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("its names are no list of texts")
-            if (
-                part.get_slice("embeddings").get_dtype() != "F32"
-                or len(shape) != 2
-                or len(names) != shape[0]
-                or not shape[1]
-            ):
-                raise ValueError(f"{len(names)} names for embeddings of shape {tuple(shape)}")
-            embeddings = part.get_tensor("embeddings") if rows else None
+            shape = tuple(stored.get_shape())
+            if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
+                raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
+            embeddings = stored[:] if rows else torch.empty(0, shape[1])
+            _check_norms(embeddings)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
-    if embeddings is not None and not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not either
-        raise DataError(f"{file} has rows that are not of unit norm; delete it, and run the same embed command again")
     return names, embeddings
