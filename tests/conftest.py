@@ -18,7 +18,8 @@ from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights
 from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone, save_backbone
-from vitface.store.faces import THRESHOLDS_FILE, model_sha256, trained_tensors
+from vitface.store.faces import open_checkpoint, trained_tensors
+from vitface.store.thresholds import THRESHOLDS_FILE
 from vitface.training.runs.checkpoint import save_checkpoint
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -114,7 +115,11 @@ def tiny_run(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "tiny"
     save_checkpoint(run, 7, trained_tensors(model), dataclasses.asdict(config), {}, {}, is_best=True)
     thresholds = {"0.01": {"threshold": 0.2, "tar": 0.9}, "0.001": {"threshold": 0.6, "tar": 0.5}}
-    written = {"model": model_sha256(run), "pairs": {"same": 9, "different": 30_000}, "thresholds": thresholds}
+    written = {
+        "model": open_checkpoint(run).sha256,
+        "pairs": {"same": 9, "different": 30_000},
+        "thresholds": thresholds,
+    }
     (run / THRESHOLDS_FILE).write_text(json.dumps(written))
     return run
 

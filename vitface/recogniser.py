@@ -13,7 +13,7 @@ from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
-from vitface.store.faces import find_checkpoint, load_face, read_thresholds
+from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import Verdict, choose_threshold
 
 Images = np.ndarray | Tensor | Sequence[Photo]
@@ -27,8 +27,7 @@ def load(path: str | Path, weights: str | Path | None = None, dtype: Dtype | Non
     then in the usual places. `dtype` runs the frozen part in another precision than the stored one. CheckpointError if
     the checkpoint is not whole or fits no such backbone.
     """
-    step = find_checkpoint(Path(path))
-    return Recogniser(load_face(step, weights, dtype), read_thresholds(step))
+    return Recogniser.from_checkpoint(open_checkpoint(path, weights), dtype)
 
 
 class Recogniser:
@@ -38,6 +37,11 @@ class Recogniser:
     def __init__(self, model: FaceModel, thresholds: Mapping[float, float] = MappingProxyType({})):
         self.model = model
         self.thresholds = dict(thresholds)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: Dtype | None = None) -> "Recogniser":
+        """The model of an open checkpoint, see `load`."""
+        return cls(checkpoint.load(dtype), checkpoint.thresholds)
 
     @property
     def config(self) -> FaceConfig:

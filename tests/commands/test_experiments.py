@@ -10,7 +10,7 @@ from vitface.commands.experiments import RECORDED, RECORDED_ON, experiments_mark
 from vitface.config import EXPERIMENTS, resolve
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, save_scores
-from vitface.store.faces import model_sha256
+from vitface.store.faces import open_checkpoint
 
 
 def rows(text):
@@ -37,7 +37,7 @@ def test_a_run_shows_what_it_scored_and_how_it_differs(tmp_path, tiny_run, capsy
     issame = np.arange(200) % 2 == 0
     distance = np.where(issame, 0.5, 1.5)
     distance[:20] = 1.2  # the ten same pairs of the first two folds are taken for different ones
-    save_scores(tiny_run / SCORES, {"lfw": verify(distance, issame)}, model_sha256(tiny_run))
+    save_scores(tiny_run / SCORES, {"lfw": verify(distance, issame)}, open_checkpoint(tiny_run).sha256)
     docs = tmp_path / "experiments.md"
     assert vitface.__main__.main(["experiments", "--runs", str(tiny_run.parent), "--docs", str(docs)]) == 0
     printed = capsys.readouterr().out

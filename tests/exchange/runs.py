@@ -12,7 +12,7 @@ from vitface.config import VIT_PRESETS
 from vitface.files import sha256_file
 from vitface.model.face import FaceModel
 from vitface.store.backbones import load_backbone, save_backbone
-from vitface.store.faces import model_sha256, trained_tensors
+from vitface.store.faces import open_checkpoint, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 
 NAME = "dinov2_tiny"
@@ -49,7 +49,7 @@ def save_run(run: Path, model: FaceModel, **settings) -> Path:
     (run / "config.json").write_text(json.dumps(settings))
     (run / "log.jsonl").write_text('{"loss": 1.0}\n')
     thresholds = {"0.01": {"threshold": 0.25, "tar": 0.9}, "0.0001": {"refused": "Alice has too few pairs"}}
-    written = {"model": model_sha256(run), "pairs": {"same": 40, "different": 900}, "thresholds": thresholds}
+    written = {"model": open_checkpoint(run).sha256, "pairs": {"same": 40, "different": 900}, "thresholds": thresholds}
     (run / "thresholds.json").write_text(json.dumps(written))
     return run
 

@@ -25,7 +25,7 @@ from vitface.exchange.card import model_card
 from vitface.exchange.leaks import check_card
 from vitface.store import hub
 from vitface.store.backbones import backbone_bytes, read_backbone
-from vitface.store.faces import model_sha256
+from vitface.store.faces import open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 
 ADDRESS = "https://huggingface.co/me/faces"
@@ -280,7 +280,7 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
     generator = np.random.default_rng(0)
     issame = np.tile([True, False], 300)
     result = verify(np.where(issame, 0.4, 1.2) + 0.4 * generator.standard_normal(600), issame)
-    keep_scores(run, {"lfw": result}, model_sha256(run))
+    keep_scores(run, {"lfw": result}, open_checkpoint(run).sha256)
     assert publish() == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     (accuracy, auc, eer) = card.data.eval_results

@@ -13,8 +13,9 @@ from vitface.errors import CheckpointError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser
+from vitface.store import faces
 from vitface.store.backbones import load_backbone, save_backbone
-from vitface.store.faces import MODEL_FILES, load_face, trained_tensors
+from vitface.store.faces import MODEL_FILES, open_checkpoint, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 
 
@@ -62,10 +63,10 @@ def test_the_wrong_backbone_is_refused(backbone, tmp_path):
     other = tmp_path / "other.safetensors"
     save_backbone(other, "tiny", vit.config, {k: v + 1 for k, v in vit.state_dict().items()}, {})
     with pytest.raises(CheckpointError, match="name the right file with --weights FILE"):
-        load_face(tmp_path / "run", other)
+        open_checkpoint(tmp_path / "run", other).load()
     path.unlink()
     with pytest.raises(WeightsError, match="no weights for tiny"):
-        load_face(tmp_path / "run")
+        open_checkpoint(tmp_path / "run").load()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
@@ -83,7 +84,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, tiny_preset, name, fault):
     else:
         file.unlink()
     with pytest.raises(CheckpointError, match=name):
-        load_face(tmp_path)
+        open_checkpoint(tmp_path).load()
 
 
 def test_a_shared_model_is_two_files_and_a_manifest(backbone, tmp_path):
@@ -104,3 +105,58 @@ def test_neither_run_nor_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no manifest.json"):
         vitface.load(tmp_path / "empty")
+
+
+def test_an_open_checkpoint_knows_its_run(tiny_run):
+    step = tiny_run / "checkpoints" / "step-7"
+    shutil.copytree(step, tiny_run / "checkpoints" / "step-6")
+    for path, folder, is_best in (
+        (tiny_run, step, True),
+        (step.with_name("best"), step, True),
+        (step.with_name("step-6"), step.with_name("step-6"), False),
+    ):
+        checkpoint = open_checkpoint(path)
+        assert (checkpoint.path, checkpoint.folder, checkpoint.run) == (path, folder, tiny_run)
+        assert checkpoint.is_best is is_best and checkpoint.config.backbone == "tiny"
+        assert checkpoint.sha256 == sha256_file(step / "model.safetensors")
+        assert checkpoint.thresholds == {0.01: 0.2, 0.001: 0.6}
+        assert checkpoint.calibration["pairs"] == {"same": 9, "different": 30_000}
+    shutil.copytree(step, tiny_run.parent / "bundle")
+    bundle = open_checkpoint(tiny_run.parent / "bundle")
+    assert (bundle.run, bundle.settings, bundle.calibration, bundle.thresholds) == (None, {}, None, {})
+    assert bundle.is_best is False
+    shutil.copy(tiny_run / "thresholds.json", bundle.folder)
+    assert open_checkpoint(bundle.folder).thresholds == {0.01: 0.2, 0.001: 0.6}
+
+
+def test_a_checkpoint_is_verified_once(backbone, tmp_path, monkeypatch):
+    path, _ = backbone
+    save_run(tmp_path / "run", face_on(path, sha256_file(path)), {"weights": str(path)})
+    hashed = []
+    monkeypatch.setattr(faces, "sha256_file", lambda file: hashed.append(file.name) or sha256_file(file))
+    checkpoint = open_checkpoint(tmp_path / "run")
+    assert hashed == list(MODEL_FILES)
+    for _ in range(2):
+        assert checkpoint.load().config == checkpoint.config and checkpoint.backbone == path
+        assert len(checkpoint.sha256) == 64 and checkpoint.thresholds == {}
+    assert hashed == [*MODEL_FILES, "tiny.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda written: written.pop("pairs"),
+        lambda written: written["thresholds"]["0.01"].pop("tar"),
+        lambda written: written["thresholds"].update({"0.01": {"threshold": "high", "tar": 1}}),
+        lambda written: written.update(thresholds=[1]),
+    ],
+)
+def test_damaged_thresholds_are_refused(tiny_run, change):
+    file = tiny_run / "thresholds.json"
+    written = json.loads(file.read_text())
+    change(written)
+    file.write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match=r"thresholds\.json is damaged; delete it"):
+        open_checkpoint(tiny_run)
+    file.write_text(json.dumps({**written, "model": "another's"}))
+    assert open_checkpoint(tiny_run).thresholds == {}

@@ -23,7 +23,7 @@ from vitface.data.formats.samples import RecordSamples
 from vitface.data.images import decode_image
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
 from vitface.files import sha256_file
-from vitface.store.faces import load_face, load_trained, trained_tensors
+from vitface.store.faces import load_trained, open_checkpoint, trained_tensors
 from vitface.store.settings import face_config
 from vitface.store.tensors import read_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
@@ -320,7 +320,7 @@ def test_settings_no_model_can_have_are_named(adapter, change, message):
               ("model.safetensors", "model.json")}  # fmt: skip
     (step / "manifest.json").write_text(json.dumps({"files": sealed}))
     with pytest.raises(CheckpointError, match=message):
-        load_face(step)
+        open_checkpoint(step).load()
 
 
 def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path):
@@ -329,4 +329,4 @@ def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path):
     shutil.rmtree(step)
     save_checkpoint(tmp_path / "run", 1, trained_tensors(tiny_face(num_domains=2)), other, {}, {}, True)
     with pytest.raises(CheckpointError, match="describes another tiny than the backbone file"):
-        load_face(step)
+        open_checkpoint(step).load()

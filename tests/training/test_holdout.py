@@ -10,7 +10,7 @@ from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
 from vitface.metrics import roc
 from vitface.recogniser import Recogniser
-from vitface.store.faces import model_sha256
+from vitface.store.faces import open_checkpoint
 from vitface.training import holdout, setup
 from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text
 
@@ -39,17 +39,18 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "thresholds.json").read_text())
     assert written["pairs"] == {"same": 16 * 10, "different": 80 * 79 // 2 - 160}
-    assert written["model"] == model_sha256(tmp_path / "run")
+    assert written["model"] == open_checkpoint(tmp_path / "run").sha256
     assert "needs 30,000 different pairs, there are 3,000" in written["thresholds"]["0.001"]["refused"]
     assert thresholds_text(written) in printed
     assert thresholds_text(written) in (tmp_path / "run" / "results.md").read_text()
-    model = vitface.load(tmp_path / "run")
+    checkpoint = open_checkpoint(tmp_path / "run")
+    model = Recogniser.from_checkpoint(checkpoint)
     assert list(model.thresholds) == [0.01]
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(holdout, "far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
-        holdout.calibrate(vitface.config.TrainConfig(**saved), tmp_path / "run", model.model)
+        holdout.calibrate(vitface.config.TrainConfig(**saved), checkpoint, model.model)
     far, tar, thresholds = roc(*seen[0][:2])
     allowed = thresholds[far <= 0.01].min()
     assert model.thresholds[0.01] == pytest.approx(allowed, abs=1e-6)

@@ -77,7 +77,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for file in arguments.against:
         if not file.is_file():
             raise ConfigError(f"--against {file}: no such file")
-    embed = load_model(arguments).embed if arguments.checkpoint else None
+    embed = load_model(arguments)[0].embed if arguments.checkpoint else None
     reports = check(arguments.path, arguments.against, arguments.num_workers, embed)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))

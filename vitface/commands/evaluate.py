@@ -14,6 +14,7 @@ from vitface.evaluation.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
     from vitface.recogniser import Recogniser
+    from vitface.store.faces import Checkpoint
 
 EXAMPLES = """examples:
   vitface evaluate --bench cfp_fp                      the newest run in runs/, on data/cfp_fp.bin
@@ -54,57 +55,56 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return compare_runs(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
-    return evaluate_model(load_model(arguments), arguments)
+    return evaluate_model(*load_model(arguments), arguments)
 
 
-def load_model(arguments: argparse.Namespace) -> "Recogniser":
-    """The model to evaluate; ConfigError if both a checkpoint and a backbone are named."""
+def load_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
+    """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
     from vitface.device import resolve_device, resolve_dtype
     from vitface.model.face import shuffle_gate
-    from vitface.recogniser import Recogniser, load
-    from vitface.store.faces import frozen_face, newest_run
+    from vitface.recogniser import Recogniser
+    from vitface.store.faces import frozen_face, newest_run, open_checkpoint
 
     device = resolve_device(arguments.device)
     if arguments.backbone is None:
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
-        arguments.checkpoint = arguments.checkpoint or newest_run()
-        print(f"checkpoint: {arguments.checkpoint}")
-        model = load(arguments.checkpoint, arguments.weights).to(device)
+        checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
+        print(f"checkpoint: {checkpoint.path}")
+        model = Recogniser.from_checkpoint(checkpoint).to(device)
         if arguments.gate:
             shuffle_gate(model.model)
-        return model.prepare()
+        return model.prepare(), checkpoint
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
     dtype = resolve_dtype("auto", device)
     model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype)
-    return Recogniser(model).to(device).prepare()
+    return Recogniser(model).to(device).prepare(), None
 
 
-def evaluate_model(model: "Recogniser", arguments: argparse.Namespace) -> int:
+def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
     """Prints the results, adds them to the run's scores, and writes --json and --output."""
     from vitface.evaluation.benchmarks import evaluate_all
     from vitface.evaluation.page import report_page
     from vitface.evaluation.report import results_json, results_table
     from vitface.evaluation.scores import keep_scores
-    from vitface.store.faces import model_sha256
 
     if arguments.routing:
         check_routing(model, arguments)
-    run, data_dir = arguments.checkpoint, arguments.data_dir
+    run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
     evaluation = evaluate_all(model.embed, benchmark_names(arguments), data_dir)
     if evaluation.results:
         print(results_table(evaluation.results))
-        if run and (run / "checkpoints").is_dir() and not arguments.gate:
-            keep_scores(run, evaluation.results, model_sha256(run))
+        if checkpoint and run and checkpoint.is_best and not arguments.gate:
+            keep_scores(run, evaluation.results, checkpoint.sha256)
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")
     if arguments.output:
-        title = str(run or f"{arguments.backbone}, frozen")
+        title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
         page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
         arguments.output.write_text(page, encoding="utf-8")
         print(f"wrote {arguments.output}")

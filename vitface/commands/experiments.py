@@ -54,14 +54,14 @@ def _cells(name: str, run: Path) -> list[str]:
     """What one run scored; a benchmark that it was not evaluated on says so."""
     from vitface.commands.models.info import describe_checkpoint
     from vitface.evaluation.compare import read_run
-    from vitface.store.faces import find_checkpoint
+    from vitface.store.faces import open_checkpoint
 
     preset, settings = dataclasses.asdict(resolve({"exp": name})), read_config(run)
     known = {key for key in preset if key not in BOOKKEEPING}
     resolved = {"device", "dtype", "impl"}  # "auto" in the preset
     differ = [key for key in sorted(known - resolved) if settings.get(key) != preset[key]]
     try:
-        trainable = f"{describe_checkpoint(find_checkpoint(run))['parameters']['all']['trained']:,}"
+        trainable = f"{describe_checkpoint(open_checkpoint(run))['parameters']['all']['trained']:,}"
         results = read_run(run)
     except VitfaceError:  # it has not come that far
         trainable, results = "", {}

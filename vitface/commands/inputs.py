@@ -10,9 +10,8 @@ from vitface.data.faces.folder import Finder, read_landmarks
 from vitface.data.faces.photos import CropReader
 from vitface.device import resolve_device
 from vitface.errors import CheckpointError, ConfigError
-from vitface.gallery.parts import Settings
-from vitface.recogniser import Recogniser, load
-from vitface.store.faces import model_sha256, newest_run
+from vitface.recogniser import Recogniser
+from vitface.store.faces import Checkpoint, newest_run, open_checkpoint
 from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
@@ -33,10 +32,10 @@ def default_run() -> Path:
     return run
 
 
-def load_model(arguments: argparse.Namespace) -> Recogniser:
-    """The model of --checkpoint, or of the newest run, on --device; sets arguments.checkpoint."""
-    arguments.checkpoint = arguments.checkpoint or default_run()
-    return load(arguments.checkpoint, arguments.weights).to(resolve_device(arguments.device)).prepare()
+def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
+    """The model of --checkpoint, or of the newest run, on --device; and the checkpoint it came from."""
+    checkpoint = open_checkpoint(arguments.checkpoint or default_run(), arguments.weights)
+    return Recogniser.from_checkpoint(checkpoint).to(resolve_device(arguments.device)).prepare(), checkpoint
 
 
 def crop_reader(arguments: argparse.Namespace) -> CropReader:
@@ -44,11 +43,6 @@ def crop_reader(arguments: argparse.Namespace) -> CropReader:
     if arguments.detector and not arguments.align:
         raise ConfigError("--detector is for photos, and --no-align is for folders without any; leave one of them out")
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
-
-
-def gallery_settings(arguments: argparse.Namespace, model: Recogniser) -> Settings:
-    """What a gallery has to know of the model that `load_model` loaded."""
-    return Settings(model_sha256(arguments.checkpoint), arguments.align, model.thresholds)
 
 
 def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:

@@ -12,7 +12,7 @@ from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
-from vitface.store.faces import model_sha256
+from vitface.store.faces import open_checkpoint
 
 SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
 
@@ -56,7 +56,7 @@ class Comparison:
 def read_run(run: Path) -> dict[str, Verification]:
     """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
     results, model = load_scores(run / SCORES)
-    if (run / "checkpoints").is_dir() and model != model_sha256(run):
+    if (run / "checkpoints").is_dir() and model != open_checkpoint(run).sha256:
         raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate it again")
     return results
 

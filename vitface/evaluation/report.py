@@ -8,7 +8,7 @@ from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
 from vitface.metrics import far_threshold
-from vitface.store.faces import FARS
+from vitface.store.thresholds import FARS
 
 Results = Mapping[str, Verification]  # by benchmark name
 

@@ -9,56 +9,35 @@ from typing import Any
 
 import torch
 
-from vitface.errors import CheckpointError, ConfigError, ExchangeError
+from vitface.errors import ConfigError, ExchangeError
 from vitface.files import make_folder, publish_folder, sync_folder, write_synced
 from vitface.model.face import FaceModel
 from vitface.store.backbones import contents_sha256
-from vitface.store.faces import FARS, THRESHOLDS_FILE, read_thresholds, run_folder, trained_tensors
+from vitface.store.faces import MANIFEST_FILE, trained_tensors
 from vitface.store.tensors import tensor_bytes
+from vitface.store.thresholds import THRESHOLDS_FILE
 from vitface.version import __version__
 
 
 def face_files(
-    model: FaceModel, backbone: str | Path | None, thresholds: dict[str, Any] | None = None
+    model: FaceModel, backbone: str | Path | None, calibration: dict[str, Any] | None = None
 ) -> dict[str, bytes]:
     """model.safetensors, model.json, thresholds.json where there are any, and the manifest that seals them.
 
     `backbone` is the model's backbone file: the manifest says what is in it, so that the same weights in another file
-    are known again. None or "random": there is none to look for. `thresholds` are those of `thresholds_of`.
+    are known again. None or "random": there is none to look for. `calibration` is a checkpoint's.
     """
     files = {
         "model.safetensors": tensor_bytes(trained_tensors(model)),
         "model.json": json_bytes(dataclasses.asdict(model.config)),
     }
-    if thresholds:
-        files["thresholds.json"] = json_bytes({"model": sha256(files["model.safetensors"]), **thresholds})
+    if calibration:
+        files[THRESHOLDS_FILE] = json_bytes({"model": sha256(files["model.safetensors"]), **calibration})
     manifest: dict[str, Any] = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
     if backbone not in (None, "random"):
         manifest["backbone_sha256"] = contents_sha256(Path(backbone))
     manifest["files"] = {name: {"size": len(data), "sha256": sha256(data)} for name, data in files.items()}
-    return {**files, "manifest.json": json_bytes(manifest)}
-
-
-def thresholds_of(step: Path) -> dict[str, Any] | None:
-    """Counts of pairs, thresholds and true accept rates of a checkpoint directory, as `face_files` takes them.
-
-    Numbers alone, whatever else its file holds; None if it has no thresholds. CheckpointError if the file is damaged.
-    """
-    if not read_thresholds(step):
-        return None
-    path = run_folder(step) / THRESHOLDS_FILE
-    written = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        return {
-            "pairs": {kind: int(written["pairs"][kind]) for kind in ("same", "different")},
-            "thresholds": {
-                f"{float(far):g}": {"threshold": float(entry["threshold"]), "tar": float(entry["tar"])}
-                for far, entry in written["thresholds"].items()
-                if "threshold" in entry and float(far) in FARS
-            },
-        }
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
+    return {**files, MANIFEST_FILE: json_bytes(manifest)}
 
 
 def write_folder(out: Path, folders: dict[str, dict[str, bytes]]) -> None:

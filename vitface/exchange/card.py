@@ -21,7 +21,7 @@ def model_card(
     """The card of a model that will lie at `repository`.
 
     `data` describes in words what it was trained on. `results` are `vitface.evaluation.report.results_json`,
-    `thresholds` `vitface.exchange.bundle.thresholds_of`; where one of them is empty, the card states that.
+    `thresholds` `vitface.store.thresholds.read_calibration`; where one of them is empty, the card states that.
     """
     return render(
         "exchange/card.md.j2",

@@ -26,7 +26,7 @@ from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.store.backbones import expected_tensors, find_backbone, load_backbone, weights_sha256
-from vitface.store.faces import backbone_of, find_checkpoint, load_face, trained_tensors
+from vitface.store.faces import open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
 from vitface.weights.keymaps import META_TIMM, transformers_family
 
@@ -235,19 +235,19 @@ def adapted_backbone(
     return model.eval(), file
 
 
-def adapters_into(adapter: Path, checkpoint: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
-    """A face model with the adapters of a PEFT folder in the place of its own; and the backbone file it takes.
+def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
+    """The face model of a checkpoint with the adapters of a PEFT folder in the place of its own; and its backbone file.
 
     It has no thresholds: those of the model before are not its own.
     """
-    old = load_face(checkpoint, weights)
+    checkpoint = open_checkpoint(path, weights)
+    old = checkpoint.load()
     adapters, domains = read_domains(adapter, old.config.backbone, old.config.vit)
     if domains != old.config.num_domains:
-        raise ExchangeError(f"{adapter} has {domains} domains, {checkpoint} {old.config.num_domains}")
+        raise ExchangeError(f"{adapter} has {domains} domains, {path} {old.config.num_domains}")
     config = dataclasses.replace(old.config, **adapters.settings)
-    file = backbone_of(find_checkpoint(checkpoint), config, weights)
-    model = FaceModel(load_backbone(config.backbone, file, config.image_size), config)
+    model = FaceModel(load_backbone(config.backbone, checkpoint.backbone, config.image_size), config)
     kept = {key: tensor for key, tensor in trained_tensors(old).items() if not key.endswith(("lora_a", "lora_b"))}
     new = {f"vit.{key}": tensor for key, tensor in adapters.tensors.items()}
     model.load_state_dict({**model.state_dict(), **kept, **new})
-    return model.eval(), file
+    return model.eval(), checkpoint.backbone

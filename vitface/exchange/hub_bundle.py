@@ -3,55 +3,50 @@
 import re
 from pathlib import Path
 
-from vitface.config import read_config
 from vitface.data.formats.samples import load_samples
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError, ExchangeError
 from vitface.evaluation.report import results_json
 from vitface.evaluation.scores import SCORES, load_scores
-from vitface.exchange.bundle import face_files, thresholds_of, write_folder
+from vitface.exchange.bundle import face_files, write_folder
 from vitface.exchange.card import RESEARCH_ONLY, model_card
-from vitface.store.faces import backbone_of, load_face, model_sha256, run_folder
+from vitface.store.faces import Checkpoint
 
 
-def write_bundle(
-    step: Path, out: Path, repository: str, data: str | None, licence: str | None, weights: str | None
-) -> None:
+def write_bundle(checkpoint: Checkpoint, out: Path, repository: str, data: str | None, licence: str | None) -> None:
     """Writes the folder of a checkpoint with a fresh card.
 
     `data` describes what the model was trained on, and `licence` is an identifier of the Hub; both have defaults for
     procedural faces. ConfigError where the card would lack one, ExchangeError for a model without adapters.
     """
-    model = load_face(step, weights)
-    if not model.config.lora_rank:
-        raise ExchangeError(f"{step} has no adapters: there is nothing to publish but what others have published")
-    synthetic = read_config(run_folder(step)).get("train_data") in SYNTHETIC
+    config, calibration = checkpoint.config, checkpoint.calibration
+    if not config.lora_rank:
+        raise ExchangeError(f"{checkpoint.path} has no adapters: others have published all there is to it")
+    synthetic = checkpoint.settings.get("train_data") in SYNTHETIC
     data = data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
     if data is None:
         raise ConfigError("describe its training data with --data; the card is public, and a path may name somebody")
     licence = licence or ("apache-2.0" if synthetic else RESEARCH_ONLY)
     if not re.fullmatch(r"[a-z0-9.-]+", licence):
         raise ConfigError(f"--licence {licence} is not an identifier of the Hub, such as mit or cc-by-nc-4.0")
-    thresholds = thresholds_of(step)
-    card = model_card(repository, model.config, data, licence, results_of(step), thresholds)
-    backbone = backbone_of(step, model.config, weights)
+    card = model_card(repository, config, data, licence, results_of(checkpoint), calibration)
+    files = face_files(checkpoint.load(), checkpoint.backbone, calibration)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(out, {"": {**face_files(model, backbone, thresholds), "README.md": card.encode()}})
+    write_folder(out, {"": {**files, "README.md": card.encode()}})
 
 
-def results_of(step: Path) -> dict[str, dict]:
+def results_of(checkpoint: Checkpoint) -> dict[str, dict]:
     """The results of this very checkpoint among the run's scores; empty if it was not evaluated."""
-    path = run_folder(step) / SCORES
-    if not path.is_file():
+    if checkpoint.run is None or not (checkpoint.run / SCORES).is_file():
         return {}
-    results, model = load_scores(path)
-    return results_json(results) if model == model_sha256(step) else {}
+    results, model = load_scores(checkpoint.run / SCORES)
+    return results_json(results) if model == checkpoint.sha256 else {}
 
 
-def people_of(step: Path) -> list[str]:
+def people_of(checkpoint: Checkpoint) -> list[str]:
     """Names of training people, as far as the training data is still there: no card may hold one of them."""
     try:
-        return list(load_samples(read_config(run_folder(step))["train_data"]).names)
+        return list(load_samples(checkpoint.settings["train_data"]).names)
     except (DataError, OSError, KeyError, TypeError):
         return []
 

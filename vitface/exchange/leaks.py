@@ -11,8 +11,8 @@ from pathlib import Path
 
 from vitface.credentials import find_secret
 from vitface.errors import ExchangeError, VitfaceError
-from vitface.exchange.bundle import face_files, thresholds_of
-from vitface.store.faces import backbone_of, load_face
+from vitface.exchange.bundle import face_files
+from vitface.store.faces import open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 
 CARD = "README.md"
@@ -36,11 +36,11 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
         if entry.name not in BUNDLE_FILES or entry.is_symlink() or not entry.is_file():
             raise ExchangeError(f"{entry} is not part of a model; nothing is published with it there")
     try:
-        model = load_face(folder, weights)
-        expected = face_files(model, backbone_of(folder, model.config, weights), thresholds_of(folder))
+        checkpoint = open_checkpoint(folder, weights)
+        expected = face_files(checkpoint.load(), checkpoint.backbone, checkpoint.calibration)
     except VitfaceError as error:
         raise ExchangeError(f"{error}; it is not published") from None
-    if not re.fullmatch(r"random|[0-9a-f]{64}", model.config.weights_sha256):
+    if not re.fullmatch(r"random|[0-9a-f]{64}", checkpoint.config.weights_sha256):
         raise ExchangeError(f"{folder}/model.json: weights_sha256 is no SHA-256")
     found = {name: (folder / name).read_bytes() for name in BUNDLE_FILES if (folder / name).is_file()}
     card = found.pop(CARD, b"")

@@ -1,9 +1,49 @@
-"""Same person or not: a cosine against a threshold, with what the threshold promises in words."""
+"""Same person or not: thresholds on disk, and a cosine against one of them, with what it promises in words.
 
+A run or a bundle has them in thresholds.json, {"model": SHA-256 of the trained tensors, "pairs": {"same", "different"},
+"thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}.
+"""
+
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from vitface.errors import ConfigError
+from vitface.errors import CheckpointError, ConfigError
+
+THRESHOLDS_FILE = "thresholds.json"
+FARS = (1e-2, 1e-3, 1e-4)  # the false accept rates that are calibrated and reported
+
+
+def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
+    """The "pairs" and "thresholds" in a folder's file, if it is of the model with this SHA-256: numbers alone, whatever
+    else is there. None without a file, or without a threshold.
+
+    CheckpointError if the file is damaged.
+    """
+    path = folder / THRESHOLDS_FILE
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if written["model"] != model:
+            return None
+        found = {
+            f"{float(far):g}": {"threshold": float(entry["threshold"]), "tar": float(entry["tar"])}
+            for far, entry in written["thresholds"].items()
+            if "threshold" in entry and float(far) in FARS
+        }
+        pairs = {kind: int(written["pairs"][kind]) for kind in ("same", "different")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
+    return {"pairs": pairs, "thresholds": found} if found else None
+
+
+def cosines(calibration: Mapping[str, Any] | None) -> dict[float, float]:
+    """{FAR: cosine} of `read_calibration`."""
+    entries = calibration["thresholds"] if calibration else {}
+    return {float(far): entry["threshold"] for far, entry in entries.items()}
 
 
 @dataclass(frozen=True)

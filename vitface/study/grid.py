@@ -26,7 +26,7 @@ from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
 from vitface.model.face import FaceModel, shuffle_gate
 from vitface.recogniser import Recogniser, load
-from vitface.store.faces import frozen_face, load_face
+from vitface.store.faces import frozen_face, open_checkpoint
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
 
@@ -74,7 +74,7 @@ def run_study(
             config = dataclasses.replace(base, **changes, seed=seed, save_dir=str(cell), resume="auto")
             run(config, say, with_frozen=False)
             if variant == "dalora":
-                model = shuffle_gate(load_face(cell, base.weights))
+                model = shuffle_gate(open_checkpoint(cell, base.weights).load())
                 judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", model, config, names)
         if done == 1:
             dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now

@@ -1,12 +1,10 @@
 """The people a run never trained on: they choose its best epoch, and its thresholds.
 
 Thresholds are for the cosine of two embeddings as `Recogniser.embed` gives them: the same person if it is >= the
-threshold. They lie in the run's thresholds.json, {"model": SHA-256 of the checkpoint, "pairs": {"same", "different"},
-"thresholds": {FAR: {"threshold", "tar"} or {"refused": why}}}, and on the model that `vitface.load` returns.
+threshold. They are written into the run's thresholds.json, see `vitface.store.thresholds`.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ from vitface.files import replace_file
 from vitface.metrics import far_threshold
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_batches, split
-from vitface.store.faces import FARS, THRESHOLDS_FILE, model_sha256
+from vitface.store.faces import Checkpoint
+from vitface.store.thresholds import FARS, THRESHOLDS_FILE
 from vitface.training import setup
 from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import rank
@@ -49,8 +48,9 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
     return (embeddings @ embeddings.T)[first, second], people[first] == people[second]
 
 
-def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str, Any] | None:
-    """Writes the thresholds of the run's best checkpoint, and returns what it wrote; None if nobody was held out."""
+def calibrate(config: TrainConfig, checkpoint: Checkpoint, model: FaceModel) -> dict[str, Any] | None:
+    """Writes the thresholds of a run's checkpoint and its model; returns what it wrote, None if nobody was held out."""
+    assert checkpoint.run is not None
     samples = setup.open_inputs(config)
     split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
     if not len(split.held_out):
@@ -65,12 +65,12 @@ def calibrate(config: TrainConfig, run_dir: Path, model: FaceModel) -> dict[str,
         except EvaluationError as error:
             thresholds[f"{far:g}"] = {"refused": str(error)}
     written = {
-        "model": model_sha256(run_dir),
+        "model": checkpoint.sha256,
         "pairs": {"same": int(issame.sum()), "different": int((~issame).sum())},
         "thresholds": thresholds,
     }
     if rank() == 0:
-        replace_file(run_dir / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
+        replace_file(checkpoint.run / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
     return written
 
 

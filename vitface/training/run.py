@@ -16,8 +16,8 @@ from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import make_folder, replace_file
 from vitface.lock import folder_lock
-from vitface.recogniser import Recogniser, load
-from vitface.store.faces import frozen_face, model_sha256
+from vitface.recogniser import Recogniser
+from vitface.store.faces import frozen_face, open_checkpoint
 from vitface.training.header import header
 from vitface.training.holdout import calibrate, thresholds_text
 from vitface.training.loop import Trainer
@@ -117,8 +117,9 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
     scores and results.md."""
     share(None)  # rank 0 has written the last checkpoint
     names = final_benchmarks(config)
-    adapted = load(run_dir, config.weights).to(config.device)
-    thresholds = calibrate(config, run_dir, adapted.model)
+    checkpoint = open_checkpoint(run_dir, config.weights)
+    adapted = Recogniser.from_checkpoint(checkpoint).to(config.device)
+    thresholds = calibrate(config, checkpoint, adapted.model)
     models = {"adapted, best epoch": adapted}
     if with_frozen:
         frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
@@ -130,7 +131,7 @@ def finish(config: TrainConfig, run_dir: Path, say: Say, with_frozen: bool = Tru
     if rank() > 0:
         return
     if names:
-        keep_scores(run_dir, sections["adapted, best epoch"].results, model_sha256(run_dir))
+        keep_scores(run_dir, sections["adapted, best epoch"].results, checkpoint.sha256)
     text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"
     say(f"\n{text}")
     replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())

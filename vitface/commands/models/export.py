@@ -38,23 +38,23 @@ def make_parser() -> CommandParser:
 def export(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import write_folder
     from vitface.exchange.merged import merged_files
-    from vitface.recogniser import load
-    from vitface.store.faces import find_checkpoint, load_face, read_face_config
+    from vitface.recogniser import Recogniser
+    from vitface.store.faces import open_checkpoint
 
     out: Path = arguments.out
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out} exists; name one that does not")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist")
-    step = find_checkpoint(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
     if arguments.format in ("onnx", "torch"):
-        _export_graph(load(step, arguments.weights, dtype="fp32"), arguments)
+        _export_graph(Recogniser.from_checkpoint(checkpoint, dtype="fp32"), arguments)
     elif arguments.format == "merged":
-        write_folder(out, {"": merged_files(step, arguments.weights)})
-        backbone = read_face_config(step).backbone
-        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone}.safetensors for --weights")
+        write_folder(out, {"": merged_files(checkpoint)})
+        backbone = f"{checkpoint.config.backbone}.safetensors"
+        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone} for --weights")
     else:
-        _export_peft(load_face(step, arguments.weights), arguments)
+        _export_peft(checkpoint.load(), arguments)
 
 
 def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:

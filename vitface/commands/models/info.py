@@ -5,10 +5,12 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitface.commands.parser import CommandParser
-from vitface.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vitface.store.faces import Checkpoint
 
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
@@ -30,7 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
     """All that is known of `path`, ready for JSON; it raises what reading that kind of file or folder raises."""
     from vitface.gallery.parts import is_gallery, read_names, read_settings
     from vitface.store.backbones import read_backbone
-    from vitface.store.faces import find_checkpoint
+    from vitface.store.faces import open_checkpoint
 
     if path.is_file():
         name, config, tensors, source = read_backbone(path)
@@ -38,42 +40,36 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
     if is_gallery(path):
         return {"kind": "gallery", "images": len(read_names(path)), **dataclasses.asdict(read_settings(path))}
-    return describe_checkpoint(find_checkpoint(path))
+    return describe_checkpoint(open_checkpoint(path))
 
 
-def describe_checkpoint(step: Path) -> dict[str, Any]:
-    """A verified step directory: where it comes from, its settings, sizes and thresholds."""
+def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """Where a checkpoint comes from, its settings, sizes and thresholds."""
     import torch
 
     from vitface.model.face import FaceModel
     from vitface.model.vit import ViT
-    from vitface.store.faces import read_thresholds
-    from vitface.store.settings import face_config
     from vitface.training.setup import parameter_counts
 
-    try:
-        config = face_config(json.loads((step / "model.json").read_text(encoding="utf-8")))
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{step}/model.json was not written by this version of vitface ({error})") from None
-    manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
+    config, run = checkpoint.config, checkpoint.run
     with torch.device("meta"):
         model = FaceModel(ViT(config.vit, config.image_size), config)
     counts = parameter_counts(model)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "vit"}
     return {
         "kind": "checkpoint",
-        "checkpoint": str(step.resolve()),
-        **{key: manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
-        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "checkpoint": str(checkpoint.folder),
+        **{key: checkpoint.manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
+        "sha256": checkpoint.sha256,
         "settings": settings,
         "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
-        "thresholds": {f"{far:g}": threshold for far, threshold in read_thresholds(step).items()},
-        "last_epoch": _last_row(step.resolve().parent.parent / "log.csv"),
+        "thresholds": {f"{far:g}": threshold for far, threshold in checkpoint.thresholds.items()},
+        "last_epoch": run and _last_row(run / "log.csv"),
     }
 
 
 def _last_row(path: Path) -> dict[str, str] | None:
-    """The last line of a run's log.csv, None for a checkpoint without its run."""
+    """The last line of a run's log.csv, None if there is none."""
     if not path.is_file():
         return None
     with open(path, newline="", encoding="utf-8") as file:

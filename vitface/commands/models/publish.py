@@ -34,19 +34,19 @@ def publish(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import sha256
     from vitface.exchange.hub_bundle import people_of, upload, write_bundle
     from vitface.exchange.leaks import check_bundle
-    from vitface.store.faces import find_checkpoint, model_sha256
+    from vitface.store.faces import open_checkpoint
 
     repository = arguments.repo
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(f"--repo {repository} is not OWNER/NAME")
     if arguments.upload:
         require("--upload", "huggingface_hub")
-    step = find_checkpoint(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
     out = arguments.out or Path("published") / repository.split("/")[1]
     if not out.exists():
-        write_bundle(step, out, repository, arguments.data, arguments.licence, arguments.weights)
-    files = check_bundle(out, arguments.weights, people_of(step))
-    if sha256(files["model.safetensors"]) != model_sha256(step):
+        write_bundle(checkpoint, out, repository, arguments.data, arguments.licence)
+    files = check_bundle(out, arguments.weights, people_of(checkpoint))
+    if sha256(files["model.safetensors"]) != checkpoint.sha256:
         raise ExchangeError(f"{out} holds another model than {arguments.checkpoint}; remove it, or name another --out")
     print(f"{out}, of which nothing is a backbone, an identity, an image or an embedding:")
     for name, data in files.items():

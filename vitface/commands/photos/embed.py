@@ -32,11 +32,13 @@ def make_parser() -> CommandParser:
 
 
 def embed(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import crop_reader, gallery_settings, load_model
+    from vitface.commands.inputs import crop_reader, load_model
     from vitface.gallery.from_folder import embed_folder
+    from vitface.gallery.parts import Settings
 
-    crops, model = crop_reader(arguments), load_model(arguments)
-    settings = gallery_settings(arguments, model)
+    crops = crop_reader(arguments)
+    model, checkpoint = load_model(arguments)
+    settings = Settings(checkpoint.sha256, arguments.align, checkpoint.thresholds)
     done = embed_folder(model, arguments.src, arguments.out, settings, crops, arguments.num_workers)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(done), indent=1))

@@ -34,7 +34,7 @@ def explain(arguments: argparse.Namespace) -> int:
     if not arguments.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: its folder does not exist")
     crop = crop_reader(arguments)(arguments.photo)
-    model = load_model(arguments)
+    model, _ = load_model(arguments)
     depth = model.config.vit.depth
     if not -depth <= arguments.block < depth:
         raise ConfigError(f"--block must be 0 to {depth - 1}, or -1 for the last, not {arguments.block}")

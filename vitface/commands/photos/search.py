@@ -34,17 +34,17 @@ def make_parser() -> CommandParser:
 def search(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import crop_reader, load_model, threshold_of
     from vitface.gallery.gallery import Gallery
-    from vitface.store.faces import model_sha256
 
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}")
     crops = crop_reader(arguments)
     images = [crops(path) for path in arguments.photos]
-    gallery, model = Gallery.load(arguments.gallery), load_model(arguments)
+    gallery = Gallery.load(arguments.gallery)
+    model, checkpoint = load_model(arguments)
     made_by = gallery.settings.model
-    if made_by not in (None, model_sha256(arguments.checkpoint)):
+    if made_by not in (None, checkpoint.sha256):
         raise ConfigError(
-            f"{arguments.gallery} was made by another model than {arguments.checkpoint}; name it with --checkpoint"
+            f"{arguments.gallery} was made by another model than {checkpoint.path}; name it with --checkpoint"
         )
     threshold, _ = threshold_of(arguments, model.thresholds)
     found = gallery.search(model.embed(images), arguments.top)

@@ -34,14 +34,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
     crops = crop_reader(arguments)
     images = [crops(path) for path in (arguments.first, arguments.second)]  # a bad photo is reported at once
-    model = load_model(arguments)
+    model, checkpoint = load_model(arguments)
     rows = model.embed(images)
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
     if arguments.json:
         fields = ("score", "threshold", "far", "far_in_words", "same")
-        print(
-            json.dumps({**{name: getattr(verdict, name) for name in fields}, "checkpoint": str(arguments.checkpoint)})
-        )
+        print(json.dumps({**{name: getattr(verdict, name) for name in fields}, "checkpoint": str(checkpoint.path)}))
     else:
         print(verdict)
     if verdict.same is None:

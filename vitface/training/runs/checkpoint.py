@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vitface.errors import CheckpointError
 from vitface.files import make_folder, publish_folder, remove_folder, replace_link, sync_folder, write_synced
-from vitface.store.faces import MODEL_FILES, verify_checkpoint
+from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest
 from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
 
@@ -90,7 +90,7 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], files: Iterab
     for name, data in files:
         write_synced(partial / name, data)
         manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
-    write_synced(partial / "manifest.json", _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
+    write_synced(partial / MANIFEST_FILE, _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
     publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
 
 
@@ -104,14 +104,13 @@ def link_checkpoint(step: Path, is_best: bool) -> None:
 
 def verify_step(path: Path) -> dict[str, Any]:
     """The manifest of a step directory that is whole; CheckpointError says what is damaged or missing."""
-    verify_checkpoint(path, ALL_FILES)
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(path, ALL_FILES)
     seal = manifest.pop("seal", None)
     if seal != _sha256(_json_bytes(manifest)):
         raise CheckpointError(f"{path}/manifest.json is damaged: it is not what its own seal says")
     if f"step-{manifest.get('step')}" != path.resolve().name:
         raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
-    verify_checkpoint(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
+    read_manifest(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
     return manifest
 
 

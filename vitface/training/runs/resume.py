@@ -7,7 +7,7 @@ from typing import Any
 
 from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, read_config, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
-from vitface.store.faces import read_face_config
+from vitface.store.faces import is_checkpoint, read_face_config
 from vitface.training.runs.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
 NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
@@ -33,7 +33,7 @@ def configure(given: dict[str, Any]) -> TrainConfig:
 
 def run_directory(path: Path) -> Path:
     """The run that `path`, a run or one of its step directories, belongs to."""
-    return path.resolve().parent.parent if (path / "manifest.json").is_file() else path
+    return path.resolve().parent.parent if is_checkpoint(path) else path
 
 
 def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -49,7 +49,7 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str]
                 )
         return None
     path = run_dir if config.resume == "auto" else Path(config.resume)
-    if (path / "manifest.json").is_file():
+    if is_checkpoint(path):
         verify_step(path)
         found = path
     else:
