@@ -20,7 +20,8 @@ import torch
 from data import jpeg_folder
 from timing import machine, synchronise
 
-from vitface.config import add_flags, resolve
+from vitface.commands.flags import add_flags
+from vitface.config import resolve
 from vitface.data.formats.packing import pack
 from vitface.training.batches import Batch
 from vitface.training.loop import Trainer

@@ -1,20 +1,28 @@
 import argparse
 import dataclasses
+import math
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_face
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vitface.commands import train
+from vitface.commands.experiments import RECORDED
+from vitface.commands.flags import add_flags
 from vitface.config import (
     BOOKKEEPING,
     EXPERIMENTS,
     VIT_PRESETS,
     TrainConfig,
-    add_flags,
     backbone_name,
+    differences,
     resolve,
     to_flag,
 )
@@ -22,6 +30,10 @@ from vitface.device import resolve_impl
 from vitface.errors import ConfigError
 from vitface.model.ops import runs_fused
 from vitface.training.setup import resolve_choices
+
+FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
+HINTS = typing.get_type_hints(TrainConfig)
+BOUNDS = {name: item.metadata["bounds"] for name, item in FIELDS.items() if item.metadata["bounds"] is not None}
 
 
 def parse(*argv):
@@ -50,57 +62,122 @@ def test_experiments_are_a_two_by_two_grid():
     recorded |= dict(scale=64, margin=0.35, train_patch_embed=False, num_domains=3)
     assert recorded.items() <= resolved["exp_003"].items()
     assert (resolved["exp_001"]["backbone"], resolved["exp_002"]["backbone"]) == ("dinov2", "clip")
+    for name, (_, accuracies) in RECORDED.items():
+        assert f"{accuracies[0]:.2f} % on LFW" in EXPERIMENTS[name].text
+
+
+def test_the_headline_is_a_preset():
+    """Of the command in docs/experiments.md the preset leaves only the paths and the seed to be given."""
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    section = page.partition("## ViT-Ti on 289 people: LFW")[2]
+    command = next(line for line in section.splitlines() if line.startswith("    python train.py "))
+    recorded = parse(*shlex.split(command)[2:])
+    given = {name: getattr(recorded, name) for name in ("weights", "train_data")}
+    assert resolve({"exp": "lfw_vit_tiny", **given}) == dataclasses.replace(recorded, exp="lfw_vit_tiny")
+    assert "**91.63 ± 0.53**" in section and "91.6 % on LFW" in EXPERIMENTS["lfw_vit_tiny"].text
 
 
 def to_argv(config: TrainConfig) -> list[str]:
     argv = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for name, value in dataclasses.asdict(config).items():
         if isinstance(value, bool):
-            argv.append(to_flag(field.name) if value else "--no-" + to_flag(field.name)[2:])
+            argv.append(to_flag(name) if value else "--no-" + to_flag(name)[2:])
         elif value is not None:
-            argv += [to_flag(field.name), str(value)]
+            argv += [to_flag(name), str(value)]
     return argv
 
 
-@given(
-    st.builds(
-        TrainConfig,
-        backbone=st.sampled_from(sorted(VIT_PRESETS)),
-        image_size=st.just(112),
-        lr=st.floats(1e-8, 1),
-        batch_size=st.integers(2, 999),
-        head=st.sampled_from(["bn", "linear", "patches"]),
-        use_dalora=st.booleans(),
-        max_samples=st.none() | st.integers(1, 10**6),
-        save_dir=st.none() | st.text("abc/", min_size=1),
-    )
-)
-def test_parse_inverts_to_argv(config):
+def values(name: str) -> st.SearchStrategy:
+    """What a flag may hold by itself."""
+    hint, bounds = HINTS[name], BOUNDS.get(name)
+    kind = next(arm for arm in (*typing.get_args(hint), hint) if arm is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        found = st.integers(bounds.least, min(bounds.most, 10**6))
+    elif kind is float:
+        low = max(bounds.least, bounds.above)
+        found = st.floats(low, min(bounds.most, 1e6), exclude_min=bounds.above == low)
+    else:
+        found = st.text("abc/", min_size=1)
+    return found if FIELDS[name].default is not None else st.none() | found
+
+
+RELATED = {  # flags that have to fit others
+    "exp": st.sampled_from([None, *EXPERIMENTS]),
+    "backbone": st.sampled_from(["dinov2", *VIT_PRESETS]),
+    "image_size": st.sampled_from([112, 224]),
+    "router_depth": st.integers(1, 3),
+    "head_levels": st.integers(1, 3),
+    "grad_accum": st.integers(1, 4),
+    "batch_size": st.integers(1, 9).map(lambda parts: 24 * parts),
+}
+
+
+@given(st.fixed_dictionaries({name: values(name) for name in FIELDS} | RELATED))
+def test_parse_inverts_to_argv(settings):
+    try:
+        config = TrainConfig(**settings)
+    except ConfigError:
+        assume(False)
     assert parse(*to_argv(config)) == config
+
+
+def test_every_number_has_bounds():
+    numbers = {name for name, hint in HINTS.items() if {int, float} & {hint, *typing.get_args(hint)}}
+    assert set(BOUNDS) == numbers
+    assert all(max(bounds.least, bounds.above) > -math.inf for bounds in BOUNDS.values())
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_each_bound_is_kept(name):
+    bounds, step = BOUNDS[name], 1 if int in (HINTS[name], *typing.get_args(HINTS[name])) else 1e-3
+    outside = {bounds.least - step, bounds.above, bounds.most + step, math.nan, math.inf} - {-math.inf}
+    assert len(outside) >= 3
+    for value in outside:
+        with pytest.raises(ConfigError, match=f"^{to_flag(name)} must be .*, not {value}$"):
+            resolve({name: value})
+    for value in {bounds.least, bounds.above + step, bounds.most} - {-math.inf, math.inf}:
+        assert value in bounds
+        try:
+            resolve({name: value})
+        except ConfigError as error:  # it does not fit the other flags
+            assert f"must be {bounds}" not in str(error)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--exp", "exp_009"], "known: "),
+        (["--exp", "exp_03"], "known: demo, lfw_vit_tiny, exp_001"),
+        (["--exp", "exp_03"], "did you mean exp_003?"),
         (["--backbone", "resnet50"], "known: dinov2, clip"),
+        (["--backbone", "dinov2_vit14"], "did you mean dinov2_vits14?"),
         (["--image-size", "100"], "use 98 or 112"),
-        (["--image-size", "-14"], "--image-size must be positive"),
-        (["--lr", "nan"], "--lr must be positive, not nan"),
-        (["--lr", "0"], "--lr must be positive"),
-        (["--epochs", "-1"], "--epochs must be positive"),
-        (["--seed", "-1"], "--seed must not be negative"),
-        (["--batch-size", "1"], "at least 2"),
-        (["--router-depth", "13"], "1 to 12 for dinov2"),
-        (["--max-samples", "0"], "--max-samples must be positive"),
-        (["--head-levels", "13"], "--head-levels must be 1 to 12 for dinov2, not 13"),
+        (["--image-size", "-14"], "--image-size must be at least 1 and at most 1024, not -14"),
+        (["--image-size", "1036"], "--image-size must be at least 1 and at most 1024, not 1036"),
+        (["--lora-rank", "9000"], "--lora-rank must be at least 1 and at most 8192, not 9000"),
+        (["--lr", "nan"], "--lr must be above 0, not nan"),
+        (["--scale", "0"], "--scale must be above 0, not 0.0"),
+        (["--margin", "-0.1"], "--margin must be at least 0, not -0.1"),
+        (["--partial-fc", "1.5"], "--partial-fc must be above 0 and at most 1, not 1.5"),
+        (["--seed", "-1"], "--seed must be at least 0 and at most 9223372036854775807, not -1"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--batch-size", "6", "--grad-accum", "6"], "--batch-size must be at least 12, twice --grad-accum"),
+        (["--batch-size", "9", "--grad-accum", "2"], "--batch-size 9 is no multiple of --grad-accum 2"),
+        (["--holdout-people", "1"], "--holdout-people must be 0 or at least 2"),
+        (["--holdout-people", "0", "--patience", "3"], "not 0 with --patience"),
+        (["--use-dalora", "--num-domains", "1"], "--num-domains of at least 2"),
+        (
+            ["--use-dalora", "--router-depth", "12"],
+            "--router-depth must be at most 11, as dinov2 has 12 blocks, not 12",
+        ),
+        (["--head-levels", "13"], "--head-levels must be at most 12, as dinov2 has 12 blocks, not 13"),
         (["--head", "bn", "--head-levels", "2"], "--head-levels goes with --head patches"),
     ],
 )
 def test_users_mistakes_are_named_with_exit_code_2(argv, message, capsys):
-    with pytest.raises(ConfigError, match=message):
-        parse(*argv)
     assert train.main(argv) == 2
     assert message in capsys.readouterr().err
 
@@ -109,26 +186,50 @@ def test_users_mistakes_are_named_with_exit_code_2(argv, message, capsys):
 def test_argparse_refuses_with_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_the_help_has_groups_defaults_and_presets(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    groups = {title: body for title, _, body in (part.partition(":\n") for part in text.split("\n\n"))}
+    for title, name in {"model": "head", "adapters": "lora_rank", "data": "train_data", "loss": "margin"}.items():
+        assert f"  {to_flag(name)} " in groups[title]
+    for title, name in {"optimisation": "lr", "run": "resume", "device": "memory_budget"}.items():
+        assert f"  {to_flag(name)} " in groups[title]
+    assert "  --margin FLOAT        margin m (default: 0.35)\n" in text
+    assert "augmentation (default: 0)\n" in text and "in every epoch (default: on)\n" in text
+    assert groups["presets"].splitlines()[0].startswith("  --exp demo           DA-LoRA on procedural faces")
+    assert len(groups["presets"].splitlines()) == len(EXPERIMENTS)
+
+
+def test_there_are_at_most_fifty_flags():
+    assert len(FIELDS) <= 50
+
+
+def test_flags_and_their_help_need_neither_torch_nor_numpy():
+    code = "import sys, vitface.commands.flags; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_what_differs_from_the_preset_and_from_the_defaults():
+    plain = dataclasses.asdict(resolve({"lr": 0.1, "val_data": None, "device": "cpu", "dtype": "bf16"}))
+    assert differences(plain) == {"lr": 0.1, "val_data": None}
+    preset = dataclasses.asdict(resolve({"exp": "exp_003", "epochs": 2, "lr": 1e-4}))
+    assert differences(preset) == {"epochs": 2}
 
 
 def test_aliases():
     assert backbone_name("dinov2") == "dinov2_vits14"
     assert backbone_name("clip") == "clip_vitb16"
     assert {VIT_PRESETS[backbone_name(name)].patch_size for name in ("dinov2", "clip")} == {14, 16}
-    assert all(backbone_name(EXPERIMENTS[name]["backbone"]) in VIT_PRESETS for name in EXPERIMENTS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "limit"), [({"image_size": 1036}, 1024), ({"embedding_dim": 8193}, 8192), ({"lora_rank": 9000}, 8192)]
-)
-def test_no_model_is_trained_that_could_not_be_loaded(changes, limit):
-    with pytest.raises(ConfigError, match=f"must be at most {limit}"):
-        resolve(changes)
-
-
-def test_bookkeeping_names_fields():
-    assert {item.name for item in dataclasses.fields(TrainConfig)} > BOOKKEEPING
+def test_bookkeeping_is_what_does_not_shape_the_training():
+    assert {"save_dir", "resume", "device", "num_workers", "pack", "weights"} < BOOKKEEPING
+    assert not BOOKKEEPING & {"seed", "dtype", "compile", "train_data", "batch_size", "grad_accum", "dry_run"}
 
 
 def test_auto_is_fused_on_the_cpu_alone(monkeypatch):

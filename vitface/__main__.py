@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from vitface.commands.parser import did_you_mean
+from vitface.errors import did_you_mean
 from vitface.version import __version__
 
 

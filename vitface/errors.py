@@ -1,7 +1,8 @@
 """The errors a user can mend, and how every script says them: the message, no traceback, exit code 2."""
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class VitfaceError(ValueError):
@@ -38,6 +39,11 @@ class EvaluationError(VitfaceError):
 
 class RankError(VitfaceError):
     """Another process of a run on several devices failed, was killed or did not answer; names it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: "; did you mean X?", X the most similar of the `known` words, or nothing."""
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
 
 
 def exit_code(action: Callable[[], int | None]) -> int:

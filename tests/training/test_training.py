@@ -75,8 +75,11 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     printed = capsys.readouterr().out
     for part in ("config: ", "device: cpu, fp32", "adapters", "identities", "estimated time", "frozen backbone"):
         assert part in printed
+    settings = printed[printed.index("config: ") : printed.index("\ndata: ")]
+    assert settings.startswith("config: defaults with backbone vit_nano, ") and "lora_rank 2" in settings
+    assert "weight_decay" not in settings and "dtype" not in settings
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["use_dalora"] is True
+    assert saved["use_dalora"] is True and saved["weight_decay"] == 0.05
     assert saved["impl"] == "fused"
     rows = read_log(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2"]

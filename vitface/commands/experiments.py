@@ -1,12 +1,11 @@
 """The recorded experiments exp_001 to exp_004 beside your runs of them; what was not run says so."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 from vitface.commands.parser import CommandParser
-from vitface.config import BOOKKEEPING, EXPERIMENTS, read_config, resolve, to_flag
+from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, read_config, to_flag
 from vitface.errors import VitfaceError
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
@@ -43,23 +42,19 @@ def experiments_markdown(runs: Path) -> str:
             cells = [f"{trainable:,}", *(f"{value:.2f}" for value in accuracies), ""]
             rows.append(f"| {name} | recorded | {' | '.join(cells)} |")
         ours = [run for run in sorted(runs.glob("*/")) if read_config(run).get("exp") == name]
-        rows += [f"| {name} | {run.name} | {' | '.join(_cells(name, run))} |" for run in ours]
+        rows += [f"| {name} | {run.name} | {' | '.join(_cells(run))} |" for run in ours]
         if not ours:
             rows.append(f"| {name} | not run | {' | '.join([''] * (len(head) - 2))} |")
     about = f"Command: `vitface experiments`. Accuracies in %. {CAVEATS}"
     return "\n".join([about, "", *rows, ""])
 
 
-def _cells(name: str, run: Path) -> list[str]:
+def _cells(run: Path) -> list[str]:
     """What one run scored; a benchmark that it was not evaluated on says so."""
     from vitface.commands.models.info import describe_checkpoint
     from vitface.evaluation.compare import read_run
     from vitface.store.faces import open_checkpoint
 
-    preset, settings = dataclasses.asdict(resolve({"exp": name})), read_config(run)
-    known = {key for key in preset if key not in BOOKKEEPING}
-    resolved = {"device", "dtype", "impl"}  # "auto" in the preset
-    differ = [key for key in sorted(known - resolved) if settings.get(key) != preset[key]]
     try:
         trainable = f"{describe_checkpoint(open_checkpoint(run))['parameters']['all']['trained']:,}"
         results = read_run(run)
@@ -69,7 +64,8 @@ def _cells(name: str, run: Path) -> list[str]:
         f"{100 * results[bench].accuracy:.2f} ± {100 * results[bench].std:.2f}" if bench in results else "not evaluated"
         for bench in RECORDED_ON
     ]
-    return [trainable, *scored, ", ".join(f"`{to_flag(key)} {settings.get(key)}`" for key in differ)]
+    differ = {name: value for name, value in differences(read_config(run)).items() if name not in BOOKKEEPING}
+    return [trainable, *scored, ", ".join(f"`{to_flag(name)} {value}`" for name, value in differ.items())]
 
 
 def experiments(arguments: argparse.Namespace) -> None:

@@ -1,14 +1,13 @@
 """What the parsers of all commands share: their answer to a mistake, and the flags that several of them have."""
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitface.errors import exit_code
+from vitface.errors import did_you_mean, exit_code
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -43,11 +42,6 @@ class CommandParser(argparse.ArgumentParser):
         """The exit code of `action` on the parsed arguments (see `exit_code`)."""
         arguments = self.parse_args(argv)
         return exit_code(lambda: action(arguments))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message: "; did you mean X?", X the most similar of the `known` words, or nothing."""
-    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
 
 
 def add_weights_flag(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vitface.commands.flags import add_flags
 from vitface.commands.parser import CommandParser
-from vitface.config import add_flags, resolve, to_flag
+from vitface.config import resolve, to_flag
 from vitface.errors import ConfigError
 
 STUDIES: dict[str, dict[str, Any]] = {
@@ -26,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def make_parser() -> CommandParser:
-    parser = CommandParser("vitface study", description=__doc__, epilog=EXAMPLES)
+    parser = CommandParser("vitface study", usage="vitface study NAME [flags]", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("name", choices=STUDIES, help="which study; train's flags change its settings")
     add("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from vitface.commands.flags import add_flags, experiments_text
 from vitface.commands.parser import CommandParser
-from vitface.config import add_flags
 
 EXAMPLES = """examples:
   vitface train --exp demo                                     procedural faces, no download, under 3 minutes
@@ -16,7 +16,12 @@ EXAMPLES = """examples:
 
 
 def make_parser() -> CommandParser:
-    parser = CommandParser("vitface train", description=__doc__, epilog=EXAMPLES)
+    parser = CommandParser(
+        "vitface train",
+        usage="vitface train [flags]",
+        description=__doc__,
+        epilog=f"{experiments_text()}\n\n{EXAMPLES}",
+    )
     add_flags(parser)
     return parser
 

@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 
+from vitface.config import differences
 from vitface.training import setup
 from vitface.training.loop import Trainer
 from vitface.training.ranks.process_group import world_size
@@ -11,14 +12,15 @@ from vitface.training.ranks.process_group import world_size
 def header(trainer: Trainer) -> str:
     """Config, data, machine, parameters, memory, estimated time."""
     config, split, benchmarks = trainer.config, trainer.split, setup.final_benchmarks(trainer.config)
-    settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
+    preset = f"preset {config.exp}" if config.exp else "defaults"
+    changed = ", ".join(f"{name} {value}" for name, value in differences(dataclasses.asdict(config)).items())
     seconds = trainer.seconds_per_step
     remaining = seconds * (trainer.total_steps - trainer.progress.step)
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     parts = f" in passes of {trainer.micro_batch}" if config.grad_accum > 1 or ranks else ""
     return "\n".join(
         [
-            textwrap.fill(f"config: {settings}", width=110, subsequent_indent="        "),
+            textwrap.fill(f"config: {preset}{changed and f' with {changed}'}", width=110, subsequent_indent="        "),
             f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
             f"{len(split.held_out):,} images of other people held out"
             f"{', with domain labels' if trainer.has_domain_labels else ''}",
