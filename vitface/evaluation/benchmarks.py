@@ -97,7 +97,7 @@ def evaluate_benchmark(
 
 @functools.cache
 def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray]:
-    return synthetic_pairs(BENCHMARKS[world].pairs, kind=world)
+    return synthetic_pairs(BENCHMARKS[world].pairs, world=world)
 
 
 def embed_pairs(

@@ -18,7 +18,6 @@ SYNTHETIC = {"synthetic": ("pose", "age", "light"), "synthetic_shift": ("plain",
 PRETRAIN_PEOPLE = range(0, 1_000_000)
 TRAIN_PEOPLE = range(1_000_000, 2_000_000)
 TEST_PEOPLE = range(2_000_000, 3_000_000)
-PAIRS = {**SYNTHETIC, "frontal-profile": ("frontal", "profile")}
 
 _MILD = (0, 35, 0, 0.5, 0, 0.5)
 # lowest and highest |yaw| in degrees, age and |light| of each kind of photo
@@ -26,8 +25,6 @@ RANGES = {
     "pose": (50, 90, 0, 0.35, 0, 0.35),
     "age": (0, 25, 0.7, 1, 0, 0.35),
     "light": (0, 25, 0, 0.35, 0.7, 1),
-    "frontal": (0, 10, 0, 0.35, 0, 0.35),
-    "profile": (70, 90, 0, 0.35, 0, 0.35),
     **dict.fromkeys(SYNTHETIC["synthetic_shift"], _MILD),
 }
 
@@ -110,25 +107,21 @@ def synthetic_pairs(
     seed: int = 0,
     first_person: int = TEST_PEOPLE.start,
     num_people: int = 500,
-    kind: str = "synthetic",
+    world: str = "synthetic",
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and issame bool (N,).
 
-    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced.
-    "synthetic" and "synthetic_shift" draw each photo's domain at random, "frontal-profile" pairs a frontal photo with a
-    profile one. DataError for another kind, fewer than two people or no pairs.
+    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced. Each
+    photo's domain is drawn at random. DataError for fewer than two people or no pairs.
     """
-    if kind not in PAIRS:
-        raise DataError(f"unknown kind of pairs {kind!r}; known: {', '.join(PAIRS)}")
     if num_people < 2 or num_pairs < 1:
         raise DataError(f"pairs need two people and a pair, not {num_people} people and {num_pairs} pairs")
-    people, kinds, rows = pair_people(num_pairs, seed, first_person, num_people), [], []
+    people, domains = pair_people(num_pairs, seed, first_person, num_people), SYNTHETIC[world]
+    kinds, rows = [], []
     for pair in range(num_pairs):
-        domains = uniform(4, 6, seed, pair)[2:].tolist()
-        known = PAIRS[kind]
-        kinds += [known[int(d * len(known))] for d in domains] if kind in SYNTHETIC else known
-        for side, who in enumerate(people[pair].tolist()):
-            rows.append((who, *photo_factors(kinds[2 * pair + side], 7, seed, pair, side)))
+        for side, drawn in enumerate(uniform(4, 6, seed, pair)[2:].tolist()):
+            kinds.append(domains[int(drawn * len(domains))])
+            rows.append((people[pair, side], *photo_factors(kinds[-1], 7, seed, pair, side)))
     return draw_photos(kinds, *zip(*rows, strict=True)), people[:, 0] == people[:, 1]
 
 
