@@ -80,7 +80,7 @@ def rate(batches: Iterable[Tensor]) -> float:
 
 def readers(folder: FolderSamples, packed: PackedSamples) -> dict[str, Callable[[int], float]]:
     """Name -> a function of the round's number that times a way of reading."""
-    usual = UsualWay([folder.file(i) for i in range(min(USUAL_IMAGES, len(folder)))])
+    usual = UsualWay([Path(folder.where(i)) for i in range(min(USUAL_IMAGES, len(folder)))])
 
     def ours(samples: Samples, count: int, seed: int) -> float:
         positions = shuffled(count, len(samples), seed)

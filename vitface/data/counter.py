@@ -9,7 +9,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def uniform(count: int, *keys: ArrayLike) -> NDArray[np.float64]:
     """`count` numbers in [0, 1), a pure function of the integer keys: (count,); (B, count) if a key is an array (B,).
 
-    SplitMix64 (Steele et al. 2014) of the keys folded one after the other. Keys count modulo 2^64.
+    SplitMix64 (Steele et al. 2014) of the keys, folded one after the other modulo 2^64.
     """
     words = [np.array([key % 2**64], np.uint64) if isinstance(key, int) else np.asarray(key) for key in keys]
     state = np.zeros(1, np.uint64)

@@ -1,7 +1,5 @@
-"""Batches of training images: the order is a pure function of (seed, epoch), so workers hold no state.
-
-Any number of workers gives the same batches, and a resumed run continues in the middle of an epoch at a later batch.
-"""
+"""Batches of training images: the order is a pure function of (seed, epoch), so any number of workers gives the same
+batches, and a resumed run continues in the middle of an epoch."""
 
 import functools
 import hashlib

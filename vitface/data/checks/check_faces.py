@@ -58,11 +58,8 @@ class Faces:
 
 
 class Scores:
-    """S-norm (Kenny 2010): a cosine in standard deviations above its person's cosines with all images of the benchmark,
-    and above its image's cosines with all people, averaged. People and images that are like everybody get no bonus.
-
-    `people` (C, E), `images` (M, E), both unit norm.
-    """
+    """S-norm (Kenny 2010) of people (C, E) and images (M, E), unit norm: a cosine in standard deviations above its
+    person's cosines with all images and above its image's cosines with all people, averaged."""
 
     def __init__(self, people: np.ndarray, images: np.ndarray):
         self.people, self.images = people, images
@@ -131,8 +128,7 @@ def recognition(benchmark: str, named: list[str], threshold: float, own: np.ndar
 def stranger_threshold(best: np.ndarray) -> float:
     """The score that FALSE_ALARMS of C strangers are expected to exceed, given the largest score (C,) of each.
 
-    The largest of a stranger's scores follows a Gumbel distribution. Its quartiles, which a few people who are in both
-    sets do not move, give the threshold.
+    That score follows a Gumbel distribution, whose quartiles a few people in both sets do not move.
     """
     lower, median, upper = np.quantile(best, (0.25, 0.5, 0.75))
     scale = (upper - lower) / (math.log(math.log(4)) - math.log(math.log(4 / 3)))

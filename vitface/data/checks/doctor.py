@@ -1,8 +1,5 @@
-"""Finds what is wrong with a data set, before hours of training or a published number depend on it.
-
-A check is a function from a scanned set to findings. Most look for a fault that has spoilt published results: swapped
-channels, crops of another alignment, labels that slipped, pairs in another order, people in training and test.
-"""
+"""Finds what is wrong with a data set: faults that have spoilt published results, such as swapped channels, crops of
+another alignment, labels that slipped, pairs in another order, people in training and test."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

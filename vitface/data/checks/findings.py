@@ -22,10 +22,7 @@ class Finding:
 
 
 def finds(severity: Severity, do: str) -> Callable[[Callable[..., str | None]], Callable[..., list[Finding]]]:
-    """Makes a check of a function that returns what is wrong with its arguments, or None.
-
-    The check has the function's name, and returns one `Finding` of that name, or no finding.
-    """
+    """Makes a check of a function that returns what is wrong, or None: the check returns a `Finding` of its name."""
 
     def decorate(function: Callable[..., str | None]) -> Callable[..., list[Finding]]:
         @functools.wraps(function)

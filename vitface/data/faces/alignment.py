@@ -16,10 +16,7 @@ TEMPLATE = np.column_stack([_X, _Y])
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The (2, 3) matrix of rotation, scale and shift that takes points (n, 2) nearest to `target`, in least squares.
-
-    Umeyama 1991, equations 34 to 43, without reflections. ImageError if the points coincide.
-    """
+    """The (2, 3) matrix of rotation, scale and shift that takes points (n, 2) nearest to `target` (Umeyama 1991)."""
     centre, aim = source.mean(0), target.mean(0)
     points, goals = source - centre, target - aim
     u, singular, vt = np.linalg.svd(goals.T @ points / len(source))
@@ -32,10 +29,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) and landmarks (5, 2) -> the aligned crop, uint8 (112, 112, 3); black beyond the image, bilinear.
-
-    ImageError for landmarks that are not finite or coincide.
-    """
+    """uint8 (H, W, 3) and landmarks (5, 2) -> the crop, uint8 (112, 112, 3); ImageError for impossible landmarks."""
     if landmarks.shape != (5, 2) or not np.isfinite(landmarks).all():
         raise ImageError(f"landmarks must be five pairs of finite numbers, not {landmarks.tolist()}")
     matrix = similarity(landmarks.astype(np.float64), TEMPLATE)

@@ -1,8 +1,7 @@
-"""Benchmarks from their official releases: photos and pair lists -> aligned crops in one .bin, in the field's order.
+"""Benchmarks from their official releases: photos and pair lists -> aligned crops, and their pairs in one .bin.
 
-The photos are aligned into OUT/NAME and the pairs written to OUT/NAME.bin, fold after fold and in each the same pairs
-first, as in LFW's own list: the ten contiguous folds of the field's protocol are then the published ones. A list
-without folds keeps its order.
+The pairs are written fold after fold, in each the same pairs first, as in LFW's own list: the ten contiguous folds of
+the field's protocol are then the published ones. A list without folds keeps its order.
 """
 
 from pathlib import Path

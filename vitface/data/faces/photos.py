@@ -16,9 +16,8 @@ Photo = str | Path | Image.Image | np.ndarray
 class CropReader:
     """`reader(image)` is its crop, uint8 (112, 112, 3); a reader can be pickled.
 
-    `align` False: images are aligned crops; a square of another size is resized. True: an image of exactly 112 x 112
-    pixels is a crop; in any other the face is found (the large one near the middle, if there are several) and aligned.
-    A FaceDetector does the same with that detector.
+    `align` False: images are aligned crops; a square of another size is resized. True, or a FaceDetector: an image of
+    exactly 112 x 112 pixels is a crop; in any other the face (the large one near the middle) is found and aligned.
 
     ImageError names the image that is damaged, that shows no face or a tiny one, or that is no square crop. Where a
     face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.

@@ -68,8 +68,7 @@ class _Array:
 def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
     """(images, issame) of a .bin file's contents; DataError, which begins with `where`, for anything else.
 
-    Each image is at most 10 MB of bytes, not decoded; one that the file repeats by reference is one object. The two
-    lengths are not compared here.
+    Images are not decoded; one that the file repeats by reference is one object. The two lengths are not compared.
     """
     return _Machine(data, where).run()
 

@@ -1,12 +1,8 @@
 """Packed training data: every image decoded once, into one file of uint8 crops that training maps into memory.
 
-A packed folder OUT holds
-
-    images.uint8    (n, 112, 112, 3), RGB, nothing else
-    labels.npy      int64 (n,)
-    manifest.json   counts, names, skipped images, source, decoder versions, SHA-256 of the labels and of every shard
-
-`vitface.data.formats.packing` writes it.
+images.uint8    (n, 112, 112, 3), RGB, nothing else
+labels.npy      int64 (n,)
+manifest.json   counts, names, skipped images, source, decoder versions, SHA-256 of the labels and of every shard
 """
 
 import hashlib

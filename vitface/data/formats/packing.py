@@ -50,10 +50,7 @@ def pack(samples: Source, out: str | Path, num_workers: int = 0) -> PackedSample
 
 
 def cached(samples: Source, cache: Path, num_workers: int, report: Callable[[str], None]) -> PackedSamples:
-    """`samples` packed in a folder of `cache` named after their path; packed anew if they changed or it is damaged.
-
-    `report` takes a line of text for the user.
-    """
+    """`samples` packed in a folder of `cache`, anew if they changed or it is damaged; `report` prints a line."""
     path = str(samples.path.resolve())
     out = cache / f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
     with _locked(out):

@@ -100,10 +100,7 @@ def read_cfp_pairs(frontal_txt: str | Path, image_root: str | Path, kind: Litera
 
 
 def read_annotated_pairs(pairs_txt: str | Path, image_root: str | Path) -> VerificationSet:
-    """One line `label path path` per pair, 1 for the same person, paths below `image_root`; folds are not known.
-
-    AgeDB-30 is distributed in this form.
-    """
+    """AgeDB-30's list: a line `label path path` per pair, 1 for the same person, paths below `image_root`; no folds."""
     images, issame = [], []
     for where, line in _lines(pairs_txt):
         label, *files = line.split()
@@ -116,11 +113,8 @@ def read_annotated_pairs(pairs_txt: str | Path, image_root: str | Path) -> Verif
 
 @dataclass(frozen=True)
 class PairList:
-    """The published list of a benchmark.
-
-    `path` is its place in a data folder, inside the folder of the benchmark's crops; `read` (list, folder of crops)
-    returns the pairs, `first_photo` (the list's lines) the name of the first photo.
-    """
+    """`path` is the list's place in a data folder, inside the folder of the benchmark's crops; `read` (list, folder of
+    crops) returns the pairs, `first_photo` (the list's lines) the name of the first photo."""
 
     path: str
     read: Callable[[Path, Path], VerificationSet]

@@ -92,9 +92,6 @@ def read_bin(path: str | Path) -> VerificationSet:
 
 
 def write_bin(path: str | Path, images: Sequence[bytes], issame: Iterable[bool]) -> None:
-    """Writes InsightFace's layout, which `read_bin` and InsightFace's own scripts read; DataError as VerificationSet.
-
-    A broken write leaves the earlier file as it was.
-    """
+    """Writes a .bin as InsightFace does; a broken write leaves the earlier file. DataError as VerificationSet."""
     checked = VerificationSet(Path(path).stem, list(images), np.array(list(issame), bool))
     replace_file(Path(path), pickle.dumps((checked.images, checked.issame.tolist()), protocol=4))

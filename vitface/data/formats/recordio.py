@@ -66,8 +66,7 @@ def read_record(data: mmap | bytes, offset: int, where: str) -> tuple[tuple[floa
 def read_labels(data: mmap | bytes, offsets: np.ndarray, where: str) -> np.ndarray:
     """The (first) label of each record, float32 (n,), from the headers alone; every header is validated.
 
-    DataError as `read_record`. Ordinary records, of one part and one label, are checked 65,536 at a time, the others
-    one by one.
+    DataError as `read_record`. Records of one part and one label are read 65,536 at a time, the others one by one.
     """
     raw = np.frombuffer(data, np.uint8)
     if len(raw) < _ROW.itemsize:

@@ -185,21 +185,17 @@ class FolderSamples:
     def identity(self) -> str:
         """A hash of the files' names, sizes and times, which changes when the set does."""
         digest = hashlib.sha256()
-        for index in range(len(self)):
-            path = self.file(index)
-            status = path.stat()
-            digest.update(f"{path.relative_to(self.path)}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        for name in self.image_names():
+            status = (self.path / name).stat()
+            digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def file(self, index: int) -> Path:
-        return self.path / self.names[self.labels[index]] / self._files[index]
-
     def where(self, index: int) -> str:
-        return str(self.file(index))
+        return str(self.path / self.names[self.labels[index]] / self._files[index])
 
     def image(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3), as it was stored; errors as `read`."""
-        return read_image(self.file(index))
+        return read_image(self.where(index))
 
     def image_names(self) -> list[str]:
         """PERSON/IMAGE, as --domain-labels names them."""
@@ -212,8 +208,7 @@ class FolderSamples:
 def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
     """The domain of each image, int64 (n,), from a CSV file with the columns `image` and `domain`.
 
-    Domains may have any names; they are numbered in sorted order. DataError for another file, or an image without a
-    domain.
+    Domains are numbered in the order of their sorted names. DataError for an image without a domain.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -1,13 +1,10 @@
-"""Drawing one procedural face from its numbers: who, yaw, age, light, and a seed for everything else.
+"""Draws a procedural face from its numbers: the person, yaw, age, light, and a seed for everything else.
 
-A head is a union of ellipsoids. Each pixel's ray meets it in closed form, features are painted at fixed places of that
-surface, so yaw turns them in three dimensions and a profile hides the far half. A person is a vector of independent
-uniform factors, a hash of the identity number alone; everything that changes from photo to photo (pose jitter,
-expression, exposure, colour cast, shirt, background, noise) is a hash of the photo's seed. Palettes of skin and hair
-are narrow and casts are strong, so that colour alone tells nobody apart.
-
-The head frame is that of canvas.py. Every image is computed alone, by arithmetic pixel by pixel, so it does not depend
-on the batch it is in.
+A head is a union of ellipsoids, which each pixel's ray meets in closed form. Features are painted at fixed places of
+that surface, so yaw turns them in three dimensions and a profile hides the far half. A person is a vector of
+independent uniform factors, a hash of the identity number. What changes from photo to photo (pose jitter, expression,
+exposure, colour cast, shirt, background, noise) is a hash of the photo's seed. The ranges of skin and hair colours are
+narrow and the casts strong, so that nobody is recognised by colour alone. An image does not depend on its batch.
 """
 
 from types import SimpleNamespace
@@ -216,11 +213,8 @@ def render_faces(
 def render_scenes(
     people: ArrayLike, yaw: ArrayLike, age: ArrayLike, light: ArrayLike, seed: ArrayLike
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """The photos of `render_faces` and what they show: float16 (B, 28, 28, 7), every fourth pixel.
-
-    The channels are the head's unlit colour (3), the head-frame position of the surface (3) and one, all of them zero
-    where no head is seen.
-    """
+    """The photos of `render_faces`, and the truth of every fourth pixel, float16 (B, 28, 28, 7): the unlit colour
+    (3), the head-frame position of the surface (3) and one, all of them zero where there is no head."""
     columns = np.broadcast_arrays(*(np.atleast_1d(column) for column in (people, yaw, age, light, seed)))
     count = len(columns[0])
     images, truth = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, *[SIDE // STRIDE] * 2, 7), np.float16)
