@@ -74,7 +74,7 @@ def test_each_image_is_embedded_once(tmp_path, small):
         seen.append(len(images))
         return colour_of(images)
 
-    first, second = benchmarks.embed_pairs(counting, repeated, batch_size=3)
+    first, second = benchmarks.embed_pairs(counting, repeated)
     assert sum(seen) == len(set(pairs.images[:4]))
     np.testing.assert_array_equal(first[:2], first[2:4])
     assert len(second) == 60

@@ -222,7 +222,7 @@ def test_equals_the_field_on_real_faces(real_data):
     """LFW itself, embedded by its raw pixels: the protocol's numbers equal scikit-learn's and the brute-force ones."""
     pairs = read_bin(real_data / "lfw.bin")
     assert pair_alarms("lfw", pairs) == []
-    first, second = embed_pairs(lambda x: x[:, ::8, ::8].reshape(len(x), -1) / 255 - 0.5, pairs, 500)
+    first, second = embed_pairs(lambda x: x[:, ::8, ::8].reshape(len(x), -1) / 255 - 0.5, pairs)
     result = verify(pair_distance(first, second), pairs.issame)
     accuracy, std = field_protocol(first, second, pairs.issame)
     assert (result.accuracy, result.std) == (pytest.approx(accuracy, abs=1e-12), pytest.approx(std, abs=1e-12))

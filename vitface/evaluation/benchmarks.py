@@ -18,6 +18,7 @@ from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
 
+BATCH_SIZE = 128
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
 
 
@@ -74,7 +75,7 @@ def available(data_dir: str | Path) -> list[str]:
 
 
 def evaluate_benchmark(
-    embed: Embed, name: str, data_dir: str | Path, batch_size: int = 128, in_turns: InTurns = in_order
+    embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order
 ) -> tuple[Verification, list[str]]:
     """The field's protocol on one benchmark, and the alarms it raises.
 
@@ -82,13 +83,11 @@ def evaluate_benchmark(
     """
     if name in SYNTHETIC:
         images, issame = _synthetic_benchmark(name)
-        rows = in_turns(
-            lambda turn: embed(images[turn * batch_size : (turn + 1) * batch_size]), -(-len(images) // batch_size)
-        )
+        rows = _embed_all(embed, images.__getitem__, len(images), in_turns)
         first, second, folds, alarms, people = rows[::2], rows[1::2], None, [], pair_people(len(issame))
     else:
         pairs = read_benchmark(name, data_dir)
-        first, second = embed_pairs(embed, pairs, batch_size, in_turns)
+        first, second = embed_pairs(embed, pairs, in_turns)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
     check_embeddings(np.concatenate([first, second]))
     result = verify(pair_distance(first, second), issame, folds, people)
@@ -100,18 +99,19 @@ def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray]:
     return synthetic_pairs(BENCHMARKS[world].pairs, world=world)
 
 
-def embed_pairs(
-    embed: Embed, pairs: VerificationSet, batch_size: int, in_turns: InTurns = in_order
-) -> tuple[np.ndarray, np.ndarray]:
+def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order) -> tuple[np.ndarray, np.ndarray]:
     """(first, second), each (N, E). An image that occurs in several pairs is embedded once."""
     images, rows = pairs.distinct()
+    embeddings = _embed_all(embed, images.read, len(images), in_turns)[rows]
+    return embeddings[::2], embeddings[1::2]
 
+
+def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns) -> np.ndarray:
     def embed_batch(turn: int) -> np.ndarray:
-        batch = range(turn * batch_size, min((turn + 1) * batch_size, len(images)))
-        return embed(np.stack([images.read(i) for i in batch]))
+        batch = range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))
+        return embed(np.stack([read(i) for i in batch]))
 
-    embeddings = in_turns(embed_batch, -(-len(images) // batch_size))
-    return embeddings[rows[::2]], embeddings[rows[1::2]]
+    return in_turns(embed_batch, -(-count // BATCH_SIZE))
 
 
 @dataclass(frozen=True)

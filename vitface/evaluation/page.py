@@ -98,15 +98,15 @@ def category_bars(results: dict[str, Verification]) -> Chart:
     return bar_chart("Accuracy by what makes a benchmark hard", "category", "accuracy in %", groups, 100)
 
 
-def hardest_pairs(results: dict[str, Verification], data_dir: Path, count: int = 4) -> dict[str, Pictures]:
-    """The same pairs farthest apart and the different pairs nearest, of every real benchmark."""
+def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str, Pictures]:
+    """The four same pairs farthest apart and the four different pairs nearest, of every real benchmark."""
     found = {}
     for name, result in results.items():
         if name in SYNTHETIC:
             continue
         images = EncodedImages(name, read_benchmark(name, data_dir).images)
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):
-            worst = np.flatnonzero(kind)[np.argsort(sign * result.distance[kind])[:count]]
+            worst = np.flatnonzero(kind)[np.argsort(sign * result.distance[kind])[:4]]
             found[f"{name}, {label}"] = [
                 picture(images.read(2 * i + side), f"cosine {1 - result.distance[i] / 2:.2f}")
                 for i in worst.tolist()

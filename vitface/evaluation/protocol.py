@@ -50,11 +50,10 @@ def pair_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.square(first - second).sum(axis=1)
 
 
-def contiguous_folds(count: int, num_folds: int = NUM_FOLDS) -> np.ndarray:
-    """Fold number of each of `count` pairs in file order; the first count % num_folds folds are one pair longer."""
-    sizes = np.full(num_folds, count // num_folds)
-    sizes[: count % num_folds] += 1
-    return np.repeat(np.arange(num_folds), sizes)
+def contiguous_folds(count: int) -> np.ndarray:
+    """The fold of each of `count` pairs in file order; the first count % NUM_FOLDS folds are one pair longer."""
+    parts = np.array_split(np.arange(count), NUM_FOLDS)
+    return np.repeat(np.arange(NUM_FOLDS), [len(part) for part in parts])
 
 
 def verify(

@@ -44,7 +44,7 @@ def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -
     return interval(accuracy_draws([result], draws, seed)[0])
 
 
-def identity_interval(result: Verification, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+def identity_interval(result: Verification, draws: int = DRAWS) -> tuple[float, float] | None:
     """95 % interval of the accuracy by identity bootstrap, as fractions; None where the pairs' people are not known.
 
     People are drawn with replacement (the vertex bootstrap of Snijders and Borgatti 1999). A same pair counts as often
@@ -52,7 +52,7 @@ def identity_interval(result: Verification, draws: int = 2000, seed: int = 0) ->
     """
     if result.people is None:
         return None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     names, people = np.unique(result.people, return_inverse=True)
     first, second = people.reshape(-1, 2).T
     means = np.zeros(draws)
