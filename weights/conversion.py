@@ -133,7 +133,7 @@ def _read_openai_archive(path: Path, digest: str) -> dict[str, Tensor]:
             "or take a safetensors file of the same weights"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")
         return dict(torch.jit.load(path, map_location="cpu").state_dict())  # noqa: TID251, its SHA-256 is published
 
 

@@ -522,7 +522,7 @@ def scripted(path: Path, state: dict[str, Tensor]) -> Path:
     for scalar, value in (("input_resolution", 224), ("context_length", 77), ("vocab_size", 49408)):
         root.register_buffer(scalar, torch.tensor(value))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
         torch.jit.save(torch.jit.script(root), path)
     return path
 
