@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitface.config import IMAGENET_MEAN, IMAGENET_STD, resolve
-from vitface.data.augment import augment, uniforms
+from vitface.data.augment import uniforms
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import pack
 from vitface.data.formats.samples import FolderSamples, Samples, load_samples
 from vitface.data.loader import epoch_order, read_batches
-from vitface.data.preprocess import to_float
 from vitface.data.synthetic.worlds import SyntheticSamples
+from vitface.training.batches import Batch, training_input
 from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model, resolve_choices
 from vitface.training.step import make_optimizer, total_loss, update
@@ -108,8 +108,8 @@ def wait_share(packed: PackedSamples) -> float:
         asked = time.perf_counter()
         where, images = next(batches)
         waited += time.perf_counter() - asked
-        pixels = model.preprocess(augment(to_float(images), uniforms(0, 0, where), config.augment))
-        loss = total_loss(model, margin, pixels, torch.from_numpy(packed.labels[where]), None, config)["loss"]
+        inputs, labels = training_input(model, images, uniforms(0, 0, where), config.augment), packed.labels[where]
+        loss = total_loss(model, margin, Batch(inputs, torch.from_numpy(labels), None, labels), config)["loss"]
         update(optimizer, loss, trained, config.clip_grad, scale)
         optimizer.zero_grad(set_to_none=True)
     return waited / (time.perf_counter() - started)

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import io
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
+from vitface.kernels import fused
+from vitface.model import ops
 from vitface.model.face import DTYPES, FaceModel
 from vitface.model.inference import prepare_inference
 from vitface.model.vit import ViT
@@ -33,11 +36,13 @@ EXAMPLES = """examples:
 Embed = Callable[[], Tensor]
 
 
-def our_model(vit: ViT, args: argparse.Namespace, impl: str = "fused") -> FaceModel:
+def our_model(vit: ViT, args: argparse.Namespace, module: ModuleType = fused) -> FaceModel:
     own = ViT(vit.config, vit.image_size)
     own.load_state_dict(vit.state_dict())
     config = FaceConfig(args.backbone, "random", vit.config, vit.image_size, dtype=args.dtype)
-    return FaceModel(own, config, impl).to(args.device).eval()
+    model = FaceModel(own, config).to(args.device).eval()
+    model.use_ops(module)
+    return model
 
 
 def calls(model: Callable[[Tensor], Tensor], images: Tensor) -> Embed:
@@ -90,7 +95,7 @@ def compiled(model: nn.Module, images: Tensor, freezing: bool) -> Callable[[Tens
 
 def runtimes(vit: ViT, args: argparse.Namespace, images: Tensor, groups: dict[str, list[str]]) -> dict[str, Embed]:
     """ONNX Runtime (float32 only on the CPU) and OpenVINO, from the plain model, on as many threads as torch."""
-    plain, found = _Plain(our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), "reference")), {}
+    plain, found = _Plain(our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), ops)), {}
     for name, build in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
         if name not in args.runtimes:
             continue
@@ -154,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     images, vit = inputs(args, torch.Generator().manual_seed(0))
     groups: dict[str, list[str]] = {"peers": [], "tuned_peers": [], "runtimes": []}
     with torch.no_grad():
-        exact = our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), "reference")(images)[0]
+        exact = our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), ops)(images)[0]
     prepared, plain = prepare_inference(our_model(vit, args)), our_model(vit, args)
     embeds = {
         "vitface, prepared": calls(lambda x: prepared(x)[0], images),

@@ -23,7 +23,7 @@ from timing import machine, synchronise
 from vitface.commands.flags import add_flags
 from vitface.config import resolve
 from vitface.data.formats.packing import pack
-from vitface.training.batches import Batch
+from vitface.training.batches import Batch, rank_batches
 from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices
 
@@ -35,7 +35,7 @@ DEFAULTS = dict(weights="random", val_data=None, holdout_people=0, epochs=1)
 def endless(trainer: Trainer) -> Iterator[Batch]:
     """Epoch after epoch, as the loop reads them."""
     for epoch in itertools.count():
-        yield from trainer._batches(epoch)
+        yield from rank_batches(trainer.config, trainer.data, trainer.model, epoch, range(trainer.data.steps_per_epoch))
 
 
 def measure(trainer: Trainer, seconds: float) -> tuple[list[float], list[float]]:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         loaded, fixed = measure(trainer, seconds)
     found, config = summary(loaded, fixed), trainer.config
     print(machine())
-    print(f"{config.backbone} at {config.image_size} px, batch {config.batch_size}, {config.dtype}, {config.impl}")
+    print(f"{config.backbone} at {config.image_size} px, batch {config.batch_size}, {config.dtype}")
     for name, rates in (("with the loader", loaded), ("on one batch", fixed)):
         print(f"{name:<16} {statistics.median(rates):>8.2f} img/s ({min(rates):.2f} to {max(rates):.2f})")
     print(

@@ -26,7 +26,7 @@ def forward_and_step(config: FaceConfig) -> tuple[int, int]:
     qkv, others = 4, 2 if config.lora_targets == "attn" else 2 + 5 + 5  # in + out in D: qkv; proj, fc1, fc2
     adapters = columns * dim * ((vit.depth - 1) * tokens * (qkv + others) + tokens * qkv + read * others)
     router = 0
-    if config.num_domains > 1 and config.gate in ("learned", "shuffled"):
+    if config.num_domains > 1:
         router = config.router_depth * _block(1 + (-(-grid // STRIDE)) ** 2, dim)
     embedding = patches + blocks + router + (adapters if config.num_domains > 1 else 0)
     return embedding, patches + 2 * blocks + 3 * adapters + router

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vitface.config import VIT_PRESETS
 from vitface.model.lora import adapted_linears
-from vitface.model.router import thin_out
 from vitface.model.vit import ViT
 from vitface.store.backbones import load_backbone
 from vitface.weights.conversion import convert_file
@@ -147,7 +146,6 @@ class TimmDALoRA(nn.Module):
     def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, args):
         super().__init__()
         self.model, self.router = model.requires_grad_(False), router
-        self.depth = args.router_depth
         self.layers = []
         for path, layer in adapted_linears(vit).items():
             parent = model.get_submodule(path.rpartition(".")[0])
@@ -161,11 +159,7 @@ class TimmDALoRA(nn.Module):
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         tokens = self.model.norm_pre(tokens)
         self.set_gate(None)
-        with torch.no_grad():
-            early = thin_out(tokens)
-            for block in self.model.blocks[: self.depth]:
-                early = block(early)
-        self.set_gate(self.router(early[:, 1:].mean(1)).softmax(1))
+        self.set_gate(self.router(tokens, self.model.blocks)[0])
         return self.model.norm(self.model.blocks(tokens))[:, 0]
 
     def set_gate(self, gate: Tensor | None) -> None:

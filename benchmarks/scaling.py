@@ -55,7 +55,7 @@ class Model:
 
 def measure(backbone: str) -> Model:
     """The default recipe (LoRA r 16, head patches, bf16) around random weights; the bytes do not depend on them."""
-    config = resolve({"backbone": backbone, "weights": "random", "dtype": "bf16", "impl": "fused", "device": "cpu"})
+    config = resolve({"backbone": backbone, "weights": "random", "dtype": "bf16", "device": "cpu"})
     model, margin = build_model(config, 2)
     trained = parameter_counts(model)["all"][1]
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)

@@ -7,6 +7,7 @@ weights, the same for all. Before anything is timed, losses and adapter gradient
 import argparse
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from arguments import ceiling, inputs, make_parser, parse
@@ -25,9 +26,11 @@ from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
+from vitface.kernels import fused
+from vitface.model import ops
 from vitface.model.face import DTYPES, FaceModel
 from vitface.model.lora import adapted_linears
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.vit import ViT
 
 PEOPLE, EMBEDDING, ALPHA = 1000, 512, 16.0
@@ -54,7 +57,7 @@ class TrainStep:
 
     def __init__(self, contestant: Contestant, images: Tensor, labels: Tensor):
         self.contestant, self.images, self.labels = contestant, images, labels
-        self.margin = MarginLoss("cosface", PEOPLE, EMBEDDING, 0.35, 64.0, seed=0).to(images.device)
+        self.margin = MarginLoss(make_margin("cosface", 0.35), PEOPLE, EMBEDDING, 64.0, seed=0).to(images.device)
         self.trained = [*contestant.trained, self.margin.weight]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
 
@@ -87,7 +90,7 @@ class WithHead(nn.Module):
         return self.head(self.backbone(images.to(self.dtype)).float())
 
 
-def our_model(vit: ViT, args: argparse.Namespace, dtype: str, impl: str) -> FaceModel:
+def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType) -> FaceModel:
     """A fresh copy of `vit` with adapters whose B is not zero, so that every gradient is exercised."""
     own = ViT(vit.config, vit.image_size)
     own.load_state_dict(vit.state_dict())
@@ -97,7 +100,8 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, impl: str) -> Face
         num_domains=domains, router_depth=args.router_depth,
         head="linear", embedding_dim=EMBEDDING, dtype=dtype,
     )  # fmt: skip
-    model = FaceModel(own, config, impl).to(args.device)
+    model = FaceModel(own, config).to(args.device)
+    model.use_ops(module)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in adapted_linears(model.vit).values():
@@ -114,7 +118,7 @@ def ours(model: FaceModel, compiled: bool) -> Contestant:
 
 def peft_contestant(backbone: nn.Module, kind: str, vit: ViT, args, how: dict) -> Contestant:
     """PEFT on a copy of `backbone`; `how` has dtype, cast, autocast, compiled, precision."""
-    reference = our_model(vit, args, "fp32", "reference")
+    reference = our_model(vit, args, "fp32", ops)
     model = with_peft(backbone, kind, reference.vit, args.rank, ALPHA, how["dtype"], how["cast"])
     modules = dict(model.base_model.model.named_modules())
     wrapped = WithHead(model, reference.head.proj, how["dtype"]).to(args.device).train()
@@ -130,7 +134,7 @@ def peft_contestant(backbone: nn.Module, kind: str, vit: ViT, args, how: dict) -
 
 def domain_contestant(kind: type[nn.Module], vit: ViT, args, fused_attention: bool, compiled: bool) -> Contestant:
     """DA-LoRA on timm's ViT in the frozen dtype, adapters' masters and router in float32, as ours."""
-    reference = our_model(vit, args, "fp32", "reference")
+    reference = our_model(vit, args, "fp32", ops)
     dtype = DTYPES[args.dtype]
     backbone = timm_backbone(vit, args.backbone, fused_attention).to(dtype)
     model = TimmDALoRA(backbone, kind, reference.vit, reference.router, args)
@@ -224,15 +228,15 @@ def main(argv: list[str] | None = None) -> None:
     images, vit = inputs(args, generator)
     labels = torch.randint(PEOPLE, (args.batch_size,), generator=generator).to(args.device)
     groups: dict[str, list[str]] = {"peers": [], "tuned_peers": []}
-    model = our_model(vit, args, args.dtype, "fused")
+    model = our_model(vit, args, args.dtype, fused)
     contestants = {"vitface": ours(model, False)}
     if args.compiled:
-        contestants["vitface, compiled"] = ours(our_model(vit, args, args.dtype, "fused"), True)
-    contestants["reference"] = ours(our_model(vit, args, args.dtype, "reference"), False)
+        contestants["vitface, compiled"] = ours(our_model(vit, args, args.dtype, fused), True)
+    contestants["reference"] = ours(our_model(vit, args, args.dtype, ops), False)
     if args.peers:
         contestants.update((lora_peers if args.adapter == "lora" else domain_peers)(args, vit, groups))
     steps = {name: TrainStep(contestant, images, labels) for name, contestant in contestants.items()}
-    exact = TrainStep(ours(our_model(vit, args, "fp32", "reference"), False), images, labels)
+    exact = TrainStep(ours(our_model(vit, args, "fp32", ops), False), images, labels)
     last = len(vit.blocks) - 1
     check(steps, exact, ["blocks.0.attn.qkv", f"blocks.{last}.attn.proj"], args.dtype)
     rates = interleave(steps, args.batch_size, args.repetitions, warmup=2)

@@ -26,10 +26,10 @@ from vitface.config import (
     resolve,
     to_flag,
 )
-from vitface.device import resolve_impl
 from vitface.errors import ConfigError
-from vitface.model.ops import runs_fused
-from vitface.training.setup import resolve_choices
+from vitface.kernels import fused
+from vitface.model import ops
+from vitface.model.face import fastest_ops
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)
@@ -232,20 +232,11 @@ def test_bookkeeping_is_what_does_not_shape_the_training():
     assert not BOOKKEEPING & {"seed", "dtype", "compile", "train_data", "batch_size", "grad_accum", "dry_run"}
 
 
-def test_auto_is_fused_on_the_cpu_alone(monkeypatch):
-    """Until somebody has measured it on a GPU (kernels/README.md)."""
-    for device, impl in (("cpu", "fused"), ("cuda:1", "reference"), ("mps", "reference")):
-        assert resolve_impl("auto", torch.device(device)) == impl
-        assert resolve_impl("fused", torch.device(device)) == "fused"
-    config = resolve({"weights": "random", "dtype": "fp32", "device": "cpu"})
-    assert resolve_choices(config).impl == "fused"
-    monkeypatch.setattr("vitface.training.setup.resolve_device", lambda name: torch.device("cuda"))
-    assert resolve_choices(config).impl == "reference"
-
-
-def test_a_model_takes_the_implementation_of_the_device_it_is_on():
-    impl = tiny_face().vit.blocks[0].attn.qkv.impl
-    assert runs_fused(impl, torch.empty(1)) and not runs_fused(impl, torch.empty(1, device="meta"))
+def test_a_model_takes_the_operations_of_its_device():
+    """Until somebody has measured the fused ones on a GPU (kernels/README.md)."""
+    assert fastest_ops(torch.device("cpu")) is fused
+    assert fastest_ops(torch.device("cuda:1")) is fastest_ops(torch.device("mps")) is ops
+    assert tiny_face().vit.blocks[0].attn.qkv.ops.lora_linear is fused.lora_linear
 
 
 def test_synthetic_faces_bring_their_own_domains(capsys):

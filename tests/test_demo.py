@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from vitface.commands import train
+from vitface.kernels import fused
+from vitface.model import ops
 
 
 @pytest.mark.slow
@@ -17,17 +19,18 @@ def test_the_demo_gains_ten_points(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fused_and_reference_train_alike(tmp_path):
+def test_fused_and_reference_train_alike(tmp_path, monkeypatch):
     """200 steps of the demo: the loss curves stay within 1 %, the adapters within 2 % of their size."""
     adapters, losses = {}, {}
-    for impl in ("reference", "fused"):
-        run_dir = tmp_path / impl
-        flags = ["--exp", "demo", "--dtype", "fp32", "--impl", impl, "--batch-size", "32", "--max-samples", "3200"]
+    for name, module in (("reference", ops), ("fused", fused)):
+        monkeypatch.setattr("vitface.training.setup.fastest_ops", lambda device, module=module: module)
+        run_dir = tmp_path / name
+        flags = ["--exp", "demo", "--dtype", "fp32", "--batch-size", "32", "--max-samples", "3200"]
         assert train.main([*flags, "--epochs", "2", "--save-dir", str(run_dir)]) == 0
         tensors = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
-        adapters[impl] = torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_" in name])
-        losses[impl] = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+        adapters[name] = torch.cat([tensors[key].flatten() for key in sorted(tensors) if "lora_" in key])
+        losses[name] = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert len(losses["fused"]) == 22 and losses["fused"] != losses["reference"]
-    torch.testing.assert_close(*(torch.tensor(losses[i]) for i in ("fused", "reference")), rtol=0.01, atol=0)
+    torch.testing.assert_close(*(torch.tensor(losses[name]) for name in ("fused", "reference")), rtol=0.01, atol=0)
     difference = (adapters["fused"] - adapters["reference"]).norm() / adapters["reference"].norm()
     assert 0 < difference < 0.02

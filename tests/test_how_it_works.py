@@ -23,11 +23,11 @@ from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.protocol import THRESHOLDS, contiguous_folds, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval
 from vitface.metrics import auc
-from vitface.model.face import EmbeddingHead
+from vitface.model.face import BatchNormHead, LinearHead, PatchesHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.ops import attention, attention_map, lora_linear, split_heads
-from vitface.model.router import load_balance_loss, thin_out
+from vitface.model.router import load_balance_loss, subsample_patches
 from vitface.model.vit import ViT
 from vitface.training.setup import build_model, parameter_counts
 from vitface.training.step import DOMAIN_LOSS_WEIGHT
@@ -68,7 +68,7 @@ def problems(page: str, claims: list[str]) -> list[str]:
 @functools.cache
 def model(**flags):
     """The face model that train.py would build, with random weights, on the CPU."""
-    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32", impl="reference")
+    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32")
     return build_model(config, num_people=2)[0].eval()
 
 
@@ -80,7 +80,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
     def keep(name, output):
         names.append(name)
-        seen[name] = output
+        seen[name] = output[0] if isinstance(output, tuple) else output
 
     modules = face.named_modules()
     hooks = [m.register_forward_hook(lambda _, __, output, name=name: keep(name, output)) for name, m in modules]
@@ -90,8 +90,10 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for hook in hooks:
         hook.remove()
     attn = face.vit.blocks[0].attn
-    q, k, v = split_heads(attn.qkv(face.vit.tokens(image)), attn.num_heads)
-    seen.update(photo=photo, input=image, q=q, weights=attention_map(q, k), attended=attention(q, k, v))
+    qkv = attn.qkv(face.vit.tokens(image))
+    attended = split_heads(torch.cat([attention(qkv, attn.num_heads)] * 3, dim=2), attn.num_heads)[0]
+    q, weights = split_heads(qkv, attn.num_heads)[0], attention_map(qkv, attn.num_heads)
+    seen.update(photo=photo, input=image, q=q, weights=weights, attended=attended)
     passes = sum(re.fullmatch(r"vit\.blocks\.\d+", name) is not None for name in names)
     return {**{n: tuple(x.shape) for n, x in seen.items() if isinstance(x, torch.Tensor)}, "passes": (passes,)}
 
@@ -115,14 +117,14 @@ def adapter_count(name: str, rank: int, targets: str = "attn") -> int:
 
 def attend(products: list[float], head_width: int) -> list[float]:
     """The attention weights of keys with these dot products with the query, in a head of this width."""
-    query, keys = torch.zeros(1, 1, 1, head_width), torch.zeros(1, 1, len(products), head_width)
-    query[..., 0], keys[0, 0, :, 0] = 1, torch.tensor(products)
-    return attention(query, keys, torch.eye(len(products))[None, None])[0, 0, 0].tolist()
+    qkv = torch.zeros(1, len(products), 3 * head_width)
+    qkv[0, 0, 0], qkv[0, :, head_width] = 1, torch.tensor(products)
+    return attention_map(qkv, 1)[0, 0, 0].tolist()
 
 
 def cosface(cosines: list[float], scale: float, margin: float, people: int = 2) -> float:
     """The loss of one embedding with these cosines to person 0 and person 1, and 0 to everybody else."""
-    loss = MarginLoss("cosface", people, 4, margin, scale)
+    loss = MarginLoss(make_margin("cosface", margin), people, 4, scale)
     loss.weight.data = torch.eye(4)[torch.arange(people).clamp(max=2)]
     rest = math.sqrt(1 - sum(cosine**2 for cosine in cosines))
     return loss(torch.tensor([[*cosines, 0.0, rest]]), torch.tensor([0])).item()
@@ -131,7 +133,7 @@ def cosface(cosines: list[float], scale: float, margin: float, people: int = 2) 
 def fresh_cosface(scale: float, margin: float) -> float:
     """The mean loss of random embeddings, drawn apart from the matrix, before the first step."""
     size, generator = TrainConfig().embedding_dim, torch.Generator().manual_seed(1)
-    loss = MarginLoss("cosface", PEOPLE, size, margin, scale)
+    loss = MarginLoss(make_margin("cosface", margin), PEOPLE, size, scale)
     labels = torch.randint(PEOPLE, (512,), generator=generator)
     with torch.no_grad():
         return loss(torch.randn(512, size, generator=generator), labels).item()
@@ -249,7 +251,7 @@ def blocks() -> list[str]:
     small = count(block) - count(block.attn) - count(block.mlp)
     positions = frozen.cls_token.numel() + frozen.pos_embed.numel()
     return [
-        say("{} -> {}, GELU, {} -> {}", width, *[seen["vit.blocks.0.mlp.fc1"][2]] * 2, seen["vit.blocks.0.mlp"][2]),
+        say("{} -> {}, GELU, {} -> {}", width, *[block.mlp.fc1.out_features] * 2, seen["vit.blocks.0.mlp"][2]),
         say("(B, {}, {}), {} times", rows, width, len(frozen.blocks)),
         say("| patch map | {:,} |", count(frozen.patch_embed)),
         say("| CLS and positions | {:,} |", positions),
@@ -264,7 +266,7 @@ def blocks() -> list[str]:
 def heads() -> list[str]:
     _, rows, width = shapes()["vit.blocks.0"]
     size = TrainConfig().embedding_dim
-    linear, norm, patches = (EmbeddingHead(kind, width, rows, size) for kind in ("linear", "bn", "patches"))
+    linear, norm, patches = LinearHead(width, size), BatchNormHead(width, size), PatchesHead(width, size, rows, 1)
     axes = np.eye(2)
     same, right_angle = pair_distance(axes[:1], axes[:1])[0], pair_distance(axes[:1], axes[1:])[0]
     assert TrainConfig().head == "patches" and resolve({"exp": "exp_001"}).head == "linear"
@@ -317,9 +319,11 @@ def dalora() -> list[str]:
     stacked, rank = qkv.lora_a.shape[0], face.config.lora_rank
     adapters, router, head = (counts[part][1] for part in ("adapters", "router", "head"))
     single = adapter_count("dinov2_vits14", rank)
-    even, collapsed = (load_balance_loss(row[None]) for row in (torch.zeros(domains), 99 * torch.eye(domains)[0]))
+    even, collapsed = (
+        load_balance_loss(row[None]) for row in (torch.full((domains,), 1 / domains), torch.eye(domains)[0])
+    )
     tokens = seen["vit.blocks.0"][1]
-    thin = thin_out(torch.zeros(1, tokens, 1)).shape[1]
+    thin = subsample_patches(torch.zeros(1, tokens, 1)).shape[1]
     wide = 48  # the rank and the alpha of the control
     assert lora_scaling(face.config.lora_scaling, wide, wide) == qkv.scaling
     assert adapter_count("dinov2_vits14", wide) == adapters and adapters + router + head == counts["all"][1]
@@ -355,7 +359,7 @@ def cosface_section() -> list[str]:
     config = TrainConfig()
     s, m, size = config.scale, config.margin, config.embedding_dim
     right, other, clear = 0.6, 0.3, 0.75
-    matrix = MarginLoss("cosface", PEOPLE, size, m, s).weight.numel()
+    matrix = MarginLoss(make_margin("cosface", m), PEOPLE, size, s).weight.numel()
     chance = cosface([0, 0], s, m, PEOPLE)
     return [
         say("for {:,} people a matrix of {:,} × {} = {:,}", PEOPLE, PEOPLE, size, matrix),

@@ -24,7 +24,7 @@ SLOW = (
     "torch._dynamo",
     "multiprocessing.pool",
 )
-ROOMS = ("vitface.training", "vitface.kernels", "vitface.commands", "vitface.study", "vitface.data.faces.folder")
+ROOMS = ("vitface.training", "vitface.commands", "vitface.study", "vitface.data.faces.folder")
 IMPORT = """
 import sys, threading, warnings, random, os
 import numpy, torch, PIL.Image

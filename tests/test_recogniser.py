@@ -8,6 +8,7 @@ from PIL import Image
 
 from vitface.errors import ConfigError, ImageError
 from vitface.model.inference import embed_batches, embed_crops, split
+from vitface.model.lora import Mix
 from vitface.recogniser import Recogniser
 from vitface.store.thresholds import Verdict
 
@@ -91,7 +92,7 @@ def test_attention_maps_sum_to_at_most_one(images):
     maps, model = recogniser.attention(images, block=0), recogniser.model
     assert maps.shape == (5, 2, 4, 4)
     inputs = model.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0)
-    full = model.vit.attention(inputs, model.gate(model.route(model.vit.tokens(inputs))), block=0)
+    full = model.vit.attention(inputs, Mix(model.route(model.vit.tokens(inputs))[0]), block=0)
     np.testing.assert_allclose(full[:, :, 0, 1:].detach().numpy().reshape(5, 2, 4, 4), maps, atol=1e-6)
     assert maps.sum((2, 3)).min() > 0 and maps.sum((2, 3)).max() < 1
     with pytest.raises(ValueError, match="block 2 does not exist"):

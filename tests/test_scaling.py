@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitface.config import resolve
+from vitface.model.margin import CosFace
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.setup import build_model
 
@@ -28,15 +29,13 @@ def test_the_tables_of_the_page_are_computed(models):
 
 
 def test_the_bytes_are_those_of_the_tensors(models):
-    config = resolve(
-        {"backbone": "dinov2_vits14", "weights": "random", "dtype": "bf16", "device": "cpu", "impl": "fused"}
-    )
+    config = resolve({"backbone": "dinov2_vits14", "weights": "random", "dtype": "bf16", "device": "cpu"})
     model, _ = build_model(config, 2)
     assert models[0].trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = ShardedMargin("cosface", 1000, scaling.E, 0.35, 64.0)
+    head = ShardedMargin(CosFace(0.35), 1000, scaling.E, 64.0)
     assert scaling.identity_bytes(1000, 1, 1.0) == 4 * head.weight.nbytes
     assert scaling.identity_bytes(1000, 8, 1.0) == 4 * head.weight.nbytes // 8
-    sampled = ShardedMargin("cosface", 1000, scaling.E, 0.35, 64.0, sample_rate=0.1)
+    sampled = ShardedMargin(CosFace(0.35), 1000, scaling.E, 64.0, sample_rate=0.1)
     assert scaling.identity_bytes(1000, 1, 0.1) == pytest.approx(
         sum(buffer.nbytes for buffer in sampled.buffers()) + 0.4 * head.weight.nbytes, rel=1e-6
     )

@@ -83,9 +83,8 @@ def backbone_name(name: str) -> str:
 class FaceConfig:
     """Everything that shapes a face model; stored beside its tensors, so that no script can contradict it.
 
-    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. Each `gate` but "learned" is
-    a control (see `vitface.model.face.FaceModel.gate`). `weights_sha256` is that of the converted backbone file, or
-    "random".
+    `num_domains` 1 is plain LoRA, without a router; `lora_rank` 0 is the frozen backbone. `weights_sha256` is the
+    SHA-256 of the converted backbone file, or "random".
     """
 
     backbone: str
@@ -97,7 +96,6 @@ class FaceConfig:
     lora_scaling: Literal["lora", "rslora"] = "lora"
     lora_targets: Literal["attn", "attn+mlp"] = "attn"
     num_domains: int = 1
-    gate: Literal["learned", "uniform", "random", "shuffled"] = "learned"
     router_depth: int = 3
     gate_temperature: float = 1.0
     head: Literal["cls", "linear", "bn", "patches"] = "cls"
@@ -155,7 +153,6 @@ class TrainConfig:
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a router")
     num_domains: int = flag(3, "DA-LoRA's adapters per layer", least=1, most=MAX_SIZE)
-    gate: Literal["learned", "uniform", "random", "shuffled"] = flag("learned", "DA-LoRA's mix; controls of a study")
     router_depth: int = flag(3, "frozen blocks that the router looks through", least=1)
     gate_temperature: float = flag(1.0, "of the router's softmax; below 1 an image uses fewer adapters", above=0)
     balance_loss_weight: float = flag(0.01, "weight of the loss that keeps all domains in use", least=0)
@@ -198,7 +195,6 @@ class TrainConfig:
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", group="device", bookkeeping=True)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "precision of the frozen backbone; adapters are fp32")
-    impl: Literal["auto", "reference", "fused"] = flag("auto", "of the layers; auto: fused on the CPU, else reference")
     compile: bool = flag(False, "torch.compile the model")
     memory_budget: float | None = flag(
         None, "GB that a step may take; blocks are recomputed until it fits", above=0, bookkeeping=True
@@ -221,8 +217,6 @@ class TrainConfig:
         vit.grid(self.image_size)
         if self.use_dalora and self.num_domains < 2:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
-        if self.gate != "learned" and not self.use_dalora:
-            raise ConfigError(f"--gate {self.gate} is a control for DA-LoRA; add --use-dalora")
         blocks = f"as {self.backbone} has {vit.depth} blocks"
         if self.use_dalora and self.router_depth >= vit.depth:  # the last one computes no more than the head reads
             raise ConfigError(f"--router-depth must be at most {vit.depth - 1}, {blocks}, not {self.router_depth}")
@@ -272,11 +266,6 @@ EXPERIMENTS = {
     "exp_004": Experiment(
         "exp_002 with DA-LoRA: no result is known", _RECORDED | dict(backbone="clip", use_dalora=True)
     ),
-    # the controls of exp_003: LoRA with as many parameters and the same alpha / rank, and gates that choose nothing
-    "exp_003_lora48": Experiment("a control of exp_003", _RECORDED | dict(lora_rank=48, lora_alpha=48.0)),
-    "exp_003_uniform": Experiment("a control of exp_003", _RECORDED | dict(use_dalora=True, gate="uniform")),
-    "exp_003_random": Experiment("a control of exp_003", _RECORDED | dict(use_dalora=True, gate="random")),
-    "exp_003_shuffled": Experiment("a control of exp_003", _RECORDED | dict(use_dalora=True, gate="shuffled")),
 }
 
 

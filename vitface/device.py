@@ -38,14 +38,6 @@ def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
     return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
-def resolve_impl(name: str, device: torch.device) -> str:
-    """ "auto" is "fused" on the CPU, else "reference"."""
-    if name != "auto":
-        return name
-    # On a GPU nobody has measured "fused" yet (kernels/README.md, "On CUDA"): until then its users get what is known.
-    return "fused" if device.type == "cpu" else "reference"
-
-
 def _keep_freed_memory() -> None:
     """On Linux, asks glibc to keep what is freed for the next allocation, as torch does on a GPU.
 

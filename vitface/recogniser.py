@@ -11,7 +11,7 @@ from torch import Tensor
 from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
-from vitface.model.face import FaceModel
+from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import Verdict, choose_threshold
@@ -49,7 +49,7 @@ class Recogniser:
 
     def to(self, device: str | torch.device) -> "Recogniser":
         """Moves the model; returns itself."""
-        self.model.to(device)
+        self.model.to(device).use_ops(fastest_ops(torch.device(device)))
         return self
 
     def prepare(self) -> "Recogniser":

@@ -35,7 +35,7 @@ def face_on(backbone: Path, **changes) -> FaceModel:
     model = FaceModel(load_backbone(NAME, backbone, config.image_size), config, seed=4).eval()
     randomise_adapters(model)
     with torch.no_grad():
-        for name, tensor in model.head.norm.named_buffers():
+        for name, tensor in model.head.named_buffers():
             tensor.copy_(torch.rand(tensor.shape) + 0.5 if name != "num_batches_tracked" else torch.tensor(3))
     return model
 

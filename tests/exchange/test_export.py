@@ -14,6 +14,7 @@ import vitface
 from vitface.__main__ import main
 from vitface.errors import ExchangeError
 from vitface.exchange import onnx_graph as graph
+from vitface.model.lora import Mix
 from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone, read_backbone
 
@@ -21,7 +22,7 @@ KINDS = {
     "lora": {},
     "dalora": {"num_domains": 3, "head": "patches", "head_levels": 2, "gate_temperature": 0.5},
     "rslora, mlp": {"lora_scaling": "rslora", "lora_targets": "attn+mlp", "head": "linear"},
-    "fp16, uniform gate": {"num_domains": 2, "gate": "uniform", "head": "bn", "dtype": "fp16"},
+    "fp16, two domains": {"num_domains": 2, "head": "bn", "dtype": "fp16"},
     "bf16, patch convolution": {"num_domains": 2, "dtype": "bf16", "train_patch_embed": True},
 }
 
@@ -82,7 +83,7 @@ def test_a_graph_that_differs_is_not_written(backbone, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("kind", "flip"),
-    [("bf16, patch convolution", True), ("fp16, uniform gate", True), ("rslora, mlp", False)],
+    [("bf16, patch convolution", True), ("fp16, two domains", True), ("rslora, mlp", False)],
 )
 def test_torch_export_computes_the_same(backbone, tmp_path, kind, flip):
     run = trained(backbone, tmp_path, **KINDS[kind])
@@ -92,12 +93,6 @@ def test_torch_export_computes_the_same(backbone, tmp_path, kind, flip):
         found = program.module()(torch.from_numpy(faces(count)))[0].detach().numpy()
         np.testing.assert_allclose(found, model.embed(faces(count), flip=flip), atol=1e-5)
         assert np.abs(found - model.embed(faces(count), flip=not flip)).max() > 1e-3
-
-
-def test_a_gate_that_mixes_images_has_no_graph(backbone, tmp_path, capsys):
-    trained(backbone, tmp_path, num_domains=2, gate="shuffled")
-    assert export("onnx", "face.onnx") == 2
-    assert "mixes the images of a batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
@@ -132,8 +127,9 @@ def test_a_merged_model_computes_the_same_without_adapters(backbone, tmp_path, k
     file = tmp_path / "merged" / f"{NAME}.safetensors"
     vit = load_backbone(NAME, file, 32)
     inputs = torch.randn(2, 3, 32, 32)
+    model.model.vit.keep_queries(None)
     with torch.no_grad():
-        torch.testing.assert_close(vit(inputs), model.model.vit(inputs), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(vit(inputs), model.model.vit(inputs, Mix()), atol=2e-6, rtol=1e-5)
     assert "sha256" in read_backbone(file)[3]["merged"]
 
 
@@ -178,7 +174,9 @@ def test_an_adapter_alone_becomes_a_model_of_the_raw_cls(backbone, tmp_path, cap
     assert file == backbone and model.config.lora_scaling == "rslora"
     inputs = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model(inputs)[0], vitface.load(run).model.vit(inputs)[:, 0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            model(inputs)[0], vitface.load(run).model.vit(inputs, Mix())[:, 0], atol=2e-6, rtol=1e-5
+        )
 
 
 def test_domains_and_models_have_to_fit(backbone, tmp_path, capsys):

@@ -16,7 +16,7 @@ from vitface.errors import ExchangeError
 from vitface.exchange.bundle import write_folder
 from vitface.exchange.from_peft import read_domains, read_peft
 from vitface.exchange.peft import CONFIG, TENSORS, TIMM, peft_files, transformers_layout
-from vitface.model.lora import TARGETS, adapter_state_dict, add_lora
+from vitface.model.lora import TARGETS, Mix, adapter_state_dict, add_lora
 from vitface.model.vit import ViT, init_weights
 from vitface.weights.keymaps import transformers_family
 
@@ -123,7 +123,7 @@ def images(count: int = 3) -> torch.Tensor:
 
 def ours(vit: ViT) -> torch.Tensor:
     with torch.no_grad():
-        return vit(images().to(vit.pos_embed.dtype))[:, 0]
+        return vit(images().to(vit.pos_embed.dtype), Mix())[:, 0]
 
 
 VARIANTS = [
@@ -156,7 +156,7 @@ def test_peft_on_timm_computes_the_same(changes, tmp_path):
     assert not any("patch_embed" in name for name, _ in adapted.named_parameters() if "lora" in name)
     with torch.no_grad():
         x = vit.tokens(images())
-        expected = vit.blocks[1](vit.blocks[0](x))
+        expected = vit.blocks[1](vit.blocks[0](x, Mix()), Mix())
         torch.testing.assert_close(adapted(x), expected, atol=1e-6, rtol=1e-6)
         assert (TimmLike(vit)(x) - expected).abs().max() > 0.03
 
@@ -175,7 +175,7 @@ def test_a_domain_is_an_adapter_that_peft_can_route_to(backbone, tmp_path):
         adapted.set_adapter(f"d{k}")
         gate = torch.eye(3)[[k] * 3]
         with torch.no_grad():
-            expected = vit.double()(images().double(), gate.double())[:, 0]
+            expected = vit.double()(images().double(), Mix(gate.double()))[:, 0]
         torch.testing.assert_close(cls(adapted.double()), expected, atol=1e-9, rtol=1e-9)
     read, domains = read_domains(tmp_path / "a", backbone, config.vit)
     assert domains == 3 and all(torch.equal(read.tensors[key], tensor.float()) for key, tensor in adapters.items())
@@ -279,7 +279,7 @@ def test_what_peft_trained_on_timm_names_computes_the_same_here(tmp_path):
     vit.load_state_dict({**vit.state_dict(), **read.tensors})
     with torch.no_grad():
         x = vit.tokens(images())
-        torch.testing.assert_close(vit.blocks[1](vit.blocks[0](x)), model(x), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(vit.blocks[1](vit.blocks[0](x, Mix()), Mix()), model(x), atol=1e-6, rtol=1e-6)
 
 
 @given(

@@ -2,15 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vitface.commands import train
 from vitface.config import FaceConfig, resolve
+from vitface.kernels import fused
+from vitface.model import ops
 from vitface.model.face import FaceModel
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import load_backbone
+from vitface.training.batches import Batch
 from vitface.training.step import total_loss
 
 pytestmark = pytest.mark.gpu
@@ -22,11 +26,12 @@ def cuda():
         pytest.skip("torch finds no CUDA device")
 
 
-def test_the_demo_trains_as_on_the_cpu(tmp_path):
+def test_the_demo_trains_as_on_the_cpu(tmp_path, monkeypatch):
     """200 steps: the loss curves stay within 1 %, the adapters within 2 % of their size, as `fused` on the CPU does."""
     adapters, losses = {}, {}
-    for device, impl in (("cpu", "reference"), ("cuda", "fused")):
-        flags = ["--exp", "demo", "--dtype", "fp32", "--device", device, "--impl", impl, "--batch-size", "32"]
+    monkeypatch.setattr("vitface.training.setup.fastest_ops", lambda device: fused if device.type == "cuda" else ops)
+    for device in ("cpu", "cuda"):
+        flags = ["--exp", "demo", "--dtype", "fp32", "--device", device, "--batch-size", "32"]
         run_dir = tmp_path / device
         with torch.backends.cudnn.flags(enabled=False):  # it would round the stem's pixels to TF32
             assert train.main([*flags, "--max-samples", "3200", "--epochs", "2", "--save-dir", str(run_dir)]) == 0
@@ -48,8 +53,9 @@ def step(request):
         backbone, "random", vit.config, 224, lora_rank=16, lora_targets=targets, num_domains=domains, head="linear",
         dtype="bf16",
     )  # fmt: skip
-    model = FaceModel(vit, face, "fused").cuda().train()
-    margin = MarginLoss("cosface", 100, face.embedding_dim, 0.35, 64.0).cuda()
+    model = FaceModel(vit, face).cuda().train()
+    model.use_ops(fused)
+    margin = MarginLoss(make_margin("cosface", 0.35), 100, face.embedding_dim, 64.0).cuda()
     trained = [p for module in (model, margin) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     config = resolve({"backbone": backbone, "weights": "random", "use_dalora": domains > 1})
@@ -57,7 +63,7 @@ def step(request):
     labels = torch.arange(4, device="cuda")
 
     def one():
-        loss = total_loss(model, margin, images, labels, None, config)["loss"]
+        loss = total_loss(model, margin, Batch(images, labels, None, np.zeros(1, int)), config)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -94,7 +100,8 @@ def test_recomputed_blocks_give_the_same_gradients():
     """`--memory-budget` runs a fused block a second time in the backward pass."""
     vit = load_backbone("vit_nano", "random", 112)
     face = FaceConfig("vit_nano", "random", vit.config, 112, lora_rank=16, num_domains=3, router_depth=1)
-    model = FaceModel(vit, face, "fused").cuda().train()
+    model = FaceModel(vit, face).cuda().train()
+    model.use_ops(fused)
     images = torch.randn(4, 3, 112, 112, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     trained = [p for name, p in model.named_parameters() if "lora_a" in name or "lora_b" in name]
     with torch.no_grad():
@@ -103,7 +110,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     dout = torch.randn(4, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     found = []
     for recomputed in (0, 2):
-        model.vit.recomputed = recomputed
+        model.vit.recompute(recomputed)
         found.append(torch.autograd.grad(model(images)[0], trained, dout))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * one.abs().max().item())

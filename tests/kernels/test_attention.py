@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from precision import assert_as_precise, poison
 
-from vitface.kernels.attention import _attention, _backward
-from vitface.model.ops import EXPLICIT_TOKENS, self_attention
+from vitface.kernels import fused
+from vitface.kernels.attention import MAX_TOKENS, _attention, _backward
+from vitface.model import ops
 
 cases = st.fixed_dictionaries(
     {
@@ -30,13 +31,13 @@ def draw(case):
     return qkv, torch.randn(batch, min(case["queries"] or tokens, tokens), width, generator=generator, dtype=qkv.dtype)
 
 
-def results(qkv, dout, case, dtype, impl):
+def results(qkv, dout, case, dtype, module):
     """Output and gradient, in float64."""
     qkv, dout = qkv.to(dtype), dout.to(dtype)
     if not case["contiguous"]:
         qkv, dout = qkv.mT.contiguous().mT, dout.mT.contiguous().mT
     qkv.requires_grad_()
-    out = self_attention(qkv, case["heads"], case["queries"] and dout.shape[1], impl=impl)
+    out = module.attention(qkv, case["heads"], case["queries"] and dout.shape[1])
     return out.detach().double(), torch.autograd.grad(out, qkv, dout)[0].double()
 
 
@@ -44,17 +45,17 @@ def results(qkv, dout, case, dtype, impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_that_of_eager(dtype, case):
     tensors = [t.to(dtype).double() for t in draw(case)]
-    exact = results(*tensors, case, torch.float64, "reference")
-    eager, fused = (results(*tensors, case, dtype, impl) for impl in ("reference", "fused"))
-    for name, *row in zip(("O", "dqkv"), exact, exact, eager, fused, strict=True):
+    exact = results(*tensors, case, torch.float64, ops)
+    eager, ours = (results(*tensors, case, dtype, module) for module in (ops, fused))
+    for name, *row in zip(("O", "dqkv"), exact, exact, eager, ours, strict=True):
         assert_as_precise(name, *row, dtype)
 
 
 @given(cases)
 def test_float64_is_the_reference(case):
     for want, got in zip(
-        results(*draw(case), case, torch.float64, "reference"),
-        results(*draw(case), case, torch.float64, "fused"),
+        results(*draw(case), case, torch.float64, ops),
+        results(*draw(case), case, torch.float64, fused),
         strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
@@ -66,7 +67,7 @@ SMALL = {"batch": 2, "tokens": 5, "heads": 2, "head_dim": 3, "queries": None, "c
 @pytest.mark.parametrize("queries", [None, 2])
 def test_gradcheck(queries):
     qkv = draw(SMALL)[0].requires_grad_()
-    assert torch.autograd.gradcheck(lambda qkv: self_attention(qkv, 2, queries, impl="fused"), qkv)
+    assert torch.autograd.gradcheck(lambda qkv: fused.attention(qkv, 2, queries), qkv)
 
 
 @pytest.mark.parametrize("queries", [5, 2])
@@ -83,7 +84,7 @@ def test_compiled_equals_eager():
     qkv.requires_grad_()
 
     def layer(qkv):
-        return self_attention(2 * qkv, 2, impl="fused")
+        return fused.attention(2 * qkv, 2)
 
     out, compiled = layer(qkv), torch.compile(layer, fullgraph=True)(qkv)
     torch.testing.assert_close(compiled, out, rtol=0, atol=1e-12)
@@ -94,19 +95,24 @@ def test_nothing_read_from_fresh_memory(monkeypatch):
     poison(monkeypatch)
     for queries in (None, 2):
         case = {**SMALL, "queries": queries}
-        assert all(t.isfinite().all() for t in results(*draw(case), case, torch.float32, "fused"))
+        assert all(t.isfinite().all() for t in results(*draw(case), case, torch.float32, fused))
 
 
 def test_its_input_is_left_alone():
     for case in (SMALL, {**SMALL, "batch": 1, "tokens": 1, "heads": 1}):  # the second needs no copy to split the heads
         qkv, dout = draw(case)
         before, dbefore = qkv.clone(), dout.clone()
-        results(qkv, dout, case, torch.float64, "fused")
+        results(qkv, dout, case, torch.float64, fused)
         assert torch.equal(qkv, before) and torch.equal(dout, dbefore)
 
 
 def test_long_sequences_take_the_devices_own_kernel(monkeypatch):
-    monkeypatch.setattr("vitface.kernels.attention.attention", lambda qkv, *_: qkv[..., :1] * torch.nan)
-    for tokens, ours in ((EXPLICIT_TOKENS, True), (EXPLICIT_TOKENS + 1, False)):
-        qkv = torch.randn(1, tokens, 3, generator=torch.Generator().manual_seed(0))
-        assert self_attention(qkv, 1, impl="fused").isnan().all().item() == ours
+    called = []
+    monkeypatch.setattr("vitface.kernels.attention._attention", lambda *arguments: called.append(arguments) or [None])
+    for tokens, ours in ((MAX_TOKENS, 1), (MAX_TOKENS + 1, 0)):
+        qkv = torch.randn(1, tokens, 12, generator=torch.Generator().manual_seed(0))
+        out = fused.attention(qkv, 2, 3)
+        assert len(called) == ours
+        if not ours:
+            torch.testing.assert_close(out, ops.attention(qkv, 2, 3))
+        called.clear()

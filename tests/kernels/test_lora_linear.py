@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from precision import assert_as_precise, poison
 
-from vitface.kernels.lora_linear import _backward, _lora_linear
-from vitface.model.ops import lora_linear
+from vitface.kernels import fused
+from vitface.kernels.lora_linear import _backward, _lora_linear, forward
+from vitface.model import ops
 
 cases = st.fixed_dictionaries(
     {
@@ -18,7 +19,6 @@ cases = st.fixed_dictionaries(
         "rank": st.sampled_from([4, 5, 16, 64]),
         "domains": st.sampled_from([None, 1, 2, 3, 8]),
         "bias": st.booleans(),
-        "residual": st.booleans(),
         "contiguous": st.booleans(),
         "seed": st.integers(0, 1000),
     }
@@ -26,7 +26,7 @@ cases = st.fixed_dictionaries(
 
 
 def draw(case):
-    """float64 x, weight, bias, a, b, gate, residual and dy; None where the case has no such input."""
+    """float64 x, weight, bias, a, b, gate and dy; None where the case has no such input."""
     generator = torch.Generator().manual_seed(case["seed"])
     batch, tokens, i, o, rank = (case[key] for key in ("batch", "tokens", "inputs", "outputs", "rank"))
     columns = rank * (case["domains"] or 1)
@@ -36,26 +36,22 @@ def draw(case):
 
     bias = normal(o) if case["bias"] else None
     gate = normal(batch, case["domains"]).softmax(1) if case["domains"] else None
-    residual = normal(batch, tokens, o) if case["residual"] else None
-    return (
-        normal(batch, tokens, i), normal(o, i) * i**-0.5, bias, normal(columns, i) * i**-0.5, normal(o, columns), gate,
-        residual, normal(batch, tokens, o),
-    )  # fmt: skip
+    weight, a = normal(o, i) * i**-0.5, normal(columns, i) * i**-0.5
+    return normal(batch, tokens, i), weight, bias, a, normal(o, columns), gate, normal(batch, tokens, o)
 
 
-def results(tensors, dtype, impl, contiguous=True):
+def results(tensors, dtype, module, contiguous=True):
     """Output and gradients by name, in float64. Under bf16, adapters and gate stay float32, as in training."""
     masters = torch.promote_types(dtype, torch.float32)
-    x, weight, bias, a, b, gate, residual, dy = (
+    x, weight, bias, a, b, gate, dy = (
         None if t is None else t.to(masters if n in (3, 4, 5) else dtype) for n, t in enumerate(tensors)
     )
     if not contiguous:  # every second column of a wider tensor, and transposed ones
         x = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
         dy = dy.mT.contiguous().mT
-        residual = None if residual is None else residual.mT.contiguous().mT
-    named = {"x": x, "lora_a": a, "lora_b": b, "gate": gate, "residual": residual}
+    named = {"x": x, "lora_a": a, "lora_b": b, "gate": gate}
     asked = {name: t.requires_grad_() for name, t in named.items() if t is not None}
-    y = lora_linear(x, weight, bias, a, b, 0.5, gate, residual=residual, impl=impl)
+    y = module.lora_linear(x, weight, bias, a, b, 0.5, gate)
     gradients = torch.autograd.grad(y, tuple(asked.values()), dy)
     return {name: t.double() for name, t in zip(("y", *asked), (y.detach(), *gradients), strict=True)}
 
@@ -64,48 +60,41 @@ def results(tensors, dtype, impl, contiguous=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_that_of_eager(dtype, case):
     tensors = [None if t is None else t.to(dtype).double() for t in draw(case)]
-    exact = results(tensors, torch.float64, "reference")
-    eager = results(tensors, dtype, "reference")
-    fused = results(tensors, dtype, "fused", case["contiguous"])
-    sizes = results([None if t is None else t.abs() for t in tensors], torch.float64, "reference")
+    exact = results(tensors, torch.float64, ops)
+    eager = results(tensors, dtype, ops)
+    ours = results(tensors, dtype, fused, case["contiguous"])
+    sizes = results([None if t is None else t.abs() for t in tensors], torch.float64, ops)
     for name in exact:
-        assert_as_precise(name, exact[name], sizes[name], eager[name], fused[name], dtype)
+        assert_as_precise(name, exact[name], sizes[name], eager[name], ours[name], dtype)
 
 
 @given(cases)
 def test_float64_is_the_reference(case):
     tensors = draw(case)
-    want, got = (results(tensors, torch.float64, impl) for impl in ("reference", "fused"))
+    want, got = (results(tensors, torch.float64, module) for module in (ops, fused))
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-SMALL = {
-    "batch": 2, "tokens": 3, "inputs": 5, "outputs": 4, "rank": 2, "bias": True, "residual": True, "contiguous": True,
-    "seed": 0,
-}  # fmt: skip
+SMALL = {"batch": 2, "tokens": 3, "inputs": 5, "outputs": 4, "rank": 2, "bias": True, "contiguous": True, "seed": 0}
 
 
 @pytest.mark.parametrize("domains", [None, 1, 3])
 def test_gradcheck(domains):
-    x, weight, bias, a, b, gate, residual, _ = draw({**SMALL, "domains": domains})
-    asked = [t.requires_grad_() for t in (x, a, b, residual, gate) if t is not None]
+    x, weight, bias, a, b, gate, _ = draw({**SMALL, "domains": domains})
+    asked = [t.requires_grad_() for t in (x, a, b, gate) if t is not None]
     assert torch.autograd.gradcheck(
-        lambda x, a, b, residual, gate=None: lora_linear(
-            x, weight, bias, a, b, 0.7, gate, residual=residual, impl="fused"
-        ),
-        asked,
+        lambda x, *rest: fused.lora_linear(x, weight, bias, *rest[:2], 0.7, *rest[2:]), asked
     )
 
 
 @pytest.mark.parametrize("domains", [None, 3])
 def test_opcheck(domains):
-    x, weight, bias, a, b, gate, residual, _ = draw({**SMALL, "domains": domains})
-    x, a, b, residual = (t.requires_grad_() for t in (x.flatten(0, 1), a, b, residual.flatten(0, 1)))
-    for added in (None, residual):
-        torch.library.opcheck(_lora_linear, (x, weight, bias, a, b, 0.7, gate, added))
-    low = x.detach() @ a.detach().T
+    x, weight, bias, a, b, gate, _ = draw({**SMALL, "domains": domains})
+    x, a, b = (t.requires_grad_() for t in (x.flatten(0, 1), a, b))
+    torch.library.opcheck(_lora_linear, (x, weight, bias, a, b, 0.7, gate))
+    xa = x.detach() @ a.detach().T
     dy = torch.ones(len(x), len(weight), dtype=x.dtype)
-    tensors = (dy, x.detach(), weight, a.detach(), b.detach(), 0.7, gate, low)
+    tensors = (dy, x.detach(), weight, a.detach(), b.detach(), 0.7, gate, xa)
     for needs_dx in (True, False):
         torch.library.opcheck(_backward, (*tensors, needs_dx))
 
@@ -113,12 +102,11 @@ def test_opcheck(domains):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, inside inductor
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(backend):
-    x, weight, bias, a, b, gate, residual, dy = draw({**SMALL, "domains": 3})
-    asked = [t.requires_grad_() for t in (x, a, b, gate, residual)]
+    x, weight, bias, a, b, gate, dy = draw({**SMALL, "domains": 3})
+    asked = [t.requires_grad_() for t in (x, a, b, gate)]
 
-    def layer(x, a, b, gate, residual):
-        y = lora_linear(2 * x, weight, bias, a, b, 0.7, gate, residual=3 * residual, impl="fused")
-        return torch.nn.functional.gelu(y)
+    def layer(x, a, b, gate):
+        return torch.nn.functional.gelu(fused.lora_linear(2 * x, weight, bias, a, b, 0.7, gate))
 
     y, compiled = layer(*asked), torch.compile(layer, backend=backend, fullgraph=True)(*asked)
     torch.testing.assert_close(compiled, y, rtol=0, atol=1e-12)
@@ -129,27 +117,40 @@ def test_compiled_equals_eager(backend):
 def test_nothing_read_from_fresh_memory(monkeypatch):
     poison(monkeypatch)
     tensors = draw({**SMALL, "domains": 3})
-    assert all(t.isfinite().all() for t in results(tensors, torch.float32, "fused").values())
+    assert all(t.isfinite().all() for t in results(tensors, torch.float32, fused).values())
 
 
 def test_saves_the_input_and_the_bottleneck_only():
-    """No tensor as wide as the output, and nothing K times: x and low, beside parameters and gate."""
-    x, weight, bias, a, b, gate, residual, _ = draw({**SMALL, "tokens": 50, "outputs": 33, "domains": 8})
+    """No tensor as wide as the output, and nothing K times: x and xa, beside parameters and gate."""
+    x, weight, bias, a, b, gate, _ = draw({**SMALL, "tokens": 50, "outputs": 33, "domains": 8})
     parameters = {t.data_ptr() for t in (weight, bias, a, b, gate)}
     saved = []
-    asked = [t.requires_grad_() for t in (x, a, b, gate)]
+    for t in (x, a, b, gate):
+        t.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(*asked[:1], weight, bias, *asked[1:3], 0.7, gate, residual=residual, impl="fused")
+        fused.lora_linear(x, weight, bias, a, b, 0.7, gate)
     kept = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in parameters)
     assert kept == sorted([(100, 5), (100, 8 * SMALL["rank"])])
 
 
-def test_frozen_inputs_get_no_gradient_and_trained_weights_are_refused():
-    x, weight, bias, a, b, _, residual, dy = draw({**SMALL, "domains": None})
-    before = residual.clone()
-    y = lora_linear(x, weight, bias, a.requires_grad_(), b.requires_grad_(), 1.0, residual=residual, impl="fused")
-    y.backward(dy)
-    assert a.grad is not None and x.grad is None and weight.grad is None and residual.grad is None
-    assert torch.equal(residual, before)  # not where the output stands
+def test_frozen_inputs_get_no_gradient_and_what_cannot_run_is_refused():
+    x, weight, bias, a, b, gate, dy = draw({**SMALL, "domains": 2})
+    fused.lora_linear(x, weight, bias, a.requires_grad_(), b.requires_grad_(), 1.0).backward(dy)
+    assert a.grad is not None and x.grad is None and weight.grad is None
+    for wrong in (gate[:1], gate[:, :1].repeat(1, 3), gate[0]):
+        with pytest.raises(ValueError, match="must be"):
+            fused.lora_linear(x, weight, bias, a, b, 1.0, wrong)
     with pytest.raises(ValueError, match="frozen"):
-        lora_linear(x, weight.requires_grad_(), bias, a, b, 1.0, impl="fused")
+        fused.lora_linear(x, weight.requires_grad_(), bias, a, b, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_residual_is_added_and_left_alone(dtype):
+    """What the prepared model uses: no gradient, rows (M, I)."""
+    x, weight, bias, a, b, gate, residual = (t.to(dtype) for t in draw({**SMALL, "outputs": 5, "domains": 3}))
+    before = residual.clone()
+    y, _ = forward(x.flatten(0, 1), weight, bias, a, b, 0.7, gate, residual.flatten(0, 1))
+    want = (residual + ops.lora_linear(x, weight, bias, a, b, 0.7, gate)).flatten(0, 1)
+    rounding = 4 * torch.finfo(dtype).eps * want.abs().max()
+    torch.testing.assert_close(y, want, rtol=0, atol=float(rounding))
+    assert torch.equal(residual, before)

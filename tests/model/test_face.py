@@ -6,16 +6,16 @@ import torch
 from conftest import randomise_adapters, tiny_face, tiny_vit
 
 from vitface.config import resolve
-from vitface.errors import ConfigError
-from vitface.model.face import EmbeddingHead, FaceModel, shuffle_gate
-from vitface.model.router import DomainClassifier, load_balance_loss, thin_out
+from vitface.model.face import FaceModel, PatchesHead
+from vitface.model.lora import Mix
+from vitface.model.router import Router, load_balance_loss, subsample_patches
 from vitface.model.vit import ViT, init_weights
 from vitface.recogniser import Recogniser
 from vitface.training.setup import build_model, parameter_counts
 
 
 def trainable(**flags):
-    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32", impl="reference")
+    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32")
     model, margin = build_model(config, num_people=10)
     return parameter_counts(model), margin.weight.numel()
 
@@ -36,7 +36,7 @@ def test_parameter_counts_of_the_recorded_experiments():
 def test_only_adapters_router_and_head_take_gradients():
     model = tiny_face(num_domains=3).train()
     randomise_adapters(model)
-    embedding, logits = model(torch.randn(4, 3, 32, 32))
+    embedding, _, logits = model(torch.randn(4, 3, 32, 32))
     (embedding.square().sum() + logits.sum()).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     frozen = {name for name, _ in tiny_vit().named_parameters()}
@@ -60,10 +60,10 @@ def test_an_image_alone_equals_the_image_in_a_batch(head, num_domains):
     np.testing.assert_allclose(Recogniser(model).embed(images, batch_size=2), whole, atol=1e-5)
     model.vit.double()
     tokens = model.vit.tokens(torch.randn(3, 3, 32, 32))
-    logits = model.route(tokens)
-    gate = None if logits is None else logits.double().softmax(1)
-    alone = model.vit.encode(tokens[:1], None if gate is None else gate[:1])
-    torch.testing.assert_close(alone, model.vit.encode(tokens, gate)[:1], rtol=0, atol=1e-12)
+    weights, _ = model.route(tokens)
+    alone = model.vit.encode(tokens[:1], Mix(None if weights is None else weights[:1].double()))
+    together = model.vit.encode(tokens, Mix(None if weights is None else weights.double()))
+    torch.testing.assert_close(alone, together[:1], rtol=0, atol=1e-12)
 
 
 def test_the_gate_is_a_function_of_the_image_before_any_adapter():
@@ -95,7 +95,7 @@ def test_domain_weights_reach_the_blocks():
 
 
 def test_patches_head_reads_every_token():
-    head = EmbeddingHead("patches", embed_dim=6, num_tokens=5, embedding_dim=4).eval()
+    head = PatchesHead(embed_dim=6, embedding_dim=4, num_tokens=5, levels=1).eval()
     tokens = torch.randn(2, 5, 6)
     base = head(tokens)
     expected = head.proj(head.reduce(tokens).flatten(1)) / (1 + head.norm.eps) ** 0.5
@@ -121,7 +121,6 @@ def test_levels_are_the_tokens_after_evenly_spaced_blocks():
     for levels, earlier in ((1, []), (2, [6]), (3, [4, 8]), (5, [2, 4, 7, 9])):
         expected = torch.cat([vit.norm(after[12]), *(normalised(after[n]) for n in earlier)], -1)
         torch.testing.assert_close(vit.encode(x, levels=levels), expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(vit.encode(x, None, 2, levels), expected[:, :2], rtol=0, atol=1e-12)
 
 
 def test_the_head_learns_from_every_level():
@@ -133,26 +132,31 @@ def test_the_head_learns_from_every_level():
 
 def test_the_router_looks_at_every_second_row_and_column():
     tokens = torch.arange(26.0).view(1, 26, 1)
-    assert thin_out(tokens).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
-    assert thin_out(tokens[:, :17]).flatten().tolist() == [0, 1, 3, 9, 11]
+    assert subsample_patches(tokens).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
+    assert subsample_patches(tokens[:, :17]).flatten().tolist() == [0, 1, 3, 9, 11]
     model = tiny_face(num_domains=3)  # 4 x 4 patches
     x = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     seen, elsewhere = x.clone(), x.clone()
     elsewhere[:, [2, 4, 5, 6, 7, 8]] += 1  # odd rows or columns
     seen[:, 3] += 1
-    assert torch.equal(model.route(elsewhere), model.route(x)) and not torch.equal(model.route(seen), model.route(x))
-    early = model.vit.blocks[0](x[:, [0, 1, 3, 9, 11]], adapted=False)
-    torch.testing.assert_close(model.route(x), model.router(early[:, 1:].mean(1)))
+    logits = model.route(x)[1]
+    assert torch.equal(model.route(elsewhere)[1], logits) and not torch.equal(model.route(seen)[1], logits)
+    mean_patch = model.vit.blocks[0](x[:, [0, 1, 3, 9, 11]])[:, 1:].mean(1)
+    normalised = (mean_patch - mean_patch.mean(1, True)) / (mean_patch.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    hidden = torch.nn.functional.gelu(model.router.fc1(normalised))
+    torch.testing.assert_close(logits, model.router.fc2(hidden))
 
 
-def test_router_losses_at_their_extremes():
-    even, one = torch.zeros(6, 3), torch.tensor([[50.0, 0, 0]]).repeat(6, 1)
+def test_the_balance_loss_at_its_extremes():
+    even, one = torch.full((6, 3), 1 / 3), torch.eye(3)[:1].repeat(6, 1)
     assert load_balance_loss(even).item() == pytest.approx(0, abs=1e-6)
     assert load_balance_loss(one).item() == pytest.approx(2)
-    assert load_balance_loss(torch.eye(3) * 50).item() == pytest.approx(0, abs=1e-6)  # each image decided, all used
-    mean_patch = torch.randn(4, 6)
-    router = DomainClassifier(6, 3)
-    torch.testing.assert_close(router(mean_patch), router(3 * mean_patch + 2), rtol=1e-4, atol=1e-4)  # normalised
+    assert load_balance_loss(torch.eye(3)).item() == pytest.approx(0, abs=1e-6)  # each image decided, all used
+
+
+def test_the_router_minds_neither_scale_nor_offset():
+    router, tokens = Router(6, 3, depth=0), torch.randn(4, 10, 6)
+    torch.testing.assert_close(router(tokens, [])[1], router(3 * tokens + 2, [])[1], rtol=1e-4, atol=1e-4)
 
 
 def test_seeds_decide_the_initialisation():
@@ -166,65 +170,42 @@ def test_seeds_decide_the_initialisation():
 
 
 @pytest.mark.parametrize("num_domains", [1, 3])
-def test_the_last_block_computes_only_what_the_head_reads(num_domains):
-    model = tiny_face(num_domains=num_domains).double()
+@pytest.mark.parametrize(("head", "num_queries"), [("bn", 1), ("patches", None)])
+def test_the_last_block_computes_only_what_the_head_reads(num_domains, head, num_queries):
+    model = tiny_face(num_domains=num_domains, head=head).double()
     randomise_adapters(model)
     tokens = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double())
-    gate = torch.tensor([[0.2, 0.7, 0.1], [1.0, 0.0, 0.0]]).double() if num_domains > 1 else None
-    cls = model.vit.encode(tokens, gate, queries=1)
-    assert cls.shape[1] == 1
-    torch.testing.assert_close(cls, model.vit.encode(tokens, gate)[:, :1], rtol=0, atol=1e-13)
+    mix = Mix(torch.tensor([[0.2, 0.7, 0.1], [1.0, 0.0, 0.0]]).double() if num_domains > 1 else None)
+    seen = model.vit.encode(tokens, mix)
+    assert model.vit.blocks[-1].attn.num_queries == num_queries and seen.shape[1] == (num_queries or 17)
+    model.vit.keep_queries(None)
+    torch.testing.assert_close(seen, model.vit.encode(tokens, mix)[:, :num_queries], rtol=0, atol=1e-13)
+
+
+def crops(count=4):
+    return np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), np.uint8)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 5.0])
+def test_the_temperature_decides_how_decided_the_gate_is(temperature):
+    model = tiny_face(num_domains=3, gate_temperature=temperature)
+    with torch.no_grad():
+        logits = model.route(model.tokens(torch.from_numpy(crops())))[1].double().numpy()
+    expected = np.exp(logits / temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(gates(model, crops()), expected, atol=1e-6)
+    np.testing.assert_allclose(Recogniser(model).domain_weights(crops()), expected, atol=1e-6)
 
 
 def gates(model, images):
-    """What the blocks got, by spying on `encode`."""
+    """The weights that the blocks got, by spying on `encode`."""
     seen, encode = [], model.vit.encode
 
-    def spy(tokens, gate, *rest):
-        seen.append(gate)
-        return encode(tokens, gate, *rest)
+    def spy(tokens, mix, *rest):
+        seen.append(mix.gate)
+        return encode(tokens, mix, *rest)
 
     model.vit.encode = spy
     Recogniser(model).embed(images, flip=False)
     del model.vit.encode
     return torch.cat(seen).numpy()
-
-
-def test_fixed_gates_are_the_same_for_every_image_and_are_stored():
-    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
-    uniform, random = (tiny_face(num_domains=3, gate=kind, seed=5) for kind in ("uniform", "random"))
-    np.testing.assert_allclose(gates(uniform, images), 1 / 3, atol=1e-7)
-    rows = gates(random, images)
-    np.testing.assert_array_equal(rows, rows[:1].repeat(4, 0))
-    assert rows[0].std() > 0.01 and rows[0].sum() == pytest.approx(1)
-    np.testing.assert_allclose(Recogniser(random).domain_weights(images), rows, atol=1e-7)
-    other = tiny_face(num_domains=3, gate="random", seed=6)
-    assert abs(gates(other, images) - rows).max() > 0.05
-    other.load_state_dict(random.state_dict())  # the gate travels with the checkpoint, whatever the seed
-    np.testing.assert_array_equal(gates(other, images), rows)
-    assert not any(name.startswith("router") for name, _ in random.named_parameters())
-
-
-@pytest.mark.parametrize("temperature", [0.2, 5.0])
-def test_the_temperature_decides_how_decided_the_gate_is(temperature):
-    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
-    model = tiny_face(num_domains=3, gate_temperature=temperature)
-    with torch.no_grad():
-        logits = model.route(model.tokens(torch.from_numpy(images))).double().numpy()
-    expected = np.exp(logits / temperature)
-    expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(gates(model, images), expected, atol=1e-6)
-    np.testing.assert_allclose(Recogniser(model).domain_weights(images), expected, atol=1e-6)
-
-
-def test_the_shuffled_gate_is_another_images():
-    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
-    model = tiny_face(num_domains=3)
-    own = gates(model, images)
-    np.testing.assert_allclose(own, Recogniser(model).domain_weights(images), atol=1e-7)
-    shuffled = shuffle_gate(model)
-    np.testing.assert_allclose(gates(shuffled, images), own[[2, 3, 0, 1]], atol=1e-7)
-    np.testing.assert_allclose(Recogniser(shuffled).domain_weights(images), own, atol=1e-7)
-    for refused in (tiny_face(), tiny_face(num_domains=3, gate="uniform"), shuffled):
-        with pytest.raises(ConfigError, match="learned gate"):
-            shuffle_gate(refused)

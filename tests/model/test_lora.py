@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vitface.model.lora import TARGETS, Linear, adapter_state_dict, add_lora, lora_scaling, merge_lora
-from vitface.model.ops import attention, attention_map, lora_linear
+from vitface.kernels import fused
+from vitface.model import ops
+from vitface.model.lora import TARGETS, Linear, Mix, adapter_state_dict, add_lora, lora_scaling, merge_lora
+from vitface.model.ops import attention, attention_map, lora_linear, split_heads, use_ops
+from vitface.model.vit import ViT, init_weights
 
 shapes = st.fixed_dictionaries(
     {
@@ -100,23 +104,85 @@ def test_gradients_of_x_a_b_and_gate():
     assert torch.autograd.gradcheck(lambda x, a, b, gate: lora_linear(x, weight, bias, a, b, 0.7, gate), inputs)
 
 
-def test_refuses_a_wrong_gate_and_an_unknown_implementation():
+def test_refuses_a_wrong_gate():
     x, weight, bias, a, b, gate = draw(dict(batch=2, tokens=3, inputs=4, outputs=5, rank=2, domains=3, seed=0))
     with pytest.raises(ValueError, match="gate"):
         lora_linear(x, weight, bias, a, b, 1.0, gate[:1])
     with pytest.raises(ValueError, match="gate"):
         lora_linear(x, weight, bias, a, b, 1.0, torch.ones(2, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match="impl 'triton'"):
-        lora_linear(x, weight, bias, a, b, 1.0, gate, impl="triton")
+
+
+def test_an_implementation_is_put_into_every_layer_once():
+    """And only a module that has all the operations can be."""
+    vit = tiny_vit()
+    layers = [module for module in vit.modules() if hasattr(module, "ops")]
+    assert len(layers) == 2 * (4 + 1 + 1)  # of two blocks: four Linear, Attention, Mlp
+    for module in (fused, ops):
+        use_ops(vit, module)
+        assert all(layer.ops.lora_linear is module.lora_linear for layer in layers)
+        assert all(
+            layer.ops.attention is module.attention for layer in copy.deepcopy(vit).modules() if hasattr(layer, "ops")
+        )
+    with pytest.raises(AttributeError, match="lora_linear"):
+        use_ops(vit, F)
+
+
+@pytest.mark.parametrize("module", [ops, fused])
+def test_frozen_unless_a_mix_is_given(module):
+    """A bare call runs the frozen layers; Mix() weighs each pair by one, Mix(gate) by the image's weights."""
+    vit = tiny_vit(depth=1).double().requires_grad_(False)
+    block, x = vit.blocks[0], torch.randn(2, 17, 16, dtype=torch.float64)
+    use_ops(vit, module)
+    frozen = block(x)
+    add_lora(vit, TARGETS["attn+mlp"], rank=3, alpha=6, num_domains=2)
+    vit.double()
+    randomise_adapters(vit)
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    assert torch.equal(block(x), frozen) and not torch.allclose(block(x, Mix()), frozen)
+    torch.testing.assert_close(block(x, Mix()), block(x, Mix(ones)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, Mix(0 * ones)), frozen, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["dinov2_vits14", "clip_vitb16"])
+@pytest.mark.parametrize("num_domains", [1, 3])
+def test_fused_blocks_equal_the_reference_and_compile_to_one_graph(preset, num_domains):
+    """Outputs and gradients in float64: all layers adapted, CLS alone or all tokens, with and without LayerScale."""
+    torch.compiler.reset()
+    vit = ViT(dataclasses.replace(tiny_vit().config, layer_scale=preset.startswith("dinov2"), act="quick_gelu"), 32)
+    init_weights(vit)
+    vit.requires_grad_(False)
+    add_lora(vit, TARGETS["attn+mlp"], rank=3, alpha=6, num_domains=num_domains)
+    vit.double()
+    randomise_adapters(vit)
+    x = torch.randn(2, 17, 16, dtype=torch.float64, requires_grad=True)
+    gate = torch.tensor([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64) if num_domains > 1 else None
+    leaves = [x, *(p for p in vit.parameters() if p.requires_grad)]
+    for num_queries in (None, 1):
+        vit.keep_queries(num_queries)
+        found = []
+        for module in (ops, fused):
+            use_ops(vit, module)
+            y = vit.encode(x, Mix(gate))
+            compiled = torch.compile(vit.blocks[1], backend="aot_eager", fullgraph=True)(x, Mix(gate))
+            torch.testing.assert_close(compiled, vit.blocks[1](x, Mix(gate)), rtol=0, atol=1e-12)
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        assert found[0][0].shape[1] == (num_queries or 17)
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_attention_is_softmax_of_scaled_dot_products():
-    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = F.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention(q, k, v), expected, rtol=0, atol=1e-12)
-    rows = attention_map(q, k)
-    torch.testing.assert_close(rows.sum(-1), torch.ones(2, 3, 5))
-    torch.testing.assert_close(rows.double() @ v, expected, rtol=0, atol=1e-6)
+    qkv = torch.randn(2, 5, 3 * 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k, v = split_heads(qkv, 3)  # (B, nh, N, hd) each
+    for head in range(3):
+        columns = slice(4 * head, 4 * head + 4)
+        for part, heads in zip(qkv.split(12, dim=2), (q, k, v), strict=True):
+            assert torch.equal(heads[:, head], part[..., columns])
+        weights = torch.softmax(q[:, head] @ k[:, head].mT / 2, dim=-1)
+        expected = weights @ v[:, head]
+        torch.testing.assert_close(attention(qkv, 3)[..., columns], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(attention(qkv, 3, 2)[..., columns], expected[:, :2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(attention_map(qkv, 3)[:, head].double(), weights, rtol=0, atol=1e-6)
 
 
 def test_scaling_formulas():
@@ -143,7 +209,7 @@ def test_adding_keeps_the_keys_and_the_output():
     images = torch.randn(2, 3, 32, 32)
     before, keys = vit(images), set(vit.state_dict())
     add_lora(vit, TARGETS["attn+mlp"], rank=3, alpha=3)
-    assert torch.equal(vit(images), before)
+    assert torch.equal(vit(images), before) and torch.equal(vit(images, Mix()), before)  # B is zero
     assert keys < set(vit.state_dict())
     assert {key for key in vit.state_dict() if key not in keys} == set(adapter_state_dict(vit))
 
@@ -154,7 +220,8 @@ def test_merged_equals_unmerged_and_dalora_refuses():
     vit.double()
     randomise_adapters(vit)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    adapted = vit(images)
+    adapted = vit(images, Mix())
+    assert not torch.allclose(adapted, vit(images))
     merged = copy.deepcopy(vit)
     merge_lora(merged)
     assert not adapter_state_dict(merged)
@@ -194,4 +261,4 @@ def test_peft_agrees(formula, use_rslora):
         layer.lora_A["default"].weight.copy_(ours.lora_a)
         layer.lora_B["default"].weight.copy_(ours.lora_b)
     x = torch.randn(3, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs.double()(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(x, Mix()), theirs.double()(x), rtol=0, atol=1e-6)

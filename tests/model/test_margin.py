@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 
 
 def literal_loss(kind, embedding, weight, labels, margin, scale):
@@ -37,7 +37,7 @@ cases = st.tuples(st.integers(1, 6), st.integers(2, 7), st.integers(2, 9), st.in
 def make(kind, case, margin=0.35, scale=16.0):
     batch, people, dim, seed, size = case
     generator = torch.Generator().manual_seed(seed)
-    loss = MarginLoss(kind, people, dim, margin, scale, seed).eval()
+    loss = MarginLoss(make_margin(kind, margin), people, dim, scale, seed).eval()
     embedding = torch.randn(batch, dim, generator=generator) * size
     return loss, embedding, torch.randint(people, (batch,), generator=generator)
 
@@ -89,7 +89,7 @@ def test_low_precision_embeddings_are_raised_to_float32():
 
 def test_chance_loss_of_casia():
     """With cosines all zero, CosFace at s 64, m 0.35 and 10,572 people costs log(1 + 10571 e^22.4) = 31.67."""
-    loss = MarginLoss("cosface", 10_572, 16, 0.35, 64.0)
+    loss = MarginLoss(make_margin("cosface", 0.35), 10_572, 16, 64.0)
     with torch.no_grad():
         loss.weight[:, 8:] = 0
     embedding = torch.zeros(3, 16)
@@ -99,4 +99,4 @@ def test_chance_loss_of_casia():
 
 def test_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="cosface, arcface, adaface"):
-        MarginLoss("triplet", 3, 4, 0.1, 1.0)
+        MarginLoss(make_margin("triplet", 0.1), 3, 4, 1.0)

@@ -15,14 +15,14 @@ from tiny import EPOCHS, STEPS_PER_EPOCH, fingerprint, settings, use_tiny
 import vitface
 from vitface.config import resolve
 from vitface.store.tensors import tensor_bytes
-from vitface.training import loop, loss_scale, step
+from vitface.training import loop, loss_scale, non_finite, step
 from vitface.training.loop import Trainer
+from vitface.training.non_finite import NonFiniteError
 from vitface.training.ranks import parallel
 from vitface.training.ranks.process_group import process_group
 from vitface.training.run import run
 from vitface.training.runs.resume import configure
 from vitface.training.setup import resolve_choices
-from vitface.training.step import NonFiniteError
 
 START = 4.0  # the tiny model's gradients are large: from 2^16 it would skip the whole run
 LINEAR = dict(use_dalora=False, head="linear", loss="cosface")
@@ -148,7 +148,7 @@ def test_micro_batches_are_scaled_alike(tmp_path, monkeypatch):
     for dtype, start in (("fp32", START), ("fp16", START), ("fp16", START / 8)):
         monkeypatch.setattr(loss_scale, "START", start)
         trainer = Trainer(resolve_choices(settings(tmp_path, dtype=dtype, grad_accum=2, **LINEAR)), None)
-        norms[dtype, start] = trainer._step(trainer._batches(0))[0]
+        norms[dtype, start] = trainer._step(trainer._batches())[0]
     assert norms["fp16", START] == pytest.approx(norms["fp32", START], rel=0.02)
     assert norms["fp16", START / 8] == pytest.approx(norms["fp32", START], rel=0.02)
 
@@ -161,7 +161,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path, agreed):
         if not agreed:
             step.on_any_rank = lambda flag: flag
             parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient
-            loop.agree = lambda flag, values: (flag, values)
+            loop.agree = non_finite.agree = lambda flag, values: (flag, values)
         with process_group("cpu", 60):
             config = resolve_choices(fp16(tmp_path, partial_fc=1.0, **LINEAR))
             trainer, begun = Trainer(config, None), []
@@ -171,12 +171,12 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path, agreed):
                 return gradient * float("inf") if number == 1 and len(begun) == 2 else gradient
 
             trainer.margin.weight.register_hook(sometimes)
-            batches = trainer._batches(0)
+            batches = trainer._batches()
             for _ in range(2):
                 trainer._step(batches)
             trained = {"scale": trainer.loss_scale.scale, **dict(trainer.model.named_parameters())}
             (tmp_path / f"{number}.json").write_text(
-                json.dumps([trainer.progress.skipped, hashlib.sha256(tensor_bytes(trained)).hexdigest()])
+                json.dumps([trainer.state.progress.skipped, hashlib.sha256(tensor_bytes(trained)).hexdigest()])
             )
 
     assert in_ranks(2, act) == [0, 0]
@@ -192,7 +192,7 @@ def test_fp16_follows_fp32(tmp_path, monkeypatch):
     losses = {}
     for dtype in ("fp32", "fp16"):
         trainer = Trainer(resolve_choices(resolve({**flags, "dtype": dtype})), None)
-        batches = trainer._batches(0)
+        batches = trainer._batches()
         losses[dtype] = [trainer._step(batches)[1]["loss"] for _ in range(6)]
-        assert trainer.progress.skipped == 0
+        assert trainer.state.progress.skipped == 0
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=5e-3) and losses["fp16"] != losses["fp32"]

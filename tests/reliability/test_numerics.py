@@ -12,8 +12,8 @@ from tiny import fingerprint, settings, use_tiny
 from vitface.errors import exit_code
 from vitface.training import loop
 from vitface.training.collapse import alarms
+from vitface.training.non_finite import NonFiniteError
 from vitface.training.run import run
-from vitface.training.step import NonFiniteError
 
 VALUES = (float("nan"), float("inf"), float("-inf"))
 STEPS = (2, 7)
@@ -41,18 +41,18 @@ class Injection:
         with torch.no_grad():
             tensor.view(-1)[0] = self.value
 
-    def with_bad_input(self, model, margin, images, labels, domains, config):
+    def with_bad_input(self, model, margin, batch, config):
         self.begun += 1
         self.parameters = [p for module in (model, margin) for p in module.parameters()]
         hook = None
         if self.begun == self.step and self.place == "pixels":
-            self.poison(images)
+            self.poison(batch.images)
         elif self.begun == self.step and self.place == "parameter":
             self.poison(model.head.proj.weight)
         elif self.begun == self.step and self.place == "activation":
             hook = model.vit.blocks[1].attn.register_forward_hook(lambda module, inputs, out: self.poison(out))
         self.before = [parameter.detach().clone() for parameter in self.parameters]
-        parts = self.total_loss(model, margin, images, labels, domains, config)
+        parts = self.total_loss(model, margin, batch, config)
         if hook is not None:
             hook.remove()
         return parts

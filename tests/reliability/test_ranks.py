@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from tiny import Faces, fingerprint, settings, use_tiny
 
 from vitface.errors import DataError, exit_code
-from vitface.training import batches, loop, setup, step
+from vitface.training import batches, loop, non_finite, setup, step
 from vitface.training import run as run_module
 from vitface.training.loop import Trainer
 from vitface.training.ranks import parallel
 from vitface.training.ranks.process_group import process_group, rank, world_size
 from vitface.training.run import run
+from vitface.training.runs import state as run_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 LINEAR = dict(use_dalora=False, head="linear", loss="cosface")
@@ -188,7 +189,7 @@ def reload_and_save(run_dir, elsewhere, changes):
         trainer = Trainer(setup.resolve_choices(settings(run_dir, **changes)), run_dir)
         trainer.restore(last)
         trainer.run_dir = elsewhere
-        trainer._save(False)
+        trainer.save(False)
         if rank() == 0:
             before, after = tensors(run_dir, last.name), tensors(elsewhere)
             assert before.keys() == after.keys()
@@ -271,11 +272,15 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
 
     def act(number):
         poisoned(1, 3, "shard")
-        step.first_fault, step.share, step.on_any_rank = alone, lambda value, source=0: value, lambda flag: flag
+        non_finite._first_fault, non_finite.broadcast, step.on_any_rank = (
+            alone,
+            lambda value, source=0: value,
+            lambda flag: flag,
+        )
         parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient; the shards' loss has its own
         with process_group("cpu", 10):
             trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, partial_fc=1.0)), None)
-            with suppress(step.NonFiniteError, RuntimeError):  # one stops, and the other finds that out a step later
+            with suppress(non_finite.NonFiniteError, RuntimeError):  # the other finds out a step later
                 trainer._epoch(None, loop.StopRequest())
             parameters = [p.detach().numpy().tobytes() for p in trainer.model.parameters()]
             (tmp_path / f"{number}.txt").write_text(hashlib.sha256(b"".join(parameters)).hexdigest())
@@ -290,7 +295,7 @@ LOST = [
     (2, 1, signal.SIGKILL, "total_loss", 7),
     (2, 0, signal.SIGKILL, "update", 8),
     (4, 2, signal.SIGSTOP, "update", 6),
-    (4, 3, signal.SIGKILL, "_save", 2),
+    (4, 3, signal.SIGKILL, "save", 2),
     (2, 1, signal.SIGSTOP, "embed_held_out", 2),
     (4, 0, signal.SIGSTOP, "save_checkpoint", 1),
     (2, 0, signal.SIGSTOP, "total_loss", 9),
@@ -304,7 +309,7 @@ LOST = [
 
 def lose(number, how, where, count):
     """Rank `number` gets a signal that no process can handle when it calls `where` for the `count`-th time."""
-    owner = {"_save": Trainer, "read_batches": batches}.get(where, loop)
+    owner = {"save": Trainer, "read_batches": batches, "save_checkpoint": run_state}.get(where, loop)
     taken, called = iter(range(1, 1000)), getattr(owner, where)
 
     def deadly(*arguments, **options):
@@ -391,7 +396,7 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
         def refuse(*arguments):
             raise OSError(28, "No space left on device")
 
-        loop.save_checkpoint = refuse
+        run_state.save_checkpoint = refuse
         return run(settings(tmp_path / "b"), quiet)
 
     codes, last = ended(tmp_path, 2, full_disk)

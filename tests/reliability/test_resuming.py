@@ -23,6 +23,7 @@ from vitface.lock import folder_lock
 from vitface.training import loop, setup
 from vitface.training.loop import Trainer
 from vitface.training.run import run
+from vitface.training.runs import state as run_state
 from vitface.training.runs.checkpoint import save_checkpoint
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import configure
@@ -56,14 +57,14 @@ def killed_run(monkeypatch, run_dir, step, operation=None):
 
             monkeypatch.setattr(loop, "update", deadly)
         else:
-            save_step = loop.save_checkpoint
+            save_step = run_state.save_checkpoint
 
             def deadly_save(*arguments):
                 if arguments[1] == step:
                     Disk(monkeypatch, operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
                 save_step(*arguments)
 
-            monkeypatch.setattr(loop, "save_checkpoint", deadly_save)
+            monkeypatch.setattr(run_state, "save_checkpoint", deadly_save)
         run(settings(run_dir), quiet)
 
     assert in_child(train) == -signal.SIGKILL
@@ -110,7 +111,7 @@ CONTROLS = {
     "running mean": changed_tensor("head.norm.running_mean"),
     "batches seen": changed_tensor("head.norm.num_batches_tracked"),
     "identity matrix": changed_tensor("margin.weight"),
-    "AdaFace statistics": changed_tensor("margin.norm_mean"),
+    "AdaFace statistics": changed_tensor("margin.margin.norm_mean"),
     "first moment": changed_tensor("optimizer.0.exp_avg"),
     "step of the optimiser": changed_tensor("optimizer.3.step"),
     "loss of the epoch": changed_counter("epoch_loss", 1.0),
@@ -189,7 +190,7 @@ def judging_twice(monkeypatch):
 
 
 def saving_every_step(monkeypatch):
-    update_log, save_now = RunLog.step, loop.Trainer._save
+    update_log, save_now = RunLog.step, loop.Trainer.save
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     trainers = []
     fit = loop.Trainer.fit
@@ -234,8 +235,8 @@ def trained(run_dir, monkeypatch, changes, switch, writes):
             run_dir.mkdir()
         trainer = Trainer(config, run_dir if writes else None)
         trainer.fit(RunLog(run_dir, config) if writes else None)
-    assert trainer.progress.step == STEPS
-    tensors = {**trainer.model.state_dict(), **loop.training_tensors(trainer.margin, trainer.optimizer)}
+    assert trainer.state.progress.step == STEPS
+    tensors = {**trainer.model.state_dict(), **run_state.training_tensors(trainer.margin, trainer.optimizer)}
     return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in tensors.items()})).hexdigest()
 
 
@@ -261,7 +262,7 @@ def test_training_consumes_no_global_random_numbers(tmp_path):
 
 def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypatch):
     run_dir, events = tmp_path / "run", []
-    save_step, fsync = loop.save_checkpoint, os.fsync
+    save_step, fsync = run_state.save_checkpoint, os.fsync
 
     def synced(descriptor):
         if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / "log.jsonl")):
@@ -273,7 +274,7 @@ def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypa
         save_step(*arguments)
 
     monkeypatch.setattr("vitface.training.runs.log.os", SimpleNamespace(fsync=synced))
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    monkeypatch.setattr(run_state, "save_checkpoint", saved)
     run(settings(run_dir), quiet)
     rows = (1, 2, 4)  # one at the end of each epoch, and one at step 10
     assert events == [(name, count) for count in rows for name in ("log", "saved")]
@@ -369,7 +370,7 @@ def test_changed_data_is_refused_or_taken_on_request(stopped, monkeypatch):
 
 
 def test_best_is_right_after_a_kill_between_a_checkpoint_and_its_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Trainer, "judge_held_out", lambda self: (self.progress.step / 100, {}))
+    monkeypatch.setattr(loop.Trainer, "judge_held_out", lambda self: (self.state.progress.step / 100, {}))
     run(settings(tmp_path / "run"), quiet)
     before = fingerprint(tmp_path / "run")
     parent = tmp_path / "run" / "checkpoints"

@@ -34,7 +34,7 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     command = ["--backbone", "vit_nano", "--image-size", "112", "--train-data", "synthetic", "--max-samples", "8"]
     command += ["--val-data", str(tmp_path), "--epochs", "1", "--batch-size", "8", "--holdout-people", "16"]
     command += ["--num-workers", "0", "--device", "cpu", "--head", "bn", "--save-dir", str(tmp_path / "run")]
-    monkeypatch.setattr("vitface.training.run.final_benchmarks", lambda config: [])
+    monkeypatch.setattr("vitface.training.finish.final_benchmarks", lambda config: [])
     assert train.main(command) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "thresholds.json").read_text())
@@ -50,7 +50,8 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(holdout, "far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
-        holdout.calibrate(vitface.config.TrainConfig(**saved), checkpoint, model.model)
+        data = setup.open_data(vitface.config.TrainConfig(**saved))
+        holdout.calibrate(data, checkpoint, model.model)
     far, tar, thresholds = roc(*seen[0][:2])
     allowed = thresholds[far <= 0.01].min()
     assert model.thresholds[0.01] == pytest.approx(allowed, abs=1e-6)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from vitface.errors import CheckpointError
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.training.ranks import identities, identity_files
 from vitface.training.ranks.identities import ShardedMargin, class_range, initial_rows
 from vitface.training.ranks.parallel import Shard, clip_gradients
@@ -35,7 +35,10 @@ def batch(num_identities, images=12, seed=0):
 
 def whole(kind, num_identities, embedding, labels):
     """(loss, gradient of the embedding, gradient of the prototypes, buffers) of the whole head in one process."""
-    loss_of, embedding = MarginLoss(kind, num_identities, DIM, 0.35, SCALE, seed=1), embedding.clone().requires_grad_()
+    loss_of, embedding = (
+        MarginLoss(make_margin(kind, 0.35), num_identities, DIM, SCALE, seed=1),
+        embedding.clone().requires_grad_(),
+    )
     with torch.no_grad():
         loss_of.weight[0] = 0.0  # its gradient is bounded, and the same
     loss = loss_of(embedding, labels)
@@ -61,7 +64,7 @@ def test_any_number_of_ranks_gives_the_loss_and_gradients_of_the_whole_head(kind
             for people in (7, 2, 500):
                 embedding, labels = batch(people)
                 loss, d_embedding, d_weight, buffers = whole(kind, people, embedding, labels)
-                head = ShardedMargin(kind, people, DIM, 0.35, SCALE, seed=1)
+                head = ShardedMargin(make_margin(kind, 0.35), people, DIM, SCALE, seed=1)
                 if head.first == 0 and head.end:
                     head.weight.data[0] = 0.0
                 mine = slice(number * 12 // world, (number + 1) * 12 // world)
@@ -103,7 +106,7 @@ def test_gradients_in_float64(monkeypatch):
 
 
 def test_a_row_without_other_classes_has_a_loss_and_gradients():
-    head = ShardedMargin("cosface", 1, DIM, 0.35, SCALE)
+    head = ShardedMargin(make_margin("cosface", 0.35), 1, DIM, SCALE)
     embedding = torch.randn(2, DIM, requires_grad=True)
     loss = head(embedding, torch.zeros(2, dtype=torch.long))
     loss.backward()
@@ -111,7 +114,7 @@ def test_a_row_without_other_classes_has_a_loss_and_gradients():
 
 
 def test_it_starts_with_the_matrix_of_the_whole_head(monkeypatch):
-    expected = MarginLoss("cosface", 1000, DIM, 0.35, SCALE, seed=3).weight.data
+    expected = MarginLoss(make_margin("cosface", 0.35), 1000, DIM, SCALE, seed=3).weight.data
     for block in (64, 1 << 16):
         monkeypatch.setattr(identities, "BLOCK", block)
         for first, end in ((0, 1000), (0, 0), (63, 65), (333, 666), (999, 1000)):
@@ -153,7 +156,7 @@ def test_sampling_draws_the_same_people_for_any_number_of_ranks_and_leaves_the_o
     embedding, labels = batch(people)
 
     def train(steps):
-        head = ShardedMargin("cosface", people, DIM, 0.35, SCALE, seed=2, sample_rate=rate)
+        head = ShardedMargin(make_margin("cosface", 0.35), people, DIM, SCALE, seed=2, sample_rate=rate)
         optimizer = torch.optim.AdamW([head.weight], lr=0.1, fused=True)
         before, losses, drawn = head.get_buffer("all_weight").clone(), [], []
         for step in range(steps):
@@ -189,7 +192,7 @@ def test_a_sampled_step_is_adamw_on_the_drawn_rows():
     embedding, labels = batch(30)
     ends = []
     for rate in (1.0, 1 - 1e-12):
-        head = ShardedMargin("arcface", 30, DIM, 0.35, SCALE, sample_rate=rate)
+        head = ShardedMargin(make_margin("arcface", 0.35), 30, DIM, SCALE, sample_rate=rate)
         optimizer = torch.optim.AdamW([head.weight], lr=0.1, weight_decay=0.05, fused=True)
         for step in range(5):
             head.draw(step, labels.numpy(), optimizer)
@@ -217,7 +220,7 @@ def test_the_chunked_head_needs_an_eighth_of_the_temporaries(people):
     embedding, labels = torch.randn(128, 512, generator=generator), torch.arange(128)
     peaks = {}
     for kind in (MarginLoss, ShardedMargin):
-        head = kind("cosface", people, 512, 0.35, SCALE)
+        head = kind(make_margin("cosface", 0.35), people, 512, SCALE)
         leaf = embedding.clone().requires_grad_()
         gradients = head.weight.nbytes + leaf.nbytes
         peaks[kind] = peak_bytes(head, leaf, labels) - gradients
@@ -229,9 +232,10 @@ def test_the_chunked_head_needs_an_eighth_of_the_temporaries(people):
 
 MILLION = """
 import resource, numpy as np, torch
+from vitface.model.margin import CosFace
 from vitface.training.ranks.identities import ShardedMargin
 torch.set_num_threads(1)
-head = ShardedMargin("cosface", 1_000_000, 512, 0.35, 64.0, sample_rate=0.1)
+head = ShardedMargin(CosFace(0.35), 1_000_000, 512, 64.0, sample_rate=0.1)
 optimizer = torch.optim.AdamW([head.weight], lr=5e-3, weight_decay=0.05, fused=True)
 generator, losses = torch.Generator().manual_seed(0), []
 embedding = torch.randn(128, 512, generator=generator)
@@ -263,7 +267,7 @@ def test_a_million_identities_train_in_bounded_memory():
 
 
 def trained_head(people, rate):
-    head = ShardedMargin("adaface", people, DIM, 0.35, SCALE, seed=5, sample_rate=rate)
+    head = ShardedMargin(make_margin("adaface", 0.35), people, DIM, SCALE, seed=5, sample_rate=rate)
     optimizer = torch.optim.AdamW([head.weight], lr=0.1)
     embedding, labels = batch(people)
     for step in range(3):
@@ -299,7 +303,7 @@ def test_a_checkpoint_holds_ranges_of_classes_and_loads_at_any_number_of_ranks(t
     assert len(expected) == -(-people // 3)
 
     def load_and_save(step, sample_rate=rate):
-        head = ShardedMargin("adaface", people, DIM, 0.35, SCALE, sample_rate=sample_rate)
+        head = ShardedMargin(make_margin("adaface", 0.35), people, DIM, SCALE, sample_rate=sample_rate)
         optimizer = torch.optim.AdamW([head.weight], lr=0.1)
         folder = tmp_path / "checkpoints" / f"step-{step}"
         verify_step(folder)
@@ -341,12 +345,12 @@ def test_a_damaged_missing_or_foreign_file_of_identities_is_named(tmp_path, monk
         verify_step(step)
     with pytest.raises(CheckpointError, match="does not hold the 7 identities of this run, in files without gaps"):
         identity_files.read_identities(step, head)
-    other = ShardedMargin("adaface", 8, DIM, 0.35, SCALE)
+    other = ShardedMargin(make_margin("adaface", 0.35), 8, DIM, SCALE)
     file.write_bytes(whole_file)
     with pytest.raises(CheckpointError, match="does not hold the 8 identities"):
         identity_files.read_identities(step, other)
     with pytest.raises(CheckpointError, match=r"weight is not finite float32 of 3 x 8"):
-        identity_files.read_identities(step, ShardedMargin("adaface", 7, 8, 0.35, SCALE))
+        identity_files.read_identities(step, ShardedMargin(make_margin("adaface", 0.35), 7, 8, SCALE))
 
 
 def test_identities_that_are_not_finite_are_not_saved(tmp_path):

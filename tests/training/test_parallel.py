@@ -6,18 +6,18 @@ import torch
 from ranks import in_ranks
 
 from vitface.errors import ConfigError, DataError
-from vitface.model.margin import MarginLoss
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.router import load_balance_loss
 from vitface.training.ranks.parallel import gather_rows, in_turns, mean_over_ranks, synchronise_batch_norms
 from vitface.training.ranks.process_group import (
     agree,
+    all_gather,
+    barrier,
+    broadcast,
     check_same,
-    gather,
     lowest,
     process_group,
     rank,
-    share,
-    wait_for_all,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -72,22 +72,21 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch(world):
 
 def test_load_balance_and_adaface_see_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    whole = logits.clone().requires_grad_()
+    weights = torch.randn(12, 3, generator=generator, dtype=torch.float64).softmax(1)
+    whole = weights.clone().requires_grad_()
     expected = load_balance_loss(whole)
     expected.backward()
     embedding, labels = 9 * torch.randn(12, 4, generator=generator), torch.arange(12) % 5
-    margin = MarginLoss("adaface", 5, 4, 0.35, 64.0)
+    margin = MarginLoss(make_margin("adaface", 0.35), 5, 4, 64.0)
     margin(embedding, labels)
 
     def act(number):
-        mine = part_of(logits, number, 3).clone().requires_grad_()
+        mine = part_of(weights, number, 3).clone().requires_grad_()
         loss = load_balance_loss(mine, mean_over_ranks)
         loss.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(mine.grad / 3, part_of(whole.grad, number, 3))
-        own = MarginLoss("adaface", 5, 4, 0.35, 64.0)
-        own.whole_batch = gather_rows
+        own = MarginLoss(make_margin("adaface", 0.35, gather_rows), 5, 4, 64.0)
         own(part_of(embedding, number, 3), part_of(labels, number, 3))
         for got, want in zip(own.buffers(), margin.buffers(), strict=True):
             assert torch.equal(got, want)
@@ -126,24 +125,29 @@ def test_work_that_fails_in_one_turn_fails_on_all_ranks():
 
 def test_messages():
     def act(number):
-        assert gather({"rank": number, "text": "é" * number}) == [{"rank": k, "text": "é" * k} for k in range(3)]
-        assert share(f"from {number}") == "from 0" and share([number, None], source=2) == [2, None]
+        assert all_gather({"rank": number, "text": "é" * number}) == [{"rank": k, "text": "é" * k} for k in range(3)]
+        assert broadcast(f"from {number}") == "from 0" and broadcast([number, None], source=2) == [2, None]
         assert agree(number == 1, [number, 0.5]) == (True, [1.0, 0.5])
         assert agree(False, []) == (False, [])
         assert lowest(7 - number) == 5
-        wait_for_all("here")
+        barrier("here")
         check_same({"lr": 0.1, "data": "x"})
         with pytest.raises(ConfigError, match=r"rank 2 has other data than rank 0: z+\.\.\. instead of x; every rank"):
             check_same({"lr": 0.1, "data": "z" * 99 if number == 2 else "x"})
 
     all_well(3, act)
-    assert gather(1) == [1] and share("alone") == "alone" and agree(True, [0.1]) == (True, [0.1]) and lowest(3) == 3
+    assert (
+        all_gather(1) == [1]
+        and broadcast("alone") == "alone"
+        and agree(True, [0.1]) == (True, [0.1])
+        and lowest(3) == 3
+    )
 
 
 def test_one_group_after_another():
     def act(number):
         for size in (3, 2):
             with process_group("cpu", 60):
-                assert gather(number * size) == [0, size]
+                assert all_gather(number * size) == [0, size]
 
     assert in_ranks(2, act) == [0, 0]

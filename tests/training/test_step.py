@@ -7,7 +7,8 @@ from vitface.config import resolve
 from vitface.device import resolve_dtype
 from vitface.training import loss_scale
 from vitface.training.loss_scale import GROWTH, START, LossScale
-from vitface.training.step import NonFiniteError, make_optimizer, refusal, set_rates, update
+from vitface.training.non_finite import NonFiniteError, non_finite_error
+from vitface.training.step import make_optimizer, set_rates, update
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -47,7 +48,7 @@ def test_a_bad_step_changes_nothing(make, scaled, slopes):
         assert torch.equal(value, kept)
     message = f"^loss {loss.item()}, gradient norm {outcome.norm.item()}: stopped before the update"
     with pytest.raises(NonFiniteError, match=message):
-        raise refusal("", loss.item(), outcome.norm.item(), [weight])
+        raise non_finite_error(loss.item(), outcome.norm.item(), [weight])
 
 
 def test_a_loss_that_is_not_finite_is_bad_though_its_gradient_is():

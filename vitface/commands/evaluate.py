@@ -61,9 +61,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def load_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
     """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
     from vitface.device import resolve_device, resolve_dtype
-    from vitface.model.face import shuffle_gate
     from vitface.recogniser import Recogniser
     from vitface.store.faces import frozen_face, newest_run, open_checkpoint
+    from vitface.study.controls import shuffled_gate
 
     device = resolve_device(arguments.device)
     if arguments.backbone is None:
@@ -73,7 +73,7 @@ def load_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint |
         print(f"checkpoint: {checkpoint.path}")
         model = Recogniser.from_checkpoint(checkpoint).to(device)
         if arguments.gate:
-            shuffle_gate(model.model)
+            shuffled_gate(model.model)
         return model.prepare(), checkpoint
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")

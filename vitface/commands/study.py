@@ -17,7 +17,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
     "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
 }
-SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "gate", "dry_run")
+SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "dry_run")
 EXAMPLES = """examples:
   vitface study tiny                            minutes: shows what a study is
   vitface study synthetic --seeds 0 1 2

@@ -23,9 +23,9 @@ from vitface.data.images import CROP_SIZE
 from vitface.data.synthetic.worlds import synthetic_pairs
 from vitface.errors import ExchangeError
 from vitface.extras import require
+from vitface.model import ops
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_crops
-from vitface.model.lora import use_impl
 from vitface.recogniser import Recogniser
 from vitface.version import __version__
 
@@ -46,15 +46,10 @@ class Embedder(nn.Module):
 
 
 def trace(model: FaceModel, flip: bool = True) -> ExportedProgram:
-    """The model, on the CPU, in float32 and eval mode, as an exported program with a dynamic batch.
-
-    ExchangeError for the control gate "shuffled": it mixes the images of a batch.
-    """
+    """The model, on the CPU, in float32 and eval mode, as an exported program with a dynamic batch."""
     if model.config.dtype != "fp32" or model.training:
         raise ValueError("trace takes a model in float32 and eval mode")
-    if model.config.gate == "shuffled":
-        raise ExchangeError("a model with the control gate 'shuffled' mixes the images of a batch: it has no graph")
-    use_impl(model.vit, "reference")  # another program has none of our kernels
+    model.use_ops(ops)  # another program has none of our kernels
     embedder = Embedder(model, flip).eval()
     example = torch.zeros(2, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
     with _quiet(), torch.no_grad():

@@ -1,136 +1,172 @@
-"""The face model, in forward order: tokens -> gate -> adapted blocks -> embedding head.
+"""The face model, in forward order: tokens -> router -> adapted blocks -> embedding head.
 
 Letters: B images, S input side, N tokens, D width, E embedding, K domains.
 """
 
-import dataclasses
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+import vitface.kernels.fused as fused
 from vitface.config import FaceConfig
 from vitface.data.preprocess import normalise, resize, to_float
-from vitface.errors import ConfigError
-from vitface.model.lora import TARGETS, add_lora, use_impl
-from vitface.model.router import DomainClassifier, FixedGate, thin_out
+from vitface.model import ops
+from vitface.model.lora import TARGETS, Mix, add_lora
+from vitface.model.router import Router
 from vitface.model.vit import ViT
 
 TOKEN_WIDTH = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class EmbeddingHead(nn.Module):
-    """Tokens (B, N, levels D) of `ViT.encode` -> embedding (B, E), float32.
+class ClsHead(nn.Module):
+    """Head "cls": the CLS token as it is, E = D. Every head: tokens of `ViT.encode` -> embeddings (B, E), float32."""
 
-    "cls"      the CLS token as it is, E = D (no parameters)
-    "linear"   CLS -> Linear
-    "bn"       CLS -> Linear -> BatchNorm1d
-    "patches"  every token -> Linear levels D -> 32, concatenated -> Linear -> BatchNorm1d
-    """
-
-    def __init__(self, kind: str, embed_dim: int, num_tokens: int, embedding_dim: int, levels: int = 1):
-        super().__init__()
-        self.reduce = nn.Linear(levels * embed_dim, TOKEN_WIDTH) if kind == "patches" else None
-        width = num_tokens * TOKEN_WIDTH if kind == "patches" else embed_dim
-        self.proj = nn.Identity() if kind == "cls" else nn.Linear(width, embedding_dim)
-        self.norm = nn.BatchNorm1d(embedding_dim) if kind in ("bn", "patches") else nn.Identity()
-        self.queries = None if kind == "patches" else 1  # leading tokens that are read
+    num_queries: int | None = 1  # the tokens that the head reads, from the first; None: all
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.reduce is None:
-            return self.norm(self.proj(tokens[:, 0].float()))
+        return tokens[:, 0].float()
+
+
+class LinearHead(nn.Module):
+    """Head "linear": CLS -> Linear."""
+
+    num_queries: int | None = 1
+
+    def __init__(self, embed_dim: int, embedding_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(embed_dim, embedding_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj(tokens[:, 0].float())
+
+
+class BatchNormHead(nn.Module):
+    """Head "bn": CLS -> Linear -> BatchNorm1d."""
+
+    num_queries: int | None = 1
+
+    def __init__(self, embed_dim: int, embedding_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(embed_dim, embedding_dim)
+        self.norm = nn.BatchNorm1d(embedding_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.proj(tokens[:, 0].float()))
+
+
+class PatchesHead(nn.Module):
+    """Head "patches": every token (B, N, levels D) -> Linear to 32 values, concatenated -> Linear -> BatchNorm1d."""
+
+    num_queries: int | None = None
+
+    def __init__(self, embed_dim: int, embedding_dim: int, num_tokens: int, levels: int):
+        super().__init__()
+        self.reduce = nn.Linear(levels * embed_dim, TOKEN_WIDTH)
+        self.proj = nn.Linear(num_tokens * TOKEN_WIDTH, embedding_dim)
+        self.norm = nn.BatchNorm1d(embedding_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.norm(self.proj(rearrange(self.reduce(tokens.float()), "b n d -> b (n d)")))
 
 
-class FaceModel(nn.Module):
-    """Normalised images (B, 3, S, S) -> embedding (B, E) float32 and the router's logits (B, K), None for plain LoRA.
+Head = ClsHead | LinearHead | BatchNormHead | PatchesHead
 
-    `vit` is frozen here, in `config.dtype`; adapters, router and head are float32 and the only trained parameters,
-    with the patch convolution if `config.train_patch_embed`.
+
+def make_head(config: FaceConfig) -> Head:
+    """The embedding head of the kind `config.head`."""
+    dim, embedding_dim = config.vit.embed_dim, config.embedding_dim
+    if config.head == "patches":
+        num_tokens = 1 + config.vit.grid(config.image_size) ** 2
+        return PatchesHead(dim, embedding_dim, num_tokens, config.head_levels)
+    if config.head == "cls":
+        return ClsHead()
+    return (LinearHead if config.head == "linear" else BatchNormHead)(dim, embedding_dim)
+
+
+class FaceOutput(NamedTuple):
+    """What a face model computes of B images."""
+
+    embedding: Tensor  # (B, E), float32
+    weights: Tensor | None  # of the domains (B, K), each row of sum one; None for plain LoRA
+    logits: Tensor | None  # of those weights (B, K)
+
+
+class FaceModel(nn.Module):
+    """Normalised images (B, 3, S, S) -> `FaceOutput`.
+
+    The constructor freezes `vit` and turns it into `config.dtype`. Trained are, in float32, the adapters, the router
+    and the head, and with `config.train_patch_embed` the patch convolution. `seed` decides how they start.
     """
 
-    def __init__(self, vit: ViT, config: FaceConfig, impl: str = "auto", seed: int = 0):
+    def __init__(self, vit: ViT, config: FaceConfig, seed: int = 0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         self.config = config
-        self.stem: nn.Module | None = None  # see `vitface.model.inference`
+        self.stem: nn.Module | None = None
         self.vit = vit.requires_grad_(False)
         for name, parameter in vit.named_parameters():
             if not (config.train_patch_embed and name.startswith("patch_embed.")):
                 parameter.data = parameter.data.to(DTYPES[config.dtype])
-        use_impl(vit, impl)
+        vit.patch_embed.requires_grad_(config.train_patch_embed)
         if config.lora_rank:
-            add_lora(
-                vit, TARGETS[config.lora_targets], config.lora_rank, config.lora_alpha, config.lora_scaling,
-                config.num_domains, generator,
-            )  # fmt: skip
-        if config.train_patch_embed:
-            vit.patch_embed.requires_grad_(True)
-        dim = config.vit.embed_dim
+            generator = torch.Generator().manual_seed(seed)
+            targets, scale = TARGETS[config.lora_targets], (config.lora_alpha, config.lora_scaling)
+            add_lora(vit, targets, config.lora_rank, *scale, config.num_domains, generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.router = None
-            if config.num_domains > 1 and config.gate in ("uniform", "random"):
-                self.router = FixedGate(config.gate, config.num_domains)
-            elif config.num_domains > 1:
-                self.router = DomainClassifier(dim, config.num_domains)
-            num_tokens = vit.pos_embed.shape[1]
-            self.head = EmbeddingHead(config.head, dim, num_tokens, config.embedding_dim, config.head_levels)
+            self.router: nn.Module | None = None
+            if config.num_domains > 1:
+                dim, depth = config.vit.embed_dim, config.router_depth
+                self.router = Router(dim, config.num_domains, depth, config.gate_temperature)
+            self.head = make_head(config)
+        vit.keep_queries(self.head.num_queries)
+        self.use_ops(fastest_ops(vit.pos_embed.device))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.read(self.vit.tokens(images))
+    def use_ops(self, module: ModuleType) -> None:
+        """All layers run the operations of `module` from now on (see `vitface.model.ops.use_ops`)."""
+        ops.use_ops(self.vit, module)
+
+    def use_router(self, router: nn.Module) -> None:
+        """`router` decides from now on: (tokens, blocks) -> (weights, logits), as `Router`."""
+        self.router = router
+
+    def use_stem(self, stem: nn.Module | None) -> None:
+        """`stem` makes the patch embeddings of crops from now on (see `vitface.model.inference`)."""
+        self.stem = stem
+
+    def forward(self, images: Tensor) -> FaceOutput:
+        return self.embed_tokens(self.vit.tokens(images))
+
+    def embed_tokens(self, tokens: Tensor) -> FaceOutput:
+        """The input of the first block (B, N, D), see `tokens` -> `FaceOutput`."""
+        weights, logits = self.route(tokens)
+        seen = self.vit.encode(tokens, Mix(weights), self.config.head_levels)
+        return FaceOutput(self.head(seen), weights, logits)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The input of the first block -> domain weights and their logits, (B, K) each; None for plain LoRA."""
+        return (None, None) if self.router is None else self.router(tokens, self.vit.blocks)
 
     def tokens(self, crops: Tensor) -> Tensor:
-        """Crops, uint8 (B, 112, 112, 3) -> what enters the first block, (B, N, D)."""
+        """Crops, uint8 (B, 112, 112, 3) -> the input of the first block (B, N, D)."""
         if self.stem is not None:
             return self.vit.with_positions(self.stem(crops))
         return self.vit.tokens(self.preprocess(to_float(crops)))
 
-    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What enters the first block -> what `forward` returns."""
-        logits = self.route(tokens)
-        seen = self.vit.encode(tokens, self.gate(logits), self.head.queries, self.config.head_levels)
-        return self.head(seen), logits
-
-    def gate(self, logits: Tensor | None) -> Tensor | None:
-        """Domain logits (B, K) -> the weights that the blocks use, (B, K), rows sum to one; None for plain LoRA.
-
-        The control "shuffled" hands each image the weights of the one half a batch further on: the only gate, and the
-        only part of the project, that depends on the company of an image.
-        """
-        if logits is None:
-            return None
-        gate = self.mix(logits)
-        return gate.roll(max(len(gate) // 2, 1), 0) if self.config.gate == "shuffled" else gate
-
-    def mix(self, logits: Tensor) -> Tensor:
-        """Domain logits (B, K) -> domain weights (B, K): softmax(logits / temperature)."""
-        return (logits / self.config.gate_temperature).softmax(dim=1)
-
-    def route(self, tokens: Tensor) -> Tensor | None:
-        """What enters the first block (B, N, D) -> domain logits (B, K), None for plain LoRA."""
-        if self.router is None:
-            return None
-        depth = 0 if isinstance(self.router, FixedGate) else self.config.router_depth
-        with torch.no_grad():
-            tokens = thin_out(tokens)
-            for block in self.vit.blocks[:depth]:
-                tokens = block(tokens, adapted=False)
-        return self.router(tokens[:, 1:].mean(dim=1))
-
     def preprocess(self, images: Tensor) -> Tensor:
-        """float (B, 3, H, W) in [0, 1] -> what `forward` takes, (B, 3, S, S)."""
+        """float (B, 3, H, W) in [0, 1] -> the input of `forward`, (B, 3, S, S)."""
         vit = self.config.vit
         return normalise(resize(images, self.config.image_size, self.config.resize), vit.mean, vit.std)
 
 
-def shuffle_gate(model: FaceModel) -> FaceModel:
-    """The model itself, from now on with each image's domain weights given to another image.
+def fastest_ops(device: torch.device) -> ModuleType:
+    """The module of operations for a device: the fused ones on the CPU, where they were measured, else the reference.
 
-    ConfigError unless it is DA-LoRA with a router that learned.
+    On a GPU nobody has measured the fused ones yet (kernels/README.md, "On CUDA").
     """
-    if model.config.num_domains == 1 or model.config.gate != "learned":
-        raise ConfigError("only a DA-LoRA model with a learned gate can be evaluated with it shuffled")
-    model.config = dataclasses.replace(model.config, gate="shuffled")
-    return model
+    if device.type != "cpu":
+        return ops
+    return fused

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import vitface.kernels.frozen as frozen
+import vitface.kernels.lora_linear as lora_linear
+import vitface.kernels.onednn as onednn
 from vitface.data.images import CROP_SIZE
 from vitface.data.preprocess import resize, to_float
 from vitface.model.face import FaceModel
-from vitface.model.lora import Linear, merge_lora
-from vitface.model.ops import pack_weight
-from vitface.model.vit import Block
+from vitface.model.lora import Linear, Mix, merge_lora
+from vitface.model.vit import Block, LayerScale
 
 CPU_BATCH = 16  # rows whose activations stay in the caches: ViT-S at 224 px embeds 1.3x as many as in batches of 128
 GPU_BATCH = 128
@@ -36,8 +38,7 @@ def embed_crops(model: FaceModel, crops: Crops, flip: bool = True) -> tuple[Tens
     pixels = _pixels(model, crops)
     if flip:
         pixels = rearrange([pixels, pixels.flip(2)], "mirrored b h w c -> (b mirrored) h w c")
-    embeddings, logits = model.read(model.tokens(pixels))
-    weights = None if logits is None else model.mix(logits)
+    embeddings, weights, _ = model.embed_tokens(model.tokens(pixels))
     if flip:
         embeddings = embeddings[::2] + embeddings[1::2]
         weights = None if weights is None else weights[::2]
@@ -66,15 +67,16 @@ def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | N
 @torch.no_grad()
 def route_crops(model: FaceModel, crops: Crops) -> Tensor:
     """Crops as for `embed_crops` -> its domain weights, ones (B, 1) for plain LoRA; without the pass for embeddings."""
-    logits = model.route(model.tokens(_pixels(model, crops)))
-    return torch.ones(len(crops), 1) if logits is None else model.mix(logits)
+    weights, _ = model.route(model.tokens(_pixels(model, crops)))
+    return torch.ones(len(crops), 1) if weights is None else weights
 
 
 @torch.no_grad()
 def attend_crops(model: FaceModel, crops: Crops, block: int = -1) -> Tensor:
     """Crops as for `embed_crops` -> where CLS looks in one block of the adapted model, (B, nh, g, g) of patches."""
     inputs = model.preprocess(to_float(_pixels(model, crops)))
-    maps = model.vit.attention(inputs, model.gate(model.route(model.vit.tokens(inputs))), block)
+    weights, _ = model.route(model.vit.tokens(inputs))
+    maps = model.vit.attention(inputs, Mix(weights), block)
     return rearrange(maps[:, :, 0, 1:], "b nh (h w) -> b nh h w", h=model.config.vit.grid(inputs.shape[-1]))
 
 
@@ -89,11 +91,11 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
 
 @torch.no_grad()
 def prepare_inference(model: FaceModel) -> FaceModel:
-    """The model itself, from now on for `embed` and `domain_weights` only: it can be neither trained nor saved.
+    """The model itself, which from now on can only embed and route: it can be neither trained nor saved.
 
-    LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale goes into the layer before it, the stem
-    becomes one convolution of the crop, and on the CPU each weight is laid out once the way oneDNN reads it. All of it
-    is done in float64 and rounded once, to the dtype the weights had.
+    LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale goes into the layer before it,
+    residuals are added inside the products, the stem becomes one convolution of the crop, and on the CPU each weight is
+    laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, to the dtype that they had.
     """
     model.eval().requires_grad_(False)
     dtype = model.vit.pos_embed.dtype
@@ -102,28 +104,55 @@ def prepare_inference(model: FaceModel) -> FaceModel:
         layer.double()
     if model.config.lora_rank and model.config.num_domains == 1:
         merge_lora(model.vit)
-    for block in model.vit.blocks:
+    for number, block in enumerate(model.vit.blocks):
         assert isinstance(block, Block)
-        _fold_layer_scale(block)
+        _fold_layer_scale(block.ls1, block.attn.proj)
+        _fold_layer_scale(block.ls2, block.mlp.fc2)
+        model.vit.blocks[number] = PreparedBlock(block)
     for layer in linears:
         layer.to(dtype)
-        layer.weight = nn.Parameter(pack_weight(layer.weight), requires_grad=False)
-    model.stem = fold_stem(model)
+        layer.weight = nn.Parameter(onednn.pack(layer.weight), requires_grad=False)
+    model.use_stem(fold_stem(model))
     return model
 
 
-def _fold_layer_scale(block: Block) -> None:
-    """γ ⊙ (x Wᵀ + b + s (low ⊙ gate) Bᵀ) is the same layer with γ in the rows of W, b and B."""
-    for name, layer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
-        scale = getattr(block, name)
-        if isinstance(scale, nn.Identity):
-            continue
+def _fold_layer_scale(scale: nn.Module, layer: Linear) -> None:
+    """γ ⊙ (x Wᵀ + b + s (xa ⊙ gate) Bᵀ) is the same layer with γ in the rows of W, b and B."""
+    if isinstance(scale, LayerScale):
         gamma = scale.gamma.double()
         for parameter in (layer.weight, layer.lora_b):
             if parameter is not None:
                 parameter.mul_(gamma[:, None])
         layer.bias.mul_(gamma)
-        setattr(block, name, nn.Identity())
+
+
+class PreparedBlock(Block):
+    """A block without LayerScale and gradients: residuals are added, and GELU is applied, inside the products."""
+
+    def __init__(self, block: Block):
+        nn.Module.__init__(self)
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+
+    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
+        attn, mlp = self.attn, self.mlp
+        heads = attn.ops.attention(attn.qkv(self.norm1(x), mix), attn.num_heads, attn.num_queries)
+        x = _add(x[:, : attn.num_queries], attn.proj, heads, mix)
+        h, fc1 = self.norm2(x), mlp.fc1
+        if mix is None or not fc1.has_lora:
+            h = frozen.hidden(h, fc1.weight, fc1.bias, mlp.act)
+        else:
+            h = mlp.ops.activate(fc1(h, mix), mlp.act)
+        return _add(x, mlp.fc2, h, mix)
+
+
+def _add(x: Tensor, layer: Linear, h: Tensor, mix: Mix | None) -> Tensor:
+    """x + layer(h, mix), (B, N, D)."""
+    a, b = layer.lora_a, layer.lora_b
+    if mix is None or a is None or b is None:
+        return onednn.product(h, layer.weight, layer.bias, x)
+    rows, residual = h.flatten(0, 1), x.flatten(0, 1)
+    y, _ = lora_linear.forward(rows, layer.weight, layer.bias, a, b, layer.scaling, mix.gate, residual)
+    return y.view(x.shape)
 
 
 class FoldedStem(nn.Module):

@@ -5,16 +5,26 @@ them. Nothing is replaced, hooked or patched.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitface.model.ops import check_impl, linear, lora_linear
+from vitface.model.ops import REFERENCE, Ops
 
 TARGETS = {
     "attn": ("attn.qkv", "attn.proj"),
     "attn+mlp": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
 }
+
+
+class Mix(NamedTuple):
+    """The adapters are used: the K pairs of each layer weighted by `gate` (B, K), or all by one (plain LoRA).
+
+    Layers that are given no Mix run frozen, without their adapters.
+    """
+
+    gate: Tensor | None = None
 
 
 def lora_scaling(formula: str, alpha: float, rank: int) -> float:
@@ -27,18 +37,18 @@ def lora_scaling(formula: str, alpha: float, rank: int) -> float:
 class Linear(nn.Linear):
     """nn.Linear with an optional low-rank adapter: (B, ..., I) -> (B, ..., O).
 
-    The frozen weight may be bf16 while the adapter's masters stay fp32; they are cast where they are used.
+    The frozen weight may be bf16 while the adapter's parameters stay fp32; they are cast where they are used.
     """
 
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.scaling, self.num_domains = 0.0, 1
-        self.impl = "reference"
+        self.ops: Ops = REFERENCE
 
     @property
     def has_lora(self) -> bool:
@@ -52,25 +62,11 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, num_domains * rank, device=self.weight.device))
         self.scaling, self.num_domains = scaling, num_domains
 
-    def forward(
-        self,
-        x: Tensor,
-        gate: Tensor | None = None,
-        adapted: bool = True,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        weight, bias, a, b = self.weight, self.bias, self.lora_a, self.lora_b
-        if a is None or b is None or not adapted:
-            return linear(x, weight, bias, residual=residual, impl=self.impl)
-        return lora_linear(x, weight, bias, a, b, self.scaling, gate, residual=residual, impl=self.impl)
-
-
-def use_impl(model: nn.Module, impl: str) -> None:
-    """Which implementation every layer of `model` runs, one of `vitface.model.ops.IMPLS`; ValueError for another."""
-    check_impl(impl)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.impl = impl
+    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
+        a, b = self.lora_a, self.lora_b
+        if mix is None or a is None or b is None:
+            return self.ops.linear(x, self.weight, self.bias)
+        return self.ops.lora_linear(x, self.weight, self.bias, a, b, self.scaling, mix.gate)
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Linear]:

@@ -4,10 +4,8 @@ One file for DINOv2 (Oquab et al. 2023, arXiv:2304.07193), CLIP's vision tower (
 and the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929); what differs between them is data in `ViTConfig`.
 State-dict names are DINOv2's and timm's.
 
-Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, hd head dim, K domains.
-`gate` (B, K) are the per-image weights of K adapter pairs, None for plain LoRA; `adapted=False` runs the frozen layers
-alone; `queries` asks for that many leading tokens only (1 is CLS), None for all; `levels` for those of so many depths;
-`residual` is added to the last layer's output.
+`mix` says how the adapters are used; without it the frozen layers run alone (see `vitface.model.lora.Mix`).
+Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, K domains.
 """
 
 from functools import partial
@@ -19,15 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitface.config import ViTConfig
-from vitface.model.lora import Linear
-from vitface.model.ops import (
-    activate,
-    attention_map,
-    frozen_mlp,
-    runs_fused,
-    self_attention,
-    split_heads,
-)
+from vitface.model.lora import Linear, Mix
+from vitface.model.ops import REFERENCE, Ops, attention_map
 
 
 class PatchEmbed(nn.Module):
@@ -42,24 +33,18 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N or queries, D)."""
+    """Multi-head self-attention of the first `num_queries` tokens, None: of all: (B, N, D) -> (B, num_queries, D)."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.num_queries: int | None = None
         self.qkv = Linear(embed_dim, 3 * embed_dim)
         self.proj = Linear(embed_dim, embed_dim)
+        self.ops: Ops = REFERENCE
 
-    def forward(
-        self,
-        x: Tensor,
-        gate: Tensor | None = None,
-        adapted: bool = True,
-        queries: int | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        heads = self_attention(self.qkv(x, gate, adapted), self.num_heads, queries, impl=self.qkv.impl)
-        return self.proj(heads, gate, adapted, residual=residual)
+    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
+        return self.proj(self.ops.attention(self.qkv(x, mix), self.num_heads, self.num_queries), mix)
 
 
 class Mlp(nn.Module):
@@ -70,18 +55,13 @@ class Mlp(nn.Module):
         self.act = act
         self.fc1 = Linear(embed_dim, 4 * embed_dim)
         self.fc2 = Linear(4 * embed_dim, embed_dim)
+        self.ops: Ops = REFERENCE
 
-    def forward(
-        self,
-        x: Tensor,
-        gate: Tensor | None = None,
-        adapted: bool = True,
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if runs_fused(fc1.impl, x) and not (adapted and (fc1.has_lora or fc2.has_lora)):
-            return frozen_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act, residual)
-        return fc2(activate(fc1(x, gate, adapted), self.act), gate, adapted, residual=residual)
+        if mix is None or not (fc1.has_lora or fc2.has_lora):
+            return self.ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act)
+        return fc2(self.ops.activate(fc1(x, mix), self.act), mix)
 
 
 class LayerScale(nn.Module):
@@ -108,14 +88,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, config.act)
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(
-        self, x: Tensor, gate: Tensor | None = None, adapted: bool = True, queries: int | None = None
-    ) -> Tensor:
-        if isinstance(self.ls1, nn.Identity):  # the last layer of each branch adds to the residual stream itself
-            x = self.attn(self.norm1(x), gate, adapted, queries, residual=x[:, :queries])
-            return self.mlp(self.norm2(x), gate, adapted, residual=x)
-        x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), gate, adapted, queries))
-        return x + self.ls2(self.mlp(self.norm2(x), gate, adapted))
+    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
+        x = x[:, : self.attn.num_queries] + self.ls1(self.attn(self.norm1(x), mix))
+        return x + self.ls2(self.mlp(self.norm2(x), mix))
 
 
 class ViT(nn.Module):
@@ -134,54 +109,61 @@ class ViT(nn.Module):
         self.norm_pre = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.recomputed = 0  # leading blocks that save their input only and run again in the backward pass
+        self.recomputed = 0
+
+    def keep_queries(self, num_queries: int | None) -> None:
+        """The last block computes the first `num_queries` tokens only, None: all. They are the same either way."""
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        last.attn.num_queries = num_queries
+
+    def recompute(self, num_blocks: int) -> None:
+        """The first `num_blocks` blocks save their input only, and run again in the backward pass."""
+        self.recomputed = num_blocks
+
+    def forward(self, images: Tensor, mix: Mix | None = None) -> Tensor:
+        return self.encode(self.tokens(images), mix)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> what enters the first block, (B, N, D), in the dtype of `pos_embed`."""
+        """(B, 3, S, S) -> the input of the first block (B, N, D), in the dtype of `pos_embed`."""
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             want = f"(B, 3, {self.image_size}, {self.image_size})"
             raise ValueError(f"images are {tuple(images.shape)}, this model takes {want}")
         return self.with_positions(self.patch_embed(images))
 
     def with_positions(self, patches: Tensor) -> Tensor:
-        """(B, N - 1, D) -> what enters the first block: CLS in front, positions added."""
+        """Patch embeddings (B, N - 1, D) -> the input of the first block: CLS in front, positions added."""
         patches = patches.to(self.pos_embed.dtype)
         cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
         return self.norm_pre(torch.cat([cls, patches], dim=1) + self.pos_embed)
 
-    def forward(self, images: Tensor, gate: Tensor | None = None) -> Tensor:
-        return self.encode(self.tokens(images), gate)
+    def encode(self, x: Tensor, mix: Mix | None = None, levels: int = 1) -> Tensor:
+        """The input of the first block (B, N, D) -> final-norm tokens (B, N, levels D).
 
-    def encode(self, x: Tensor, gate: Tensor | None = None, queries: int | None = None, levels: int = 1) -> Tensor:
-        """What enters the first block (B, N, D) -> final-norm tokens (B, N or queries, levels D).
-
-        The last block computes nothing for the tokens that nobody asks for; the others are exactly the same. Behind the
-        tokens of the last block stand those of `levels` - 1 earlier ones, evenly spaced, each token normalised
-        (hypercolumns, Hariharan et al. 2015, arXiv:1411.5752).
+        Behind the tokens of the last block stand those of `levels` - 1 earlier ones, evenly spaced, each token
+        normalised (hypercolumns, Hariharan et al. 2015, arXiv:1411.5752).
         """
         depth, earlier = len(self.blocks), []
         read = {level * depth // levels for level in range(1, levels)}
         for number, block in enumerate(self.blocks, start=1):
-            # nothing in a block is random: no random state is kept, which a CUDA graph could not read
+            # nothing in a block is random, so no random state is kept
             again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            run = again if number <= self.recomputed else block
-            x = run(x, gate, True, queries if number == depth else None)
+            x = (again if number <= self.recomputed else block)(x, mix)
             if number in read:
-                earlier.append(F.layer_norm(x[:, :queries], x.shape[-1:]))
+                earlier.append(F.layer_norm(x, x.shape[-1:]))
         return torch.cat([self.norm(x), *earlier], dim=-1) if earlier else self.norm(x)
 
-    def attention(self, images: Tensor, gate: Tensor | None = None, block: int = -1) -> Tensor:
-        """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, rows sum to one."""
+    def attention(self, images: Tensor, mix: Mix | None = None, block: int = -1) -> Tensor:
+        """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, each row sums to one."""
         depth = len(self.blocks)
         if not -depth <= block < depth:
             raise ValueError(f"block {block} does not exist; this model has {depth}")
         x = self.tokens(images)
         for earlier in self.blocks[: block % depth]:
-            x = earlier(x, gate)
+            x = earlier(x, mix)
         chosen = self.blocks[block]
         assert isinstance(chosen, Block)
-        q, k, _ = split_heads(chosen.attn.qkv(chosen.norm1(x), gate), chosen.attn.num_heads)
-        return attention_map(q, k)
+        return attention_map(chosen.attn.qkv(chosen.norm1(x), mix), chosen.attn.num_heads)
 
 
 @torch.no_grad()

@@ -159,8 +159,8 @@ def _check_size(config: FaceConfig, path: Path) -> None:
 
 
 def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a face model: trained parameters and running statistics, by state-dict name."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    """What a checkpoint keeps of a face model, by state-dict name: all but the frozen parameters of the backbone."""
+    frozen = {f"vit.{name}" for name, parameter in model.vit.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 

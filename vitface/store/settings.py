@@ -25,7 +25,8 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     backbone_name(config.backbone)
     config.vit.grid(config.image_size)
     depth = config.vit.depth
-    too_deep = config.router_depth > depth or config.head_levels > (depth if config.head == "patches" else 1)
+    too_deep = config.num_domains > 1 and config.router_depth >= depth
+    too_deep |= config.head_levels > (depth if config.head == "patches" else 1)
     sizes = (config.num_domains, config.embedding_dim, config.head_levels)
     if too_deep or config.image_size > MAX_IMAGE_SIZE or not all(sizes) or config.gate_temperature <= 0:
         raise ValueError("sizes that fit no model")

@@ -6,6 +6,7 @@ study.json hold the table, after each seed anew.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -24,13 +25,15 @@ from vitface.evaluation.compare import Comparison, Side, compare, read_run
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
-from vitface.model.face import FaceModel, shuffle_gate
+from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser, load
 from vitface.store.faces import frozen_face, open_checkpoint
+from vitface.study.controls import CONTROLS, shuffled_gate
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
 
 SHUFFLED_AT_TEST, FROZEN = "dalora_shuffled_at_test", "frozen"
+FIXED_GATES = ("uniform", "random")  # controls whose router is not trained
 
 
 def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -43,7 +46,7 @@ def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
         "lora": {"use_dalora": False},
         "lora_wide": {"use_dalora": False, "lora_rank": k * base.lora_rank, "lora_alpha": k * base.lora_alpha},
         "dalora": {"use_dalora": True},
-        **{gate: {"use_dalora": True, "gate": gate} for gate in ("uniform", "random", "shuffled")},
+        **{control: {"use_dalora": True} for control in CONTROLS},
     }
     if base.train_data in SYNTHETIC or base.domain_labels:
         grid["dalora_unlabelled"] = {"use_dalora": True, "domain_labels": "none"}
@@ -72,9 +75,11 @@ def run_study(
             cell = folder / f"{variant}-s{seed}"
             say(f"\n=== {cell}")
             config = dataclasses.replace(base, **changes, seed=seed, save_dir=str(cell), resume="auto")
-            run(config, say, with_frozen=False)
+            control = CONTROLS.get(variant)
+            run(config, say, with_frozen=False, change=control and functools.partial(control, seed=seed))
             if variant == "dalora":
-                model = shuffle_gate(open_checkpoint(cell, base.weights).load())
+                model = open_checkpoint(cell, base.weights).load()
+                shuffled_gate(model)
                 judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", model, config, names)
         if done == 1:
             dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now
@@ -123,7 +128,7 @@ def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> di
     accuracies = {name: [results[name].accuracy for results in side.results] for name in side.results[0]}
     row: dict[str, Any] = {
         "variant": side.name,
-        "adapter_parameters": adapter_parameters(cells[0]),
+        "adapter_parameters": adapter_parameters(cells[0], with_router=side.name not in FIXED_GATES),
         "accuracy": {name: float(np.mean(values)) for name, values in accuracies.items()},
         "deviation": {name: float(np.std(row, ddof=1)) for name, row in accuracies.items() if len(row) > 1},
     }
@@ -139,13 +144,13 @@ def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> di
     return row
 
 
-def adapter_parameters(cell: Path) -> int | None:
-    """Trained parameters of adapters and router; None for a cell that nothing was trained in."""
+def adapter_parameters(cell: Path, with_router: bool) -> int | None:
+    """Trained parameters of the adapters, and of the router; None for a cell that nothing was trained in."""
     path = cell / "checkpoints" / "best" / "model.safetensors"
     if not path.is_file():
         return None
     with safe_open(path, "np") as file:
-        names = [name for name in file.keys() if "lora_" in name or name.startswith("router.fc")]  # noqa: SIM118
+        names = [name for name in file.keys() if "lora_" in name or (with_router and name.startswith("router."))]  # noqa: SIM118
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
 

@@ -1,11 +1,13 @@
-"""Which images a rank sees in a step, read and augmented.
+"""Which images a rank sees in a step: read, augmented, and turned into the model's input.
 
 A step's images are `batch_size` consecutive ones of the epoch's order, whatever the number of ranks. They are cut into
 equal parts, rank after rank, and each rank's part into its micro-batches: two ranks see what one process sees in two
-micro-batches. Letters: b images of a micro-batch.
+micro-batches. Letters: b images of a micro-batch, S input side.
 """
 
 from collections.abc import Generator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +19,28 @@ from vitface.data.formats.samples import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
 from vitface.errors import ConfigError
+from vitface.model.face import FaceModel
 from vitface.training.ranks.process_group import rank, world_size
 
-Batch = tuple[Tensor, Tensor, Tensor | None, np.ndarray]  # images, labels, domains, people of the whole step
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The opened samples of a run, who of them trains, and how they are cut into steps."""
+
+    samples: Samples
+    split: Split
+    domains: np.ndarray | None  # (n,) of all samples, if the data labels as many domains as the model has
+    steps_per_epoch: int
+    micro_batch: int  # b
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    images: Tensor  # (b, 3, S, S), the input of the model
+    labels: Tensor  # (b,)
+    domains: Tensor | None  # (b,)
+    people: np.ndarray  # (batch_size,) the labels of the whole step, of all ranks
 
 
 def micro_batch_size(config: TrainConfig) -> int:
@@ -31,21 +52,25 @@ def micro_batch_size(config: TrainConfig) -> int:
 
 
 def rank_batches(
-    config: TrainConfig, samples: Samples, split: Split, epoch: int, steps: range, domains: np.ndarray | None
+    config: TrainConfig, data: TrainingData, model: FaceModel, epoch: int, steps: range
 ) -> Generator[Batch]:
-    """This rank's micro-batches of some steps of an epoch, in order: augmented float images (b, 3, 112, 112) in [0, 1],
-    labels (b,), of `domains` (n,) of all samples theirs (b,), and the labels of the whole step (batch_size,)."""
-    device, size = torch.device(config.device), micro_batch_size(config)
+    """This rank's micro-batches of some steps of an epoch, in order."""
+    device, split = torch.device(config.device), data.split
     order = epoch_order(len(split.labels), config.seed, epoch)
     whole = [order[step * config.batch_size : (step + 1) * config.batch_size] for step in steps]
     first = rank() * config.grad_accum
-    parts = [step.reshape(-1, size)[first : first + config.grad_accum] for step in whole]
+    parts = [step.reshape(-1, data.micro_batch)[first : first + config.grad_accum] for step in whole]
     positions = [part for step in parts for part in step]
-    pinned = device.type == "cuda"
-    batches = read_batches(samples, split.indices, positions, config.num_workers, pinned)
-    for number, (where, images) in enumerate(batches):
+    batches = read_batches(data.samples, split.indices, positions, config.num_workers, device.type == "cuda")
+    for number, (where, crops) in enumerate(batches):
         u = uniforms(config.seed, epoch, split.indices[where])
-        pixels = augment(to_float(images.to(device, non_blocking=True)), u, config.augment)
+        images = training_input(model, crops.to(device, non_blocking=True), u, config.augment)
         labels = torch.from_numpy(split.labels[where]).to(device)
+        domains = data.domains
         known = None if domains is None else torch.from_numpy(domains[split.indices[where]]).to(device)
-        yield pixels, labels, known, split.labels[whole[number // config.grad_accum]]
+        yield Batch(images, labels, known, split.labels[whole[number // config.grad_accum]])
+
+
+def training_input(model: FaceModel, crops: Tensor, u: Tensor, policy: str) -> Tensor:
+    """Crops, uint8 (b, 112, 112, 3) -> augmented by `policy` and the random numbers `u`, resized, normalised."""
+    return model.preprocess(augment(to_float(crops), u, policy))

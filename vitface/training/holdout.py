@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vitface.config import TrainConfig
 from vitface.data.formats.samples import Samples
-from vitface.data.loader import read_batches, split_people
+from vitface.data.loader import read_batches
 from vitface.errors import EvaluationError
 from vitface.files import replace_file
 from vitface.metrics import far_threshold
@@ -19,7 +18,7 @@ from vitface.model.face import FaceModel
 from vitface.model.inference import embed_batches, split
 from vitface.store.faces import Checkpoint
 from vitface.store.thresholds import FARS, THRESHOLDS_FILE
-from vitface.training import setup
+from vitface.training.batches import TrainingData
 from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import rank
 
@@ -48,14 +47,12 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
     return (embeddings @ embeddings.T)[first, second], people[first] == people[second]
 
 
-def calibrate(config: TrainConfig, checkpoint: Checkpoint, model: FaceModel) -> dict[str, Any] | None:
+def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> dict[str, Any] | None:
     """Writes the thresholds of a run's checkpoint and its model; returns what it wrote, None if nobody was held out."""
     assert checkpoint.run is not None
-    samples = setup.open_inputs(config)
-    split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
-    if not len(split.held_out):
+    if not len(data.split.held_out):
         return None
-    embeddings, _, people = embed_held_out(model, samples, split.held_out, flip=True)
+    embeddings, _, people = embed_held_out(model, data.samples, data.split.held_out, flip=True)
     score, issame = all_pairs(embeddings, people)
     thresholds: dict[str, dict[str, float | str]] = {}
     for far in FARS:

@@ -5,304 +5,236 @@ a function of (seed, epoch, index), so a run resumed from any step continues as 
 """
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
 import math
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vitface.config import TrainConfig
-from vitface.data.loader import split_people
-from vitface.errors import ConfigError
 from vitface.metrics import auc
-from vitface.store.faces import load_trained, trained_tensors
-from vitface.store.tensors import tensor_bytes
 from vitface.training import setup
-from vitface.training.batches import Batch, micro_batch_size, rank_batches
+from vitface.training.batches import Batch, rank_batches
 from vitface.training.collapse import alarms
-from vitface.training.diagnose import diagnose, keep_diagnosis
 from vitface.training.holdout import all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
-from vitface.training.memory import plan_memory
+from vitface.training.memory import fit_memory
+from vitface.training.non_finite import NonFiniteError, diagnose, keep_diagnosis, may_skip, non_finite_error
 from vitface.training.ranks.identities import ShardedMargin
-from vitface.training.ranks.identity_files import identity_files, read_identities
-from vitface.training.ranks.parallel import accumulating, gather_rows, replicate, synchronise_batch_norms
-from vitface.training.ranks.process_group import agree, check_same, rank, wait_for_all, world_size
-from vitface.training.runs.checkpoint import save_checkpoint
+from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
+from vitface.training.ranks.process_group import agree, check_same, rank, world_size
 from vitface.training.runs.interrupt import StopRequest, stop_requests
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import changed_settings, check_same_data, is_finished, settings_of, state_to_resume
-from vitface.training.runs.state import load_training, read_training, training_tensors
-from vitface.training.step import make_optimizer, refusal, schedule, set_rates, total_loss, update
+from vitface.training.runs.state import TrainingState
+from vitface.training.step import make_optimizer, schedule, set_rates, total_loss, update
 
 LOG_EVERY = 10
-MOST_SKIPPED = 20  # steps in a row
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a checkpoint counts. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
-
-    step: int = 0
-    epoch: int = 0
-    first_step: int = 0  # of the epoch under way
-    epoch_loss: float = 0.0  # summed over the steps of the epoch under way
-    best_epoch: int = 0
-    best_auc: float = -1.0
-    skipped: int = 0  # steps of fp16 whose gradients overflowed
-    skipped_in_a_row: int = 0
-    finished: bool = False
 
 
 class Trainer:
-    """One run. `config` is resolved (see `setup.resolve_choices`); `run_dir` None writes nothing."""
+    """One run. `config` is resolved (see `setup.resolve_choices`); nothing is written without `run_dir`.
 
-    def __init__(self, config: TrainConfig, run_dir: Path | None):
+    `change` is what a study does to the model before it is trained.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path | None, change: setup.Change | None = None):
         self.config, self.run_dir = config, run_dir
         self.device = torch.device(config.device)
-        self.samples = setup.open_inputs(config)
-        self.split = split_people(self.samples, config.holdout_people, config.max_samples, config.seed)
-        wait_for_all("inputs")  # packing takes one rank hours, and the others wait
-        self.micro_batch = micro_batch_size(config)
-        if len(self.split.indices) < config.batch_size:
-            raise ConfigError(
-                f"{len(self.split.indices)} training images do not fill one --batch-size {config.batch_size}; lower it"
-            )
-        self.steps_per_epoch = len(self.split.indices) // config.batch_size
-        self.model, self.margin = setup.build_model(config, self.split.num_people)
-        self.memory = plan_memory(self.model, self.margin, self.micro_batch, config.memory_budget)
-        self.model.vit.recomputed = self.memory.recomputed
+        self.data = setup.open_data(config)
+        self.model, self.margin = setup.build_model(config, self.data.split.num_people, change)
+        self.memory = fit_memory(self.model, self.margin, self.data.micro_batch, config.memory_budget)
         if world_size() > 1:
             synchronise_batch_norms(self.model)
         self.optimizer = make_optimizer(self.model, self.margin, config)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.loss_scale = LossScale(config.dtype == "fp16", self.device)
+        self.state = TrainingState(self.model, self.margin, self.optimizer, self.loss_scale)
         compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
         self.forward = replicate(compiled, self.device)
-        self.margin_forward = self.margin
-        if config.partial_fc is None:
-            self.margin_forward = replicate(self.margin, self.device)
-            self.margin.whole_batch = gather_rows
-        domains = self.samples.domains if config.use_dalora and config.domain_labels != "none" else None
-        self.has_domain_labels = domains is not None and domains.max() + 1 == config.num_domains
+        self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
         self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
-        self.progress = Progress()
+        # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
+        self.seconds_per_step = setup.seconds_per_step(
+            self.forward, self.margin_forward, self.data.micro_batch, self.config
+        )
         self.alarmed: set[str] = set()
 
     @property
     def total_steps(self) -> int:
-        return self.progress.first_step + self.steps_per_epoch * (self.config.epochs - self.progress.epoch)
-
-    @property
-    def steps_into_epoch(self) -> int:
-        return self.progress.step - self.progress.first_step
-
-    @functools.cached_property
-    def seconds_per_step(self) -> float:
-        """Measured on blank images. In the first pass DDP orders its buckets, and with them every later sum."""
-        return setup.seconds_per_step(self.forward, self.margin_forward, self.micro_batch, self.config)
+        progress = self.state.progress
+        return progress.first_step + self.data.steps_per_epoch * (self.config.epochs - progress.epoch)
 
     def fit(self, log: RunLog | None) -> None:
         """Runs from the current step to the end, or until `patience` epochs brought no better held-out AUC.
 
-        After Ctrl-C or SIGTERM it finishes the step under way, saves, and raises KeyboardInterrupt.
+        After Ctrl-C or SIGTERM it finishes the current step, saves, and raises KeyboardInterrupt.
         """
+        progress = self.state.progress
         if world_size() > 1:
-            check_same(self._facts())
-            _ = self.seconds_per_step  # resumed or not, every step sums in the same order
+            facts = {**settings_of(self.config), **self.data.split.fingerprint(), "step": progress.step}
+            backbone = self.model.config.weights_sha256
+            check_same({**facts, "trained tensors": self.state.sha256(), "backbone file": backbone})
         with stop_requests() as stop:
-            while not self.progress.finished:
-                started, first = time.perf_counter(), self.progress.step
+            while not progress.finished:
+                started, first = time.perf_counter(), progress.step
                 self._epoch(log, stop)
-                rate = (self.progress.step - first) * self.config.batch_size / (time.perf_counter() - started)
+                rate = (progress.step - first) * self.config.batch_size / (time.perf_counter() - started)
                 # an epoch whose last step is done is judged before stopping: a step is saved once, in one state
-                is_best = self.steps_into_epoch == self.steps_per_epoch and self._judge(rate, log)
+                is_best = progress.steps_into_epoch == self.data.steps_per_epoch and self._judge(rate, log)
                 if log is not None:
                     log.sync()
-                self._save(is_best)
+                self.save(is_best)
                 if agree(stop.requested, [])[0]:
                     raise KeyboardInterrupt
 
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same on every rank before the first step."""
-        tensors = {**trained_tensors(self.model), **training_tensors(self.margin, self.optimizer)}
-        trained = hashlib.sha256(tensor_bytes(tensors)).hexdigest()
-        facts = {**settings_of(self.config), **self.split.fingerprint(), "step": self.progress.step}
-        return {**facts, "trained tensors": trained, "backbone file": self.model.config.weights_sha256}
+    def _epoch(self, log: RunLog | None, stop: StopRequest) -> None:
+        """The rest of the current epoch, or as far as a step that is saved: at --save-every, or to stop there."""
+        config, progress, steps = self.config, self.state.progress, self.data.steps_per_epoch
+        batches = self._batches()
+        self.model.train()
+        with contextlib.closing(batches), self._bar() as bar:
+            while progress.steps_into_epoch < steps:
+                factor = schedule(progress.step, self.total_steps, steps)
+                set_rates(self.optimizer, factor)
+                norm, losses = self._step(batches)
+                stopped, means = agree(stop.requested, list(losses.values()))
+                losses = dict(zip(losses, means, strict=True))
+                progress.step += 1
+                progress.epoch_loss += losses["loss"]
+                bar.update()
+                bar.set_postfix(loss=f"{losses['loss']:.2f}")
+                if log is not None and progress.step % LOG_EVERY == 0:
+                    self._log_step(log, config.lr * factor, norm, losses)
+                if stopped or (config.save_every and progress.step % config.save_every == 0):
+                    return
+
+    def _batches(self) -> Generator[Batch]:
+        """The rest of the current epoch."""
+        progress = self.state.progress
+        steps = range(progress.steps_into_epoch, self.data.steps_per_epoch)
+        return rank_batches(self.config, self.data, self.model, progress.epoch, steps)
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            initial=self.state.progress.steps_into_epoch,
+            total=self.data.steps_per_epoch,
+            desc=f"epoch {self.state.progress.epoch + 1}/{self.config.epochs}",
+            unit_scale=self.config.batch_size,
+            unit="img",
+            leave=False,
+            dynamic_ncols=True,
+            disable=rank() > 0,
+        )
+
+    def _step(self, batches: Generator[Batch]) -> tuple[float, dict[str, float]]:
+        """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean losses.
+
+        It waits for the device once, at the end.
+        """
+        progress, count = self.state.progress, self.config.grad_accum
+        results: dict[str, Tensor] = {}
+        for part in range(count):
+            batch = next(batches)
+            if self.sampled is not None and part == 0:
+                self.sampled.draw(progress.step, batch.people, self.optimizer)
+            results = self._micro_step(batch, results, last=part == count - 1)
+        if self.sampled is not None:
+            self.sampled.put_back(self.optimizer)
+        losses = dict(zip(results, torch.stack([*results.values()]).tolist(), strict=True))
+        norm, bad = losses.pop("grad_norm"), losses.pop("bad")
+        if bad and not (self.loss_scale.enabled and may_skip(losses["loss"], progress.skipped_in_a_row)):
+            raise self._non_finite(batch.images, losses, norm)
+        progress.skipped += int(bad)
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
+        return norm, losses
+
+    def _micro_step(self, batch: Batch, earlier: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        """A micro-batch's gradients, and after the `last` one the update; returns the losses, `earlier` ones added."""
+        if not earlier:
+            self.optimizer.zero_grad(set_to_none=True)
+        with accumulating(last, self.forward, self.margin_forward):
+            losses = total_loss(self.forward, self.margin_forward, batch, self.config)
+            losses = {name: loss / self.config.grad_accum + earlier.get(name, 0.0) for name, loss in losses.items()}
+            results = {name: loss.detach() for name, loss in losses.items()}
+            if not last:
+                self.loss_scale(losses["loss"]).backward()
+                return results
+            loss, norm, bad = update(
+                self.optimizer, losses["loss"], self.trained, self.config.clip_grad, self.loss_scale
+            )
+        return {**results, "loss": loss, "grad_norm": norm, "bad": bad}
+
+    def _non_finite(self, images: Tensor, losses: dict[str, float], norm: float) -> NonFiniteError:
+        """The error after a step that was not taken, with a diagnosis in the run's folder."""
+        progress = self.state.progress
+        error = non_finite_error(losses["loss"], norm, self.trained, progress.skipped_in_a_row)
+        if self.run_dir is None:
+            return error
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": self.config.seed, "lr": rate}
+        modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
+        found = diagnose({**where, "reason": str(error)}, images, losses, modules)
+        return keep_diagnosis(self.run_dir / "non_finite.json", error, found)
+
+    def _log_step(self, log: RunLog, rate: float, norm: float, losses: dict[str, float]) -> None:
+        progress = self.state.progress
+        shown = norm if math.isfinite(norm) else None  # of a step that was skipped; JSON has no infinity
+        about = {"step": progress.step, "epoch": progress.epoch + 1, "lr": rate, "grad_norm": shown}
+        log.step(**about, **losses, **self._skipped())
+
+    def _skipped(self) -> dict[str, int]:
+        return {"skipped": self.state.progress.skipped} if self.loss_scale.enabled else {}
 
     def _judge(self, rate: float, log: RunLog | None) -> bool:
-        """Ends an epoch: its held-out AUC, whether it is the best, whether training is finished."""
-        progress, config = self.progress, self.config
-        loss, (score, found) = progress.epoch_loss / self.steps_per_epoch, self.judge_held_out()
-        progress.epoch, progress.first_step, progress.epoch_loss = progress.epoch + 1, progress.step, 0.0
+        """Ends an epoch: computes its held-out AUC, and returns whether it is the best so far."""
+        progress, config = self.state.progress, self.config
+        loss, (score, found) = progress.epoch_loss / self.data.steps_per_epoch, self.judge_held_out()
+        progress.epoch += 1
+        progress.restart_epoch()
         is_best = score is None or score > progress.best_auc
         if is_best:
             progress.best_epoch, progress.best_auc = progress.epoch, -1.0 if score is None else score
         out_of_patience = 0 < config.patience <= progress.epoch - progress.best_epoch
         progress.finished = out_of_patience or progress.epoch == config.epochs
         judged = "" if score is None else f"  held-out AUC {score:.4f}{' (best)' if is_best else ''}"
-        if rank() == 0:
-            skipped = f"  {progress.skipped} steps skipped so far" if progress.skipped else ""
-            tqdm.write(f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s{skipped}")
-        if log is not None:
-            log.epoch(
-                step=progress.step, epoch=progress.epoch, loss=loss, holdout_auc=score, alarms=", ".join(found),
-                img_per_s=round(rate, 1), **self._skipped(),
-            )  # fmt: skip
-        for name, text in found.items():
-            if name not in self.alarmed and rank() == 0:
-                tqdm.write(f"ALARM {name}: {text}")
+        skipped = f"  {progress.skipped} steps skipped so far" if progress.skipped else ""
+        lines = [f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s{skipped}"]
+        lines += [f"ALARM {name}: {text}" for name, text in found.items() if name not in self.alarmed]
         self.alarmed |= found.keys()
+        if rank() == 0:
+            tqdm.write("\n".join(lines))
+        if log is not None:
+            about = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "holdout_auc": score}
+            log.epoch(**about, alarms=", ".join(found), img_per_s=round(rate, 1), **self._skipped())
         return is_best
-
-    def _skipped(self) -> dict[str, int]:
-        return {"skipped": self.progress.skipped} if self.loss_scale.enabled else {}
-
-    def _epoch(self, log: RunLog | None, stop: StopRequest) -> None:
-        """What is left of the epoch under way, or up to a step that is saved: at --save-every, or to stop there."""
-        config, progress = self.config, self.progress
-        epoch, batches = progress.epoch, self._batches(progress.epoch)
-        self.model.train()
-        bar = tqdm(
-            initial=self.steps_into_epoch, total=self.steps_per_epoch, desc=f"epoch {epoch + 1}/{config.epochs}",
-            unit_scale=config.batch_size, unit="img", leave=False, dynamic_ncols=True, disable=rank() > 0,
-        )  # fmt: skip
-        with contextlib.closing(batches), bar:
-            while self.steps_into_epoch < self.steps_per_epoch:
-                factor = schedule(progress.step, self.total_steps, self.steps_per_epoch)
-                set_rates(self.optimizer, factor)
-                norm, values = self._step(batches)
-                stopped, means = agree(stop.requested, list(values.values()))
-                values = dict(zip(values, means, strict=True))
-                progress.step += 1
-                progress.epoch_loss += values["loss"]
-                bar.update()
-                bar.set_postfix(loss=f"{values['loss']:.2f}")
-                if log is not None and progress.step % LOG_EVERY == 0:
-                    shown = norm if math.isfinite(norm) else None  # of a step that was skipped; JSON has no infinity
-                    about = {"step": progress.step, "epoch": epoch + 1, "lr": config.lr * factor, "grad_norm": shown}
-                    log.step(**about, **values, **self._skipped())
-                if stopped or (config.save_every and progress.step % config.save_every == 0):
-                    return
-
-    def _step(self, batches: Generator[Batch]) -> tuple[float, dict[str, float]]:
-        """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean loss by its parts.
-
-        The device is waited for once, at the end.
-        """
-        told: dict[str, Tensor] = {}
-        for part in range(self.config.grad_accum):
-            images, labels, domains, people = next(batches)
-            if self.sampled is not None and part == 0:
-                self.sampled.draw(self.progress.step, people, self.optimizer)
-            told = self._micro_step(images, labels, domains, told, part == self.config.grad_accum - 1)
-        if self.sampled is not None:
-            self.sampled.put_back(self.optimizer)
-        values = dict(zip(told, torch.stack([*told.values()]).tolist(), strict=True))
-        norm, bad = values.pop("grad_norm"), values.pop("bad")
-        if bad:
-            self._not_taken(values, norm, images)
-        self.progress.skipped += int(bad)
-        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if bad else 0
-        return norm, values
-
-    def _micro_step(
-        self, images: Tensor, labels: Tensor, domains: Tensor | None, earlier: dict[str, Tensor], last: bool
-    ) -> dict[str, Tensor]:
-        """A micro-batch's gradients, and after the `last` one the update: what there is to tell, with the `earlier`."""
-        if not earlier:
-            self.optimizer.zero_grad(set_to_none=True)
-        with accumulating(last, self.forward, self.margin_forward):
-            parts = total_loss(self.forward, self.margin_forward, images, labels, domains, self.config)
-            parts = {name: part / self.config.grad_accum + earlier.get(name, 0.0) for name, part in parts.items()}
-            told = {name: part.detach() for name, part in parts.items()}
-            if not last:
-                self.loss_scale(parts["loss"]).backward()
-                return told
-            loss, norm, bad = update(
-                self.optimizer, parts["loss"], self.trained, self.config.clip_grad, self.loss_scale
-            )
-        return {**told, "loss": loss, "grad_norm": norm, "bad": bad}
-
-    def _not_taken(self, values: dict[str, float], norm: float, images: Tensor) -> None:
-        """After a bad outcome: an overflow of fp16's gradients is left at that, anything else raises NonFiniteError."""
-        progress, reason = self.progress, ""
-        if (
-            self.loss_scale.enabled and not agree(not math.isfinite(values["loss"]), [])[0]
-        ):  # a lower scale mends no loss
-            if progress.skipped_in_a_row + 1 < MOST_SKIPPED:
-                return
-            reason = f"the last {MOST_SKIPPED} steps were skipped, each with a lower loss scale than the one before; "
-        error = refusal(reason, values["loss"], norm, self.trained)
-        if self.run_dir is None:
-            raise error
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": self.config.seed, "lr": rate}
-        modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
-        found = diagnose({**where, "reason": str(error)}, images, values, modules)
-        raise keep_diagnosis(self.run_dir / "non_finite.json", error, found)
-
-    def _batches(self, epoch: int) -> Generator[Batch]:
-        """What is left of the epoch, as `rank_batches`, ready for the model."""
-        steps = range(self.steps_into_epoch, self.steps_per_epoch)
-        domains = self.samples.domains if self.has_domain_labels else None
-        for pixels, labels, known, people in rank_batches(self.config, self.samples, self.split, epoch, steps, domains):
-            yield self.model.preprocess(pixels), labels, known, people
 
     def judge_held_out(self) -> tuple[float | None, dict[str, str]]:
         """AUC over all pairs of the held-out people, and alarms, a sentence by name; (None, {}) where nobody is."""
-        if not len(self.split.held_out):
+        if not len(self.data.split.held_out):
             return None, {}
         self.model.eval()
-        embeddings, gates, labels = embed_held_out(self.model, self.samples, self.split.held_out)
+        embeddings, weights, labels = embed_held_out(self.model, self.data.samples, self.data.split.held_out)
         score = auc(*all_pairs(embeddings, labels))
-        return score, alarms(embeddings, score, gates if self.config.use_dalora else None)
+        return score, alarms(embeddings, score, weights if self.config.use_dalora else None)
 
-    def _save(self, is_best: bool) -> None:
-        if self.run_dir is None:
-            return
-        more_files = identity_files(self.margin, self.optimizer) if isinstance(self.margin, ShardedMargin) else iter(())
-        if rank() == 0:
-            save_checkpoint(
-                self.run_dir,
-                self.progress.step,
-                trained_tensors(self.model),
-                dataclasses.asdict(self.model.config),
-                training_tensors(self.margin, self.optimizer),
-                {
-                    "progress": dataclasses.asdict(self.progress),
-                    "loss_scale": self.loss_scale.state(),
-                    "is_best": is_best,
-                    "settings": settings_of(self.config),
-                    "data": self.split.fingerprint(),
-                },
-                is_best,
-                more_files,
-            )
-        for _ in more_files:  # what rank 0 did not need, as the step was there already, is still being sent
-            pass
+    def save(self, is_best: bool) -> None:
+        """Saves the current step in the run's folder; to be called on every rank."""
+        if self.run_dir is not None:
+            facts = {"settings": settings_of(self.config), "data": self.data.split.fingerprint()}
+            self.state.save(self.run_dir, facts, is_best)
 
     def restore(self, checkpoint: Path) -> None:
         """Continues where a verified checkpoint stopped; CheckpointError if it is of another model or other data.
 
-        --allow-changed lets other settings and other data of as many people pass: the epoch under way starts again.
+        With --allow-changed other settings and other data of as many people pass: the current epoch starts again.
         """
-        state = state_to_resume(checkpoint, self.model.config)
-        other_data = check_same_data(checkpoint, state, self.split.fingerprint(), self.config)
-        tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
-        load_trained(self.model, checkpoint / "model.safetensors")
-        load_training(tensors, self.margin, self.optimizer)
-        if isinstance(self.margin, ShardedMargin):
-            self.margin.load_rows(self.optimizer, read_identities(checkpoint, self.margin))
-        self.loss_scale.load(state.get("loss_scale", {}))  # older checkpoints have none
-        self.progress = Progress(**state["progress"])
-        self.progress.finished = is_finished(self.config, state)
-        if other_data or changed_settings(state, self.config):
-            self.progress.first_step, self.progress.epoch_loss = self.progress.step, 0.0
+        written = state_to_resume(checkpoint, self.model.config)
+        other_data = check_same_data(checkpoint, written, self.data.split.fingerprint(), self.config)
+        self.state.restore(checkpoint, written)
+        self.state.progress.finished = is_finished(self.config, written)
+        if other_data or changed_settings(written, self.config):
+            self.state.progress.restart_epoch()

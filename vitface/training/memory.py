@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitface.errors import ConfigError
 from vitface.model.face import FaceModel
+from vitface.model.lora import Mix
 
 GB = 10**9
 PROBE = 2  # images; batch norm needs two
@@ -41,6 +42,13 @@ class MemoryPlan:
         return f"about {self.total / GB:.2g} GB a step, {self.recomputed} of {self.depth} blocks recomputed"
 
 
+def fit_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: float | None) -> MemoryPlan:
+    """Has `model` recompute as many blocks as `plan_memory` finds necessary, and returns that plan."""
+    plan = plan_memory(model, margin, batch_size, budget)
+    model.vit.recompute(plan.recomputed)
+    return plan
+
+
 def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: float | None) -> MemoryPlan:
     """The fewest recomputed blocks that keep a step within `budget` GB (None: any size). The model stays as it was.
 
@@ -53,17 +61,17 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.pos_embed.device)
     before, buffers = vit.recomputed, {name: buffer.clone() for name, buffer in model.named_buffers()}
     entry = vit.tokens(images).detach().requires_grad_()
-    gate = entry.new_ones(PROBE, model.config.num_domains) if model.router is not None else None
-    block = saved_bytes(lambda: vit.blocks[0](entry, gate), model)
+    mix = Mix(entry.new_ones(PROBE, model.config.num_domains) if model.router is not None else None)
+    block = saved_bytes(lambda: vit.blocks[0](entry, mix), model)
     try:
         for recomputed in range(len(vit.blocks) + 1):
-            vit.recomputed = recomputed
+            vit.recompute(recomputed)
             saved = saved_bytes(lambda: model(images), model) + recomputed * entry.nbytes + 2 * block
             plan = MemoryPlan(recomputed, len(vit.blocks), constant, saved // PROBE, batch_size)
             if budget is None or plan.total <= budget * GB:
                 return plan
     finally:
-        vit.recomputed = before
+        vit.recompute(before)
         for name, buffer in model.named_buffers():  # the batch norm must not remember the probe
             buffer.copy_(buffers[name])
     assert plan is not None and budget is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +13,32 @@ from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import cached
 from vitface.data.formats.samples import FolderSamples, RecordSamples, Samples, load_samples, read_domains
+from vitface.data.loader import split_people
 from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
-from vitface.device import resolve_device, resolve_dtype, resolve_impl
+from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, WeightsError
 from vitface.evaluation.benchmarks import available
 from vitface.extras import require
 from vitface.home import cache_home
-from vitface.model.face import FaceModel
-from vitface.model.margin import MarginLoss
+from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
+from vitface.training.batches import Batch, TrainingData, micro_batch_size
 from vitface.training.ranks.identities import ShardedMargin
-from vitface.training.ranks.process_group import launched, local_device
+from vitface.training.ranks.parallel import gather_rows
+from vitface.training.ranks.process_group import barrier, launched, local_device
+from vitface.training.runs.state import Margin
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
-Margin = MarginLoss | ShardedMargin
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
     """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
     device = resolve_device(local_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
-    impl = resolve_impl(config.impl, device)
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
-    config = dataclasses.replace(config, device=str(device), dtype=dtype, impl=impl, weights=weights)
+    config = dataclasses.replace(config, device=str(device), dtype=dtype, weights=weights)
     if config.dry_run:
         batch = min(config.batch_size, 8 * launched())
         config = dataclasses.replace(
@@ -87,6 +90,25 @@ def open_inputs(config: TrainConfig) -> Samples:
     return samples
 
 
+def open_data(config: TrainConfig) -> TrainingData:
+    """The training data of a run, on every rank once all have it; errors as `open_inputs` and `split_people`.
+
+    ConfigError also if the images do not fill a batch.
+    """
+    samples = open_inputs(config)
+    split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
+    barrier("inputs")  # packing takes one rank hours, and the others wait
+    if len(split.indices) < config.batch_size:
+        raise ConfigError(
+            f"{len(split.indices)} training images do not fill one --batch-size {config.batch_size}; lower it"
+        )
+    domains = samples.domains if config.use_dalora and config.domain_labels != "none" else None
+    if domains is not None and domains.max() + 1 != config.num_domains:
+        domains = None
+    steps = len(split.indices) // config.batch_size
+    return TrainingData(samples, split, domains, steps, micro_batch_size(config))
+
+
 def check_domains(config: TrainConfig, found: int) -> None:
     """DataError unless there are as many domain labels as domains."""
     if found != config.num_domains:
@@ -103,7 +125,10 @@ def final_benchmarks(config: TrainConfig) -> list[str]:
     return [config.train_data, *real] if config.train_data in SYNTHETIC else real
 
 
-def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin]:
+Change = Callable[[FaceModel], None]  # of a model, before it is trained or evaluated; a study's control
+
+
+def build_model(config: TrainConfig, num_people: int, change: Change | None = None) -> tuple[FaceModel, Margin]:
     """The face model around its frozen backbone and the loss with its identity matrix, on the device, in train mode."""
     vit = load_backbone(config.backbone, config.weights, config.image_size)
     name = backbone_name(config.backbone)
@@ -116,7 +141,6 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets,
         num_domains=config.num_domains if config.use_dalora else 1,
-        gate=config.gate,
         router_depth=config.router_depth,
         gate_temperature=config.gate_temperature,
         head=config.head,
@@ -125,10 +149,16 @@ def build_model(config: TrainConfig, num_people: int) -> tuple[FaceModel, Margin
         train_patch_embed=config.train_patch_embed,
         dtype=config.dtype,  # type: ignore[arg-type]  # "auto" is resolved by now
     )
-    model = FaceModel(vit, face, config.impl, config.seed)
-    sizes = (config.loss, num_people, config.embedding_dim, config.margin, config.scale, config.seed)
-    margin = MarginLoss(*sizes) if config.partial_fc is None else ShardedMargin(*sizes, config.partial_fc)
-    return model.to(config.device).train(), margin.to(config.device)
+    model = FaceModel(vit, face, config.seed).to(config.device)
+    model.use_ops(fastest_ops(torch.device(config.device)))
+    if change is not None:
+        change(model)
+    sizes = (num_people, config.embedding_dim, config.scale, config.seed)
+    if config.partial_fc is not None:  # which sees the norms of all ranks' embeddings already
+        margin = ShardedMargin(make_margin(config.loss, config.margin), *sizes, config.partial_fc)
+    else:
+        margin = MarginLoss(make_margin(config.loss, config.margin, gather_rows), *sizes)
+    return model.train(), margin.to(config.device)
 
 
 def parameter_counts(model: FaceModel) -> dict[str, tuple[int, int]]:
@@ -163,13 +193,14 @@ def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, conf
     before = [buffer.clone() for buffer in buffers]
     images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=config.device)
     labels = torch.zeros(micro_batch, dtype=torch.long, device=config.device)
+    batch = Batch(images, labels, None, np.zeros(1, int))
     start = 0.0
     if isinstance(margin, ShardedMargin):
-        margin.draw(0, np.zeros(1, int))
+        margin.draw(0, batch.people)
     for _ in range(2):
         _synchronise(images)
         start = time.perf_counter()
-        total_loss(model, margin, images, labels, None, config)["loss"].backward()
+        total_loss(model, margin, batch, config)["loss"].backward()
         _synchronise(images)
     if isinstance(margin, ShardedMargin):
         margin.put_back()

@@ -9,21 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitface.config import TrainConfig
-from vitface.errors import VitfaceError
 from vitface.model.router import load_balance_loss
+from vitface.training.batches import Batch
 from vitface.training.loss_scale import LossScale
 from vitface.training.ranks.parallel import clip_gradients, mean_over_ranks, on_any_rank
-from vitface.training.ranks.process_group import lowest, rank, share, world_size
 
 DOMAIN_LOSS_WEIGHT = 0.1
-
-
-class NonFiniteError(VitfaceError):
-    """The loss or a gradient became NaN or infinite, first on rank `culprit`; the step was not taken."""
-
-    def __init__(self, message: str, culprit: int = 0):
-        super().__init__(message)
-        self.culprit = culprit
 
 
 def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -> list[dict]:
@@ -63,20 +54,18 @@ def schedule(step: int, total_steps: int, steps_per_epoch: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1)))
 
 
-def total_loss(
-    model: nn.Module, margin: nn.Module, images: Tensor, labels: Tensor, domains: Tensor | None, config: TrainConfig
-) -> dict[str, Tensor]:
-    """Normalised images (B, 3, S, S), labels (B,), domains (B,) or None -> {"loss", "margin_loss", ...}, scalars."""
-    embedding, logits = model(images)
-    parts = {"margin_loss": margin(embedding, labels)}
-    loss = parts["margin_loss"]
-    if logits is not None and logits.requires_grad:  # a fixed gate learns nothing
-        parts["balance_loss"] = load_balance_loss(logits / config.gate_temperature, mean_over_ranks)
-        loss = loss + config.balance_loss_weight * parts["balance_loss"]
-        if domains is not None:
-            parts["domain_loss"] = F.cross_entropy(logits, domains)
-            loss = loss + DOMAIN_LOSS_WEIGHT * parts["domain_loss"]
-    return {"loss": loss, **parts}
+def total_loss(model: nn.Module, margin: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """The losses of a micro-batch, scalars by name: "loss", which is minimised, and its parts "margin_loss", ..."""
+    embedding, weights, logits = model(batch.images)
+    losses = {"margin_loss": margin(embedding, batch.labels)}
+    loss = losses["margin_loss"]
+    if weights is not None and weights.requires_grad:  # a router that is not trained learns nothing
+        losses["balance_loss"] = load_balance_loss(weights, mean_over_ranks)
+        loss = loss + config.balance_loss_weight * losses["balance_loss"]
+        if batch.domains is not None:
+            losses["domain_loss"] = F.cross_entropy(logits, batch.domains)
+            loss = loss + DOMAIN_LOSS_WEIGHT * losses["domain_loss"]
+    return {"loss": loss, **losses}
 
 
 class Outcome(NamedTuple):
@@ -107,22 +96,3 @@ def update(
         optimizer.step()
     scale.update(bad)
     return Outcome(loss, norm, bad)
-
-
-def refusal(reason: str, loss: float, norm: float, parameters: Iterable[nn.Parameter]) -> NonFiniteError:
-    """The error after a bad outcome, begun by a `reason`; the same on every rank, and to be called on all of them."""
-    own = not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
-    culprit = first_fault([not math.isfinite(loss), own, not math.isfinite(norm)]) or 0
-    found = share(f"loss {loss}, gradient norm {norm}", culprit)
-    where = f"rank {culprit}: " if world_size() > 1 else ""
-    return NonFiniteError(
-        f"{reason}{where}{found}: stopped before the update; try a lower --lr, a smaller --margin, or --dtype fp32",
-        culprit,
-    )
-
-
-def first_fault(faults: list[bool]) -> int | None:
-    """The first rank that has the first of these faults that any has, None if none has any; the same on every rank."""
-    worst = faults.index(True) if any(faults) else len(faults)
-    found = lowest(worst * world_size() + rank())
-    return found % world_size() if found < len(faults) * world_size() else None

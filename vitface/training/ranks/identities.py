@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitface.data.counter import uniform
-from vitface.model.margin import EPS, MarginFormula
+from vitface.model.margin import EPS
 from vitface.training.ranks.parallel import Shard, gather_rows, sum_over_ranks
 from vitface.training.ranks.process_group import rank, world_size
 
@@ -83,7 +83,7 @@ def _inside(columns: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     return mine, columns[mine] - first
 
 
-class ShardedMargin(MarginFormula):
+class ShardedMargin(nn.Module):
     """A rank's share of `MarginLoss`: embedding (b, E), labels (b,) in [0, C) -> the mean loss over all B images.
 
     The sum over a row of logits is put together from all ranks' parts; the loss and its gradients are those of
@@ -92,10 +92,16 @@ class ShardedMargin(MarginFormula):
     """
 
     def __init__(
-        self, kind: str, num_identities: int, embedding_dim: int, margin: float, scale: float, seed: int = 0,
+        self,
+        margin: nn.Module,
+        num_identities: int,
+        embedding_dim: int,
+        scale: float,
+        seed: int = 0,
         sample_rate: float = 1.0,
-    ):  # fmt: skip
-        super().__init__(kind, margin, scale)
+    ):
+        super().__init__()
+        self.margin, self.scale = margin, scale
         self.num_identities, self.sample_rate, self.seed = num_identities, sample_rate, seed
         self.first, self.end = class_range(num_identities, rank(), world_size())
         rows = initial_rows(num_identities, embedding_dim, seed, self.first, self.end)
@@ -115,7 +121,7 @@ class ShardedMargin(MarginFormula):
         peak, total, own = _Columns.apply(unit, self.weight, columns, self.scale)  # type: ignore[misc]
         # each rank differentiates its own part; what it gets from the others is constant
         cosine = own.where(columns >= 0, sum_over_ranks(own.detach()))
-        target = self.scale * self.target(cosine, norms)
+        target = self.scale * self.margin(cosine, norms)
         peaks, totals = gather_rows(peak[None]), list(gather_rows(total.detach()[None]))  # (W, B)
         totals[rank()] = total
         highest = torch.maximum(peaks.amax(0), target.detach())

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 
 from vitface.errors import DataError, VitfaceError
 from vitface.evaluation.benchmarks import in_order
-from vitface.training.ranks.process_group import gather, rank, world_size
+from vitface.training.ranks.process_group import all_gather, rank, world_size
 
 
 class Shard(nn.Parameter):
@@ -155,7 +155,7 @@ def in_turns(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
         rows = [np.asarray(work(turn), np.float32) for turn in range(rank(), count, world_size())]
     except VitfaceError as error:
         failure = str(error)
-    everyone = gather([failure, [array.shape for array in rows]])
+    everyone = all_gather([failure, [array.shape for array in rows]])
     for theirs, _ in everyone:
         if theirs:
             raise DataError(theirs)

@@ -178,7 +178,7 @@ class _Watch:
             return RankError(f"rank {', '.join(lost)} was lost (killed, stopped, or its machine is gone); {ADVICE}")
         return None
 
-    def wait_for_all(self, name: str) -> None:
+    def barrier(self, name: str) -> None:
         """Returns when every rank has called it, however long that takes; RankError if one is lost instead."""
         there = self.store.add(name, 1)
         while there <= len(self.others):
@@ -195,7 +195,7 @@ class _Watch:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every rank's JSON value, in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [value]
@@ -208,9 +208,9 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(each[: int(size)].tolist())) for each, size in zip(padded, sizes, strict=True)]
 
 
-def share(value: T, source: int = 0) -> T:
+def broadcast(value: T, source: int = 0) -> T:
     """The JSON value of rank `source`, on every rank; also a point that no rank passes before all have reached it."""
-    return gather(value if rank() == source else None)[source]
+    return all_gather(value if rank() == source else None)[source]
 
 
 def agree(flag: bool, values: list[float]) -> tuple[bool, list[float]]:
@@ -222,13 +222,13 @@ def agree(flag: bool, values: list[float]) -> tuple[bool, list[float]]:
     return bool(message[0] > 0), (message[1:] / world_size()).tolist()
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """A point that no rank passes before all have reached it; unlike the others of this module without a time limit.
 
     For work that one rank does for all, such as packing. `name` is used once.
     """
     if _watch is not None:
-        _watch.wait_for_all(name)
+        _watch.barrier(name)
 
 
 def lowest(number: int) -> int:
@@ -242,7 +242,7 @@ def lowest(number: int) -> int:
 
 def check_same(facts: dict[str, Any]) -> None:
     """ConfigError, naming the ranks and what differs, unless every rank brings the same facts."""
-    everyone = gather(facts)
+    everyone = all_gather(facts)
     for name in facts:
         for other, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):

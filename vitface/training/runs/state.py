@@ -1,18 +1,102 @@
-"""What training needs beyond the model, as tensors by name: the identity matrix and the optimiser's moments.
+"""The state of a training run: everything that a checkpoint keeps, and how it is saved and restored.
 
-A sharded identity matrix is not among them: `identity_files` keeps its rows and their moments.
+Beside the trained part of the face model these are the identity matrix, the moments of the optimiser, the loss scale
+and the progress. A sharded identity matrix lies in files of its own (see `vitface.training.ranks.identity_files`).
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitface.store.tensors import read_tensors
+from vitface.model.face import FaceModel
+from vitface.model.margin import MarginLoss
+from vitface.store.faces import load_trained, trained_tensors
+from vitface.store.tensors import read_tensors, tensor_bytes
+from vitface.training.loss_scale import LossScale
+from vitface.training.ranks.identities import ShardedMargin
+from vitface.training.ranks.identity_files import identity_files, read_identities
 from vitface.training.ranks.parallel import Shard
+from vitface.training.ranks.process_group import rank
+from vitface.training.runs.checkpoint import save_checkpoint
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+Margin = MarginLoss | ShardedMargin
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint counts. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    first_step: int = 0  # of the current epoch
+    epoch_loss: float = 0.0  # summed over the steps of the current epoch
+    best_epoch: int = 0
+    best_auc: float = -1.0
+    skipped: int = 0  # steps of fp16 whose gradients overflowed
+    skipped_in_a_row: int = 0
+    finished: bool = False
+
+    @property
+    def steps_into_epoch(self) -> int:
+        return self.step - self.first_step
+
+    def restart_epoch(self) -> None:
+        """The current epoch starts again with the next step."""
+        self.first_step, self.epoch_loss = self.step, 0.0
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """A run between two steps."""
+
+    model: FaceModel
+    margin: Margin
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def save(self, run_dir: Path, facts: dict[str, Any], is_best: bool) -> None:
+        """Writes the checkpoint of the current step; `facts` are what resuming compares. To be called on every rank."""
+        margin = self.margin
+        more_files = identity_files(margin, self.optimizer) if isinstance(margin, ShardedMargin) else iter(())
+        if rank() == 0:
+            counters = {"progress": dataclasses.asdict(self.progress), "loss_scale": self.loss_scale.state()}
+            save_checkpoint(
+                run_dir,
+                self.progress.step,
+                trained_tensors(self.model),
+                dataclasses.asdict(self.model.config),
+                training_tensors(margin, self.optimizer),
+                {**counters, "is_best": is_best, **facts},
+                is_best,
+                more_files,
+            )
+        for _ in more_files:  # rank 0 does not need them if the step was there already, but the others still send
+            pass
+
+    def restore(self, checkpoint: Path, counters: dict[str, Any]) -> None:
+        """Puts the tensors of a verified checkpoint, and the `counters` that stand in it, in their place.
+
+        CheckpointError, with the state as it was, if the tensors are those of another model.
+        """
+        tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
+        load_trained(self.model, checkpoint / "model.safetensors")
+        load_training(tensors, self.margin, self.optimizer)
+        if isinstance(self.margin, ShardedMargin):
+            self.margin.load_rows(self.optimizer, read_identities(checkpoint, self.margin))
+        self.loss_scale.load(counters["loss_scale"])
+        self.progress = Progress(**counters["progress"])
+
+    def sha256(self) -> str:
+        """The SHA-256 of all that is trained and of the moments, but for a sharded identity matrix."""
+        tensors = {**trained_tensors(self.model), **training_tensors(self.margin, self.optimizer)}
+        return hashlib.sha256(tensor_bytes(tensors)).hexdigest()
 
 
 def training_tensors(margin: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -37,7 +121,7 @@ def read_training(path: Path, margin: nn.Module, optimizer: torch.optim.Optimize
 
 
 def load_training(tensors: dict[str, Tensor], margin: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts what `read_training` gave in its place."""
+    """Puts the result of `read_training` in its place."""
     margin.load_state_dict({name[7:]: tensors[name] for name in _margin_tensors(margin)}, strict=False)
     state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in _kept(p)} for i, p in _parameters(optimizer)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,56 @@
+"""The controls of DA-LoRA: gates that cannot choose by the image.
+
+Each changes a face model in place, before it is trained and again before it is evaluated. Beside them it shows what
+DA-LoRA owes to the choice, and what to its number of parameters.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vitface.errors import ConfigError
+from vitface.model.face import FaceModel
+from vitface.model.router import Router
+
+
+def uniform_gate(model: FaceModel, seed: int = 0) -> None:
+    """Every domain has the weight 1 / K for every image: the last layer of the router is zero, and is not trained."""
+    _fix(model, torch.zeros_like)
+
+
+def random_gate(model: FaceModel, seed: int = 0) -> None:
+    """All images have the same domain weights, the softmax of K normal numbers that `seed` decides; not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    _fix(model, lambda bias: torch.randn(bias.shape, generator=generator))
+
+
+@torch.no_grad()
+def _fix(model: FaceModel, logits) -> None:
+    router = _router_of(model).requires_grad_(False)
+    router.fc2.weight.zero_()
+    router.fc2.bias.copy_(logits(router.fc2.bias))
+
+
+class ShuffledRouter(Router):
+    """A router that gives each image the domain weights of the image half a batch further on."""
+
+    def forward(self, tokens: Tensor, blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
+        weights, logits = super().forward(tokens, blocks)
+        return weights.roll(max(len(weights) // 2, 1), 0), logits
+
+
+def shuffled_gate(model: FaceModel, seed: int = 0) -> None:
+    """Each image has the domain weights of another image of its batch."""
+    own = _router_of(model)
+    shuffled = ShuffledRouter(own.fc1.in_features, own.fc2.out_features, own.depth, own.temperature)
+    shuffled.load_state_dict(own.state_dict())
+    model.use_router(shuffled.to(own.fc1.weight.device).train(model.training))
+
+
+def _router_of(model: FaceModel) -> Router:
+    """ConfigError unless the model has a router that can be replaced by a control."""
+    if type(model.router) is not Router:
+        raise ConfigError("a control of the gate is for a DA-LoRA model with a router of its own")
+    return model.router
+
+
+CONTROLS = {"uniform": uniform_gate, "random": random_gate, "shuffled": shuffled_gate}

@@ -1,0 +1,88 @@
+"""The end of a run: the best epoch is evaluated, calibrated on the people held out, and described in results.md."""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from vitface.config import TrainConfig
+from vitface.evaluation.benchmarks import Evaluation, evaluate_all
+from vitface.evaluation.report import results_table
+from vitface.evaluation.scores import keep_scores
+from vitface.files import replace_file
+from vitface.recogniser import Recogniser
+from vitface.store.faces import frozen_face, open_checkpoint
+from vitface.training.batches import TrainingData
+from vitface.training.holdout import calibrate, thresholds_text
+from vitface.training.ranks.parallel import in_turns
+from vitface.training.ranks.process_group import broadcast, rank
+from vitface.training.setup import Change, final_benchmarks
+from vitface.version import __version__
+
+ADAPTED, FROZEN = "adapted, best epoch", "frozen backbone, raw CLS"
+
+
+def finish(
+    config: TrainConfig,
+    run_dir: Path,
+    data: TrainingData,
+    say: Callable[[str], None],
+    with_frozen: bool = True,
+    change: Change | None = None,
+) -> None:
+    """Evaluates the best epoch, and the frozen backbone, on the benchmarks there are.
+
+    Writes thresholds.json, the scores and results.md. `change` is what a study does to the model before that.
+    """
+    broadcast(None)  # until rank 0 has written the last checkpoint
+    names = final_benchmarks(config)
+    checkpoint = open_checkpoint(run_dir, config.weights)
+    adapted = Recogniser.from_checkpoint(checkpoint).to(config.device)
+    if change is not None:
+        change(adapted.model)
+    thresholds = calibrate(data, checkpoint, adapted.model)
+    models = {ADAPTED: adapted}
+    if with_frozen:
+        frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
+        models = {FROZEN: Recogniser(frozen).to(config.device), **models}
+    sections = {}
+    for title, model in models.items() if names else ():
+        sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)
+        say(f"\n{title}\n{evaluation_text(sections[title])}")
+    if rank() > 0:
+        return
+    if names:
+        keep_scores(run_dir, sections[ADAPTED].results, checkpoint.sha256)
+    text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"
+    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())
+    bench = names[0] if names == [config.train_data] else "all"
+    again = f"vitface evaluate --checkpoint {run_dir} --bench {bench}"
+    say(f"\n{text}\n\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """The table, and under it every alarm and failure."""
+    problems = [f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures)]
+    return "\n".join([*([results_table(evaluation.results)] if evaluation.results else []), *problems])
+
+
+def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
+    """The run on one page: results, learning curve, settings."""
+    with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
+        epochs = list(csv.DictReader(file))
+    curve = "".join(
+        f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
+        for row in epochs
+    )
+    skipped = int(epochs[-1].get("skipped", 0))  # of fp16 alone
+    note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
+    settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
+    parts = [
+        f"# {run_dir.name}",
+        f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
+        *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
+        f"## Thresholds\n\n```\n{thresholds}\n```",
+        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}{note}",
+        f"## Settings\n\n{settings}",
+    ]
+    return "\n\n".join(parts) + "\n"
