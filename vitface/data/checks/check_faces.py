@@ -4,7 +4,7 @@ Letters: C people, M images of the benchmark, E embedding.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -36,19 +36,12 @@ class Faces:
 
     @cached_property
     def embeddings(self) -> np.ndarray:
-        crops = (self.train.samples.read(i) for i in self.images)
-        return embed_all(self.embed, crops, len(self.images), "embedding people")
+        return embed_all(self.embed, self.train.samples.read, self.images, "embedding people")
 
     @cached_property
     def sums(self) -> np.ndarray:
         """(C, E), the sum of each person's embeddings."""
-        sums = np.zeros((len(self.people), self.embeddings.shape[1]), np.float32)
-        np.add.at(sums, self.rows, self.embeddings)
-        return sums
-
-    def means(self) -> np.ndarray:
-        """(C, E), unit norm."""
-        return _unit(self.sums)
+        return np.add.reduceat(self.embeddings, np.unique(self.rows, return_index=True)[1])
 
     def own(self, scores: "Scores") -> np.ndarray:
         """The score of each image with its person's other images; people with one image have none."""
@@ -95,8 +88,8 @@ def check_faces(faces: Faces, bench: Benchmark) -> list[Finding]:
     if len(faces.people) < MIN_PEOPLE or not bench.scan.usable.any():
         return []
     usable = np.flatnonzero(bench.scan.usable)
-    crops = (bench.images.read(i) for i in usable.tolist())
-    scores = Scores(faces.means(), embed_all(faces.embed, crops, len(usable), f"embedding {bench.pairs.name}"))
+    images = embed_all(faces.embed, bench.images.read, usable, f"embedding {bench.pairs.name}")
+    scores = Scores(_unit(faces.sums), images)
     nearest, best = scores.nearest_image()
     number = np.unique(bench.rows, return_index=True)[1][usable]  # in the benchmark's file
     order = np.argsort(-best)
@@ -135,17 +128,11 @@ def stranger_threshold(best: np.ndarray) -> float:
     return float(median + scale * (math.log(math.log(2)) - math.log(-math.log1p(-FALSE_ALARMS / len(best)))))
 
 
-def embed_all(embed: Embed, crops: Iterable[np.ndarray], count: int, what: str) -> np.ndarray:
-    """Embeds `count` crops, which are read as they are needed: float32 (count, E)."""
-    rows, batch = [], []
-    with tqdm(desc=what, total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
-        for number, crop in enumerate(crops, start=1):
-            batch.append(crop)
-            if len(batch) == CHUNK or number == count:
-                rows.append(embed(np.stack(batch)))
-                bar.update(len(batch))
-                batch = []
-    return np.concatenate(rows)
+def embed_all(embed: Embed, read: Callable[[int], np.ndarray], indices: np.ndarray, what: str) -> np.ndarray:
+    """Embeds the crops that `read` gives for `indices`, which are read as they are needed: float32 (n, E)."""
+    batches = [indices[at : at + CHUNK].tolist() for at in range(0, len(indices), CHUNK)]
+    bar = tqdm(batches, what, unit="batch", leave=False, dynamic_ncols=True)
+    return np.concatenate([embed(np.stack([read(i) for i in batch])) for batch in bar])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

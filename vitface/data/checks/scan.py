@@ -52,43 +52,40 @@ class Scan:
 
 def scan(images: Images, num_workers: int, limit: int) -> Scan:
     """Reads every image once; patterns are kept of the first `limit`."""
-    starts = range(0, len(images), CHUNK)
     work = functools.partial(_scan_chunk, images, limit)
     parts = []
     with tqdm(desc="reading", total=len(images), unit="img", leave=False, dynamic_ncols=True) as bar:
-        for part in in_processes(work, starts, num_workers):
-            parts.append(part)
+        for part in in_processes(work, range(0, len(images), CHUNK), num_workers):
+            parts.append([list(part[0]), *map(np.asarray, part[1:])])
             bar.update(len(part[2]))
-    damaged = [why for part in parts for why in part[0]]
-    columns = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in (1, 2, 3, 4, 6)]
-    digests, sizes, redness, contrast, patterns = columns
-    total = np.sum([np.asarray(part[5]) for part in parts], axis=0)
-    mean_face = total / max(np.count_nonzero(sizes[:, 0]), 1)
-    digests = np.ascontiguousarray(digests).view("S16")[:, 0]
-    return Scan(damaged, digests, sizes, redness, contrast, mean_face, _comparable(patterns))
+    damaged, digests, sizes, redness, contrast, grey_sums, patterns = zip(*parts, strict=True)
+    sizes = np.concatenate(sizes)
+    return Scan(
+        [why for some in damaged for why in some],
+        np.concatenate(digests),
+        sizes,
+        np.concatenate(redness),
+        np.concatenate(contrast),
+        np.sum(grey_sums, axis=0) / max(np.count_nonzero(sizes[:, 0]), 1),
+        _comparable(np.concatenate(patterns)),
+    )
 
 
 def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
     stop = min(start + CHUNK, len(images))
-    damaged, crops, kept = [], [], []
-    sizes = np.zeros((stop - start, 2), np.int64)
-    for index in range(start, stop):
+    damaged, sizes = [], np.zeros((stop - start, 2), np.int64)
+    crops = np.zeros((stop - start, CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    for row, index in enumerate(range(start, stop)):
         try:
             image = images.image(index)
-            crops.append(to_crop(image, images.where(index)))
+            crops[row], sizes[row] = to_crop(image, images.where(index)), image.shape[:2]
         except DataError as error:
             damaged.append(str(error))
-            continue
-        sizes[index - start] = image.shape[:2]
-        kept.append(index - start)
-    stack = np.zeros((stop - start, CROP_SIZE, CROP_SIZE, 3), np.uint8)
-    if crops:
-        stack[kept] = crops
-    digests = np.array([list(hashlib.sha256(crop.data).digest()[:16]) for crop in stack], np.uint8)
-    means = stack.reshape(len(stack), -1, 3).sum(1, dtype=np.uint32) / CROP_SIZE**2
-    grey = stack @ LUMA
+    digests = np.array([hashlib.sha256(crop.data).digest()[:16] for crop in crops], "S16")
+    red, _, blue = (crops.reshape(len(crops), -1, 3).sum(1, dtype=np.uint32) / CROP_SIZE**2).T
+    grey = crops @ LUMA
     patterns = local_contrast(grey[: max(limit - start, 0)])
-    return damaged, digests, sizes, means[:, 0] - means[:, 2], grey.std((1, 2)), grey.sum(0, dtype=np.float64), patterns
+    return damaged, digests, sizes, red - blue, grey.std((1, 2)), grey.sum(0, dtype=np.float64), patterns
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:
