@@ -1,4 +1,4 @@
-"""A face model as a folder of its own: what `vitface.load` needs, and nothing else of a training run."""
+"""A face model as a folder of its own: the files that `vitface.load` needs, and nothing else of a training run."""
 
 import dataclasses
 import hashlib
@@ -24,8 +24,8 @@ def face_files(
 ) -> dict[str, bytes]:
     """model.safetensors, model.json, thresholds.json where there are any, and the manifest that seals them.
 
-    `backbone` is the model's backbone file: the manifest says what is in it, so that the same weights in another file
-    are known again. None or "random": there is none to look for. `calibration` is a checkpoint's.
+    `backbone` is the model's backbone file, None or "random" if there is none: the manifest keeps a hash of its
+    contents, so that the same weights in another file are accepted. `calibration` is a checkpoint's.
     """
     files = {
         "model.safetensors": tensor_bytes(trained_tensors(model)),

@@ -1,15 +1,15 @@
-"""PEFT's folders as our adapters, strictly, and face models made of them.
+"""PEFT's folders as our adapters, read strictly, and face models made of them.
 
-PEFT itself only warns of keys that it does not know, and then runs the base model alone. Here each key has to be known,
-each layer to have both its matrices in the right shapes, each block to have what the others have, and each setting that
+PEFT only warns of keys that it does not know, and then runs the base model alone. Here each key has to be known, each
+layer to have both its matrices in the right shapes, each block to have the layers of the others, and each setting that
 would change the formula to be absent.
 
-Where q, k and v share one A, as our own exports do, they become qkv at the same rank. Where they do not, or one of them
-is missing, their A are stacked and their B put on a block diagonal, at up to three times the rank; alpha grows with it,
-so that the scaling stays what it was. Both are exact.
+Where q, k and v share one A, as our own exports do, they become qkv at the same rank. Otherwise their A are stacked and
+their B put on a block diagonal, at up to three times the rank; alpha grows with it to keep the scaling. Both are exact.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -25,18 +25,19 @@ from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
+from vitface.model.vit import ViT
 from vitface.store.backbones import expected_tensors, find_backbone, load_backbone, weights_sha256
 from vitface.store.faces import open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
 from vitface.weights.keymaps import META_TIMM, transformers_family
 
 MAX_CONFIG_BYTES = 1 << 20
-# what a configuration may say without changing the formula; anything else must be empty
+# settings that do not change the formula; any other must be empty
 HARMLESS = {
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-    "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "bias", "init_lora_weights", "loftq_config",
-    "megatron_core", "qalora_group_size", "eva_config",
-}  # fmt: skip
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "bias"),
+    *("init_lora_weights", "loftq_config", "megatron_core", "qalora_group_size", "eva_config"),
+}
 UNTOUCHED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave W as it was
 
 Parts = dict[str, tuple[Tensor, Tensor]]  # "" or [q], [k], [v] -> A (r, I), B (O, r)
@@ -44,8 +45,8 @@ Parts = dict[str, tuple[Tensor, Tensor]]  # "" or [q], [k], [v] -> A (r, I), B (
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters in our form: `tensors` as `adapter_state_dict` of a ViT gives them, and `settings`, the four fields of
-    `FaceConfig` that go with them: lora_rank, lora_alpha, lora_scaling, lora_targets."""
+    """Our adapters: `tensors` as `adapter_state_dict` of a ViT gives them, and `settings`, the fields of `FaceConfig`
+    that go with them: lora_rank, lora_alpha, lora_scaling, lora_targets."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -64,9 +65,10 @@ def read_domains(folder: Path, backbone: str, config: ViTConfig) -> tuple[Adapte
     first, *others = domains = [read_peft(path, backbone, config) for path in folders]
     for k, other in enumerate(others, start=1):
         for name, mine in first.settings.items():
-            if other.settings[name] != mine:
-                its = f"{name} {other.settings[name]}, domain-0 {mine}"
-                raise ExchangeError(f"{folder}: domain-{k} has {its}; all domains of a model share it")
+            if (its := other.settings[name]) != mine:
+                raise ExchangeError(
+                    f"{folder}: domain-{k} has {name} {its}, domain-0 {mine}; all domains must share it"
+                )
     stacked = {
         key: torch.cat([domain.tensors[key] for domain in domains], dim=0 if key.endswith("lora_a") else 1)
         for key in first.tensors
@@ -103,9 +105,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ExchangeError(f"{path} is not the configuration of a LoRA")
-    for name in sorted(settings.keys() - HARMLESS):
-        if settings[name]:
-            raise ExchangeError(f"{path}: {name} is {str(settings[name])[:60]}, which the LoRA here has not")
+    for name in sorted(name for name in settings.keys() - HARMLESS if settings[name]):
+        raise ExchangeError(f"{path}: {name} is {str(settings[name])[:60]}, which is not supported here")
     good = {
         "r": type(settings.get("r")) is int and 0 < settings["r"] <= MAX_SIZE,
         "lora_alpha": type(settings.get("lora_alpha")) in (int, float) and 0 < settings["lora_alpha"] < 1e9,
@@ -177,38 +178,38 @@ def _name(path: Path, modules: list[str], backbone: str) -> dict[str, str]:
 
 
 def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:
-    """What the configuration says was adapted is what there is; a pattern, for PEFT's own use, is not run."""
-    for target in targets if isinstance(targets, list) else ():
+    """Compares the configuration's list of targets with the file; a pattern, which PEFT allows too, is not run."""
+    if not isinstance(targets, list):
+        return
+    for target in targets:
         if not any(f".{module}".endswith(f".{target}") for module in modules):
             raise ExchangeError(f"{path}: {CONFIG} has the target {str(target)[:60]}, the file no such layer")
-    for module in modules if isinstance(targets, list) else ():
-        if not any(f".{module}".endswith(f".{target}") for target in targets):
+    for module in modules:
+        if not f".{module}".endswith(tuple(f".{target}" for target in targets)):
             raise ExchangeError(f"{path}: {module} is none of the targets in {CONFIG}")
 
 
 def _check_blocks(path: Path, layers: dict[str, Parts], depth: int) -> None:
     adapted = {(layer.split(".", 2)[2], mark) for layer, parts in layers.items() for mark in parts}
-    for block in range(depth):
-        for target, mark in sorted(adapted):
-            if mark not in layers.get(f"blocks.{block}.{target}", {}):
-                raise ExchangeError(f"{path}: block {block} has no adapter on {target}{mark}, other blocks have one")
+    for block, (target, mark) in itertools.product(range(depth), sorted(adapted)):
+        if mark not in layers.get(f"blocks.{block}.{target}", {}):
+            raise ExchangeError(f"{path}: block {block} has no adapter on {target}{mark}, other blocks have one")
 
 
 def _fuse(parts: Parts, embed_dim: int) -> tuple[Tensor, Tensor]:
     """One layer's parts -> its A (R, I) and B (O, R)."""
     if "" in parts:
         return parts[""]
-    pairs = [parts[mark] for mark in MARKS if mark in parts]
-    if len(pairs) == 3 and all(torch.equal(pairs[0][0], a) for a, _ in pairs):
-        return pairs[0][0], torch.cat([b for _, b in pairs])
-    zero = torch.zeros(embed_dim, len(pairs[0][0]))
-    present = [mark for mark in MARKS if mark in parts]
-    rows = [[parts[mark][1] if mark == column else zero for column in present] for mark in MARKS[1:]]
-    return torch.cat([a for a, _ in pairs]), torch.cat([torch.cat(row, dim=1) for row in rows])
+    first = next(iter(parts.values()))[0]
+    if len(parts) == 3 and all(torch.equal(first, a) for a, _ in parts.values()):
+        return first, torch.cat([parts[mark][1] for mark in MARKS[1:]])
+    nothing = first.new_zeros(0, embed_dim), first.new_zeros(embed_dim, 0)
+    a, b = zip(*(parts.get(mark, nothing) for mark in MARKS[1:]), strict=True)
+    return torch.cat(a), torch.block_diag(*b)
 
 
 def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, config: ViTConfig) -> dict[str, Tensor]:
-    """The tensors of a model with one rank and all of `targets`; what is added is zero."""
+    """The tensors of a model with one rank and all of `targets`, padded with zeros."""
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
     tensors = {}
     for layer in (f"blocks.{block}.{target}" for block in range(config.depth) for target in TARGETS[targets]):
@@ -228,26 +229,27 @@ def adapted_backbone(
     adapters, domains = read_domains(adapter, name, vit.config)
     if domains > 1:
         raise ExchangeError(f"{adapter} has {domains} domains, and no router comes with them: name one with --into")
-    file = weights if weights else find_backbone(name)
     frozen = FaceConfig(name, weights_sha256(name, weights), vit.config, image_size, embedding_dim=vit.config.embed_dim)
-    model = FaceModel(vit, dataclasses.replace(frozen, **adapters.settings))
-    vit.load_state_dict({**vit.state_dict(), **adapters.tensors})
-    return model.eval(), file
+    return _with_adapters(vit, frozen, adapters, {}), weights or find_backbone(name)
 
 
 def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
-    """The face model of a checkpoint with the adapters of a PEFT folder in the place of its own; and its backbone file.
+    """The face model of a checkpoint with the adapters of a PEFT folder instead of its own; and its backbone file.
 
-    It has no thresholds: those of the model before are not its own.
+    The model has no thresholds: the checkpoint's do not hold for it.
     """
     checkpoint = open_checkpoint(path, weights)
-    old = checkpoint.load()
-    adapters, domains = read_domains(adapter, old.config.backbone, old.config.vit)
-    if domains != old.config.num_domains:
-        raise ExchangeError(f"{adapter} has {domains} domains, {path} {old.config.num_domains}")
-    config = dataclasses.replace(old.config, **adapters.settings)
-    model = FaceModel(load_backbone(config.backbone, checkpoint.backbone, config.image_size), config)
+    old, config = checkpoint.load(), checkpoint.config
+    adapters, domains = read_domains(adapter, config.backbone, config.vit)
+    if domains != config.num_domains:
+        raise ExchangeError(f"{adapter} has {domains} domains, {path} {config.num_domains}")
     kept = {key: tensor for key, tensor in trained_tensors(old).items() if not key.endswith(("lora_a", "lora_b"))}
+    vit = load_backbone(config.backbone, checkpoint.backbone, config.image_size)
+    return _with_adapters(vit, config, adapters, kept), checkpoint.backbone
+
+
+def _with_adapters(vit: ViT, config: FaceConfig, adapters: Adapters, kept: dict[str, Tensor]) -> FaceModel:
+    model = FaceModel(vit, dataclasses.replace(config, **adapters.settings))
     new = {f"vit.{key}": tensor for key, tensor in adapters.tensors.items()}
     model.load_state_dict({**model.state_dict(), **kept, **new})
-    return model.eval(), checkpoint.backbone
+    return model.eval()

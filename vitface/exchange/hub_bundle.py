@@ -44,7 +44,7 @@ def results_of(checkpoint: Checkpoint) -> dict[str, dict]:
 
 
 def people_of(checkpoint: Checkpoint) -> list[str]:
-    """Names of training people, as far as the training data is still there: no card may hold one of them."""
+    """The names of the training people, empty if the training data is gone: no card may hold one of them."""
     try:
         return list(load_samples(checkpoint.settings["train_data"]).names)
     except (DataError, OSError, KeyError, TypeError):
@@ -52,7 +52,7 @@ def people_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def upload(repository: str, files: dict[str, bytes]) -> str:
-    """Uploads the bytes that were checked, in one commit; the address. ExchangeError if the Hub refuses."""
+    """Uploads the files in one commit, and returns their address; ExchangeError if the Hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     try:

@@ -1,8 +1,7 @@
-"""What must not leave with a model: backbones, identity matrices, embeddings, images, names, paths, secrets.
+"""Keeps a published model free of backbones, identity matrices, embeddings, images, names, paths and secrets.
 
-A list of what is forbidden is never complete, so it is the other way round. A bundle has five files. Four of them have
-to be, byte for byte, what this version writes for the model that they describe, which leaves no room for anything else.
-The fifth is the card, which people write: it is searched.
+A bundle has five files. Four of them must be, byte for byte, what this version writes for the model that they describe,
+which leaves no room for anything else. The fifth is the card, which people write: it is searched.
 """
 
 import re
@@ -26,7 +25,7 @@ FORBIDDEN = {
 
 
 def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str] = ()) -> dict[str, bytes]:
-    """The files of a bundle by name, the card last; ExchangeError names the first thing that is not to leave.
+    """The files of a bundle by name, the card last; ExchangeError names the first thing that must not be published.
 
     `people` are names that the card must not hold.
     """
@@ -55,7 +54,7 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
 
 
 def check_card(card: bytes, people: Sequence[str] = ()) -> None:
-    """ExchangeError if a card is missing, too large, no text, or gives something or somebody away."""
+    """ExchangeError if a card is missing, too large, not text, or holds an image, a path, a secret or a name."""
     if not 0 < len(card) <= MAX_CARD_BYTES:
         raise ExchangeError(f"{CARD} has {len(card):,} bytes; a card has at most {MAX_CARD_BYTES:,}, and at least one")
     try:

@@ -1,7 +1,7 @@
 """LoRA folded into its backbone: W' = W + scaling · B A, a model without adapters that computes the same.
 
-The sum is formed in float64 from the backbone file's float32, whatever precision the model runs in. DA-LoRA's weights
-differ from image to image, so there is nothing to fold.
+The sum is formed in float64 from the backbone file's float32, whatever precision the model runs in. DA-LoRA cannot be
+folded: its weights differ from image to image.
 """
 
 import dataclasses

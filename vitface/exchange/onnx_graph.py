@@ -1,18 +1,16 @@
 """The whole face model as one graph, for programs without vitface: torch.export's .pt2, and ONNX.
 
-Inside are resize, mean and std, the router and its gate, the adapters, the head and the sum with the mirror image: the
-graph is `Recogniser.embed`, so that nobody has to rebuild the preprocessing and the thresholds hold for it. It computes
-in float32. Letters: B images (any number), E embedding, K domains.
+The graph is `Recogniser.embed`: it includes resize, mean and std, the router, the adapters, the head and the sum with
+the mirror image, so the thresholds hold for it. It computes in float32. Letters: B images (any number), E embedding, K
+domains.
 """
 
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,17 +71,15 @@ def onnx_bytes(program: ExportedProgram, model: Recogniser) -> bytes:
     """
     require("--format onnx", "onnx", "onnxscript", "onnxruntime")
     outputs = ["embeddings", *(["domain_weights"] if model.config.num_domains > 1 else [])]
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with _quiet():
         exported = torch.onnx.export(program, input_names=["images"], output_names=outputs, verbose=False)
         assert exported is not None
         exported.model.metadata_props["vitface"] = json.dumps(describe(model))
-        path = Path(folder) / "model.onnx"
-        exported.save(path, external_data=False)
-        return path.read_bytes()
+        return exported.model_proto.SerializeToString()
 
 
 def describe(model: Recogniser) -> dict:
-    """What a program needs to know of the graph, in the file's metadata."""
+    """The graph's inputs, outputs and thresholds, for the file's metadata."""
     return {
         "vitface_version": __version__,
         "images": "aligned faces, uint8 RGB (B, 112, 112, 3)",
@@ -115,7 +111,7 @@ def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on themselves."""
+    """Silences the exporters' remarks on themselves."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

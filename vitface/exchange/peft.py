@@ -1,10 +1,8 @@
 """Our adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors. The way back is from_peft.py.
 
-PEFT's LoRA is y = x Wᵀ + b + s · x Aᵀ Bᵀ with s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora: ours, for
-one domain. What differs is names, and that transformers' models split our fused qkv (O = 3 D) into three layers: A of
-each is A of qkv, B of each is its third of the rows, which is exact at the same rank.
-
-Letters: I in, O out, K domains, R rank.
+PEFT's LoRA is y = x Wᵀ + b + s · x Aᵀ Bᵀ with s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora: our formula
+for one domain. Its names differ, and transformers' models split our fused qkv (O = 3 D) into three layers: each gets A
+of qkv and its third of B's rows, which is exact. Letters: I in, O out, K domains, R rank.
 """
 
 import json
@@ -25,14 +23,14 @@ MARKS = ("", "[q]", "[k]", "[v]")  # of a whole layer, or of the parts of a fuse
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose names: timm's and Meta's, or those of transformers' modules in version 4 or 5, behind a prefix."""
+    """The module names of timm and Meta, or of transformers in version 4 or 5, behind a prefix."""
 
     family: Family
     version: int = 5
     prefix: str = ""
 
     def modules(self, path: str) -> list[str]:
-        """The module that our layer `path` is there, or the three that are its q, k and v."""
+        """The module that stands for our layer `path`, or the three modules for its q, k and v."""
         names = [self.family.source_names(f"{path}.weight{mark}") for mark in MARKS]
         return [self.prefix + found[0 if self.version == 4 else -1].removesuffix(".weight") for found in names if found]
 
@@ -41,7 +39,7 @@ TIMM = Layout(META_TIMM)
 
 
 def transformers_layout(backbone: str, version: int = 5) -> Layout:
-    """Of Dinov2Model, ViTModel or CLIPVisionModel, whose prefix "vision_model." version 5 has dropped."""
+    """The layout of Dinov2Model, ViTModel or CLIPVisionModel; version 5 has dropped CLIP's prefix "vision_model."."""
     prefix = "vision_model." if version == 4 and backbone.startswith("clip") else ""
     return Layout(transformers_family(backbone), version, prefix)
 
@@ -60,8 +58,17 @@ def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layou
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone()  # tensors of a file share no memory
             tensors[f"{PREFIX}{module}.lora_B.weight"] = rows.clone()
             targets.add(module.split(f".{path.split('.')[1]}.", 1)[1])  # what follows the block's number
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model(config.backbone, layout),
+        "r": config.lora_rank,
+        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
+        "use_rslora": config.lora_scaling == "rslora",
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }  # what is left out has PEFT's default
     return {
-        CONFIG: json.dumps(_settings(config, layout, sorted(targets)), indent=2).encode(),
+        CONFIG: json.dumps(settings, indent=2).encode(),
         TENSORS: tensor_bytes(tensors, {"format": "pt"}),
     }
 
@@ -70,13 +77,3 @@ def base_model(backbone: str, layout: Layout) -> str | None:
     """The repository on the Hub of the preset's weights for timm, or for transformers; None if there is none."""
     source = SOURCES.get(backbone)
     return source and (source.timm if layout.family is META_TIMM else source.transformers)
-
-
-def _settings(config: FaceConfig, layout: Layout, targets: list[str]) -> dict:
-    alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
-    return {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model(config.backbone, layout),
-        "inference_mode": True, "r": config.lora_rank, "lora_alpha": alpha,
-        "use_rslora": config.lora_scaling == "rslora", "target_modules": targets, "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
