@@ -56,42 +56,46 @@ def save_checkpoint(
         if not tensor.isfinite().all():
             raise CheckpointError(f"step {step} was not saved: {name} has NaN or infinite values")
     parent = run_dir / "checkpoints"
-    final, partial = parent / f"step-{step}", parent / f".partial-step-{step}"
-    manifest = {
-        "step": step,
-        "vitface_version": __version__,
-        "torch_version": str(torch.__version__),
-        "settings_sha256": _sha256(_json_bytes(training_state.get("settings", {}))),
-    }
+    final = parent / f"step-{step}"
+    settings_sha256 = _sha256(_json_bytes(training_state.get("settings", {})))
     try:
         _remove_leftovers(parent)
         there = _sealed(final)
         # a step is a function of the settings: what is there would be written again
-        if there is None or there["settings_sha256"] != manifest["settings_sha256"]:
+        if there is None or there["settings_sha256"] != settings_sha256:
             files = {
                 "model.safetensors": tensor_bytes(model_tensors),
                 "training.safetensors": tensor_bytes(training_tensors),
                 "model.json": _json_bytes(model_settings),
                 "training.json": _json_bytes(training_state),
             }
-            make_folder(partial)
-            _publish(partial, final, manifest, chain(files.items(), more_files))
+            _write_step(final, step, settings_sha256, chain(files.items(), more_files))
         link_checkpoint(final, is_best)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"step {step} could not be saved: {error or 'out of memory'}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _prune(parent)
     return final
 
 
-def _publish(partial: Path, final: Path, manifest: dict[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
-    manifest["files"] = {}
-    for name, data in files:
-        write_synced(partial / name, data)
-        manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
-    write_synced(partial / MANIFEST_FILE, _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
-    publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
+def _write_step(final: Path, step: int, settings_sha256: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """Writes the files and their manifest under another name, and gives the folder its own when all are on the disk."""
+    partial = final.parent / f".partial-{final.name}"
+    manifest: dict[str, Any] = {
+        "step": step,
+        "vitface_version": __version__,
+        "torch_version": str(torch.__version__),
+        "settings_sha256": settings_sha256,
+        "files": {},
+    }
+    try:
+        make_folder(partial)
+        for name, data in files:
+            write_synced(partial / name, data)
+            manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
+        write_synced(partial / MANIFEST_FILE, _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
+        publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def link_checkpoint(step: Path, is_best: bool) -> None:
