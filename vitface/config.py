@@ -5,14 +5,12 @@ A run's configuration is one flat frozen dataclass, and each of its fields is a 
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vitface.credentials import find_secret
-from vitface.errors import CheckpointError, ConfigError, did_you_mean
+from vitface.errors import ConfigError, did_you_mean
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -26,8 +24,8 @@ class ViTConfig:
     """A Vision Transformer's sizes and conventions, as they were when it was pretrained.
 
     `native_size` is the image side in pixels whose patch grid `pos_embed` was learned on. `pos_interp` names the rule
-    that resamples it to another grid (see `vitface.model.vit.resample_pos_embed`). `mean` and `std` are RGB, for images
-    in [0, 1].
+    that resamples it to another grid (see `vitface.store.backbones.resample_pos_embed`). `mean` and `std` are RGB, for
+    images in [0, 1].
     """
 
     native_size: int
@@ -290,17 +288,3 @@ def differences(settings: dict[str, Any]) -> dict[str, Any]:
     expected = dataclasses.asdict(resolve({"exp": settings.get("exp")}))
     differ = [name for name in expected if expected[name] != "auto" and settings.get(name) != expected[name]]
     return {name: settings.get(name) for name in differ}
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run was started with; empty where there is no run, CheckpointError if they are damaged."""
-    path = run_dir / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is damaged; start afresh in another --save-dir")
-    return settings

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitface.config import VIT_PRESETS, ViTConfig
-from vitface.model.vit import ViT, resample_pos_embed
-from vitface.store.backbones import load_backbone
+from vitface.model.vit import ViT
+from vitface.store.backbones import load_backbone, resample_pos_embed
 from vitface.weights.conversion import convert_file
 
 transformers = optional("transformers")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from vitface.commands.parser import CommandParser
-from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, read_config, to_flag
+from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
 from vitface.errors import VitfaceError
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
@@ -34,6 +34,8 @@ def make_parser() -> CommandParser:
 
 def experiments_markdown(runs: Path) -> str:
     """The table: for each experiment what was recorded, and every run of it in `runs` with what it scored."""
+    from vitface.store.settings import read_config
+
     head = ("experiment", "", "trainable parameters", *RECORDED_ON, "settings that differ")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
@@ -54,6 +56,7 @@ def _cells(run: Path) -> list[str]:
     from vitface.commands.models.info import describe_checkpoint
     from vitface.evaluation.compare import read_run
     from vitface.store.faces import open_checkpoint
+    from vitface.store.settings import read_config
 
     try:
         trainable = f"{describe_checkpoint(open_checkpoint(run))['parameters']['all']['trained']:,}"

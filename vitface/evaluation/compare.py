@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.config import BOOKKEEPING, read_config
+from vitface.config import BOOKKEEPING
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
 from vitface.store.faces import open_checkpoint
+from vitface.store.settings import read_config
 
 SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
 

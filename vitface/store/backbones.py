@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError
 from vitface.files import replace_file, sha256_file
 from vitface.home import cache_home
-from vitface.model.vit import ViT, init_weights, resample_pos_embed
+from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
 from vitface.store.tensors import first_fault, tensor_bytes
 from vitface.version import __version__
@@ -47,6 +49,33 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     vit = ViT(config, image_size)
     vit.load_state_dict(tensors)
     return vit.eval()
+
+
+def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
+    """Resamples the patch part of `pos_embed`, (1, 1 + g², D) -> (1, 1 + grid², D), bicubic, in float32 at least.
+
+    Rules, each the one its weights were published with:
+    "scale_offset"   Meta's DINOv2: by the scale factor (grid + 0.1) / g, no antialias (`interpolate_offset`)
+    "size"           to the size, no antialias (transformers; our choice for CLIP, which has none of its own)
+    "size_antialias" to the size, with antialias (timm)
+    A grid equal to the native one returns the table untouched.
+    """
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    native = round(patches.shape[1] ** 0.5)
+    if native * native != patches.shape[1]:
+        raise ValueError(f"pos_embed has {patches.shape[1]} patch rows, which is not a square grid")
+    if grid == native:
+        return pos_embed
+    table = rearrange(patches.to(torch.promote_types(patches.dtype, torch.float32)), "1 (h w) d -> 1 d h w", h=native)
+    if rule == "scale_offset":
+        factor = (grid + 0.1) / native
+        table = F.interpolate(table, scale_factor=(factor, factor), mode="bicubic")
+    elif rule in ("size", "size_antialias"):
+        table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=rule == "size_antialias")
+    else:
+        raise ValueError(f"unknown positional rule {rule!r}")
+    assert table.shape[-2:] == (grid, grid)
+    return torch.cat([cls, rearrange(table, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
 
 
 def find_backbone(name: str) -> Path:

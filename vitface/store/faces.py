@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vitface.config import Dtype, FaceConfig, backbone_name, read_config
+from vitface.config import Dtype, FaceConfig, backbone_name
 from vitface.errors import CheckpointError
 from vitface.files import sha256_file
 from vitface.model.face import TOKEN_WIDTH, FaceModel
 from vitface.store import hub
 from vitface.store.backbones import backbone_files, contents_sha256, find_backbone, load_backbone, weights_sha256
-from vitface.store.settings import face_config
+from vitface.store.settings import face_config, read_config
 from vitface.store.tensors import read_tensors
 from vitface.store.thresholds import cosines, read_calibration
 

@@ -1,13 +1,30 @@
-"""The settings in a model file -> `ViTConfig`, `FaceConfig`.
+"""Settings on disk: those of a run, and those in a model file -> `ViTConfig`, `FaceConfig`.
 
 Files may come from strangers: a value that no model can have is refused before anything is built from it.
 """
 
+import json
 import math
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from vitface.config import MAX_IMAGE_SIZE, MAX_SIZE, FaceConfig, ViTConfig, backbone_name
+from vitface.errors import CheckpointError
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run was started with; empty where there is no run, CheckpointError if they are damaged."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is damaged; start afresh in another --save-dir")
+    return settings
 
 
 def vit_config(settings: dict[str, Any]) -> ViTConfig:

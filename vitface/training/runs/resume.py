@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, read_config, resolve, to_flag
+from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
 from vitface.store.faces import is_checkpoint, read_face_config
+from vitface.store.settings import read_config
 from vitface.training.runs.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
 
 NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
