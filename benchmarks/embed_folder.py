@@ -49,9 +49,14 @@ def random_model(backbone: str, image_size: int, device: str) -> Recogniser:
     where = resolve_device(device)
     vit = load_backbone(backbone, "random", image_size)
     config = FaceConfig(
-        backbone_name(backbone), "random", vit.config, image_size, lora_rank=16, head="bn",
+        backbone_name(backbone),
+        "random",
+        vit.config,
+        image_size,
+        lora_rank=16,
+        head="bn",
         dtype=resolve_dtype("auto", where),
-    )  # fmt: skip
+    )
     return Recogniser(FaceModel(vit, config).eval()).to(where).prepare()
 
 

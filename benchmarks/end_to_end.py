@@ -68,10 +68,13 @@ def summary(loaded: list[float], fixed: list[float]) -> dict[str, float | str | 
     rate, without = statistics.median(loaded), statistics.median(fixed)
     peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_available() else None
     return {
-        "images_per_s": round(rate, 2), "images_per_s_one_batch": round(without, 2),
-        "loader_cost": round(1 - rate / without, 4), "hours_of_40_epochs": round(EPOCHS * IMAGES / rate / 3600, 2),
-        "peak_gb": peak, "machine": machine(),
-    }  # fmt: skip
+        "images_per_s": round(rate, 2),
+        "images_per_s_one_batch": round(without, 2),
+        "loader_cost": round(1 - rate / without, 4),
+        "hours_of_40_epochs": round(EPOCHS * IMAGES / rate / 3600, 2),
+        "peak_gb": peak,
+        "machine": machine(),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

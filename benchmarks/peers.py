@@ -49,9 +49,13 @@ def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[n
 
     config = dataclasses.replace(VIT_PRESETS[name], native_size=image_size)
     settings = transformers.Dinov2Config(
-        hidden_size=config.embed_dim, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
-        image_size=config.native_size, patch_size=config.patch_size, attn_implementation=attention,
-    )  # fmt: skip
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        image_size=config.native_size,
+        patch_size=config.patch_size,
+        attn_implementation=attention,
+    )
     torch.manual_seed(0)
     model = transformers.Dinov2Model(settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from peers import (
     timm_backbone,
     transformers_backbone,
     with_peft,
-)  # fmt: skip
+)
 from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
@@ -96,10 +96,18 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType
     own.load_state_dict(vit.state_dict())
     domains = args.domains if args.adapter == "dalora" else 1
     config = FaceConfig(
-        args.backbone, "random", vit.config, vit.image_size, lora_rank=args.rank, lora_alpha=ALPHA,
-        num_domains=domains, router_depth=args.router_depth,
-        head="linear", embedding_dim=EMBEDDING, dtype=dtype,
-    )  # fmt: skip
+        args.backbone,
+        "random",
+        vit.config,
+        vit.image_size,
+        lora_rank=args.rank,
+        lora_alpha=ALPHA,
+        num_domains=domains,
+        router_depth=args.router_depth,
+        head="linear",
+        embedding_dim=EMBEDDING,
+        dtype=dtype,
+    )
     model = FaceModel(own, config).to(args.device)
     model.use_ops(module)
     generator = torch.Generator().manual_seed(1)

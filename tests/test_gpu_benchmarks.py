@@ -45,9 +45,17 @@ def test_the_count_is_that_of_torch(domains, head, targets):
     """Against torch's own count of what runs; its head is taken off, and it counts an addition as an operation, too."""
     vit = tiny_vit()
     config = FaceConfig(
-        "dinov2_vits14", "random", vit.config, 32, lora_rank=4, num_domains=domains, head=head, embedding_dim=8,
-        router_depth=1, lora_targets=targets,
-    )  # fmt: skip
+        "dinov2_vits14",
+        "random",
+        vit.config,
+        32,
+        lora_rank=4,
+        num_domains=domains,
+        head=head,
+        embedding_dim=8,
+        router_depth=1,
+        lora_targets=targets,
+    )
     model = FaceModel(vit, config).eval()
     model.use_ops(ops)
     model.head = torch.nn.Identity()
@@ -149,6 +157,12 @@ def _arguments(sweep, tmp_path):
     import argparse
 
     return argparse.Namespace(
-        backbones=sweep.BACKBONES, batches=sweep.BATCHES, domains=sweep.DOMAINS, peers_at=[128], device="auto",
-        repetitions=1, image_size=224, compiled=True,
-    )  # fmt: skip
+        backbones=sweep.BACKBONES,
+        batches=sweep.BATCHES,
+        domains=sweep.DOMAINS,
+        peers_at=[128],
+        device="auto",
+        repetitions=1,
+        image_size=224,
+        compiled=True,
+    )

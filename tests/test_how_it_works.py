@@ -415,8 +415,17 @@ def verification() -> list[str]:
 def claims() -> list[str]:
     """Every number of the page, in its order."""
     sections = (
-        the_whole_way, pixels, tokens, attention_section, blocks, heads, lora, dalora, cosface_section, verification,
-    )  # fmt: skip
+        the_whole_way,
+        pixels,
+        tokens,
+        attention_section,
+        blocks,
+        heads,
+        lora,
+        dalora,
+        cosface_section,
+        verification,
+    )
     return [claim for section in sections for claim in section()]
 
 

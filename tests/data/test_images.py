@@ -125,9 +125,15 @@ def test_transparent_colours_become_mid_grey():
 
 @pytest.mark.parametrize(
     ("cmyk", "rgb"),
-    [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 255, 0), (0, 255, 0)),
-     ((0, 0, 0, 255), (0, 0, 0)), ((255, 128, 0, 0), (0, 127, 255)), ((0, 0, 0, 100), (155, 155, 155))],
-)  # fmt: skip
+    [
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 255, 0), (0, 255, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((255, 128, 0, 0), (0, 127, 255)),
+        ((0, 0, 0, 100), (155, 155, 155)),
+    ],
+)
 def test_cmyk_jpeg(cmyk, rgb):
     data = encode(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=100)
     assert b"Adobe" in data  # stored inverted, as Photoshop does

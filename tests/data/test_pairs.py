@@ -48,11 +48,15 @@ def python2(images, flags, quote="short"):
     puts = [f"p{i + 3}\n".encode() if quote == "repr" else b"q" + bytes([i + 3]) for i in range(len(images))]
     flag = (b"I00\n", b"I01\n") if quote == "repr" else (b"\x89", b"\x88")
     if quote == "repr":
-        lists = [b"(lp1\n" + b"".join(string(x) + p + b"a" for x, p in zip(images, puts, strict=True)),
-                 b"(lp2\n" + b"".join(flag[f] + b"a" for f in flags)]  # fmt: skip
+        lists = [
+            b"(lp1\n" + b"".join(string(x) + p + b"a" for x, p in zip(images, puts, strict=True)),
+            b"(lp2\n" + b"".join(flag[f] + b"a" for f in flags),
+        ]
         return b"(" + b"".join(lists) + b"tp0\n."
-    lists = [b"]q\1(" + b"".join(string(x) + p for x, p in zip(images, puts, strict=True)) + b"e",
-             b"]q\2(" + b"".join(flag[f] for f in flags) + b"e"]  # fmt: skip
+    lists = [
+        b"]q\1(" + b"".join(string(x) + p for x, p in zip(images, puts, strict=True)) + b"e",
+        b"]q\2(" + b"".join(flag[f] for f in flags) + b"e",
+    ]
     return b"\x80\x02" + b"".join(lists) + b"\x86q\0."
 
 
@@ -139,7 +143,7 @@ def live_payloads(command):
         "scalar object": b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(VO8\nI00\nI01\ntR" + reduce_os + b"tR.",
         "before stop": pickle.dumps((IMAGES, ISSAME), 2)[:-1] + reduce_os + b"0.",
         "pickle in pickle": b"c_pickle\nloads\n(" + b"B" + struct.pack("<I", len(reduce_os) + 1) + reduce_os + b".tR.",
-    }  # fmt: skip
+    }
 
 
 LIVE = list(live_payloads("true"))
@@ -290,7 +294,7 @@ HOSTILE = {
     "append to nothing": b"Na.",
     "appends without mark": b"]e.",
     "pop below a mark": b"N(\x85.",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -467,8 +471,15 @@ def test_lfw_pairs(tmp_path):
     found = read_lfw_pairs(*listed)
     named = [x.removeprefix(JPEG).removeprefix(b"\x89PNG\r\n\x1a\n").decode() for x in found.images]
     assert list(zip(named[::2], named[1::2], strict=True)) == [
-        ("A1", "A2"), ("B1", "B3"), ("A1", "B1"), ("B2", "C1"), ("B1", "B2"), ("A2", "A1"), ("C1", "A2"), ("C1", "B3"),
-    ]  # fmt: skip
+        ("A1", "A2"),
+        ("B1", "B3"),
+        ("A1", "B1"),
+        ("B2", "C1"),
+        ("B1", "B2"),
+        ("A2", "A1"),
+        ("C1", "A2"),
+        ("C1", "B3"),
+    ]
     assert found.issame.tolist() == [True, True, False, False] * 2
     assert found.folds.tolist() == [0] * 4 + [1] * 4
     assert found.images[0] is found.images[4] and found.name == "pairs"

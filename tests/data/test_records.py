@@ -248,8 +248,10 @@ FAULTS = {
     "idx offset odd": (rewritten("train.idx", lambda b: b.replace(b"1\t40", b"1\t39", 1)), "no record fits"),
     "idx repeated key": (rewritten("train.idx", lambda b: b + b"2\t40\n"), "key 2 is listed twice"),
     "idx without 0": (rewritten("train.idx", lambda b: b.split(b"\n", 1)[1]), "record 0"),
-    "idx without 3": (rewritten("train.idx", lambda b: b"".join(b.splitlines(True)[:3] + b.splitlines(True)[4:])),
-                      "claims 5 images, the .idx lists 4"),
+    "idx without 3": (
+        rewritten("train.idx", lambda b: b"".join(b.splitlines(True)[:3] + b.splitlines(True)[4:])),
+        "claims 5 images, the .idx lists 4",
+    ),
     "header nan": (headed(float("nan"), 9), "record 0 has the labels"),
     "header inf": (headed(float("inf"), 9), "record 0 has the labels"),
     "header 1.5": (headed(1.5, 9), "record 0 has the labels"),
@@ -258,7 +260,7 @@ FAULTS = {
     "header no image": (headed(1, 9), "record 0 claims"),
     "header more than records": (headed(6, 5), "record 0 claims"),
     "header more than listed": (headed(5000, 9000), "claims 4999 images, the .idx lists 8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

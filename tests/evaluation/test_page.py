@@ -65,9 +65,16 @@ def page_of(tmp_path, **changes):
 def test_the_page_is_whole_and_says_the_same_as_the_json(tmp_path):
     _, outline, results = page_of(tmp_path, num_domains=3)
     assert outline.headings == [
-        "Summary", "Beside what others report", "Learning curve", "ROC", "Scores", "By category", "Where CLS looks",
-        "Routing", "Settings",
-    ]  # fmt: skip
+        "Summary",
+        "Beside what others report",
+        "Learning curve",
+        "ROC",
+        "Scores",
+        "By category",
+        "Where CLS looks",
+        "Routing",
+        "Settings",
+    ]
     text = " ".join(outline.text)
     for name, entry in results_json(results).items():
         low, high = entry["interval"]

@@ -43,9 +43,13 @@ def adapted_vit(backbone: str, config: FaceConfig, seed: int = 0) -> ViT:
             parameter.mul_(5 if parameter.dim() > 1 else 1)
     if config.lora_rank:
         add_lora(
-            vit, TARGETS[config.lora_targets], config.lora_rank, config.lora_alpha, config.lora_scaling,
+            vit,
+            TARGETS[config.lora_targets],
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_scaling,
             config.num_domains,
-        )  # fmt: skip
+        )
         randomise_adapters(vit, seed)
     return vit.eval()
 
@@ -57,9 +61,14 @@ def settings(backbone: str, **changes) -> FaceConfig:
 def theirs(backbone: str, vit: ViT) -> nn.Module:
     """transformers' model with the frozen weights of `vit`."""
     sizes = dict(
-        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
         layer_norm_eps=vit.config.norm_eps,
-    )  # fmt: skip
+    )
     if backbone.startswith("dinov2"):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     elif backbone.startswith("clip"):
@@ -198,21 +207,30 @@ def test_what_is_written_is_read_back_bitwise(backbone, changes, version, tmp_pa
 
 NAMES_OF_FOUR = {  # transformers 4's names, written by hand: version 5 is what is installed here
     "dinov2_vits14": {
-        "encoder.layer.0.attention.attention.query", "encoder.layer.0.attention.attention.key",
-        "encoder.layer.0.attention.attention.value", "encoder.layer.0.attention.output.dense",
-        "encoder.layer.0.mlp.fc1", "encoder.layer.0.mlp.fc2",
+        "encoder.layer.0.attention.attention.query",
+        "encoder.layer.0.attention.attention.key",
+        "encoder.layer.0.attention.attention.value",
+        "encoder.layer.0.attention.output.dense",
+        "encoder.layer.0.mlp.fc1",
+        "encoder.layer.0.mlp.fc2",
     },
     "clip_vitb16": {
-        "vision_model.encoder.layers.0.self_attn.q_proj", "vision_model.encoder.layers.0.self_attn.k_proj",
-        "vision_model.encoder.layers.0.self_attn.v_proj", "vision_model.encoder.layers.0.self_attn.out_proj",
-        "vision_model.encoder.layers.0.mlp.fc1", "vision_model.encoder.layers.0.mlp.fc2",
+        "vision_model.encoder.layers.0.self_attn.q_proj",
+        "vision_model.encoder.layers.0.self_attn.k_proj",
+        "vision_model.encoder.layers.0.self_attn.v_proj",
+        "vision_model.encoder.layers.0.self_attn.out_proj",
+        "vision_model.encoder.layers.0.mlp.fc1",
+        "vision_model.encoder.layers.0.mlp.fc2",
     },
     "vit_tiny_patch16": {
-        "encoder.layer.0.attention.attention.query", "encoder.layer.0.attention.attention.key",
-        "encoder.layer.0.attention.attention.value", "encoder.layer.0.attention.output.dense",
-        "encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense",
+        "encoder.layer.0.attention.attention.query",
+        "encoder.layer.0.attention.attention.key",
+        "encoder.layer.0.attention.attention.value",
+        "encoder.layer.0.attention.output.dense",
+        "encoder.layer.0.intermediate.dense",
+        "encoder.layer.0.output.dense",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -384,16 +402,32 @@ def test_keys_that_do_not_fit_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["head"]}, {"rank_pattern": {"qkv": 8}},
-        {"alpha_pattern": {"qkv": 8}}, {"layers_to_transform": [0]}, {"fan_in_fan_out": True}, {"peft_type": "LOHA"},
-        {"init_lora_weights": "pissa"}, {"init_lora_weights": ["x"]}, {"r": 0}, {"r": 1 << 40}, {"r": "4"}, {"r": 8},
-        {"lora_alpha": float("nan")}, {"lora_alpha": -1},
-        {"lora_alpha": 10**400}, {"lora_alpha": None}, {"lora_alpha": True},
-        {"use_rslora": "yes"}, {"target_modules": ["attn.qkv"]}, {"target_modules": ["attn.qkv", "attn.proj", "fc1"]},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["head"]},
+        {"rank_pattern": {"qkv": 8}},
+        {"alpha_pattern": {"qkv": 8}},
+        {"layers_to_transform": [0]},
+        {"fan_in_fan_out": True},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": ["x"]},
+        {"r": 0},
+        {"r": 1 << 40},
+        {"r": "4"},
+        {"r": 8},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": -1},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"use_rslora": "yes"},
+        {"target_modules": ["attn.qkv"]},
+        {"target_modules": ["attn.qkv", "attn.proj", "fc1"]},
         {"a_setting_of_the_future": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_that_change_the_formula_are_refused(tmp_path, change):
     folder, _, config = written(tmp_path)
     (folder / CONFIG).write_text(json.dumps({**config, **change}))

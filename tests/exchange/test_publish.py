@@ -164,13 +164,17 @@ LEAKS = {  # where from, how, and what is said
     "the backbone in the model": (BACKBONE, add_tensor("vit.norm.weight"), "unknown tensor vit.norm.weight"),
     "embeddings as a file": ("", save_embeddings, "embeddings.npy is not part of a model"),
     "embeddings beside the thresholds": (
-        "", change_json("thresholds.json", embeddings=EMBEDDING), "thresholds.json is not what vitface writes",
+        "",
+        change_json("thresholds.json", embeddings=EMBEDDING),
+        "thresholds.json is not what vitface writes",
     ),
     "embeddings in the card": ("", write_in_card(" ".join(map(str, EMBEDDING))), "a list of numbers"),
     "names in the settings": ("", change_json("model.json", people=["Alice_Example"]), "unexpected keyword"),
     "names for a hash": ("", change_json("model.json", weights_sha256="Alice_Example"), "weights_sha256 is no SHA-256"),
     "names in the manifest": (
-        "", change_json("manifest.json", people=["Alice_Example"]), "manifest.json is not what vitface writes",
+        "",
+        change_json("manifest.json", people=["Alice_Example"]),
+        "manifest.json is not what vitface writes",
     ),
     "names in the model's metadata": ("", put_metadata, "model.safetensors is not what vitface writes"),
     "a name in the card": ("", write_in_card("Thanks to Alice Example!"), "the name of somebody"),
@@ -182,7 +186,7 @@ LEAKS = {  # where from, how, and what is said
     "a link out of the folder": (CONFIG, link, "README.md is not part of a model"),
     "a path in the card": ("", write_in_card("trained on /home/alice/photos"), "a path on a machine"),
     "a token in the card": ("", write_in_card("hf_" + "aB3" * 11), "a Hugging Face token"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("leak", LEAKS)
@@ -297,10 +301,12 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "base"),
     [
-        ("dinov2_vits14", "facebook/dinov2-small"), ("clip_vitb16", "openai/clip-vit-base-patch16"),
-        ("vit_tiny_patch16", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"), ("vit_nano", None),
+        ("dinov2_vits14", "facebook/dinov2-small"),
+        ("clip_vitb16", "openai/clip-vit-base-patch16"),
+        ("vit_tiny_patch16", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("vit_nano", None),
     ],
-)  # fmt: skip
+)
 def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
     from vitface.config import VIT_PRESETS
 

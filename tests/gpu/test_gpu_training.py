@@ -50,9 +50,16 @@ def step(request):
     backbone, domains, targets = request.param
     vit = load_backbone(backbone, "random", 224)
     face = FaceConfig(
-        backbone, "random", vit.config, 224, lora_rank=16, lora_targets=targets, num_domains=domains, head="linear",
+        backbone,
+        "random",
+        vit.config,
+        224,
+        lora_rank=16,
+        lora_targets=targets,
+        num_domains=domains,
+        head="linear",
         dtype="bf16",
-    )  # fmt: skip
+    )
     model = FaceModel(vit, face).cuda().train()
     model.use_ops(fused)
     margin = MarginLoss(make_margin("cosface", 0.35), 100, face.embedding_dim, 64.0).cuda()

@@ -44,18 +44,27 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def dinov2_oracle(config: ViTConfig, seed: int = 0) -> torch.nn.Module:
     settings_ = transformers.Dinov2Config(
-        hidden_size=config.embed_dim, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
-        image_size=config.native_size, patch_size=config.patch_size, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        image_size=config.native_size,
+        patch_size=config.patch_size,
+        attn_implementation="eager",
+    )
     return randomise(transformers.Dinov2Model(settings_), seed)
 
 
 def clip_oracle(config: ViTConfig, seed: int = 0) -> torch.nn.Module:
     settings_ = transformers.CLIPVisionConfig(
-        hidden_size=config.embed_dim, intermediate_size=4 * config.embed_dim, num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads, image_size=config.native_size, patch_size=config.patch_size,
-        projection_dim=8, attn_implementation="sdpa",  # its eager softmax is in float32
-    )  # fmt: skip
+        hidden_size=config.embed_dim,
+        intermediate_size=4 * config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        image_size=config.native_size,
+        patch_size=config.patch_size,
+        projection_dim=8,
+        attn_implementation="sdpa",  # its eager softmax is in float32
+    )
     return randomise(transformers.CLIPVisionModelWithProjection(settings_), seed)
 
 

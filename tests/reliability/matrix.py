@@ -4,79 +4,94 @@
 runs exactly the counts given here and notes them (`ran`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 
 
-@dataclass(frozen=True)
-class Row:
+class Cases(NamedTuple):
+    asked: str  # that the project set out to run
+    small: int  # in `python -m pytest`
+    full: int  # in `python -m pytest -m slow`
+
+
+class Row(NamedTuple):
     fault: str
-    asked: str  # cases that the project set out to run
-    small: int  # cases in `python -m pytest`
-    full: int  # cases in `python -m pytest -m slow`
+    cases: Cases
     outcome: str
 
 
 HOSTILE = "; nothing is executed, memory stays bounded"
 ROWS = {
     "kill saving": Row(
-        "SIGKILL at random instants while saving", "400", 20, 400,
+        "SIGKILL at random instants while saving",
+        Cases("400", 20, 400),
         "the newest verified checkpoint loads, no acknowledged step is lost",
     ),
     "power loss": Row(
         "power loss: prefixes of the recorded operations; what was not fsynced kept, lost, zeroed or reordered",
-        "120", 120, 600, "the old or the new checkpoint, never a bad one; the control without fsync loses steps",
+        Cases("120", 120, 600),
+        "the old or the new checkpoint, never a bad one; the control without fsync loses steps",
     ),
     "failpoints": Row(
         "a fault at each operation of a save: SIGKILL, SIGTERM, Ctrl-C, ENOSPC, EIO, MemoryError",
-        "96", 24, 150, "the earlier checkpoints are intact, the message is clear, the next save works",
+        Cases("96", 24, 150),
+        "the earlier checkpoints are intact, the message is clear, the next save works",
     ),
     "kill training": Row(
-        "SIGKILL of the training process at step k, before the update or in a save; then resume", "24", 4, 24,
+        "SIGKILL of the training process at step k, before the update or in a save; then resume",
+        Cases("24", 4, 24),
         "all files of the last checkpoint, `best` and the log equal those of an unbroken run",
     ),
     "mutated controls": Row(
-        "control: one item of the saved state changed before resuming", "12", 4, 12,
+        "control: one item of the saved state changed before resuming",
+        Cases("12", 4, 12),
         "the comparison fails for each item",
     ),
     "damage": Row(
         "flipped bits, zeroed tails, truncated, missing and swapped files, swapped steps, stale manifests",
-        "1,000", 100, 1000, "named error, the step before is taken",
+        Cases("1,000", 100, 1000),
+        "named error, the step before is taken",
     ),
     "on and off": Row(
-        "workers 0, 1, 2; evaluation, saving and logging on and off; global random states disturbed", "13", 7, 13,
+        "workers 0, 1, 2; evaluation, saving and logging on and off; global random states disturbed",
+        Cases("13", 7, 13),
         "identical training",
     ),
     "safetensors": Row(
-        "mutated safetensors headers and adapter files", "50,000", 1000, 50_000,
+        "mutated safetensors headers and adapter files",
+        Cases("50,000", 1000, 50_000),
         "named error and the model untouched, or a valid file of exactly its tensors",
     ),
-    "bin": Row("mutated .bin files", "20,000", 500, 20_000, "named error or a valid set" + HOSTILE),
-    "rec": Row("mutated .rec and .idx files", "20,000", 500, 20_000, "named error or valid samples" + HOSTILE),
-    "images": Row("mutated JPEG, PNG and WebP images", "5,000", 200, 5000, "named error or a valid image" + HOSTILE),
+    "bin": Row("mutated .bin files", Cases("20,000", 500, 20_000), "named error or a valid set" + HOSTILE),
+    "rec": Row("mutated .rec and .idx files", Cases("20,000", 500, 20_000), "named error or valid samples" + HOSTILE),
+    "images": Row(
+        "mutated JPEG, PNG and WebP images", Cases("5,000", 200, 5000), "named error or a valid image" + HOSTILE
+    ),
     "non-finite": Row(
-        "NaN or infinity injected at step k: pixels, activation, loss, gradient, parameter", "30", 10, 30,
+        "NaN or infinity injected at step k: pixels, activation, loss, gradient, parameter",
+        Cases("30", 10, 30),
         "stops before the update, parameters unchanged, a file says where",
     ),
     "infinity on a rank": Row(
-        "infinity in the loss or the gradient of one rank of 2 and 4", "3", 2, 6,
+        "infinity in the loss or the gradient of one rank of 2 and 4",
+        Cases("3", 2, 6),
         "all ranks stop before the update and name it; resumed, the run is bit for bit as without; "
         "the control without agreement parts the ranks",
     ),
     "lost ranks": Row(
-        "SIGKILL or SIGSTOP to one of 2 and 4 ranks: in a pass, an update, a save, an evaluation, reading", "12", 1, 12,
+        "SIGKILL or SIGSTOP to one of 2 and 4 ranks: in a pass, an update, a save, an evaluation, reading",
+        Cases("12", 1, 12),
         "the others end in an error that names it; resumed, the run is bit for bit as without",
     ),
-    "secrets": Row("planted secrets x sinks", "12 x 6", 72, 72, "none is found"),
-}  # fmt: skip
+    "secrets": Row("planted secrets x sinks", Cases("12 x 6", 72, 72), "none is found"),
+}
 
 
 def sizes(row: str) -> pytest.MarkDecorator:
     """Parametrises a test with `cases`: the small count by default, the full one if it differs with -m slow."""
-    counts = [ROWS[row].small]
-    if ROWS[row].full != ROWS[row].small:
-        counts.append(pytest.param(ROWS[row].full, marks=pytest.mark.slow))
+    _, small, full = ROWS[row].cases
+    counts = [small] if small == full else [small, pytest.param(full, marks=pytest.mark.slow)]
     return pytest.mark.parametrize("cases", counts)
 
 
@@ -86,7 +101,10 @@ def table() -> str:
         "| fault or input | asked for | `pytest` | `pytest -m slow` | outcome, asserted |",
         "|---|---|---|---|---|",
     ]
-    lines += [f"| {row.fault} | {row.asked} | {row.small:,} | {row.full:,} | {row.outcome} |" for row in ROWS.values()]
+    lines += [
+        f"| {fault} | {asked} | {small:,} | {full:,} | {outcome} |"
+        for fault, (asked, small, full), outcome in ROWS.values()
+    ]
     return "\n".join(lines)
 
 

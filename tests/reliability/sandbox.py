@@ -12,9 +12,17 @@ from tiny import in_child
 
 MAX_GROWTH = 256 << 20
 EXECUTION = {
-    "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
-    "socket.connect", "shutil.unpack_archive", "ctypes.dlopen",
-}  # fmt: skip
+    "ctypes.dlopen",
+    "exec",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.system",
+    "pickle.find_class",
+    "shutil.unpack_archive",
+    "socket.connect",
+    "subprocess.Popen",
+}
 
 
 def assault(attempt: Callable[[int], str], cases: int, warm_up: Callable[[], object]) -> None:

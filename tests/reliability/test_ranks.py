@@ -440,11 +440,10 @@ def free_port():
 
 def torchrun(run_dir, *kills, restarts):
     """Runs torchrun_train.py on two ranks; `kills` are STEP:RANK:ATTEMPT at which a rank kills itself."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1",
-        str(Path(__file__).with_name("torchrun_train.py")), str(run_dir), *kills,
-    ]  # fmt: skip
+    options = f"--nproc-per-node 2 --max-restarts {restarts} --rdzv-backend c10d --local-addr 127.0.0.1"
+    options += f" --rdzv-endpoint 127.0.0.1:{free_port()}"
+    script = Path(__file__).with_name("torchrun_train.py")
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), script, run_dir, *kills]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

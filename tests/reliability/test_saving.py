@@ -166,9 +166,13 @@ def exhaust():
 
 
 FAULTS = {
-    "KILL": kill, "TERM": terminate, "Ctrl-C": interrupt, "ENOSPC": refuse(errno.ENOSPC), "EIO": refuse(errno.EIO),
+    "KILL": kill,
+    "TERM": terminate,
+    "Ctrl-C": interrupt,
+    "ENOSPC": refuse(errno.ENOSPC),
+    "EIO": refuse(errno.EIO),
     "MemoryError": exhaust,
-}  # fmt: skip
+}
 
 
 def struck_save(monkeypatch, run_dir, at, name) -> None:
@@ -212,7 +216,7 @@ def test_a_fault_at_every_operation(tmp_path, monkeypatch, ran, cases):
     assert kinds == {"mkdir", "create", "write", "fsync", "rename", "symlink", "rmtree"}
     points = [round(at) for at in np.linspace(0, len(disk.ops) - 1, cases // 6)]
     assert len(set(points)) == cases // 6
-    if cases == ROWS["failpoints"].full:
+    if cases == ROWS["failpoints"].cases.full:
         assert points == list(range(len(disk.ops)))
     run_dir = tmp_path / "run"
     for at in points:

@@ -50,9 +50,12 @@ def planted(monkeypatch):
 def tracked(monkeypatch):
     """What a tracker is given."""
     given = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        init=lambda **options: given.append(options) or SimpleNamespace(log=lambda values, step: given.append(values)),
-    ))  # fmt: skip
+
+    def init(**options):
+        given.append(options)
+        return SimpleNamespace(log=lambda values, step: given.append(values))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return given
 
 
@@ -96,7 +99,7 @@ def test_nothing_of_the_environment_is_written(tmp_path, monkeypatch, capfd, pla
     assert not any(hits(value, {"any file": everything}) for value, _ in SECRETS.values())
     for value, _ in SECRETS.values():  # the search would find them
         assert hits(value, {name: data + value.encode() for name, data in sinks.items()}) == list(sinks)
-    assert len(cases) == ROWS["secrets"].full
+    assert len(cases) == ROWS["secrets"].cases.full
     ran(ROWS["secrets"].fault, len(cases))
 
 
@@ -122,11 +125,19 @@ def test_a_flag_that_holds_a_secret_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "value",
     [
-        "data/casia-webface", "/home/someone/data/hf_faces", "runs/exp_001-20261121-101500", "C:\\data\\faces",
+        "data/casia-webface",
+        "/home/someone/data/hf_faces",
+        "runs/exp_001-20261121-101500",
+        "C:\\data\\faces",
         "/root/.cache/huggingface/hub/models--a--b/snapshots/0123456789abcdef0123456789abcdef01234567/x.safetensors",
-        "s3://bucket/faces", "https://host:8080/faces", "user@host:data", "data/token=1", "sk-learn/faces", "a@b",
+        "s3://bucket/faces",
+        "https://host:8080/faces",
+        "user@host:data",
+        "data/token=1",
+        "sk-learn/faces",
+        "a@b",
     ],
-)  # fmt: skip
+)
 def test_ordinary_settings_pass(value):
     assert find_secret(value, {"HOME": value, "SHORT_TOKEN": "data"}) is None
     assert resolve({"train_data": value}).train_data == value

@@ -38,16 +38,8 @@ EXECUTING = re.compile(r"(allow_pickle|trust_remote_code)\s*=(?!\s*False)|weight
 def found(source: str) -> str:
     """What ruff finds in a file of the package with that source."""
     optional("ruff")
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--output-format=concise",
-        "--stdin-filename",
-        "vitface/x.py",
-        "-",
-    ]
+    options = "--output-format=concise --stdin-filename vitface/x.py -"
+    command = [sys.executable, "-m", "ruff", "check", *options.split()]
     return subprocess.run(command, cwd=ROOT, input=source, capture_output=True, text=True).stdout
 
 

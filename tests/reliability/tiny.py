@@ -17,10 +17,25 @@ from vitface.training import setup
 
 EPOCHS, STEPS_PER_EPOCH = 3, 4
 TINY = dict(
-    backbone="tiny", weights="random", image_size=32, train_data="memory", val_data=None, dtype="fp32", device="cpu",
-    batch_size=8, epochs=EPOCHS, holdout_people=2, num_workers=0, embedding_dim=8, lora_rank=2,
-    use_dalora=True, num_domains=2, router_depth=1, loss="adaface", head="bn",
-)  # fmt: skip
+    backbone="tiny",
+    weights="random",
+    image_size=32,
+    train_data="memory",
+    val_data=None,
+    dtype="fp32",
+    device="cpu",
+    batch_size=8,
+    epochs=EPOCHS,
+    holdout_people=2,
+    num_workers=0,
+    embedding_dim=8,
+    lora_rank=2,
+    use_dalora=True,
+    num_domains=2,
+    router_depth=1,
+    loss="adaface",
+    head="bn",
+)
 
 
 class Faces:

@@ -22,8 +22,11 @@ def test_scores_of_all_pairs():
     assert (gates == 1).all() and gates.shape == (4, 1)
     score, issame = all_pairs(embeddings, people)
     rows = Recogniser(model).embed(samples.render(held_out), flip=False)
-    expected = [(rows[i] @ rows[j], samples.labels[held_out[i]] == samples.labels[held_out[j]])
-                for i in range(4) for j in range(i + 1, 4)]  # fmt: skip
+    expected = [
+        (rows[i] @ rows[j], samples.labels[held_out[i]] == samples.labels[held_out[j]])
+        for i in range(4)
+        for j in range(i + 1, 4)
+    ]
     np.testing.assert_allclose(score, [cosine for cosine, _ in expected], atol=1e-6)
     assert issame.tolist() == [same for _, same in expected] and issame.sum() == 1
 

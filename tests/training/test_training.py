@@ -36,9 +36,20 @@ from vitface.training.step import parameter_groups, schedule, update
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(
-    backbone="vit_nano", weights="random", image_size=112, train_data="synthetic", val_data=None, dtype="fp32",
-    device="cpu", batch_size=8, epochs=2, holdout_people=3, num_workers=0, embedding_dim=16, lora_rank=2,
-)  # fmt: skip
+    backbone="vit_nano",
+    weights="random",
+    image_size=112,
+    train_data="synthetic",
+    val_data=None,
+    dtype="fp32",
+    device="cpu",
+    batch_size=8,
+    epochs=2,
+    holdout_people=3,
+    num_workers=0,
+    embedding_dim=16,
+    lora_rank=2,
+)
 
 
 @pytest.fixture(autouse=True)

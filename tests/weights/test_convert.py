@@ -76,11 +76,13 @@ def renamed(ours: dict[str, Tensor], table: list[tuple[str, str]], parts: str | 
 
 def as_transformers_dinov2(ours: dict[str, Tensor], version: int = 4, prefix: str = "") -> dict[str, Tensor]:
     table = [
-        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("pos_embed", "embeddings.position_embeddings"),
-        ("cls_token", "embeddings.cls_token"), ("ls1.gamma", "layer_scale1.lambda1"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("ls1.gamma", "layer_scale1.lambda1"),
         ("ls2.gamma", "layer_scale2.lambda1"),
         ("attn.proj", "attention.output.dense" if version == 4 else "attention.o_proj"),
-    ]  # fmt: skip
+    ]
     theirs = renamed(ours, table, "attention.attention.X" if version == 4 else "attention.X")
     for part in ("query", "key", "value") if version == 5 else ():
         theirs = {key.replace(f"attention.{part}", f"attention.{part[0]}_proj"): t for key, t in theirs.items()}
@@ -95,11 +97,14 @@ def as_transformers_dinov2(ours: dict[str, Tensor], version: int = 4, prefix: st
 
 def as_transformers_vit(ours: dict[str, Tensor], version: int = 4, prefix: str = "") -> dict[str, Tensor]:
     table = [
-        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("pos_embed", "embeddings.position_embeddings"),
-        ("cls_token", "embeddings.cls_token"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
         ("attn.proj", "attention.output.dense" if version == 4 else "attention.o_proj"),
         *([("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")] if version == 4 else []),
-    ]  # fmt: skip
+    ]
     theirs = renamed(ours, table, "attention.attention.X" if version == 4 else "attention.X")
     for part in ("query", "key", "value") if version == 5 else ():
         theirs = {key.replace(f"attention.{part}", f"attention.{part[0]}_proj"): t for key, t in theirs.items()}
@@ -115,10 +120,14 @@ def as_transformers_vit(ours: dict[str, Tensor], version: int = 4, prefix: str =
 
 def as_transformers_clip(ours: dict[str, Tensor], prefix: str = "vision_model.") -> dict[str, Tensor]:
     table = [
-        ("norm_pre", "pre_layrnorm"), ("patch_embed.proj", "embeddings.patch_embedding"),
-        ("pos_embed", "embeddings.position_embedding.weight"), ("cls_token", "embeddings.class_embedding"),
-        ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("attn.proj", "self_attn.out_proj"),
-    ]  # fmt: skip
+        ("norm_pre", "pre_layrnorm"),
+        ("patch_embed.proj", "embeddings.patch_embedding"),
+        ("pos_embed", "embeddings.position_embedding.weight"),
+        ("cls_token", "embeddings.class_embedding"),
+        ("norm1", "layer_norm1"),
+        ("norm2", "layer_norm2"),
+        ("attn.proj", "self_attn.out_proj"),
+    ]
     theirs = renamed(ours, table, "self_attn.X")
     for part in ("query", "key", "value"):
         theirs = {key.replace(f"self_attn.{part}", f"self_attn.{part[0]}_proj"): t for key, t in theirs.items()}
@@ -131,19 +140,28 @@ def as_transformers_clip(ours: dict[str, Tensor], prefix: str = "vision_model.")
     theirs = {prefix + key: tensor for key, tensor in theirs.items()}
     if prefix:
         theirs |= {
-            "visual_projection.weight": randn(6, 8), "text_projection.weight": randn(6, 4),
-            "logit_scale": torch.tensor(4.6), "text_model.embeddings.token_embedding.weight": randn(9, 4),
+            "visual_projection.weight": randn(6, 8),
+            "text_projection.weight": randn(6, 4),
+            "logit_scale": torch.tensor(4.6),
+            "text_model.embeddings.token_embedding.weight": randn(9, 4),
             "text_model.encoder.layers.0.mlp.fc1.weight": randn(4, 4),
-        }  # fmt: skip
+        }
     return theirs
 
 
 def as_openai(ours: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Tensor]:
     table = [
-        ("norm_pre", "ln_pre"), ("patch_embed.proj", "conv1"), ("pos_embed", "positional_embedding"),
-        ("cls_token", "class_embedding"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"),
-        ("mlp.fc2", "mlp.c_proj"), ("attn.proj", "attn.out_proj"), ("attn.qkv.", "attn.in_proj_"),
-    ]  # fmt: skip
+        ("norm_pre", "ln_pre"),
+        ("patch_embed.proj", "conv1"),
+        ("pos_embed", "positional_embedding"),
+        ("cls_token", "class_embedding"),
+        ("norm1", "ln_1"),
+        ("norm2", "ln_2"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("attn.proj", "attn.out_proj"),
+        ("attn.qkv.", "attn.in_proj_"),
+    ]
     theirs = renamed(ours, table)
     theirs = {f"transformer.resblocks{key[6:]}" if key.startswith("blocks.") else key: t for key, t in theirs.items()}
     theirs = {f"ln_post{key[4:]}" if key.startswith("norm.") else key: t for key, t in theirs.items()}
@@ -152,11 +170,15 @@ def as_openai(ours: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Ten
     theirs = {prefix + key: tensor for key, tensor in (theirs | {"proj": randn(8, 6)}).items()}
     if prefix:
         theirs |= {
-            "positional_embedding": randn(7, 4), "text_projection": randn(4, 6), "logit_scale": torch.tensor(4.6),
-            "token_embedding.weight": randn(9, 4), "ln_final.weight": randn(4), "ln_final.bias": randn(4),
+            "positional_embedding": randn(7, 4),
+            "text_projection": randn(4, 6),
+            "logit_scale": torch.tensor(4.6),
+            "token_embedding.weight": randn(9, 4),
+            "ln_final.weight": randn(4),
+            "ln_final.bias": randn(4),
             "transformer.resblocks.0.attn.in_proj_weight": randn(12, 4),
             "transformer.resblocks.1.mlp.c_fc.bias": randn(16),
-        }  # fmt: skip
+        }
     return theirs
 
 
@@ -658,9 +680,14 @@ def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys)
     assert "used      31 of 40 tensors" in printed
     dropped = next(line for line in printed.splitlines() if line.startswith("dropped   "))
     assert set(dropped.removeprefix("dropped   ").split(", ")) == {
-        "visual.proj", "positional_embedding", "text_projection", "token_embedding.weight", "ln_final.* (2)",
-        "logit_scale", "transformer.resblocks.* (2)",
-    }  # fmt: skip
+        "visual.proj",
+        "positional_embedding",
+        "text_projection",
+        "token_embedding.weight",
+        "ln_final.* (2)",
+        "logit_scale",
+        "transformer.resblocks.* (2)",
+    }
     assert "activation quick_gelu (as OpenAI's; LAION's and DataComp's weights need --act gelu)" in printed
     assert "wrote     weights/clip_vitb16.safetensors" in printed
     assert printed.endswith("next      vitface train --backbone clip_vitb16\n")

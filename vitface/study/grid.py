@@ -63,9 +63,13 @@ def chosen_variants(base: TrainConfig, names: list[str] | None) -> dict[str, dic
 
 
 def run_study(
-    base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[int], folder: Path, command: str,
+    base: TrainConfig,
+    grid: dict[str, dict[str, Any]],
+    seeds: list[int],
+    folder: Path,
+    command: str,
     say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Every cell that is not done yet, seed by seed, and the table."""
     names = final_benchmarks(base)
     if not names:
@@ -112,9 +116,12 @@ def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder:
     comparisons = {name: compare(side, sides["dalora"]) for name, side in sides.items() if name != "dalora"}
     rows = [variant_row(side, cells[name], comparisons.get(name)) for name, side in sides.items()]
     about = {
-        "command": command, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "seeds": seeds,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "seeds": seeds,
         "device": resolve_choices(base).device,
-    }  # fmt: skip
+    }
     replace_file(folder / "study.md", study_markdown(about, rows, comparisons).encode())
     entries = {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()}
     replace_file(

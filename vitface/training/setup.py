@@ -42,10 +42,21 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     if config.dry_run:
         batch = min(config.batch_size, 8 * launched())
         config = dataclasses.replace(
-            config, weights="random", train_data="synthetic", val_data=None, epochs=1, batch_size=batch,
-            max_samples=2 * batch, grad_accum=1, holdout_people=0, patience=0, num_workers=0, resume=None,
-            wandb=False, tensorboard=False,
-        )  # fmt: skip
+            config,
+            weights="random",
+            train_data="synthetic",
+            val_data=None,
+            epochs=1,
+            batch_size=batch,
+            max_samples=2 * batch,
+            grad_accum=1,
+            holdout_people=0,
+            patience=0,
+            num_workers=0,
+            resume=None,
+            wandb=False,
+            tensorboard=False,
+        )
     return config
 
 

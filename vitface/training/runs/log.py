@@ -65,9 +65,13 @@ def _wandb(run_dir: Path, config: TrainConfig) -> list:
     import wandb
 
     run = wandb.init(
-        project="vitface", name=run_dir.name, id=run_dir.name, resume="allow", dir=str(run_dir),
+        project="vitface",
+        name=run_dir.name,
+        id=run_dir.name,
+        resume="allow",
+        dir=str(run_dir),
         config=dataclasses.asdict(config),
-    )  # fmt: skip
+    )
     return [lambda values: run.log(values, step=values["step"])]
 
 
