@@ -331,9 +331,9 @@ def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     command = ["--backbone", "clip", "--use-dalora", "--num-domains", "3", "--batch-size", "64", "--epochs", "40"]
-    assert train.main(command) == 2
+    assert train.main([*command, "--val-data", "benchmarks"]) == 2
     printed = capsys.readouterr().err
-    assert "data/casia-webface does not exist" in printed
+    assert "data/casia-webface does not exist" in printed and "--val-data benchmarks is no folder" in printed
     assert "vitface fetch clip_vitb16" in printed
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from vitface.data.formats.samples import FolderSamples, RecordSamples, Samples, 
 from vitface.data.loader import split_people
 from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
-from vitface.errors import ConfigError, DataError, WeightsError
+from vitface.errors import ConfigError, DataError, VitfaceError
 from vitface.evaluation.benchmarks import available
 from vitface.extras import require
 from vitface.home import cache_home
@@ -31,6 +32,7 @@ from vitface.training.runs.state import Margin
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
+T = TypeVar("T")
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
@@ -63,33 +65,21 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
 def open_inputs(config: TrainConfig) -> Samples:
     """The training samples that `--train-data` names, packed on first use unless `--no-pack`.
 
-    ConfigError names everything that is missing at once, the backbone's weights and the data alike.
+    ConfigError names everything that is wrong or missing at once: the backbone's weights, both kinds of data, packages.
     """
-    problems, samples = [], None
-    try:
-        if config.weights is None:
-            find_backbone(backbone_name(config.backbone))
-    except WeightsError as error:
-        problems.append(str(error))
-    try:
-        require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name)))
-    except ConfigError as error:
-        problems.append(str(error))
-    try:
-        if config.train_data in SYNTHETIC:
-            if config.domain_labels not in (None, "none"):
-                raise DataError("--domain-labels is for your own images; synthetic faces come with their domains")
-            samples = SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
-        else:
-            samples = load_samples(config.train_data)
-            if config.domain_labels not in (None, "none") and config.use_dalora:
-                if isinstance(samples, PackedSamples):
-                    raise DataError("--domain-labels names images: pass the folder that was packed, it has the names")
-                samples.domains = read_domains(config.domain_labels, samples.image_names())
-                check_domains(config, int(samples.domains.max()) + 1)
-    except DataError as error:
-        problems.append(str(error))
-    if samples is None or problems:
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except VitfaceError as error:
+            problems.append(str(error))
+
+    attempt(lambda: config.weights or find_backbone(backbone_name(config.backbone)))
+    attempt(lambda: require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name))))
+    attempt(lambda: final_benchmarks(config))
+    samples = attempt(lambda: read_samples(config))
+    if problems or samples is None:
         raise ConfigError("\n\n".join(problems))
     if isinstance(samples, PackedSamples):
         samples.verify()
@@ -98,6 +88,26 @@ def open_inputs(config: TrainConfig) -> Samples:
         if samples.domains is not None and packed.skipped:
             raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
         packed.domains, samples = samples.domains, packed
+    return samples
+
+
+def read_samples(config: TrainConfig) -> Samples:
+    """The samples of `--train-data`, not packed yet, with the domains of `--domain-labels`; DataError for bad ones."""
+    labelled = config.domain_labels not in (None, "none")
+    if config.train_data in SYNTHETIC:
+        if labelled:
+            raise DataError("--domain-labels is for your own images; synthetic faces come with their domains")
+        return SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
+    samples = load_samples(config.train_data)
+    if labelled and config.use_dalora:
+        if isinstance(samples, PackedSamples):
+            raise DataError("--domain-labels names images: pass the folder that was packed, it has the names")
+        samples.domains = read_domains(str(config.domain_labels), samples.image_names())
+        found = int(samples.domains.max()) + 1
+        if found != config.num_domains:
+            raise DataError(
+                f"{config.domain_labels} has {found} different domains; pass --num-domains {found} to train with them"
+            )
     return samples
 
 
@@ -118,14 +128,6 @@ def open_data(config: TrainConfig) -> TrainingData:
         domains = None
     steps = len(split.indices) // config.batch_size
     return TrainingData(samples, split, domains, steps, micro_batch_size(config))
-
-
-def check_domains(config: TrainConfig, found: int) -> None:
-    """DataError unless there are as many domain labels as domains."""
-    if found != config.num_domains:
-        raise DataError(
-            f"{config.domain_labels} has {found} different domains; pass --num-domains {found} to train with them"
-        )
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
