@@ -20,7 +20,7 @@ import torch
 from data import jpeg_folder
 from timing import machine, synchronise
 
-from vitface.commands.flags import add_flags
+from vitface.commands.flags import add_settings
 from vitface.config import resolve
 from vitface.data.formats.packing import pack
 from vitface.training.batches import Batch, rank_batches
@@ -80,7 +80,7 @@ def summary(loaded: list[float], fixed: list[float]) -> dict[str, float | str | 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of each of the two (default: 60)")
-    add_flags(parser)
+    add_settings(parser)
     given = vars(parser.parse_args(argv))
     seconds = given.pop("seconds")
     with tempfile.TemporaryDirectory() as folder:

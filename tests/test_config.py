@@ -13,9 +13,9 @@ from conftest import tiny_face
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.commands.experiments import RECORDED
-from vitface.commands.flags import add_flags
+from vitface.commands.flags import add_settings
 from vitface.config import (
     BOOKKEEPING,
     EXPERIMENTS,
@@ -38,7 +38,7 @@ BOUNDS = {name: item.metadata["bounds"] for name, item in FIELDS.items() if item
 
 def parse(*argv):
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    add_flags(parser)
+    add_settings(parser)
     return resolve(vars(parser.parse_args(argv)))
 
 
@@ -180,21 +180,21 @@ def test_each_bound_is_kept(name):
     ],
 )
 def test_users_mistakes_are_named_with_exit_code_2(argv, message, capsys):
-    assert train.main(argv) == 2
+    assert main(["train", *argv]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--head", "mlp"], ["--epochs", "many"], ["--batch", "4"], ["--nonsense"]])
 def test_argparse_refuses_with_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(argv)
+        main(["train", *argv])
     assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
 def test_the_help_has_groups_defaults_and_presets(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        main(["train", "--help"])
     text = capsys.readouterr().out
     groups = {title: body for title, _, body in (part.partition(":\n") for part in text.split("\n\n"))}
     for title, name in {"model": "head", "adapters": "lora_rank", "data": "train_data", "loss": "margin"}.items():
@@ -243,5 +243,5 @@ def test_a_model_takes_the_operations_of_its_device():
 
 def test_synthetic_faces_bring_their_own_domains(capsys):
     for world in ("synthetic", "synthetic_shift"):
-        assert train.main(["--exp", "demo", "--train-data", world, "--domain-labels", "labels.csv"]) == 2
+        assert main(["train", "--exp", "demo", "--train-data", world, "--domain-labels", "labels.csv"]) == 2
         assert "synthetic faces come with their domains" in capsys.readouterr().err

@@ -5,14 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.kernels import fused
 from vitface.model import ops
 
 
 @pytest.mark.slow
 def test_the_demo_gains_ten_points(tmp_path, capsys):
-    assert train.main(["--exp", "demo", "--save-dir", str(tmp_path / "demo")]) == 0
+    assert main(["train", "--exp", "demo", "--save-dir", str(tmp_path / "demo")]) == 0
     rows = re.findall(r"^synthetic .*?(\d+\.\d+) ± ", capsys.readouterr().out, re.MULTILINE)
     frozen, adapted = map(float, rows)
     assert adapted >= frozen + 10
@@ -26,7 +26,7 @@ def test_fused_and_reference_train_alike(tmp_path, monkeypatch):
         monkeypatch.setattr("vitface.training.setup.fastest_ops", lambda device, module=module: module)
         run_dir = tmp_path / name
         flags = ["--exp", "demo", "--dtype", "fp32", "--batch-size", "32", "--max-samples", "3200"]
-        assert train.main([*flags, "--epochs", "2", "--save-dir", str(run_dir)]) == 0
+        assert main(["train", *flags, "--epochs", "2", "--save-dir", str(run_dir)]) == 0
         tensors = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
         adapters[name] = torch.cat([tensors[key].flatten() for key in sorted(tensors) if "lora_" in key])
         losses[name] = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 import vitface
-import vitface.__main__
-from vitface.commands import evaluate, train
+from vitface.__main__ import main
 from vitface.data.images import read_image
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
-SCRIPTS = {"train.py": train.main, "evaluate.py": evaluate.main}
+SCRIPTS = ("train.py", "evaluate.py")
 
 
 def command_lines(text: str) -> list[str]:
@@ -38,7 +37,7 @@ def marked_blocks(text: str, test: str) -> list[str]:
 def run_line(line: str) -> int:
     """The exit code of a documented command, run in this process."""
     program, *words = shlex.split(line)
-    return vitface.__main__.main(words) if program == "vitface" else SCRIPTS[words[0]](words[1:])
+    return main(words if program == "vitface" else [Path(words[0]).stem, *words[1:]])
 
 
 class Parsed(Exception):

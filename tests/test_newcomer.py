@@ -19,7 +19,7 @@ from PIL import Image
 from test_docs import ROOT, command_lines, marked_blocks, run_line
 
 import vitface
-from vitface.commands.models import convert
+from vitface.__main__ import main
 from vitface.config import VIT_PRESETS
 from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face, FaceDetector
@@ -88,7 +88,7 @@ def test_the_readme_as_a_script_on_real_photos(real_data, tmp_path):
     weights = tmp_path / "weights" / "vit_tiny_patch16.safetensors"
     weights.parent.mkdir()
     source = real_data / "vit_tiny_patch16_224_augreg.pth"
-    assert convert.main(["vit_tiny_patch16", "--src", str(source), "--out", str(weights)]) == 0
+    assert main(["convert", "vit_tiny_patch16", "--src", str(source), "--out", str(weights)]) == 0
     shutil.copy(real_data / "face_detection_yunet.onnx", tmp_path)
     for path in sorted((real_data / "raw_faces").glob("*.jpg"))[:15]:
         name, number = path.stem.rsplit("_", 1)

@@ -8,9 +8,7 @@ import pytest
 from conftest import TEST_DATA, optional
 
 import vitface
-import vitface.__main__
-from vitface.commands import evaluate, train
-from vitface.commands.models import convert
+from vitface.__main__ import main
 from vitface.data.formats.pairs import read_bin
 from vitface.data.formats.samples import RecordSamples
 from vitface.metrics import auc
@@ -24,7 +22,7 @@ def vit_tiny(tmp_path_factory):
     if not source.is_file():
         pytest.skip(f"{source} is absent; set VITFACE_TEST_DATA")
     out = tmp_path_factory.mktemp("weights") / "vit_tiny_patch16.safetensors"
-    assert convert.main(["vit_tiny_patch16", "--src", str(source), "--out", str(out)]) == 0
+    assert main(["convert", "vit_tiny_patch16", "--src", str(source), "--out", str(out)]) == 0
     return out
 
 
@@ -33,7 +31,7 @@ def vit_tiny(tmp_path_factory):
 def test_frozen_vit_tiny_on_lfw(real_data, vit_tiny, tmp_path, side, accuracy, tolerance):
     command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", str(side)]
     report = tmp_path / "results.json"
-    assert evaluate.main([*command, "--bench", "lfw", "--data-dir", str(real_data), "--json", str(report)]) == 0
+    assert main(["evaluate", *command, "--bench", "lfw", "--data-dir", str(real_data), "--json", str(report)]) == 0
     lfw = json.loads(report.read_text())["benchmarks"]["lfw"]
     assert lfw["accuracy"] == pytest.approx(accuracy, abs=tolerance)
     assert lfw["pairs"] == 6000
@@ -44,7 +42,7 @@ def test_a_few_steps_on_real_faces(real_data, vit_tiny, tmp_path):
     command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", "112", "--use-dalora"]
     command += ["--train-data", str(real_data / "celeba289"), "--val-data", str(tmp_path), "--device", "cpu"]
     command += ["--max-samples", "64", "--batch-size", "16", "--epochs", "1", "--save-dir", str(tmp_path / "run")]
-    assert train.main([*command, "--num-workers", "0"]) == 0
+    assert main(["train", *command, "--num-workers", "0"]) == 0
     model = vitface.load(tmp_path / "run")
     samples = RecordSamples(real_data / "celeba289")
     faces = np.stack([samples.read(i) for i in range(6)])
@@ -65,16 +63,16 @@ def test_photos_are_verified_by_a_model_trained_on_real_faces(real_data, vit_tin
     run, photos = tmp_path / "run", sorted((real_data / "raw_faces").glob("*.jpg"))
     command = ["--backbone", "vit_tiny_patch16", "--weights", str(vit_tiny), "--image-size", "112", "--epochs", "3"]
     command += ["--train-data", str(real_data / "celeba289"), "--val-data", str(tmp_path), "--save-dir", str(run)]
-    assert train.main([*command, "--lr", "1e-3", "--scale", "32", "--device", "cpu"]) == 0
+    assert main(["train", *command, "--lr", "1e-3", "--scale", "32", "--device", "cpu"]) == 0
     detector = ["--detector", str(real_data / "face_detection_yunet.onnx"), "--checkpoint", str(run)]
     capsys.readouterr()
     answers = {}
     for first, second in itertools.combinations(photos[:9], 2):  # three photos of each of three people
-        code = vitface.__main__.main(["verify", str(first), str(second), "--json", *detector])
+        code = main(["verify", str(first), str(second), "--json", *detector])
         verdict = json.loads(capsys.readouterr().out)
         assert verdict["far"] == 0.01 and code == int(not verdict["same"])
         answers[first, second] = verdict["score"]
-    assert vitface.__main__.main(["embed", str(photos[0].parent), str(tmp_path / "people"), *detector]) == 0
+    assert main(["embed", str(photos[0].parent), str(tmp_path / "people"), *detector]) == 0
     gallery = vitface.Gallery.load(tmp_path / "people")
     assert gallery.names == [path.name for path in photos] and list(gallery.thresholds) == [0.01]
     score = gallery.embeddings @ gallery.embeddings.T

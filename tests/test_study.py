@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from vitface.commands import evaluate, study
+from vitface.__main__ import main
 from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
@@ -35,7 +35,7 @@ def test_lora_at_equal_parameters_has_the_same_scaling():
 def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_faces, monkeypatch, capsys):
     folder = tmp_path / "grid"
     command = ["tiny", "--seeds", "0", "--save-dir", str(folder), "--max-samples", "8", "--batch-size", "8"]
-    assert study.main(command) == 0
+    assert main(["study", *command]) == 0
     printed = capsys.readouterr().out
     trained = ["lora", "lora_wide", "dalora", "uniform", "random", "shuffled", "dalora_unlabelled"]
     for variant in trained:
@@ -56,10 +56,10 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
 
     monkeypatch.setattr("vitface.training.run.Trainer", never)
     monkeypatch.setattr("vitface.study.grid.evaluate_all", never)
-    assert study.main(command) == 0  # all cells are there: the table alone is made anew
+    assert main(["study", *command]) == 0  # all cells are there: the table alone is made anew
     again = json.loads((folder / "study.json").read_text())
     assert again["variants"] == table["variants"] and again["comparisons"] == table["comparisons"]
-    assert evaluate.main(["--compare", str(folder / "lora-s0"), str(folder / "dalora-s0")]) == 0
+    assert main(["evaluate", "--compare", str(folder / "lora-s0"), str(folder / "dalora-s0")]) == 0
     assert "verdict: " in capsys.readouterr().out
     assert adapter_parameters(folder / "frozen", with_router=True) is None
 
@@ -74,11 +74,11 @@ def test_a_study_of_some_variants_always_has_dalora():
 
 def test_a_study_refuses_what_it_sets_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert study.main(["tiny", "--seed", "3"]) == 2
+    assert main(["study", "tiny", "--seed", "3"]) == 2
     assert "a study sets --seed itself, from --seeds" in capsys.readouterr().err
-    assert study.main(["tiny", "--no-use-dalora"]) == 2
+    assert main(["study", "tiny", "--no-use-dalora"]) == 2
     assert "a study sets --use-dalora itself" in capsys.readouterr().err
-    assert study.main(["controls"]) == 2
+    assert main(["study", "controls"]) == 2
     assert "a study needs a benchmark" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -1,15 +1,21 @@
-"""`vitface COMMAND ...`, or `python -m vitface COMMAND ...`."""
+"""`vitface COMMAND ...`, or `python -m vitface COMMAND ...`.
+
+Each command is a module: its docstring and EXAMPLES are its help, `add_flags(parser)` adds its arguments, and
+`run(arguments)` does the work and returns the exit code, None for 0.
+"""
 
 import importlib
 import sys
+from types import ModuleType
 from typing import NamedTuple
 
-from vitface.errors import did_you_mean
+from vitface.commands.parser import CommandParser
+from vitface.errors import did_you_mean, exit_code
 from vitface.version import __version__
 
 
 class Group(NamedTuple):
-    """Commands whose modules lie in `package`, each with an example of its arguments and what it does."""
+    """Commands whose modules lie in `package`: for each one an example of its arguments, and a line of help."""
 
     title: str
     package: str
@@ -56,6 +62,14 @@ GROUPS = (
 COMMANDS = {name: f"{group.package}.{name.replace('-', '_')}" for group in GROUPS for name in group.commands}
 
 
+def load_command(name: str) -> tuple[ModuleType, CommandParser]:
+    """Imports a command; returns its module and its parser."""
+    module = importlib.import_module(COMMANDS[name])
+    parser = CommandParser(f"vitface {name}", description=module.__doc__, epilog=module.EXAMPLES)
+    module.add_flags(parser)
+    return module, parser
+
+
 def usage() -> str:
     lines = ["usage: vitface COMMAND ...   (vitface COMMAND --help has its flags and examples; --version)"]
     for group in GROUPS:
@@ -65,7 +79,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; its exit code. 2 for an unknown one."""
+    """Runs a command and returns its exit code (see `exit_code`); 2 if there is no such command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -75,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: unknown command {name}{did_you_mean(name, COMMANDS)}\nsee vitface --help", file=sys.stderr)
         return 2
     else:
-        return importlib.import_module(COMMANDS[name]).main(rest)
+        module, parser = load_command(name)
+        arguments = parser.parse_args(rest)
+        return exit_code(lambda: module.run(arguments))
     return 0
 
 

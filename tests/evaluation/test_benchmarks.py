@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitface.commands import evaluate
+from vitface.__main__ import main
 from vitface.data.formats.pairs import write_bin
 from vitface.errors import DataError
 from vitface.evaluation import benchmarks
@@ -124,28 +124,29 @@ def test_evaluate_says_what_is_missing_and_writes_json_before_it_fails(tmp_path,
     (tmp_path / "data").mkdir()
     write_pairs(tmp_path / "data" / "lfw.bin", ISSAME)
     frozen = ["--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]
-    assert evaluate.main([*frozen, "--bench", "all", "--json", "out.json"]) == 0
+    assert main(["evaluate", *frozen, "--bench", "all", "--json", "out.json"]) == 0
     printed = capsys.readouterr()
     assert "missing: data/cfp_fp.bin" in printed.out
     assert 0 < json.loads((tmp_path / "out.json").read_text())["benchmarks"]["lfw"]["accuracy"] <= 1
     write_pairs(tmp_path / "data" / "cplfw.bin", ~ISSAME)
     pairs = benchmarks.read_bin(tmp_path / "data" / "cplfw.bin")
     write_bin(tmp_path / "data" / "cplfw.bin", pairs.images, ISSAME)
-    assert evaluate.main([*frozen, "--bench", "cplfw", "--json", "bad.json"]) == 2
+    assert main(["evaluate", *frozen, "--bench", "cplfw", "--json", "bad.json"]) == 2
     assert "below chance" in capsys.readouterr().err
     assert "cplfw" in json.loads((tmp_path / "bad.json").read_text())["benchmarks"]
 
 
 def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert evaluate.main(["--bench", "lfw"]) == 2
+    assert main(["evaluate", "--bench", "lfw"]) == 2
     assert "vitface train --exp demo" in capsys.readouterr().err
     assert (
-        evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]) == 2
+        main(["evaluate", "--bench", "lfw", "--backbone", "vit_nano", "--weights", "random", "--image-size", "112"])
+        == 2
     )
     assert "data/lfw.bin is missing" in capsys.readouterr().err
-    assert evaluate.main(["--bench", "lfw", "--backbone", "vit_nano", "--checkpoint", "x"]) == 2
+    assert main(["evaluate", "--bench", "lfw", "--backbone", "vit_nano", "--checkpoint", "x"]) == 2
     assert "either --checkpoint or --backbone" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--bench", "imagenet"])
+        main(["evaluate", "--bench", "imagenet"])
     assert stop.value.code == 2

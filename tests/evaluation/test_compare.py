@@ -7,7 +7,7 @@ from conftest import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.commands import evaluate
+from vitface.__main__ import main
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.compare import Side, compare, comparison_text, group_runs
 from vitface.evaluation.protocol import contiguous_folds, verify
@@ -145,12 +145,12 @@ def test_runs_alike_but_for_the_seed_are_one_side(tmp_path, capsys):
     sides = group_runs(runs, [{} for _ in runs])
     assert [(s.name, s.seeds) for s in sides] == [("use_dalora False", [0, 1]), ("use_dalora True", [0, 1])]
     command = ["--compare", *map(str, runs), "--json", str(tmp_path / "out.json")]
-    assert evaluate.main(command) == 0
+    assert main(["evaluate", *command]) == 0
     printed = capsys.readouterr().out
     assert "[use_dalora True] is better than [use_dalora False]" in printed
     (entry,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert entry["rows"][0]["benchmark"] == "lfw" and entry["seeds_a"] == [0, 1]
-    assert evaluate.main([*command, "--bench", "cfp_fp"]) == 2
+    assert main(["evaluate", *command, "--bench", "cfp_fp"]) == 2
     assert "no benchmark in common" in capsys.readouterr().err
 
 
@@ -163,6 +163,6 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
     other = Side("B", [0], [{"lfw": result(1, 0, pairs=400)}])
     with pytest.raises(EvaluationError, match="not evaluated on the same pairs"):
         compare(side("A", 1), other)
-    assert evaluate.main(["--compare", str(one), str(tmp_path / "nothing")]) == 2
+    assert main(["evaluate", "--compare", str(one), str(tmp_path / "nothing")]) == 2
     assert "scores.safetensors is missing" in capsys.readouterr().err
     np.testing.assert_array_equal(contiguous_folds(400), result(1, 0, pairs=400).folds)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import vitface
-from vitface.commands import evaluate, train
+from vitface.__main__ import main
 from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face
 from vitface.data.faces.pose import MARGIN
@@ -84,12 +84,12 @@ def test_evaluate_says_what_the_router_does(tiny_run, tmp_path, monkeypatch, cap
     monkeypatch.setattr(routing, "synthetic_routing", partial(synthetic_routing, num_people=4, images_per_person=3))
     benchmarks._synthetic_benchmark.cache_clear()
     command = ["--checkpoint", str(tiny_run), "--bench", "synthetic", "--routing"]
-    evaluate.main([*command, "--json", str(tmp_path / "a.json")])
+    main(["evaluate", *command, "--json", str(tmp_path / "a.json")])
     assert "routing on procedural faces, by their domain\nmean weight" in capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())["routing"]["synthetic"]
     np.testing.assert_allclose(np.sum(written["weights"], axis=1), 1, atol=1e-5)
     benchmarks._synthetic_benchmark.cache_clear()
-    assert evaluate.main(["--backbone", "vit_nano", "--image-size", "112", "--bench", "synthetic", "--routing"]) == 2
+    assert main(["evaluate", "--backbone", "vit_nano", "--image-size", "112", "--bench", "synthetic", "--routing"]) == 2
     assert "--routing is for DA-LoRA" in capsys.readouterr().err
 
 
@@ -99,7 +99,7 @@ def test_with_labels_the_router_finds_pose_age_and_light(tmp_path, monkeypatch, 
     command = ["--exp", "demo", "--epochs", "1", "--max-samples", "1920", "--lora-rank", "2"]
     command += ["--save-dir", str(tmp_path / "run")]
     monkeypatch.setattr("vitface.training.step.DOMAIN_LOSS_WEIGHT", 1.0)
-    assert train.main(command) == 0
+    assert main(["train", *command]) == 0
     routing = synthetic_routing(vitface.load(tmp_path / "run"))
     print(routing)
     assert routing["agreement"] >= 0.9

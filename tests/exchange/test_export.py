@@ -194,10 +194,11 @@ def test_domains_and_models_have_to_fit(backbone, tmp_path, capsys):
 def test_what_is_there_is_not_overwritten(backbone, tmp_path, kind, capsys):
     trained(backbone, tmp_path)
     (tmp_path / "there").write_text("mine")
-    assert export(kind, "there") == 2
-    assert "exists" in capsys.readouterr().err and (tmp_path / "there").read_text() == "mine"
-    assert export(kind, "nowhere/there") == 2
-    assert "folder does not exist" in capsys.readouterr().err
+    for out, message in {"there": "there exists", "nowhere/there": "nowhere/there: its folder does not exist"}.items():
+        with pytest.raises(SystemExit) as stop:
+            export(kind, out)
+        assert stop.value.code == 2 and f"argument --out: {message}" in capsys.readouterr().err
+    assert (tmp_path / "there").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["export", "import-peft", "publish"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.config import FaceConfig, resolve
 from vitface.kernels import fused
 from vitface.model import ops
@@ -34,7 +34,7 @@ def test_the_demo_trains_as_on_the_cpu(tmp_path, monkeypatch):
         flags = ["--exp", "demo", "--dtype", "fp32", "--device", device, "--batch-size", "32"]
         run_dir = tmp_path / device
         with torch.backends.cudnn.flags(enabled=False):  # it would round the stem's pixels to TF32
-            assert train.main([*flags, "--max-samples", "3200", "--epochs", "2", "--save-dir", str(run_dir)]) == 0
+            assert main(["train", *flags, "--max-samples", "3200", "--epochs", "2", "--save-dir", str(run_dir)]) == 0
         tensors = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
         adapters[device] = torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_" in name])
         losses[device] = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from matrix import ROWS, sizes
 from safetensors.torch import load_file
 from tiny import fingerprint, in_child, settings, start, use_tiny
 
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.errors import CheckpointError, exit_code
 from vitface.store.faces import MODEL_FILES
 from vitface.training.run import run
@@ -335,7 +335,7 @@ def test_a_full_disk_in_the_middle_of_training(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "stopped; saved up to step 4, continue with" in printed.out
     assert "error: step 8 could not be saved: [Errno 28] No space left on device" in printed.err
-    assert train.main(["--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+    assert main(["train", "--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 

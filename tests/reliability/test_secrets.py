@@ -10,7 +10,7 @@ import torch
 from matrix import ROWS
 from tiny import settings, use_tiny
 
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.config import TrainConfig, resolve
 from vitface.credentials import find_secret
 from vitface.errors import ConfigError
@@ -72,7 +72,7 @@ def test_nothing_of_the_environment_is_written(tmp_path, monkeypatch, capfd, pla
     with monkeypatch.context() as patch:
         patch.setattr(loop, "update", lambda *arguments: 1 / 0)
         try:
-            train.train({**vars(settings(tmp_path / "crash"))})
+            run(settings(tmp_path / "crash"))
         except ZeroDivisionError:
             traceback.print_exc()  # as an uncaught one is
     printed = capfd.readouterr()
@@ -113,7 +113,7 @@ def test_a_flag_that_holds_a_secret_is_refused_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     value, form = SECRETS[name]
-    assert train.main([f"--{flag.replace('_', '-')}", form.format(value)]) == 2
+    assert main(["train", f"--{flag.replace('_', '-')}", form.format(value)]) == 2
     printed = capfd.readouterr()
     assert f"--{flag.replace('_', '-')} holds" in printed.err and "settings are saved with the run" in printed.err
     assert not hits(value, {"terminal": (printed.out + printed.err).encode()})

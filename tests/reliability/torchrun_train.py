@@ -14,9 +14,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny import TINY, use_tiny  # noqa: E402
 
-from vitface.commands import train  # noqa: E402
 from vitface.errors import exit_code  # noqa: E402
 from vitface.training import loop  # noqa: E402
+from vitface.training.run import run  # noqa: E402
+from vitface.training.runs.resume import configure  # noqa: E402
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
 
     loop.update = deadly
     flags = {**TINY, "save_dir": run_dir, "resume": "auto", "save_every": 3}
-    return exit_code(lambda: train.train(flags))
+    return exit_code(lambda: run(configure(flags)))
 
 
 if __name__ == "__main__":

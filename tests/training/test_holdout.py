@@ -5,7 +5,7 @@ import pytest
 from conftest import tiny_face
 
 import vitface
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.errors import CheckpointError
 from vitface.metrics import roc
@@ -38,7 +38,7 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     command += ["--val-data", str(tmp_path), "--epochs", "1", "--batch-size", "8", "--holdout-people", "16"]
     command += ["--num-workers", "0", "--device", "cpu", "--head", "bn", "--save-dir", str(tmp_path / "run")]
     monkeypatch.setattr("vitface.training.finish.final_benchmarks", lambda config: [])
-    assert train.main(command) == 0
+    assert main(["train", *command]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "thresholds.json").read_text())
     assert written["pairs"] == {"same": 16 * 10, "different": 80 * 79 // 2 - 160}

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vitface
-from vitface.commands import train
+from vitface.__main__ import main
 from vitface.config import resolve
 from vitface.data.loader import epoch_order, read_batches, split_people
 from vitface.data.synthetic.worlds import SyntheticSamples
@@ -169,7 +169,7 @@ def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(
     assert configure({"save_dir": flags["save_dir"], "resume": "auto"}).batch_size == 8
     step = tmp_path / "run" / "checkpoints" / "last"
     assert configure({"resume": str(step)}).save_dir == str(tmp_path / "run")
-    assert train.main(["--resume", str(step), "--lr", "0.1"]) == 2
+    assert main(["train", "--resume", str(step), "--lr", "0.1"]) == 2
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(resolve({**flags, "resume": str(tmp_path)}))
     with pytest.raises(ConfigError, match="leave --save-dir"):
@@ -179,16 +179,16 @@ def test_a_run_directory_is_never_overwritten_nor_continued_with_other_settings(
 def test_resume_refuses_another_backbone_other_data_and_damaged_settings(tmp_path, monkeypatch, capsys):
     run(resolve({**SMALL, "save_dir": str(tmp_path / "run")}))
     step = tmp_path / "run" / "checkpoints" / "step-2"
-    assert train.main(["--resume", str(step), "--weights", str(ROOT / "weights" / "vit_nano.safetensors")]) == 2
+    assert main(["train", "--resume", str(step), "--weights", str(ROOT / "weights" / "vit_nano.safetensors")]) == 2
     assert "another backbone file" in capsys.readouterr().err
     monkeypatch.setattr(setup, "SYNTHETIC_IMAGES", 5)
-    assert train.main(["--resume", str(step)]) == 2
+    assert main(["train", "--resume", str(step)]) == 2
     assert "is not the data" in capsys.readouterr().err
     config = tmp_path / "run" / "config.json"
     good = json.loads(config.read_text())
     for bad in ("{", "[]", json.dumps({**good, "colour": 1})):
         config.write_text(bad)
-        assert train.main(["--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 2
+        assert main(["train", "--save-dir", str(tmp_path / "run"), "--resume", "auto"]) == 2
         assert "error: " in capsys.readouterr().err
 
 
@@ -201,7 +201,7 @@ def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path, monkeypat
         raise OSError(28 if refused == "a full disk" else 30, refused)
 
     monkeypatch.setattr("vitface.training.runs.checkpoint.write_synced", refuse)
-    assert train.main([*command, "--save-dir", str(tmp_path / "run")]) == 2
+    assert main(["train", *command, "--save-dir", str(tmp_path / "run")]) == 2
     assert refused in capsys.readouterr().err
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -331,7 +331,7 @@ def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     command = ["--backbone", "clip", "--use-dalora", "--num-domains", "3", "--batch-size", "64", "--epochs", "40"]
-    assert train.main([*command, "--val-data", "benchmarks"]) == 2
+    assert main(["train", *command, "--val-data", "benchmarks"]) == 2
     printed = capsys.readouterr().err
     assert "data/casia-webface does not exist" in printed and "--val-data benchmarks is no folder" in printed
     assert "vitface fetch clip_vitb16" in printed

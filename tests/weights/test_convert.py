@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitface.commands.models.convert import main
+from vitface.__main__ import main
 from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
@@ -674,7 +674,7 @@ def tiny_clip(monkeypatch, tmp_path):
 
 
 def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys):
-    assert main(["clip", "--src", str(tiny_clip)]) == 0
+    assert main(["convert", "clip", "--src", str(tiny_clip)]) == 0
     printed = capsys.readouterr().out
     # 7 outside the blocks and 12 in each of the two; proj, 6 names of the text side, 2 of its blocks
     assert "used      31 of 40 tensors" in printed
@@ -695,7 +695,7 @@ def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys)
 
 
 def test_act_overrides_the_presets(tiny_clip, capsys):
-    assert main(["clip", "--src", str(tiny_clip), "--out", "mine.safetensors", "--act", "gelu"]) == 0
+    assert main(["convert", "clip", "--src", str(tiny_clip), "--out", "mine.safetensors", "--act", "gelu"]) == 0
     printed = capsys.readouterr().out
     assert "activation gelu," in printed
     assert printed.endswith("next      vitface train --backbone clip_vitb16 --weights mine.safetensors\n")
@@ -713,7 +713,7 @@ def test_act_overrides_the_presets(tiny_clip, capsys):
     ],
 )
 def test_mistakes_are_one_message_and_exit_2(argv, says, capsys):
-    assert main(argv) == 2
+    assert main(["convert", *argv]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.out == ""
 
@@ -721,7 +721,7 @@ def test_mistakes_are_one_message_and_exit_2(argv, says, capsys):
 def test_flags_that_argparse_refuses_exit_2(capsys):
     for argv in ([], ["clip"], ["clip", "--src", "f", "--act", "relu"]):
         with pytest.raises(SystemExit) as caught:
-            main(argv)
+            main(["convert", *argv])
         assert caught.value.code == 2
     assert "see vitface convert --help" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from vitface.commands.models import convert, fetch
+from vitface.__main__ import main
 from vitface.config import VIT_PRESETS
 from vitface.errors import WeightsError
 from vitface.model.vit import ViT
@@ -209,7 +209,7 @@ def test_a_changed_byte_is_caught_and_deleted(place, server, content, part, tmp_
 def test_without_a_network_it_says_what_to_do_and_that_works(server, content, monkeypatch, tmp_path, capsys):
     source = SOURCES[NAME]
     monkeypatch.setitem(SOURCES, NAME, dataclasses.replace(source, url="http://127.0.0.1:9/dinov2/original.pth"))
-    assert fetch.main([NAME]) == 2
+    assert main(["fetch", NAME]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: cannot download http://127.0.0.1:9/")
     file = tmp_path / "home" / "sources" / "original.pth"
@@ -218,7 +218,7 @@ def test_without_a_network_it_says_what_to_do_and_that_works(server, content, mo
     file.write_bytes(content)
     command = shlex.split(captured.err.split("3. ")[1])
     assert command[:2] == ["vitface", "convert"]
-    assert convert.main(command[2:]) == 0
+    assert main(["convert", *command[2:]]) == 0
     assert load_backbone(NAME, image_size=28).config == VIT_PRESETS[NAME]
 
 
@@ -261,10 +261,10 @@ def test_another_file_put_there_by_hand_is_refused_and_kept(server, content, par
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path, capsys):
-    assert fetch.main([NAME]) == 0
+    assert main(["fetch", NAME]) == 0
     printed = capsys.readouterr().out
     assert "the published original" in printed and printed.endswith(f"next      vitface train --backbone {NAME}\n")
-    assert fetch.main(["dinov2"]) == 0
+    assert main(["fetch", "dinov2"]) == 0
     assert capsys.readouterr().out == (
         f"{tmp_path / 'home' / NAME}.safetensors is there already\nnext      vitface train --backbone {NAME}\n"
     )
@@ -296,14 +296,14 @@ def test_an_original_that_does_not_convert_is_kept(server, monkeypatch, part):
     ],
 )
 def test_names_without_an_original_say_what_to_do(name, says, capsys):
-    assert fetch.main([name]) == 2
+    assert main(["fetch", name]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.out == ""
 
 
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
-        fetch.main(["--help"])
+        main(["fetch", "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert "vitface fetch dinov2" in printed and "vit_tiny" not in printed
@@ -313,10 +313,10 @@ def test_the_detector_is_fetched_once_and_checked(server, content, tmp_path, mon
     monkeypatch.setattr(download, "DETECTOR", SOURCES[NAME])
     file = tmp_path / "home" / "face_detection_yunet.onnx"
     for _ in range(2):
-        assert fetch.main(["yunet"]) == 0
+        assert main(["fetch", "yunet"]) == 0
         assert file.read_bytes() == content and len(server.requests) == 1
     file.write_bytes(b"another file")
     assert fetch_detector().read_bytes() == content
     monkeypatch.setattr(download, "DETECTOR", dataclasses.replace(SOURCES[NAME], sha256="0" * 64))
-    assert fetch.main(["yunet"]) == 2
+    assert main(["fetch", "yunet"]) == 2
     assert "not the pinned" in capsys.readouterr().err

@@ -1,12 +1,11 @@
-"""Prepare training data and benchmarks, look at them, and find out what is wrong with them."""
+"""Prepare training data and benchmarks, look at them, and find what is wrong with them."""
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_finder_flags, add_model_flags, add_workers_flag
+from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared
 from vitface.errors import ConfigError, DataError
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
@@ -20,30 +19,13 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface data", description=__doc__, epilog=EXAMPLES)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, action: Callable[[argparse.Namespace], int], text: str) -> CommandParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(action=action)
-        return command
-
-    _pack_flags(add("pack", _pack, "decode a training set once, into a folder that training maps into memory"))
-    _check_flags(add("check", _check, "what is wrong with training sets and benchmarks; exit code 1 if anything is"))
-    _build_flags(add("build", _build, "a benchmark's .bin from its official release: photos and pair list"))
-    _show_flags(add("show", _show, "draw what the model sees of a training set, before and after augmentation"))
-    _draw_flags(add("draw", _draw, "procedural faces as files, a folder per person, to try commands on"))
-    return parser
-
-
 def _pack_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="folder with train.rec, or with a folder per person")
     parser.add_argument("out", type=Path, metavar="OUT", help="the packed folder; --train-data OUT trains on it")
-    add_workers_flag(parser)
+    add_shared(parser, "--num-workers")
 
 
-def _pack(arguments: argparse.Namespace) -> int:
+def _pack(arguments: argparse.Namespace) -> None:
     from vitface.data.formats.packed import PackedSamples
     from vitface.data.formats.packing import pack
     from vitface.data.formats.samples import load_samples
@@ -58,16 +40,16 @@ def _pack(arguments: argparse.Namespace) -> int:
     if packed.skipped[10:]:
         print(f"  and {len(packed.skipped) - 10} more, listed in {arguments.out / 'manifest.json'}")
     print(f"next: vitface train --train-data {arguments.out}")
-    return 0
 
 
 def _check_flags(parser: CommandParser) -> None:
     unseen = "benchmarks that training must not have seen: .bin files, or published pair lists (names are compared)"
     parser.add_argument("path", type=Path, metavar="PATH", help="training set, .bin, or a folder of them")
     parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help=unseen)
-    add_model_flags(parser, "trained run whose model looks for training people's faces in the benchmarks, too")
+    model = "trained run whose model looks for training people's faces in the benchmarks, too"
+    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help=model)
+    add_shared(parser, "--weights", "--device", "--num-workers")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
-    add_workers_flag(parser)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -91,10 +73,10 @@ def _build_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of the release, as it unpacks")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for NAME.bin and, in NAME, the aligned crops")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="the pair list, where SRC does not hold it")
-    add_finder_flags(parser)
+    add_shared(parser, *FINDER_FLAGS)
 
 
-def _build(arguments: argparse.Namespace) -> int:
+def _build(arguments: argparse.Namespace) -> None:
     from vitface.commands.inputs import make_finder
     from vitface.data.faces.build import build
 
@@ -102,7 +84,6 @@ def _build(arguments: argparse.Namespace) -> int:
     pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
     print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
     print(f"next: vitface data check {arguments.out / arguments.name}.bin")
-    return 0
 
 
 def _show_flags(parser: CommandParser) -> None:
@@ -116,7 +97,7 @@ def _show_flags(parser: CommandParser) -> None:
     add("--seed", type=int, default=0, help="chooses the images and their augmentation (default: 0)")
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show(arguments: argparse.Namespace) -> None:
     from vitface.data.formats.samples import load_samples
     from vitface.data.show import contact_sheet
 
@@ -126,7 +107,6 @@ def _show(arguments: argparse.Namespace) -> int:
     )
     sheet.save(arguments.out)
     print(f"wrote {arguments.out}: as stored, then as epochs 1 to {arguments.epochs} show it to the model")
-    return 0
 
 
 def _draw_flags(parser: CommandParser) -> None:
@@ -136,7 +116,7 @@ def _draw_flags(parser: CommandParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses their photos (default: 0)")
 
 
-def _draw(arguments: argparse.Namespace) -> int:
+def _draw(arguments: argparse.Namespace) -> None:
     from vitface.data.faces.folder import write_crop
     from vitface.data.synthetic.worlds import SyntheticSamples
 
@@ -148,8 +128,24 @@ def _draw(arguments: argparse.Namespace) -> int:
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
     print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112")
-    return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(lambda arguments: arguments.action(arguments), argv)
+ACTIONS = {
+    "pack": (_pack, _pack_flags, "decode a training set once, into a folder that training maps into memory"),
+    "check": (_check, _check_flags, "what is wrong with training sets and benchmarks; exit code 1 if anything is"),
+    "build": (_build, _build_flags, "a benchmark's .bin from its official release: photos and pair list"),
+    "show": (_show, _show_flags, "draw what the model sees of a training set, before and after augmentation"),
+    "draw": (_draw, _draw_flags, "procedural faces as files, a folder per person, to try commands on"),
+}
+
+
+def add_flags(parser: CommandParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (action, add_action_flags, text) in ACTIONS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(action=action)
+        add_action_flags(command)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    return arguments.action(arguments)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.parser import CommandParser, add_device_flag, add_weights_flag
+from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS
@@ -28,41 +28,35 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface evaluate", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("--bench", choices=[*BENCHMARKS, "all"], help="which benchmark; 'all': each that has a file")
-    add("--checkpoint", type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/")
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
     add("--routing", action="store_true", help="also print what DA-LoRA's router makes of pose, age and light")
-    add("--output", type=Path, metavar="FILE.html", help="also write a report, one page that needs no network")
+    add("--output", type=output_file, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
-    add("--json", type=Path, metavar="FILE", help="also write the results there")
+    add("--json", type=output_file, metavar="FILE", help="also write the results there")
+    add_shared(parser, *MODEL_FLAGS)
     add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
-    add_weights_flag(parser)
     add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
-    add_device_flag(parser)
-    return parser
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    for flag, path in (("--json", arguments.json), ("--output", arguments.output)):
-        if path and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {path}: its folder does not exist")
+def run(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         return compare_runs(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
-    return evaluate_model(*load_model(arguments), arguments)
+    return evaluate_model(*open_model(arguments), arguments)
 
 
-def load_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
+def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
     """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
+    from vitface.commands.inputs import newest_run
     from vitface.device import resolve_device, resolve_dtype
     from vitface.recogniser import Recogniser
-    from vitface.store.faces import frozen_face, newest_run, open_checkpoint
+    from vitface.store.faces import frozen_face, open_checkpoint
     from vitface.study.controls import shuffled_gate
 
     device = resolve_device(arguments.device)
@@ -70,7 +64,6 @@ def load_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint |
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
         checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-        print(f"checkpoint: {checkpoint.path}")
         model = Recogniser.from_checkpoint(checkpoint).to(device)
         if arguments.gate:
             shuffled_gate(model.model)
@@ -92,9 +85,9 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     from vitface.evaluation.scores import keep_scores
 
     if arguments.routing:
-        check_routing(model, arguments)
+        check_routing(model, arguments.bench)
     run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
-    evaluation = evaluate_all(model.embed, benchmark_names(arguments), data_dir)
+    evaluation = evaluate_all(model.embed, benchmark_names(arguments.bench, data_dir), data_dir)
     if evaluation.results:
         print(results_table(evaluation.results))
         if checkpoint and run and checkpoint.is_best and not arguments.gate:
@@ -108,41 +101,40 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
         page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
         arguments.output.write_text(page, encoding="utf-8")
         print(f"wrote {arguments.output}")
-    for alarm in evaluation.alarms:
-        print(f"ALARM {alarm}", file=sys.stderr)
-    for failure in evaluation.failures:
-        print(f"error: {failure}", file=sys.stderr)
+    problems = [f"ALARM {text}" for text in evaluation.alarms] + [f"error: {text}" for text in evaluation.failures]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
     return 2 if evaluation.failures else 0
 
 
-def benchmark_names(arguments: argparse.Namespace) -> list[str]:
-    """The benchmarks that --bench asks for; those of 'all' that have no file are printed."""
+def benchmark_names(bench: str, data_dir: Path) -> list[str]:
+    """The benchmarks that --bench names. For 'all', it prints those that have no file."""
     from vitface.evaluation.benchmarks import available, benchmark_path
 
-    if arguments.bench != "all":
-        return [arguments.bench]
-    names = available(arguments.data_dir)
+    if bench != "all":
+        return [bench]
+    names = available(data_dir)
     for name, benchmark in BENCHMARKS.items():
         if name not in names and benchmark.category != "synthetic":
-            print(f"missing: {benchmark_path(name, arguments.data_dir)}")
+            print(f"missing: {benchmark_path(name, data_dir)}")
     if not names:
-        raise DataError(f"no benchmark file in {arguments.data_dir}; name their folder with --data-dir")
+        raise DataError(f"no benchmark file in {data_dir}; name their folder with --data-dir")
     return names
 
 
-def check_routing(model: "Recogniser", arguments: argparse.Namespace) -> None:
-    """ConfigError without a router, or without the detector that a real benchmark needs; before anything is run."""
+def check_routing(model: "Recogniser", bench: str) -> None:
+    """ConfigError, before anything is evaluated, without a router or the detector that real benchmarks need."""
     from vitface.data.faces.detect import FaceDetector
     from vitface.data.synthetic.worlds import SYNTHETIC
 
     if model.config.num_domains == 1:
         raise ConfigError("--routing is for DA-LoRA; this model has no router")
-    if arguments.bench not in SYNTHETIC:
+    if bench not in SYNTHETIC:
         FaceDetector()
 
 
 def route(model: "Recogniser", names: list[str], data_dir: Path) -> dict[str, dict]:
-    """Prints and returns what the router does: on procedural faces, and by pose on the images of real benchmarks."""
+    """Prints and returns the router's weights: on procedural faces, and by pose on images of real benchmarks."""
     from vitface.data.faces.detect import FaceDetector
     from vitface.data.synthetic.worlds import SYNTHETIC
     from vitface.evaluation.benchmarks import read_benchmark
@@ -158,7 +150,7 @@ def route(model: "Recogniser", names: list[str], data_dir: Path) -> dict[str, di
 
 
 def compare_runs(arguments: argparse.Namespace) -> int:
-    """Every experiment against the first one named, from the scores that the runs kept."""
+    """Compares every experiment with the first one named, from the scores that the runs kept."""
     from vitface.evaluation.compare import compare, comparison_text, group_runs, read_run
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
@@ -171,7 +163,3 @@ def compare_runs(arguments: argparse.Namespace) -> int:
         entries = [dataclasses.asdict(comparison) for comparison in comparisons]
         arguments.json.write_text(json.dumps({"comparisons": entries}, indent=1) + "\n")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(evaluate, argv)

@@ -25,11 +25,9 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface experiments", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the table there, between two markers")
-    return parser
 
 
 def experiments_markdown(runs: Path) -> str:
@@ -71,7 +69,7 @@ def _cells(run: Path) -> list[str]:
     return [trainable, *scored, ", ".join(f"`{to_flag(name)} {value}`" for name, value in differ.items())]
 
 
-def experiments(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.study.grid import put_between_markers
 
     text = experiments_markdown(arguments.runs)
@@ -79,7 +77,3 @@ def experiments(arguments: argparse.Namespace) -> None:
     if arguments.docs:
         put_between_markers(arguments.docs, "The recorded experiments", text)
         print(f"wrote {arguments.docs}", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(experiments, argv)

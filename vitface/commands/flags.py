@@ -1,4 +1,4 @@
-"""The settings of a run as flags of a command line."""
+"""The settings of a training run as flags of `train` and `study`."""
 
 import argparse
 import dataclasses
@@ -6,13 +6,13 @@ import types
 import typing
 from typing import Any, Literal
 
-from vitface.config import EXPERIMENTS, TrainConfig, to_flag
+from vitface.config import TrainConfig, to_flag
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainConfig`, in its groups; a flag that is not given leaves no trace in the result.
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each field of `TrainConfig`, in its groups; a bool gets --x and --no-x, a Literal its choices.
 
-    A bool gets --x and --no-x, a Literal its choices.
+    A flag that is not given leaves no attribute in the parsed arguments.
     """
     hints, group = typing.get_type_hints(TrainConfig), parser.add_argument_group("settings")
     for item in dataclasses.fields(TrainConfig):
@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(hint: Any) -> dict[str, Any]:
-    """What argparse has to know of a field's type."""
+    """Returns argparse's options for the type of a field."""
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     if hint is bool:
@@ -33,8 +33,3 @@ def _options(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     return {"type": hint, "metavar": hint.__name__.upper()}
-
-
-def experiments_text() -> str:
-    """The presets, a line each."""
-    return "\n".join(["presets:", *(f"  --exp {name:<14} {preset.text}" for name, preset in EXPERIMENTS.items())])

@@ -1,4 +1,4 @@
-"""What the shared flags stand for: the model, the reader of photos, the finder of faces, the threshold."""
+"""From the shared flags to objects: the model, the reader of photos, the finder of faces, the threshold."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from vitface.data.faces.photos import CropReader
 from vitface.device import resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.recogniser import Recogniser
-from vitface.store.faces import Checkpoint, newest_run, open_checkpoint
+from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
@@ -20,33 +20,33 @@ NO_THRESHOLD = (
 )
 
 
-def default_run() -> Path:
-    """The newest run in runs/, printed to stderr too; CheckpointError with the way to one if there is none."""
-    try:
-        run = newest_run()
-    except CheckpointError:
+def newest_run() -> Path:
+    """Returns the run in runs/ that saved a checkpoint last, and prints its name to stderr; CheckpointError if none."""
+    links = [link for link in Path("runs").glob("*/checkpoints/last") if link.exists()]
+    if not links:
         raise CheckpointError(
             "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  vitface train --exp demo"
-        ) from None
+        )
+    run = max(links, key=lambda link: link.lstat().st_mtime).parent.parent
     print(f"checkpoint: {run}", file=sys.stderr)
     return run
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
-    """The model of --checkpoint, or of the newest run, on --device; and the checkpoint it came from."""
-    checkpoint = open_checkpoint(arguments.checkpoint or default_run(), arguments.weights)
+    """Loads the model of --checkpoint, or of the newest run, on --device; returns its checkpoint too."""
+    checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
     return Recogniser.from_checkpoint(checkpoint).to(resolve_device(arguments.device)).prepare(), checkpoint
 
 
 def crop_reader(arguments: argparse.Namespace) -> CropReader:
-    """How --align and --detector want images to be read."""
+    """The reader that --align and --detector ask for; ConfigError if they contradict each other."""
     if arguments.detector and not arguments.align:
         raise ConfigError("--detector is for photos, and --no-align is for folders without any; leave one of them out")
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
 
 
 def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:
-    """With --landmarks alone, nothing is detected."""
+    """The finder that --landmarks and --detector ask for; with --landmarks alone it detects nothing."""
     landmarks = read_landmarks(arguments.landmarks) if arguments.landmarks else {}
     detector = FaceDetector(arguments.detector) if arguments.detector or not landmarks else None
     return Finder(landmarks, detector, min_face)

@@ -1,13 +1,12 @@
-"""What the parsers of all commands share: their answer to a mistake, and the flags that several of them have."""
+"""The parser of every command, and the flags that several of them share."""
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitface.errors import did_you_mean, exit_code
+from vitface.errors import did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -21,79 +20,60 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Looks for unknown flags first: argparse would rather complain of the required one that was misspelt."""
-        words = list(sys.argv[1:] if args is None else args)
+        words, known = list(args or ()), self._option_string_actions
         if self._subparsers is None:  # a parser with subcommands has no flags of its own
             for word in words[: words.index("--") if "--" in words else None]:
-                self._check_flag(word.partition("=")[0])
+                flag = word.partition("=")[0]
+                if flag.startswith("--") and flag not in known:
+                    self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
         namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(f"unexpected {' '.join(unknown)}")
         return namespace, []
 
-    def _check_flag(self, flag: str) -> None:
-        known = self._option_string_actions
-        if flag.startswith("--") and flag not in known:
-            self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
-
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\nsee {self.prog} --help\n")
 
-    def run(self, action: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None) -> int:
-        """The exit code of `action` on the parsed arguments (see `exit_code`)."""
-        arguments = self.parse_args(argv)
-        return exit_code(lambda: action(arguments))
+
+def output_file(text: str) -> Path:
+    """An argument's `type`: a path in a folder that exists."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: its folder does not exist")
+    return path
 
 
-def add_weights_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"
-    )
+def new_path(text: str) -> Path:
+    """An argument's `type`: a file or folder that does not exist yet, in a folder that does."""
+    path = output_file(text)
+    if path.exists() or path.is_symlink():
+        raise argparse.ArgumentTypeError(f"{path} exists; name one that does not")
+    return path
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
-
-
-def add_model_flags(
-    parser: argparse.ArgumentParser, what: str = "run (its best) or checkpoint; default: newest in runs/"
-) -> None:
-    """--checkpoint, which is `what`, --weights and --device."""
-    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help=what)
-    add_weights_flag(parser)
-    add_device_flag(parser)
-
-
-def add_photo_flags(parser: argparse.ArgumentParser) -> None:
-    """--no-align and --detector."""
-    parser.add_argument(
-        "--align",
+SHARED: dict[str, dict[str, Any]] = {
+    "--checkpoint": dict(type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/"),
+    "--weights": dict(metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"),
+    "--device": dict(default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)"),
+    "--align": dict(
         action=argparse.BooleanOptionalAction,
         default=True,
         help="find and align the face in every image that is not 112 x 112 pixels, which is what aligned crops are; "
         "--no-align: all images are crops",
-    )
-    add_detector_flag(parser)
+    ),
+    "--detector": dict(type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one"),
+    "--landmarks": dict(type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector"),
+    "--num-workers": dict(type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"),
+    "--far": dict(type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated"),
+    "--threshold": dict(type=float, metavar="COSINE", help="your own threshold, from -1 to 1"),
+}
+MODEL_FLAGS = ("--checkpoint", "--weights", "--device")  # see `inputs.load_model`
+PHOTO_FLAGS = ("--align", "--detector")  # see `inputs.crop_reader`
+FINDER_FLAGS = ("--landmarks", "--detector", "--num-workers")  # see `inputs.make_finder`
+THRESHOLD_FLAGS = ("--far", "--threshold")  # see `inputs.threshold_of`
 
 
-def add_finder_flags(parser: argparse.ArgumentParser) -> None:
-    """How the faces in a folder of photos are found: --landmarks, --detector, --num-workers."""
-    landmarks = "file, x1, y1, ... x5, y5; such photos need no detector"
-    parser.add_argument("--landmarks", type=Path, metavar="CSV", help=landmarks)
-    add_detector_flag(parser)
-    add_workers_flag(parser)
-
-
-def add_detector_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--detector", type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one")
-
-
-def add_workers_flag(parser: argparse.ArgumentParser) -> None:
-    cores = os.cpu_count() or 1
-    parser.add_argument("--num-workers", type=int, default=cores, help="processes (default: all cores)")
-
-
-def add_threshold_flags(parser: argparse.ArgumentParser) -> None:
-    """--far or --threshold."""
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--far", type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated")
-    either.add_argument("--threshold", type=float, metavar="COSINE", help="your own threshold, from -1 to 1")
+def add_shared(parser: argparse._ActionsContainer, *flags: str) -> None:
+    """Adds some of the SHARED flags to a parser, or to a group of its flags."""
+    for flag in flags:
+        parser.add_argument(flag, **SHARED[flag])

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vitface.commands.flags import add_flags
+from vitface.commands.flags import add_settings
 from vitface.commands.parser import CommandParser
 from vitface.config import resolve, to_flag
 from vitface.errors import ConfigError
@@ -26,19 +26,18 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface study", usage="vitface study NAME [flags]", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
+    parser.usage = "vitface study NAME [flags]"
     add = parser.add_argument
-    add("name", choices=STUDIES, help="which study; train's flags change its settings")
+    add("name", choices=STUDIES, help="which study; the flags of train change its settings")
     add("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
     add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
-    add_flags(parser)
-    return parser
+    add_settings(parser)
 
 
-def study(arguments: argparse.Namespace) -> None:
-    """Runs a study with train's flags on top; ConfigError for those that the study sets itself."""
+def run(arguments: argparse.Namespace) -> None:
+    """Runs a study; ConfigError for a flag of train that the study sets itself."""
     from vitface.study.grid import chosen_variants, put_between_markers, run_study
 
     given = vars(arguments)
@@ -49,11 +48,7 @@ def study(arguments: argparse.Namespace) -> None:
     folder = Path(given.pop("save_dir", None) or Path("studies") / name)
     command = shlex.join(["vitface", "study", *sys.argv[2:]])
     base = resolve({**STUDIES[name], **given})
-    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command, print)
+    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command)
     if docs is not None:
         put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
         print(f"wrote {docs}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(study, argv)

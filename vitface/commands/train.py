@@ -1,11 +1,16 @@
 """Adapt a frozen ViT to face recognition."""
 
-from typing import Any
+import argparse
 
-from vitface.commands.flags import add_flags, experiments_text
+from vitface.commands.flags import add_settings
 from vitface.commands.parser import CommandParser
+from vitface.config import EXPERIMENTS
 
-EXAMPLES = """examples:
+PRESETS = "\n".join(f"  --exp {name:<14} {preset.text}" for name, preset in EXPERIMENTS.items())
+EXAMPLES = f"""presets:
+{PRESETS}
+
+examples:
   vitface train --exp demo                                     procedural faces, no download, under 3 minutes
   vitface train --exp exp_003 --dry-run                        two steps and the parameter table, needs no data
   vitface train --backbone dinov2 --train-data data/my-people  one folder of aligned faces per person
@@ -15,24 +20,13 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser(
-        "vitface train",
-        usage="vitface train [flags]",
-        description=__doc__,
-        epilog=f"{experiments_text()}\n\n{EXAMPLES}",
-    )
-    add_flags(parser)
-    return parser
+def add_flags(parser: CommandParser) -> None:
+    parser.usage = "vitface train [flags]"
+    add_settings(parser)
 
 
-def train(given: dict[str, Any]) -> None:
-    """One run with the `given` flags, by the names of `TrainConfig`'s fields."""
-    from vitface.training.run import run
+def run(arguments: argparse.Namespace) -> None:
+    from vitface.training.run import run as train
     from vitface.training.runs.resume import configure
 
-    run(configure(given))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(lambda arguments: train(vars(arguments)), argv)
+    train(configure(vars(arguments)))

@@ -179,16 +179,3 @@ def frozen_face(
         backbone_name(name), digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype
     )
     return FaceModel(vit, config).eval()
-
-
-def newest_run(runs: Path = Path("runs")) -> Path:
-    """The run directory in `runs` whose checkpoints changed last; CheckpointError if there is none."""
-    found = [path.parent for path in runs.glob("*/checkpoints") if (path / "last").exists()]
-    if not found:
-        raise CheckpointError(
-            f"no trained run in {runs}/: train one, or name a checkpoint or a frozen backbone:\n"
-            f"  vitface train --exp demo\n"
-            f"  vitface evaluate --checkpoint RUN\n"
-            f"  vitface evaluate --backbone dinov2 --image-size 224"
-        )
-    return max(found, key=lambda run: (run / "checkpoints" / "last").lstat().st_mtime)

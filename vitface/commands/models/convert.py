@@ -21,16 +21,14 @@ backbones: {", ".join(SOURCES)}
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface convert", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
     parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
     parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
-    return parser
 
 
-def convert(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.weights.conversion import convert_backbone
 
     out = arguments.out or Path("weights") / f"{backbone_name(arguments.name)}.safetensors"
@@ -66,7 +64,3 @@ def next_command(name: str, path: Path) -> str:
     except WeightsError:
         found = False
     return f"vitface train --backbone {name}" + ("" if found else f" --weights {path}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(convert, argv)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.parser import CommandParser, add_weights_flag
-from vitface.errors import ConfigError, ExchangeError
+from vitface.commands.parser import CommandParser, add_shared, new_path
+from vitface.errors import ExchangeError
 from vitface.files import replace_file
 
 if TYPE_CHECKING:
@@ -22,37 +22,29 @@ EXAMPLES = """examples:
 FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface export", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or owner/name on the Hub")
     add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
-    add("--out", type=Path, required=True, help="file or folder that does not exist yet")
+    add("--out", type=new_path, required=True, help="file or folder that does not exist yet")
     add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")
-    half = "onnx, torch: without the mirror image, half the work; the thresholds are with it"
-    add("--no-flip", action="store_true", help=half)
-    add_weights_flag(parser)
-    return parser
+    add("--no-flip", action="store_true", help="onnx, torch: embed without the mirror image; halves the work")
+    add_shared(parser, "--weights")
 
 
-def export(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import write_folder
     from vitface.exchange.merged import merged_files
     from vitface.recogniser import Recogniser
     from vitface.store.faces import open_checkpoint
 
-    out: Path = arguments.out
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"--out {out} exists; name one that does not")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: its folder does not exist")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
     if arguments.format in ("onnx", "torch"):
         _export_graph(Recogniser.from_checkpoint(checkpoint, dtype="fp32"), arguments)
     elif arguments.format == "merged":
-        write_folder(out, {"": merged_files(checkpoint)})
+        write_folder(arguments.out, {"": merged_files(checkpoint)})
         backbone = f"{checkpoint.config.backbone}.safetensors"
-        print(f"wrote {out}: a face model for --checkpoint, its backbone {backbone} for --weights")
+        print(f"wrote {arguments.out}: a face model for --checkpoint, its backbone {backbone} for --weights")
     else:
         _export_peft(checkpoint.load(), arguments)
 
@@ -94,7 +86,3 @@ def _export_peft(model: "FaceModel", arguments: argparse.Namespace) -> None:
     print(f"for {library}: {base}; without {left}, for which PEFT has no place")
     if layout is TIMM and config.vit.act == "quick_gelu":
         print("timm's model has to be one with clip_quickgelu in its name; the others run another activation")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(export, argv)

@@ -17,13 +17,11 @@ backbones: {", ".join(name for name, source in SOURCES.items() if source.url)}
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface fetch", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("name", metavar="NAME", help="dinov2, clip or one of the list below; yunet, the face detector")
-    return parser
 
 
-def fetch(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.weights.download import fetch_backbone, fetch_detector
 
     if arguments.name == "yunet":
@@ -32,7 +30,3 @@ def fetch(arguments: argparse.Namespace) -> None:
     name = backbone_name(arguments.name)
     done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
     print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(fetch, argv)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_weights_flag
+from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.errors import ConfigError
 
@@ -16,21 +16,18 @@ with domain-0, domain-1, ... of them, as `export --format peft-timm` writes for 
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface import-peft", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="PEFT folder, or a folder of domain-0, domain-1, ...")
-    made = "the face model; vitface.load and --checkpoint take it"
-    add("--out", type=Path, required=True, metavar="FOLDER", help=made)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the new face model, for vitface.load")
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--into", type=Path, metavar="CHECKPOINT", help="face model whose adapters are replaced")
     base.add_argument("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="frozen backbone, without a head")
-    add_weights_flag(parser)
+    add_shared(parser, "--weights")
     add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
-    return parser
 
 
-def import_peft(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import face_files, write_folder
     from vitface.exchange.from_peft import adapted_backbone, adapters_into
 
@@ -49,7 +46,3 @@ def import_peft(arguments: argparse.Namespace) -> None:
         f"({config.lora_scaling}), {config.num_domains} domain{'s' * (config.num_domains > 1)}\n"
         f"next: vitface evaluate --checkpoint {arguments.out} --bench all"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(import_peft, argv)

@@ -19,13 +19,11 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface info", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "path", type=Path, nargs="?", metavar="CHECKPOINT", help="run, checkpoint, backbone file or gallery"
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    return parser
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -96,13 +94,8 @@ def _shown(item: Any) -> str:
     return "none" if item in (None, {}) else str(item)
 
 
-def info(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import default_run
+def run(arguments: argparse.Namespace) -> None:
+    from vitface.commands.inputs import newest_run
 
-    found = describe(arguments.path or default_run())
+    found = describe(arguments.path or newest_run())
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(_lines(found)))
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(info, argv)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_weights_flag
+from vitface.commands.parser import CommandParser, add_shared
 from vitface.errors import ConfigError, ExchangeError
 from vitface.extras import require
 from vitface.store.hub import REPOSITORY
@@ -17,8 +17,7 @@ checked each time, and refused if it holds anything but adapters, router, head, 
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface publish", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best) or checkpoint")
     add("--repo", required=True, metavar="OWNER/NAME", help="where it goes on the Hub; created as a private repository")
@@ -26,11 +25,10 @@ def make_parser() -> CommandParser:
     add("--licence", default=None, metavar="ID", help="as the Hub calls it; default: non-commercial-research")
     add("--out", type=Path, metavar="OUT", help="folder that is written, checked and uploaded; default: published/NAME")
     add("--upload", action="store_true", help="upload what passed the check; without it, nothing leaves the machine")
-    add_weights_flag(parser)
-    return parser
+    add_shared(parser, "--weights")
 
 
-def publish(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from vitface.exchange.bundle import sha256
     from vitface.exchange.hub_bundle import people_of, upload, write_bundle
     from vitface.exchange.leaks import check_bundle
@@ -55,7 +53,3 @@ def publish(arguments: argparse.Namespace) -> None:
         print(f"uploaded to {upload(repository, files)}, a private repository until you open it")
     else:
         print(f"dry run: nothing was uploaded. Read {out / 'README.md'}, then call this again with --upload")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(publish, argv)

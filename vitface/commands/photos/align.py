@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_finder_flags
+from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared
 
 EXAMPLES = """examples:
   vitface fetch yunet                      the detector, once
@@ -16,15 +16,13 @@ with the photos that have no crop yet.
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface align", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of photos, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the crops, under the same names")
-    add_finder_flags(parser)
-    return parser
+    add_shared(parser, *FINDER_FLAGS)
 
 
-def align(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import make_finder
     from vitface.data.faces.detect import MIN_FACE
     from vitface.data.faces.folder import align_folder, summary
@@ -34,7 +32,3 @@ def align(arguments: argparse.Namespace) -> int:
     print("\n".join(summary(statuses)))
     print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: vitface data check {out}")
     return 0 if statuses["ok"] + statuses["several"] else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(align, argv)

@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_threshold_flags
+from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file
 from vitface.errors import ConfigError
 from vitface.files import replace_file
 
@@ -22,24 +22,20 @@ This needs SciPy: pip install scipy
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface cluster", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
-    add_threshold_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="CSV", help="also write the columns name,cluster there")
+    add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
+    parser.add_argument("--out", type=output_file, metavar="CSV", help="also write the columns name,cluster there")
     parser.add_argument("--json", action="store_true", help="print {cluster: names} as JSON")
-    return parser
 
 
-def cluster_gallery(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from vitface.commands.inputs import NO_THRESHOLD, threshold_of
     from vitface.gallery.clusters import cluster
     from vitface.gallery.gallery import Gallery
 
-    if arguments.out and not arguments.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {arguments.out}: its folder does not exist")
     gallery = Gallery.load(arguments.gallery)
     threshold, _ = threshold_of(arguments, gallery.thresholds)
     if threshold is None:
@@ -51,7 +47,6 @@ def cluster_gallery(arguments: argparse.Namespace) -> int:
         csv.writer(text, lineterminator="\n").writerows([("name", "cluster"), *zip(gallery.names, groups, strict=True)])
         replace_file(arguments.out, text.getvalue().encode())
     print(json.dumps(dict(enumerate(members)), indent=1) if arguments.json else _text(members, threshold))
-    return 0
 
 
 def _text(members: list[list[str]], threshold: float) -> str:
@@ -66,7 +61,3 @@ def _text(members: list[list[str]], threshold: float) -> str:
     if len(several) > SHOWN:
         lines.append(f"and {len(several) - SHOWN:,} more people; --out CSV has all of them")
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(cluster_gallery, argv)

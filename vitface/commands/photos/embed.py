@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_workers_flag
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared
 
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
@@ -20,18 +20,14 @@ stopped run loses half a minute at most, and new photos are added by the same co
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface embed", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="FOLDER", help="folder of images, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
-    add_photo_flags(parser)
-    add_model_flags(parser)
-    add_workers_flag(parser)
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--num-workers")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
-    return parser
 
 
-def embed(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import crop_reader, load_model
     from vitface.gallery.from_folder import embed_folder
     from vitface.gallery.parts import Settings
@@ -48,7 +44,3 @@ def embed(arguments: argparse.Namespace) -> int:
     for why in done.skipped:
         print(f"skipped {why}", file=sys.stderr)
     return 1 if done.skipped else 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(embed, argv)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_threshold_flags
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared
 from vitface.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,19 +19,16 @@ A false accept rate is per comparison: at FAR 0.001, a stranger meets one false 
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface search", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many to show (default: 5)")
-    add_threshold_flags(parser)
-    add_photo_flags(parser)
-    add_model_flags(parser)
+    add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS)
     parser.add_argument("--json", action="store_true", help="print the matches as JSON")
-    return parser
 
 
-def search(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import crop_reader, load_model, threshold_of
     from vitface.gallery.gallery import Gallery
 
@@ -69,7 +66,3 @@ def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
         under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
         lines.append(f"  {match.score:7.4f}  {match.name}{under}")
     return "\n".join([f"{photo}: cosine and name{word}", *lines])
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(search, argv)

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_model_flags, add_photo_flags, add_threshold_flags
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared
 
 EXAMPLES = """examples:
   vitface verify A.jpg B.jpg                       by the newest run in runs/
@@ -17,18 +17,15 @@ training people that were held out: at FAR 0.001, 1 in 1,000 pairs of different 
 """
 
 
-def make_parser() -> CommandParser:
-    parser = CommandParser("vitface verify", description=__doc__, epilog=EXAMPLES)
+def add_flags(parser: CommandParser) -> None:
     parser.add_argument("first", type=Path, metavar="A", help="a photo, or an aligned crop")
     parser.add_argument("second", type=Path, metavar="B", help="the other one")
-    add_threshold_flags(parser)
-    add_photo_flags(parser)
-    add_model_flags(parser)
+    add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    return parser
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, threshold_of
     from vitface.store.thresholds import Verdict
 
@@ -46,7 +43,3 @@ def verify(arguments: argparse.Namespace) -> int:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2
     return 0 if verdict.same else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    return make_parser().run(verify, argv)
