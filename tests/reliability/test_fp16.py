@@ -40,10 +40,6 @@ def fp16(run_dir, **changes):
     return settings(run_dir, dtype="fp16", **changes)
 
 
-def quiet(text):
-    pass
-
-
 class Overflows:
     """An infinity in one gradient of each of the `steps`; keeps what trained tensors and moments those began with."""
 
@@ -82,7 +78,7 @@ def rows(run_dir):
 
 def test_an_overflow_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
     overflows = Overflows(monkeypatch, {3, 6, 7})
-    run(fp16(tmp_path / "run"), quiet)
+    run(fp16(tmp_path / "run"))
     assert len(overflows.kept) == 3
     for before, after in overflows.kept:
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -101,7 +97,7 @@ def test_twenty_overflows_in_a_row_are_an_error(tmp_path, monkeypatch):
     overflows = Overflows(monkeypatch, {*range(3, 6), *range(7, 99)})
     message = "step 26: the last 20 steps were skipped, .*gradient norm .*--dtype fp32.*non_finite.json"
     with pytest.raises(NonFiniteError, match=message):
-        run(fp16(tmp_path / "run", epochs=8), quiet)
+        run(fp16(tmp_path / "run", epochs=8))
     assert overflows.begun == 26
     for before, after in overflows.kept:
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -118,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "total_loss", bad)
     with pytest.raises(NonFiniteError, match="step 5: loss nan"):
-        run(fp16(tmp_path / "run"), quiet)
+        run(fp16(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("stop_at", [3, 5])
@@ -128,16 +124,16 @@ def test_a_resumed_run_goes_on_with_the_scale_and_the_counts(tmp_path, monkeypat
     monkeypatch.setattr(loss_scale, "GROWTH", 3)
     with monkeypatch.context() as patch:
         Overflows(patch, overflows)
-        run(fp16(tmp_path / "whole"), quiet)
+        run(fp16(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         Overflows(patch, overflows, stop=stop_at)
         with pytest.raises(KeyboardInterrupt):
-            run(fp16(tmp_path / "stopped"), quiet)
+            run(fp16(tmp_path / "stopped"))
     kept = state(tmp_path / "stopped")
     assert kept["progress"]["skipped_in_a_row"] == (2 if stop_at == 3 else 0) and kept["progress"]["skipped"] > 1
     with monkeypatch.context() as patch:
         Overflows(patch, {step - stop_at for step in overflows})
-        run(configure({"save_dir": str(tmp_path / "stopped"), "resume": "auto"}), quiet)
+        run(configure({"save_dir": str(tmp_path / "stopped"), "resume": "auto"}))
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
     assert state(tmp_path / "whole")["loss_scale"]["scale"] == START / 2**4 * 2**2  # steps 5 to 7 and 9 to 11
 

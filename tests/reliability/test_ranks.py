@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,16 +41,12 @@ def tiny(monkeypatch):
     use_tiny(monkeypatch)
 
 
-def quiet(text):
-    pass
-
-
 def train(run_dir, world=1, **changes):
     """A whole run on `world` ranks."""
     if world == 1:
-        run(settings(run_dir, **changes), quiet)
+        run(settings(run_dir, **changes))
     else:
-        assert in_ranks(world, lambda rank: run(settings(run_dir, **changes), quiet)) == [0] * world
+        assert in_ranks(world, lambda rank: run(settings(run_dir, **changes))) == [0] * world
     return run_dir
 
 
@@ -178,7 +175,7 @@ def move(run_dir, world, again, changes):
         if (run_dir / "checkpoints").exists():
             reload_and_save(run_dir, again, changes)
         stop_after(3)
-        return exit_code(lambda: run(settings(run_dir, resume="auto", **changes), quiet) and 0)
+        return exit_code(lambda: run(settings(run_dir, resume="auto", **changes)) and 0)
 
     return in_ranks(world, act)
 
@@ -241,7 +238,7 @@ def stop_at_infinity(folder, world, where, sharded):
 
     def act(number):
         poisoned(world - 1, 6, where)
-        return run(settings(folder / "run", **changes), quiet)
+        return run(settings(folder / "run", **changes))
 
     codes, last = ended(folder, world, act)
     assert codes == [2] * world and len(set(last)) == 1
@@ -281,7 +278,7 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
         with process_group("cpu", 10):
             trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, partial_fc=1.0)), None)
             with suppress(non_finite.NonFiniteError, RuntimeError):  # the other finds out a step later
-                trainer._epoch(None, loop.StopRequest())
+                trainer._epoch(None, threading.Event())
             parameters = [p.detach().numpy().tobytes() for p in trainer.model.parameters()]
             (tmp_path / f"{number}.txt").write_text(hashlib.sha256(b"".join(parameters)).hexdigest())
             os._exit(0)  # no need to hear why the other one is gone
@@ -340,7 +337,7 @@ def lose_and_resume(folder, world, lost, how, where, count, changes):
     def act(number):
         lose(lost, how, where, count)
         run_module.process_group = functools.partial(process_group, seconds=TIMEOUT)
-        return run(settings(folder / "run", **changes), quiet)
+        return run(settings(folder / "run", **changes))
 
     codes, last = ended(folder, world, act, lost=[lost])
     assert codes == [2] * (world - 1), folder.name
@@ -361,7 +358,7 @@ class Unreadable(Faces):
 
 def test_unequal_settings_and_data_are_found_before_the_first_step(tmp_path):
     def other_settings(number):
-        return run(settings(tmp_path / "a", lr=1e-3 * (1 + number)), quiet)
+        return run(settings(tmp_path / "a", lr=1e-3 * (1 + number)))
 
     codes, last = ended(tmp_path, 2, other_settings)
     assert codes == [2, 2] and last[0] == last[1]
@@ -370,14 +367,14 @@ def test_unequal_settings_and_data_are_found_before_the_first_step(tmp_path):
 
     def other_data(number):
         setup.open_inputs = lambda config: (OtherFaces if number == 2 else Faces)()
-        return run(settings(tmp_path / "b", batch_size=6), quiet)
+        return run(settings(tmp_path / "b", batch_size=6))
 
     codes, last = ended(tmp_path, 3, other_data)
     assert codes == [2] * 3 and all("rank 2 has other sha256 than rank 0" in line for line in last)
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
-    codes, last = ended(tmp_path, 3, lambda number: run(settings(tmp_path / "run"), quiet))
+    codes, last = ended(tmp_path, 3, lambda number: run(settings(tmp_path / "run")))
     assert codes == [2] * 3
     assert all(line == "error: --batch-size 8 is no multiple of 3 ranks x --grad-accum 1" for line in last)
 
@@ -386,7 +383,7 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
     def unreadable(number):
         if number == 1:
             setup.open_inputs = lambda config: Unreadable()
-        return run(settings(tmp_path / "a", holdout_people=0), quiet)
+        return run(settings(tmp_path / "a", holdout_people=0))
 
     codes, last = ended(tmp_path, 2, unreadable)
     assert codes == [2, 2]
@@ -397,7 +394,7 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
             raise OSError(28, "No space left on device")
 
         run_state.save_checkpoint = refuse
-        return run(settings(tmp_path / "b"), quiet)
+        return run(settings(tmp_path / "b"))
 
     codes, last = ended(tmp_path, 2, full_disk)
     assert codes == [2, 2]
@@ -406,7 +403,7 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all(tmp_path):
     def bug(number):
         if number == 1:
             batches.augment = None
-        return run(settings(tmp_path / "c"), quiet)
+        return run(settings(tmp_path / "c"))
 
     codes, last = ended(tmp_path, 2, bug)
     assert codes == [2, 1] and last[0] == "error: rank 1 stopped: TypeError: 'NoneType' object is not callable"
@@ -417,7 +414,7 @@ def test_only_rank_0_writes(tmp_path):
         allowed = ("/dev/null", "/proc", "/sys")
         if number:
             sys.addaudithook(lambda event, args: _no_write(event, args, allowed))
-        run(settings(tmp_path / "run", partial_fc=1.0), quiet)
+        run(settings(tmp_path / "run", partial_fc=1.0))
 
     assert in_ranks(2, act) == [0, 0]
     assert (tmp_path / "run" / "results.md").is_file()
@@ -469,4 +466,4 @@ def test_one_device_needs_no_process_group(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.init_process_group", None)
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
     assert world_size() == 1
-    run(settings(tmp_path / "run", epochs=1), quiet)
+    run(settings(tmp_path / "run", epochs=1))

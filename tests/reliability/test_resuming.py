@@ -38,10 +38,6 @@ def tiny(monkeypatch):
     use_tiny(monkeypatch)
 
 
-def quiet(text):
-    pass
-
-
 def killed_run(monkeypatch, run_dir, step, operation=None):
     """Starts a run that is killed at `step` before its update; or at an operation of the save after that step."""
 
@@ -65,14 +61,14 @@ def killed_run(monkeypatch, run_dir, step, operation=None):
                 save_step(*arguments)
 
             monkeypatch.setattr(run_state, "save_checkpoint", deadly_save)
-        run(settings(run_dir), quiet)
+        run(settings(run_dir))
 
     assert in_child(train) == -signal.SIGKILL
 
 
 @sizes("kill training")
 def test_a_killed_run_ends_as_if_unbroken(tmp_path, monkeypatch, ran, cases):
-    run(settings(tmp_path / "whole"), quiet)
+    run(settings(tmp_path / "whole"))
     expected = fingerprint(tmp_path / "whole")
     at_steps = [(step, None) for step in range(1, STEPS + 1)]
     in_saves = [(step, operation) for step in (4, 8, 12) for operation in (1, 6, 17, 20)]
@@ -81,7 +77,7 @@ def test_a_killed_run_ends_as_if_unbroken(tmp_path, monkeypatch, ran, cases):
     for step, operation in points:
         run_dir = tmp_path / f"{step}-{operation}"
         killed_run(monkeypatch, run_dir, step, operation)
-        run(configure({"save_dir": str(run_dir), "resume": "auto", "num_workers": 0}), quiet)
+        run(configure({"save_dir": str(run_dir), "resume": "auto", "num_workers": 0}))
         assert fingerprint(run_dir) == expected, (step, operation)
         shutil.rmtree(run_dir)
     ran(ROWS["kill training"].fault, cases)
@@ -122,7 +118,7 @@ CONTROLS = {
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """A run that was stopped after step 6, in the middle of an epoch, and one that was not."""
-    run(settings(tmp_path / "whole"), quiet)
+    run(settings(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         taken, update = iter(range(1, STEPS + 1)), loop.update
 
@@ -133,12 +129,12 @@ def stopped(tmp_path, monkeypatch):
 
         patch.setattr(loop, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(settings(tmp_path / "stopped"), quiet)
+            run(settings(tmp_path / "stopped"))
     return tmp_path / "stopped", fingerprint(tmp_path / "whole")
 
 
 def resume(run_dir, **changes):
-    return run(configure({"save_dir": str(run_dir), "resume": "auto", **changes}), quiet)
+    return run(configure({"save_dir": str(run_dir), "resume": "auto", **changes}))
 
 
 @sizes("mutated controls")
@@ -275,7 +271,7 @@ def test_a_checkpoint_is_never_newer_than_its_log_on_the_disk(tmp_path, monkeypa
 
     monkeypatch.setattr("vitface.training.runs.log.os", SimpleNamespace(fsync=synced))
     monkeypatch.setattr(run_state, "save_checkpoint", saved)
-    run(settings(run_dir), quiet)
+    run(settings(run_dir))
     rows = (1, 2, 4)  # one at the end of each epoch, and one at step 10
     assert events == [(name, count) for count in rows for name in ("log", "saved")]
 
@@ -287,11 +283,11 @@ def test_a_second_process_on_one_run_directory_is_refused(tmp_path):
         def second():
             os.write(writer, str(exit_code(lambda: run(settings(tmp_path)) and 0)).encode())
             with pytest.raises(CheckpointError, match=rf"in use by another process \(process {os.getppid()}\)"):
-                run(settings(tmp_path), quiet)
+                run(settings(tmp_path))
 
         assert in_child(second) == 0
         assert os.read(reader, 10) == b"2"
-    run(settings(tmp_path), quiet)
+    run(settings(tmp_path))
 
 
 def test_the_lock_of_a_dead_process_never_blocks(tmp_path):
@@ -337,7 +333,7 @@ def test_changed_settings_are_refused_with_a_diff_or_taken_on_request(stopped):
 
 
 def test_more_epochs_for_a_finished_run(tmp_path, capsys):
-    run(settings(tmp_path / "run"), quiet)
+    run(settings(tmp_path / "run"))
     assert exit_code(lambda: resume(tmp_path / "run", epochs=4) and 0) == 2
     assert "--epochs: 3 -> 4" in capsys.readouterr().err
     resume(tmp_path / "run", epochs=4, allow_changed=True)
@@ -345,10 +341,10 @@ def test_more_epochs_for_a_finished_run(tmp_path, capsys):
 
 
 def test_other_settings_continue_from_the_newest_step_only(tmp_path):
-    run(settings(tmp_path / "run"), quiet)
+    run(settings(tmp_path / "run"))
     older = tmp_path / "run" / "checkpoints" / "step-8"
     with pytest.raises(CheckpointError, match="move step-12 out of the way"):
-        run(configure({"resume": str(older), "lr": 1e-3, "allow_changed": True}), quiet)
+        run(configure({"resume": str(older), "lr": 1e-3, "allow_changed": True}))
 
 
 class OtherFaces(Faces):
@@ -371,7 +367,7 @@ def test_changed_data_is_refused_or_taken_on_request(stopped, monkeypatch):
 
 def test_best_is_right_after_a_kill_between_a_checkpoint_and_its_links(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "judge_held_out", lambda self: (self.state.progress.step / 100, {}))
-    run(settings(tmp_path / "run"), quiet)
+    run(settings(tmp_path / "run"))
     before = fingerprint(tmp_path / "run")
     parent = tmp_path / "run" / "checkpoints"
     for link in ("best", "last"):

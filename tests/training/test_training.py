@@ -376,7 +376,9 @@ def test_a_setting_that_is_newer_than_the_checkpoint_changes_no_model(tmp_path, 
     written = dataclasses.asdict(model)
     del written["gate_temperature"]
     (tmp_path / "model.json").write_text(json.dumps(written))
-    monkeypatch.setattr(resume, "load_state", lambda checkpoint: {"step": 4})
-    assert resume.state_to_resume(tmp_path, model) == {"step": 4}
+    config, data = resolve({}), {"images": 3}
+    state = {"settings": resume.settings_of(config), "data": data}
+    monkeypatch.setattr(resume, "load_state", lambda checkpoint: state)
+    assert resume.state_to_resume(tmp_path, config, model, data) == (state, False)
     with pytest.raises(CheckpointError, match="(?s)is of another model.*gate_temperature: 1.0 -> 0.5"):
-        resume.state_to_resume(tmp_path, dataclasses.replace(model, gate_temperature=0.5))
+        resume.state_to_resume(tmp_path, config, dataclasses.replace(model, gate_temperature=0.5), data)

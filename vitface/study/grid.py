@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +67,6 @@ def run_study(
     seeds: list[int],
     folder: Path,
     command: str,
-    say: Callable[[str], None],
 ) -> None:
     """Every cell that is not done yet, seed by seed, and the table."""
     names = final_benchmarks(base)
@@ -77,10 +75,10 @@ def run_study(
     for done, seed in enumerate(seeds, 1):
         for variant, changes in grid.items():
             cell = folder / f"{variant}-s{seed}"
-            say(f"\n=== {cell}")
+            print(f"\n=== {cell}")
             config = dataclasses.replace(base, **changes, seed=seed, save_dir=str(cell), resume="auto")
             control = CONTROLS.get(variant)
-            run(config, say, with_frozen=False, change=control and functools.partial(control, seed=seed))
+            run(config, with_frozen=False, change=control and functools.partial(control, seed=seed))
             if variant == "dalora":
                 model = open_checkpoint(cell, base.weights).load()
                 shuffled_gate(model)
@@ -89,7 +87,7 @@ def run_study(
             dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now
             judge(folder / FROZEN, frozen_face(base.backbone, base.weights, base.image_size, dtype), base, names)
         write_table(base, list(grid), seeds[:done], folder, command)
-        say(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
+        print(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
 
 
 def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -> None:

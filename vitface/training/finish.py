@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from vitface.config import TrainConfig
@@ -13,9 +12,9 @@ from vitface.files import replace_file
 from vitface.recogniser import Recogniser
 from vitface.store.faces import frozen_face, open_checkpoint
 from vitface.training.batches import TrainingData
-from vitface.training.holdout import calibrate, thresholds_text
+from vitface.training.holdout import calibrate
 from vitface.training.ranks.parallel import in_turns
-from vitface.training.ranks.process_group import broadcast, rank
+from vitface.training.ranks.process_group import broadcast, print0, rank
 from vitface.training.setup import Change, final_benchmarks
 from vitface.version import __version__
 
@@ -23,16 +22,11 @@ ADAPTED, FROZEN = "adapted, best epoch", "frozen backbone, raw CLS"
 
 
 def finish(
-    config: TrainConfig,
-    run_dir: Path,
-    data: TrainingData,
-    say: Callable[[str], None],
-    with_frozen: bool = True,
-    change: Change | None = None,
+    config: TrainConfig, run_dir: Path, data: TrainingData, with_frozen: bool = True, change: Change | None = None
 ) -> None:
     """Evaluates the best epoch, and the frozen backbone, on the benchmarks there are.
 
-    Writes thresholds.json, the scores and results.md. `change` is what a study does to the model before that.
+    Writes thresholds.json, the scores and results.md. `with_frozen` and `change` are those of `training.run.run`.
     """
     broadcast(None)  # until rank 0 has written the last checkpoint
     names = final_benchmarks(config)
@@ -48,22 +42,21 @@ def finish(
     sections = {}
     for title, model in models.items() if names else ():
         sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)
-        say(f"\n{title}\n{evaluation_text(sections[title])}")
+        print0(f"\n{title}\n{evaluation_text(sections[title])}")
     if rank() > 0:
         return
     if names:
         keep_scores(run_dir, sections[ADAPTED].results, checkpoint.sha256)
-    text = thresholds_text(thresholds) if thresholds else "thresholds: none, nobody was held out"
-    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, text).encode())
+    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, thresholds).encode())
     bench = names[0] if names == [config.train_data] else "all"
     again = f"vitface evaluate --checkpoint {run_dir} --bench {bench}"
-    say(f"\n{text}\n\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
+    print(f"\n{thresholds}\n\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """The table, and under it every alarm and failure."""
-    problems = [f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures)]
-    return "\n".join([*([results_table(evaluation.results)] if evaluation.results else []), *problems])
+    table = [results_table(evaluation.results)] if evaluation.results else []
+    return "\n".join([*table, *(f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures))])
 
 
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:

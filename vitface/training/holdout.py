@@ -47,11 +47,11 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
     return (embeddings @ embeddings.T)[first, second], people[first] == people[second]
 
 
-def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> dict[str, Any] | None:
-    """Writes the thresholds of a run's checkpoint and its model; returns what it wrote, None if nobody was held out."""
+def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> str:
+    """Writes the thresholds of a run's checkpoint, whose model is `model`; returns them in words."""
     assert checkpoint.run is not None
     if not len(data.split.held_out):
-        return None
+        return "thresholds: none, nobody was held out"
     embeddings, _, people = embed_held_out(model, data.samples, data.split.held_out, flip=True)
     score, issame = all_pairs(embeddings, people)
     thresholds: dict[str, dict[str, float | str]] = {}
@@ -68,7 +68,7 @@ def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> d
     }
     if rank() == 0:
         replace_file(checkpoint.run / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
-    return written
+    return thresholds_text(written)
 
 
 def thresholds_text(written: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ a function of (seed, epoch, index), so a run resumed from any step continues as 
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -26,9 +27,9 @@ from vitface.training.non_finite import NonFiniteError, diagnose, keep_diagnosis
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
 from vitface.training.ranks.process_group import agree, check_same, rank, world_size
-from vitface.training.runs.interrupt import StopRequest, stop_requests
+from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
-from vitface.training.runs.resume import changed_settings, check_same_data, is_finished, settings_of, state_to_resume
+from vitface.training.runs.resume import is_finished, settings_of, state_to_resume
 from vitface.training.runs.state import TrainingState
 from vitface.training.step import make_optimizer, schedule, set_rates, total_loss, update
 
@@ -88,10 +89,10 @@ class Trainer:
                 if log is not None:
                     log.sync()
                 self.save(is_best)
-                if agree(stop.requested, [])[0]:
+                if agree(stop.is_set(), [])[0]:
                     raise KeyboardInterrupt
 
-    def _epoch(self, log: RunLog | None, stop: StopRequest) -> None:
+    def _epoch(self, log: RunLog | None, stop: threading.Event) -> None:
         """The rest of the current epoch, or as far as a step that is saved: at --save-every, or to stop there."""
         config, progress, steps = self.config, self.state.progress, self.data.steps_per_epoch
         batches = self._batches()
@@ -101,7 +102,7 @@ class Trainer:
                 factor = schedule(progress.step, self.total_steps, steps)
                 set_rates(self.optimizer, factor)
                 norm, losses = self._step(batches)
-                stopped, means = agree(stop.requested, list(losses.values()))
+                stopped, means = agree(stop.is_set(), list(losses.values()))
                 losses = dict(zip(losses, means, strict=True))
                 progress.step += 1
                 progress.epoch_loss += losses["loss"]
@@ -232,9 +233,9 @@ class Trainer:
 
         With --allow-changed other settings and other data of as many people pass: the current epoch starts again.
         """
-        written = state_to_resume(checkpoint, self.model.config)
-        other_data = check_same_data(checkpoint, written, self.data.split.fingerprint(), self.config)
+        data = self.data.split.fingerprint()
+        written, changed = state_to_resume(checkpoint, self.config, self.model.config, data)
         self.state.restore(checkpoint, written)
         self.state.progress.finished = is_finished(self.config, written)
-        if other_data or changed_settings(written, self.config):
+        if changed:
             self.state.progress.restart_epoch()

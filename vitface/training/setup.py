@@ -227,8 +227,3 @@ def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, conf
 def _synchronise(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def default_save_dir(config: TrainConfig) -> Path:
-    """runs/EXP-DATE."""
-    return Path("runs") / f"{config.exp or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -39,6 +39,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def print0(text: str) -> None:
+    """Prints on rank 0 alone."""
+    if rank() == 0:
+        print(text)
+
+
 def launched() -> int:
     """The number of processes that were started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

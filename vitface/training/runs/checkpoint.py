@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -124,10 +124,10 @@ def step_directories(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest step directory that verifies, None if the run has none at all; CheckpointError if none is whole.
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the newest step directory that verifies, and prints which ones it passed over.
 
-    `say` is told of each one that is passed over.
+    None if the run has no step directory at all; CheckpointError if it has some, but none is whole.
     """
     directories = step_directories(run_dir)
     for path in directories:
@@ -135,7 +135,7 @@ def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> Path | None:
             verify_step(path)
             return path
         except (CheckpointError, OSError) as error:
-            say(f"passed over: {error}")
+            print(f"passed over: {error}")
     if directories:
         raise CheckpointError(f"no checkpoint in {run_dir} is whole; start afresh in another --save-dir")
     return None

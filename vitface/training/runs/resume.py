@@ -1,4 +1,4 @@
-"""What `--resume` means: which checkpoint, and with which settings."""
+"""`--resume`: which checkpoint a run continues from, and whether its settings, model and data still fit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,9 @@ def configure(given: dict[str, Any]) -> TrainConfig:
     resume, save_dir = given.get("resume"), given.get("save_dir")
     if resume is None or (resume == "auto" and save_dir is None):
         return resolve(given)
-    run_dir = Path(save_dir or "") if resume == "auto" else run_directory(Path(resume))
+    run_dir = Path((save_dir or "") if resume == "auto" else resume)
+    if resume != "auto" and is_checkpoint(run_dir):
+        run_dir = run_dir.resolve().parent.parent
     if save_dir is not None and Path(save_dir).resolve() != run_dir.resolve():
         raise ConfigError(f"--resume {resume} continues in {run_dir}; leave --save-dir {save_dir} out")
     saved = {name: value for name, value in read_config(run_dir).items() if name not in NOT_INHERITED}
@@ -32,15 +34,12 @@ def configure(given: dict[str, Any]) -> TrainConfig:
         raise CheckpointError(f"{run_dir}/config.json is of another version of vitface ({error})") from None
 
 
-def run_directory(path: Path) -> Path:
-    """The run that `path`, a run or one of its step directories, belongs to."""
-    return path.resolve().parent.parent if is_checkpoint(path) else path
+def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of the run, or the one that --resume names; None to start afresh.
 
-
-def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest verified checkpoint of the run (or the one named), None to start afresh.
-
-    CheckpointError if `run_dir` holds a run that is not to be resumed, or one that was trained with other settings.
+    CheckpointError if `run_dir` holds a run that is not to be resumed, or one that was trained with other settings:
+    with --allow-changed they continue from the newest step, because later ones of the old settings would be mistaken
+    for theirs.
     """
     if config.resume is None:
         for name in RUN_FILES:
@@ -52,14 +51,39 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path, say: Callable[[str]
     path = run_dir if config.resume == "auto" else Path(config.resume)
     if is_checkpoint(path):
         verify_step(path)
-        found = path
-    else:
-        found = newest_checkpoint(path, say)
-    if found is None and config.resume != "auto":
-        raise CheckpointError(f"{path} holds no checkpoint; --resume auto starts afresh where there is none")
-    if found is not None:
-        check_same_settings(config, run_dir, found)
+    found = path if is_checkpoint(path) else newest_checkpoint(path)
+    if found is None:
+        if config.resume != "auto":
+            raise CheckpointError(f"{path} holds no checkpoint; --resume auto starts afresh where there is none")
+        return None
+    changes = changed_settings(config, load_state(found))
+    if changes and not config.allow_changed:
+        raise CheckpointError(
+            f"{found} was trained with other settings; resume with the same ones, or add --allow-changed:\n{changes}"
+        )
+    newest = step_directories(run_dir)[0].name
+    if changes and newest != found.resolve().name:
+        raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
     return found
+
+
+def state_to_resume(
+    checkpoint: Path, config: TrainConfig, model: FaceConfig, data: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """(`load_state`, whether settings or data have changed) of a checkpoint, for a run with this model and data.
+
+    CheckpointError if the checkpoint is of another model, or of other data without --allow-changed.
+    """
+    changes = difference(dataclasses.asdict(read_face_config(checkpoint)), dataclasses.asdict(model), "{}".format)
+    if changes:
+        raise CheckpointError(f"{checkpoint} is of another model or was trained on another backbone file:\n{changes}")
+    state = load_state(checkpoint)
+    changes = difference(state["data"], data, "data, {}".format)
+    if changes and not config.allow_changed:
+        raise CheckpointError(
+            f"{config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n{changes}"
+        )
+    return state, bool(changes or changed_settings(config, state))
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -67,61 +91,25 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in BOOKKEEPING}
 
 
-def check_same_settings(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
-    """CheckpointError with a diff unless `checkpoint` was trained with the same settings, or --allow-changed was given.
+def changed_settings(config: TrainConfig, state: dict[str, Any]) -> str:
+    """Lists what `config` changes in the settings of a checkpoint with this `state`; empty if nothing.
 
-    Other settings go on from the newest step only: later steps of the old ones would be taken for theirs.
-    """
-    changes = changed_settings(load_state(checkpoint), config)
-    if changes and not config.allow_changed:
-        raise CheckpointError(
-            f"{checkpoint} was trained with other settings; resume with the same ones, or add --allow-changed:\n"
-            f"{changes}"
-        )
-    newest = step_directories(run_dir)[0].name
-    if changes and newest != checkpoint.resolve().name:
-        raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
-
-
-def state_to_resume(checkpoint: Path, model: FaceConfig) -> dict[str, Any]:
-    """`load_state`; CheckpointError if the checkpoint is of another model than `model`."""
-    before, now = dataclasses.asdict(read_face_config(checkpoint)), dataclasses.asdict(model)
-    if before != now:
-        raise CheckpointError(
-            f"{checkpoint} is of another model or was trained on another backbone file:\n{difference(before, now, str)}"
-        )
-    return load_state(checkpoint)
-
-
-def check_same_data(checkpoint: Path, state: dict[str, Any], data: dict[str, Any], config: TrainConfig) -> str:
-    """What is other than in the data it was trained with, a line each; CheckpointError unless --allow-changed."""
-    changes = difference(state["data"], data, "data, {}".format)
-    if changes and not config.allow_changed:
-        raise CheckpointError(
-            f"{config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n{changes}"
-        )
-    return changes
-
-
-def changed_settings(state: dict[str, Any], config: TrainConfig) -> str:
-    """What `config` changes in the settings of a checkpoint with this `state`; empty if nothing.
-
-    A flag that is newer than the checkpoint had its default, which leaves everything as it was before there was one.
+    A flag that is newer than the checkpoint had its default, which changes nothing.
     """
     now = settings_of(config)
     defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name in now}
-    return difference({**defaults, **state["settings"]}, now)
+    return difference({**defaults, **state["settings"]}, now, to_flag)
 
 
 def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
-    """Whether nothing is left to train after a checkpoint with this `state`; changed settings may ask for more."""
-    if changed_settings(state, config):
+    """True if nothing is left to train after a checkpoint with this `state`; changed settings may ask for more."""
+    if changed_settings(config, state):
         return state["progress"]["epoch"] >= config.epochs
     return state["progress"]["finished"]
 
 
-def difference(before: dict[str, Any], now: dict[str, Any], label: Callable[[str], str] = to_flag) -> str:
-    """What changed, a line for each setting; empty if nothing did."""
+def difference(before: dict[str, Any], now: dict[str, Any], label: Callable[[str], str]) -> str:
+    """Lists the values that changed, a line each; empty if none did."""
     names = [*now, *(name for name in before if name not in now)]
     changed = [name for name in names if before.get(name) != now.get(name)]
     return "\n".join(f"  {label(name)}: {before.get(name)} -> {now.get(name)}" for name in changed)
