@@ -7,6 +7,7 @@ from vitface.__main__ import main
 from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
+from vitface.evaluation.compare import ONE_SEED
 from vitface.study import grid
 from vitface.study.grid import adapter_parameters, chosen_variants, put_between_markers, variants
 from vitface.training import setup
@@ -64,6 +65,23 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
     assert adapter_parameters(folder / "frozen", with_router=True) is None
 
 
+def test_the_table_says_what_each_interval_shows():
+    def row(variant, low, high):
+        return {"variant": variant, "adapter_parameters": 8, "accuracy": {"lfw": 0.9}, "deviation": {}, "p": 0.25} | {
+            "dalora_minus_this": (low + high) / 2,
+            "interval": (low, high),
+        }
+
+    rows = [row("behind", 0.01, 0.03), row("level", -0.01, 0.02), row("ahead", -0.03, -0.01)]
+    about = {"command": "vitface study tiny", "date": "2026-11-26", "device": "cpu", "torch": "2.13.0", "seeds": [0]}
+    text = grid.study_markdown(about, rows)
+    assert "| behind | 8 | 90.00 | +2.00 | +1.00 to +3.00 | 0.25 | DA-LoRA is better |\n" in text
+    assert "| level | 8 | 90.00 | +0.50 | -1.00 to +2.00 | 0.25 | no difference |\n" in text
+    assert "| ahead | 8 | 90.00 | -2.00 | -3.00 to -1.00 | 0.25 | DA-LoRA is worse |\n" in text
+    assert "3 comparisons, not corrected" in text and text.count(ONE_SEED) == 1
+    assert ONE_SEED not in grid.study_markdown(about | {"seeds": [0, 1]}, rows)
+
+
 def test_a_study_of_some_variants_always_has_dalora():
     base = resolve({"exp": "demo"})
     assert list(chosen_variants(base, None)) == list(variants(base))
@@ -84,14 +102,14 @@ def test_a_study_refuses_what_it_sets_itself(tmp_path, monkeypatch, capsys):
 
 
 def test_the_generated_part_of_a_document_is_replaced_and_nothing_else(tmp_path):
-    path = tmp_path / "experiments.md"
-    path.write_text("# Experiments\n\nby hand\n")
+    path = tmp_path / "results.md"
+    path.write_text("# Results\n\nby hand\n")
     put_between_markers(path, "a", "first\n")
     put_between_markers(path, "b", "other\n")
     with open(path, "a") as file:
         file.write("by hand too\n")
     once = path.read_text()
-    assert once.startswith("# Experiments\n\nby hand\n\n<!-- a: generated") and once.endswith("by hand too\n")
+    assert once.startswith("# Results\n\nby hand\n\n<!-- a: generated") and once.endswith("by hand too\n")
     put_between_markers(path, "a", "second\n")
     assert path.read_text() == once.replace("first", "second")
     path.write_text(once.replace("<!-- end of a -->", ""))

@@ -16,6 +16,7 @@ from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_config
 
 SAME_EXPERIMENT = BOOKKEEPING | {"exp", "seed"}
+ONE_SEED = "One seed: this is about these runs, not about the methods."
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def verdict(a: Side, b: Side, row: Difference) -> str:
             f"losses beyond {-low:.2f} are unlikely (95 % interval)"
         )
     if seeds == 1:
-        return text + ". One seed: this is about these runs, not about the methods."
+        return text + f". {ONE_SEED}"
     return text + f", over {seeds} seeds."
 
 

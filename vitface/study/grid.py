@@ -20,7 +20,7 @@ from vitface.config import Dtype, TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
-from vitface.evaluation.compare import Comparison, Side, compare, read_run
+from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read_run
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import replace_file
@@ -120,7 +120,7 @@ def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder:
         "seeds": seeds,
         "device": resolve_choices(base).device,
     }
-    replace_file(folder / "study.md", study_markdown(about, rows, comparisons).encode())
+    replace_file(folder / "study.md", study_markdown(about, rows).encode())
     entries = {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()}
     replace_file(
         folder / "study.json",
@@ -159,10 +159,10 @@ def adapter_parameters(cell: Path, with_router: bool) -> int | None:
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
 
-def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparisons: dict[str, Comparison]) -> str:
-    """The study on one page."""
-    names = list(rows[0]["accuracy"])
-    head = ["variant", "adapter parameters", *names, "DA-LoRA minus this", "95 % interval", "McNemar p"]
+def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The study on one page; what is `shown` follows from whether the interval leaves out zero."""
+    names, comparisons = list(rows[0]["accuracy"]), sum("interval" in row for row in rows)
+    head = ["variant", "adapter parameters", *names, "DA-LoRA minus this", "95 % interval", "McNemar p", "shown"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [row["variant"], f"{row['adapter_parameters']:,}" if row["adapter_parameters"] else ""]
@@ -173,6 +173,7 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparison
             low, high = (100 * bound for bound in row["interval"])
             cells += [f"{100 * row['dalora_minus_this']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
             cells.append("" if row["p"] is None else f"{row['p']:.2g}")
+            cells.append("DA-LoRA is better" if low > 0 else "DA-LoRA is worse" if high < 0 else "no difference")
         lines.append(f"| {' | '.join([*cells, *[''] * (len(head) - len(cells))])} |")
     routing = [
         f"{row['variant']}, on procedural faces: entropy of the gate {row['entropy']:.3f} of 1"
@@ -183,10 +184,10 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]], comparison
     parts = [
         f"Command: `{about['command']}`; {about['date']}, {about['device']}, torch {about['torch']}, seeds "
         f"{', '.join(map(str, about['seeds']))}. Accuracies in %, mean ± deviation over seeds; intervals by paired "
-        f"bootstrap over pairs and seeds with thresholds chosen anew, {len(comparisons)} comparisons, not corrected "
-        f"for their number. McNemar's p takes the thresholds as given, and several seeds by majority.",
+        f"bootstrap over pairs and seeds with thresholds chosen anew, {comparisons} comparisons, not corrected "
+        f"for their number. McNemar's p takes the thresholds as given, and several seeds by majority."
+        + (f" {ONE_SEED}" if len(about["seeds"]) == 1 else ""),
         "\n".join(lines),
-        "\n".join(f"- {comparison.verdict}" for comparison in comparisons.values()),
         "\n".join(f"- {line}" for line in routing),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
