@@ -67,8 +67,8 @@ def test_experiments_are_a_two_by_two_grid():
 
 
 def test_the_headline_is_a_preset():
-    """Of the command in docs/experiments.md the preset leaves only the paths and the seed to be given."""
-    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    """Of the command in docs/results.md the preset leaves only the paths and the seed to be given."""
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
     section = page.partition("## ViT-Ti on 289 people: LFW")[2]
     command = next(line for line in section.splitlines() if line.startswith("    python train.py "))
     recorded = parse(*shlex.split(command)[2:])

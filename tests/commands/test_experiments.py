@@ -38,7 +38,7 @@ def test_a_run_shows_what_it_scored_and_how_it_differs(tmp_path, tiny_run, capsy
     distance = np.where(issame, 0.5, 1.5)
     distance[:20] = 1.2  # the ten same pairs of the first two folds are taken for different ones
     save_scores(tiny_run / SCORES, {"lfw": verify(distance, issame)}, open_checkpoint(tiny_run).sha256)
-    docs = tmp_path / "experiments.md"
+    docs = tmp_path / "results.md"
     assert vitface.__main__.main(["experiments", "--runs", str(tiny_run.parent), "--docs", str(docs)]) == 0
     printed = capsys.readouterr().out
     table = rows(printed)

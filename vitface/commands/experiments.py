@@ -21,7 +21,7 @@ CAVEATS = (
 EXAMPLES = """examples:
   vitface train --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, days on one small GPU
   vitface evaluate --checkpoint runs/exp_001 --bench all
-  vitface experiments --docs docs/experiments.md
+  vitface experiments --docs docs/results.md
 """
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitface.data.counter import uniform
 
 NUM_UNIFORMS = 19
-ROTATION, ZOOM, SHIFT, JITTER = math.radians(5), 0.06, 0.04, 0.5  # the first three: see docs/experiments.md
+ROTATION, ZOOM, SHIFT, JITTER = math.radians(5), 0.06, 0.04, 0.5  # the first three: see docs/lab_log.md
 LOW_RESOLUTIONS = (24, 32, 48, 64, 88)
 
 
