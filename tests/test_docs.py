@@ -7,10 +7,14 @@ Commands outside such blocks need a network, a GPU, data or minutes; their flags
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tiny_recogniser
+from PIL import Image
+from test_house import PACKAGE, import_graph
 
 import vitface
 from vitface.__main__ import main
@@ -19,12 +23,14 @@ from vitface.data.images import read_image
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 SCRIPTS = ("train.py", "evaluate.py")
+sys.path.insert(0, str(ROOT / "docs" / "img"))
 
 
 def command_lines(text: str) -> list[str]:
-    """The lines of indented blocks that call Python or vitface, comments left out."""
-    lines = re.findall(r"^    ((?:python|vitface) .*)$", text, re.MULTILINE)
-    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    """The commands in indented blocks that call Python or vitface, in parts at `&&`, comments left out."""
+    lines = re.findall(r"^    ((?:pip|python|vitface) .*)$", text, re.MULTILINE)
+    commands = [shlex.join(shlex.split(part, comments=True)) for line in lines for part in line.split(" && ")]
+    return [command for command in commands if not command.startswith(("pip ", "hf "))]
 
 
 def marked_blocks(text: str, test: str) -> list[str]:
@@ -67,7 +73,8 @@ def test_every_documented_command_exists(page, monkeypatch):
 def test_the_check_finds_a_flag_that_does_not_exist():
     with pytest.raises(SystemExit):
         run_line("python train.py --no-such-flag")
-    assert command_lines("    vitface verify a b   # same?\n  python no\n") == ["vitface verify a b"]
+    text = "    vitface verify a b   # same?\n  python no\n    pip install x && python train.py --exp demo\n"
+    assert command_lines(text) == ["vitface verify a b", "python train.py --exp demo"]
 
 
 def test_links_between_documents_lead_somewhere():
@@ -102,9 +109,43 @@ def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_of_the_quickstart_runs(tmp_path, monkeypatch):
+def test_the_three_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = marked_blocks((ROOT / "docs" / "quickstart.md").read_text(), "test_docs.py, slow")
+    (block,) = marked_blocks((ROOT / "README.md").read_text(), "test_docs.py, slow")
     lines = command_lines(block)
-    assert len(lines) == 2 and [run_line(line) for line in lines] == [0, 0]
+    assert len(lines) == 4 and [run_line(line) for line in lines] == [0] * 4
     assert "<h2>Where CLS looks</h2>" in (tmp_path / "report.html").read_text()
+    assert read_image(tmp_path / "out.png").std() > 10
+
+
+def test_the_readme_counts_the_lines_of_the_core():
+    """Its table and its sum; at most 1,500 lines are the core, and 90 the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\S+\.py)` \|", text, re.MULTILINE)
+    counted = [(str(len((ROOT / file).read_text(encoding="utf-8").splitlines())), file) for _, file in rows]
+    total = sum(int(lines) for lines, _ in counted)
+    assert rows == counted and len(rows) == 10
+    assert total <= 1500 and f"These ten files, {total:,} lines," in text
+    assert len(text.splitlines()) <= 90
+
+
+def test_a_room_imports_only_rooms_above_it():
+    """In the order of the table of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    place = {name: i for i, cell in enumerate(rooms) for name in re.findall(r"`(?:vitface/)?(\w+)(?:/|\.py)`", cell)}
+    assert {path.parent.name for path in (ROOT / "vitface").glob("*/__init__.py")} <= set(place)
+    for module, imported in import_graph(PACKAGE).items():
+        names = [[*name.split("."), ""][1] for name in (module, *imported)]
+        for other in names[1:] if names[0] in place else ():
+            assert place.get(other, 0) <= place[names[0]], f"{module} imports vitface.{other}"
+
+
+def test_the_picture_of_the_readme_is_small_and_what_its_script_draws():
+    from make import picture
+
+    stored = ROOT / "docs" / "img" / "attention.png"
+    drawn = picture(tiny_recogniser(num_domains=3))
+    with Image.open(stored) as image:
+        assert (image.size, image.mode) == (drawn.size, drawn.mode)
+    assert stored.stat().st_size < 150_000 and np.asarray(drawn.convert("RGB")).std() > 50
