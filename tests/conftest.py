@@ -9,6 +9,9 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, what a test starts included; read when numpy and torch load
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
@@ -27,7 +30,6 @@ settings.load_profile("default")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests with & has them ignore
 
-CASES = pytest.StashKey[dict[str, int]]()
 TEST_DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -39,6 +41,15 @@ def optional(name: str) -> ModuleType:
             return importlib.import_module(name)
     except Exception as error:
         pytest.skip(f"{name} cannot be imported ({type(error).__name__}: {error})", allow_module_level=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """One process, 0 workers, for single files, which end before a second one has loaded torch, and for what needs the
+    whole machine: full-size runs and a GPU. Otherwise as many as xdist finds cores for."""
+    files = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
+    small = {"not slow", "not gpu"} <= set(config.option.markexpr.split(" and "))
+    return 0 if files or not small else None
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +65,15 @@ def threads(request):
 
 
 @pytest.fixture
-def ran(request):
+def ran(record_property):
     """`ran(row, count)` notes how many cases of a row of docs/reliability.md were run; printed at the end."""
-    return request.config.stash.setdefault(CASES, {}).__setitem__
+    return record_property
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for row, count in config.stash.get(CASES, {}).items():
-        terminalreporter.write_line(f"reliability: {count:>6,} x {row}")
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for row, count in report.user_properties:
+            terminalreporter.write_line(f"reliability: {count:>6,} x {row}")
 
 
 @pytest.fixture
