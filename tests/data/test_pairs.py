@@ -314,7 +314,7 @@ def test_hostile_files_are_refused_at_no_cost(tmp_path, name):
     ("name", "message"),
     [
         ("memo bomb", "STOP at byte 6 ends something else"),  # one entry of a dict
-        ("BINBYTES8 of 2^40", "has 1099511627776 bytes"),
+        ("BINBYTES8 of 2^40", "1099511627776 bytes in a bytes8, but only 1 remain"),
         ("BINBYTES past the end", "cut short"),
         ("marks a million deep", "MARK at byte 8 nests too deep"),
         ("lists a million deep", "EMPTY_LIST at byte 8 is one list too many"),
@@ -359,8 +359,8 @@ def test_opcodes_are_bounded():
 
 def test_images_are_bounded():
     big = JPEG + bytes((10 << 20) - 2)
-    for protocol, message in ((2, "image 0 is not at most 10485760 bytes"), (4, "has 10485761 bytes")):
-        with pytest.raises(DataError, match=message):
+    for protocol in (2, 4):
+        with pytest.raises(DataError, match="image 0 is not at most 10485760 bytes"):
             parse_bin(pickle.dumps(([big, big], [True]), protocol), "x")
 
 

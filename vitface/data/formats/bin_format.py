@@ -1,38 +1,37 @@
 """InsightFace's verification sets (lfw.bin, cfp_fp.bin, ...), read without unpickling.
 
 A .bin is a pickle of (2N encoded images, N flags): pair i is images 2i and 2i + 1, a true flag means the same person.
-An unpickler would execute what the file asks for. Here a small stack machine reads the opcodes and knows only data:
-lists, tuples, bytes, text, whole numbers, booleans. It knows three calls, which numpy and Python 3 write into such
-files, and computes their values itself:
+An unpickler would execute what the file asks for. Here `pickletools` reads the opcodes, and a small stack machine knows
+what data is: lists, tuples, bytes, text, whole numbers, booleans. It knows three calls, which numpy and Python 3 write
+into such files, and computes their values itself:
 
     _codecs.encode(text, "latin1")                               bytes in protocols 0-2
     numpy[._core|.core].multiarray._reconstruct + state          an image as a uint8 array of one column
     numpy[._core|.core].multiarray.scalar(dtype b1, byte)        a flag as np.bool_
 
 Every other opcode, name and form of arguments is refused, and the message names its byte. A hostile file costs time and
-memory in proportion to its size: lengths are compared with what is left of the file before anything is read, the memo
-is a dict (an index of 2^31 costs one entry), no operation copies a value that the file can name again, lists hold no
-containers, tuples nest two deep, and the number of opcodes is bounded.
+memory in proportion to its size: no more is read than there is, the memo is a dict (an index of 2^31 costs one entry),
+no operation copies a value that the file can name again, lists hold no containers, tuples nest two deep, and the number
+of opcodes is bounded.
 """
 
 import codecs
+import io
 import pickletools
 import re
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from mmap import mmap
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vitface.errors import DataError
 
 MAX_PAIRS = 1_000_000
 MAX_IMAGE_BYTES = 10 << 20
-_MAX_TEXT_BYTES = 4 * MAX_IMAGE_BYTES  # an image in text form: \xff for one byte
 _MAX_OPCODES = 1_000_000  # and one more per 16 bytes of file; real files have one per 100 bytes or less
 _MAX_MARKS = _MAX_TUPLE = _MAX_LISTS = 8
 _PYTHON2_ESCAPE = re.compile(rb"""\\(?:x[0-9a-f]{2}|[\\'"nrt])""")
-_OPCODE_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 
 _Name = Enum("_Name", "ENCODE RECONSTRUCT SCALAR NDARRAY DTYPE")
 _NAMES = {
@@ -75,27 +74,36 @@ def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
 
 class _Machine:
     def __init__(self, data: bytes | mmap, where: str):
-        self.data, self.where = data, where
-        self.pos = self.start = 0
+        self.file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+        self.size, self.where = len(data), where
+        self.name, self.start = "", 0  # of the opcode that is carried out
         self.stack: list = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
         self.lists = 0
 
     def run(self) -> tuple[list[bytes], list[bool]]:
-        for _ in range(_MAX_OPCODES + len(self.data) // 16):
-            self.start = self.pos
-            code = self.take(1)
-            if code == b".":
+        for _ in range(_MAX_OPCODES + self.size // 16):
+            self.start, code = self.file.tell(), self.file.read(1).decode("latin-1")
+            if not code:
+                raise DataError(f"{self.where}: cut short, it ends at byte {self.start} without a STOP; get it again")
+            opcode = _OPCODES.get(code)
+            self.name = opcode.name if opcode else repr(code)
+            if self.name == "STOP":
                 return self.result()
-            if code not in _OPCODES:
+            if opcode is None or self.name not in _ACTIONS:
                 self.refuse("is not data; the file was not loaded and nothing in it was executed")
-            _OPCODES[code](self)
+            try:
+                read = _READERS.get(self.name) or (opcode.arg and opcode.arg.reader)
+                argument = read and read(self.file)
+            except ValueError as error:
+                self.refuse(f"is damaged or cut short ({error}); get the file again")
+            _ACTIONS[self.name](self, argument)
         self.refuse("is one too many for a verification set of this size")
 
     def result(self) -> tuple[list[bytes], list[bool]]:
         whole = self.pop()
-        if self.stack or self.marks or self.pos != len(self.data):
+        if self.stack or self.marks or self.file.tell() != self.size:
             self.refuse("ends the set with something left over")
         if not isinstance(whole, tuple) or [type(part) for part in whole] != [list, list]:
             self.refuse("ends something else than (images, flags)")
@@ -109,34 +117,11 @@ class _Machine:
         return images, [bool(flag) for flag in whole[1]]
 
     def refuse(self, why: str) -> NoReturn:
-        code = self.data[self.start : self.start + 1].decode("latin-1")
-        raise DataError(f"{self.where}: opcode {_OPCODE_NAMES.get(code, repr(code))} at byte {self.start} {why}")
+        raise DataError(f"{self.where}: opcode {self.name} at byte {self.start} {why}")
 
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.pos:
-            raise DataError(
-                f"{self.where}: cut short, byte {self.start} of {len(self.data)} asks for {size} more; get it again"
-            )
-        self.pos += size
-        return self.data[self.pos - size : self.pos]
-
-    def uint(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def blob(self, size: int, limit: int = MAX_IMAGE_BYTES) -> bytes:
-        if size > limit:
-            self.refuse(f"has {size} bytes, an element may have {limit}")
-        return self.take(size)
-
-    def line(self, limit: int) -> bytes:
-        end = self.data.find(b"\n", self.pos, self.pos + limit)
-        if end < 0:
-            self.refuse(f"has no end of line within {limit} bytes")
-        return self.take(end + 1 - self.pos)[:-1]
-
-    def text(self, raw: bytes, encoding: str) -> _Text:
+    def push_text(self, text: str) -> None:
         try:
-            return _Text(raw.decode(encoding).encode("latin-1"))
+            self.push(_Text(text.encode("latin-1")))
         except UnicodeError:
             self.refuse("has text outside latin-1")
 
@@ -199,38 +184,24 @@ class _Machine:
             self.refuse(f"asks for the value {index}, which was not stored")
         self.push(self.memo[index])
 
-    def protocol(self) -> None:
-        if (version := self.uint(1)) > 5:
+    def protocol(self, version: int) -> None:
+        if version > 5:
             self.refuse(f"asks for protocol {version}, known are 0 to 5")
 
-    def frame(self) -> None:
-        if self.uint(8) > len(self.data) - self.pos:
+    def frame(self, size: int) -> None:
+        if size > self.size - self.file.tell():
             self.refuse("is longer than the file; download it again")
 
-    def decimal(self, pattern: bytes) -> int:
-        line = self.line(16)
-        if not re.fullmatch(pattern, line):
-            self.refuse(f"has {line!r} for a whole number")
-        return int(line)
-
-    def python2_string(self) -> None:
-        line = self.line(_MAX_TEXT_BYTES)
-        quoted = len(line) >= 2 and line[:1] in b"'\"" and line[:1] == line[-1:]
-        if not quoted or b"\\" in _PYTHON2_ESCAPE.sub(b"", line[1:-1]):
-            self.refuse("is not a quoted string")
-        self.push(codecs.escape_decode(line[1:-1])[0])
-
-    def push_name(self, module: object, name: object) -> None:
-        if not isinstance(module, bytes) or not isinstance(name, bytes):
-            self.refuse("names something by what is not text")
-        full = (module + b" " + name).decode("latin-1")
-        if full not in _NAMES:
-            self.refuse(f"names {full[:80]!r}, which is not data; nothing in the file was executed")
-        self.push(_NAMES[full])
+    def push_name(self, name: str) -> None:
+        if name not in _NAMES:
+            self.refuse(f"names {name[:80]!r}, which is not data; nothing in the file was executed")
+        self.push(_NAMES[name])
 
     def stack_global(self) -> None:
-        name, module = (value.latin1 if isinstance(value, _Text) else None for value in (self.pop(), self.pop()))
-        self.push_name(module, name)
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, _Text) or not isinstance(module, _Text):
+            self.refuse("names something by what is not text")
+        self.push_name((module.latin1 + b" " + name.latin1).decode("latin-1"))
 
     # In both patterns below, names and codes are text, or bytes where Python 2 wrote them.
 
@@ -259,41 +230,46 @@ class _Machine:
                 self.refuse("gives a state that is not one of a uint8 array of one column; nothing was executed")
 
 
-_OPCODES = {
-    b"\x80": _Machine.protocol,
-    b"\x95": _Machine.frame,
-    b"(": _Machine.mark,
-    b"]": lambda m: m.push_list([]),
-    b"l": lambda m: m.push_list(m.pop_to_mark()),
-    b"a": lambda m: m.extend([m.pop()]),
-    b"e": lambda m: m.extend(m.pop_to_mark()),
-    b"t": lambda m: m.push_tuple(m.pop_to_mark()),
-    b"\x85": lambda m: m.push_last(1),
-    b"\x86": lambda m: m.push_last(2),
-    b"\x87": lambda m: m.push_last(3),
-    b"N": lambda m: m.push(None),
-    b"\x88": lambda m: m.push(True),
-    b"\x89": lambda m: m.push(False),
-    b"I": lambda m: m.push(m.decimal(rb"-?[0-9]{1,12}")),  # protocol 0 writes booleans as 00 and 01
-    b"J": lambda m: m.push(*struct.unpack("<i", m.take(4))),
-    b"K": lambda m: m.push(m.uint(1)),
-    b"M": lambda m: m.push(m.uint(2)),
-    **dict.fromkeys((b"C", b"U"), lambda m: m.push(m.blob(m.uint(1)))),
-    **dict.fromkeys((b"B", b"T"), lambda m: m.push(m.blob(m.uint(4)))),
-    b"\x8e": lambda m: m.push(m.blob(m.uint(8))),
-    b"S": _Machine.python2_string,
-    b"V": lambda m: m.push(m.text(m.line(_MAX_TEXT_BYTES), "raw-unicode-escape")),
-    b"X": lambda m: m.push(m.text(m.blob(m.uint(4), _MAX_TEXT_BYTES), "utf-8")),
-    b"\x8c": lambda m: m.push(m.text(m.blob(m.uint(1)), "utf-8")),
-    b"p": lambda m: m.put(m.decimal(rb"[0-9]{1,12}")),
-    b"q": lambda m: m.put(m.uint(1)),
-    b"r": lambda m: m.put(m.uint(4)),
-    b"\x94": lambda m: m.put(len(m.memo)),
-    b"g": lambda m: m.get(m.decimal(rb"[0-9]{1,12}")),
-    b"h": lambda m: m.get(m.uint(1)),
-    b"j": lambda m: m.get(m.uint(4)),
-    b"c": lambda m: m.push_name(m.line(256), m.line(256)),
-    b"\x93": _Machine.stack_global,
-    b"R": _Machine.reduce,
-    b"b": _Machine.build,
+def _read_string(file: io.BytesIO | mmap) -> bytes:
+    line = file.readline()[:-1]
+    quoted = len(line) >= 2 and line[:1] in b"'\"" and line[:1] == line[-1:]
+    if not quoted or b"\\" in _PYTHON2_ESCAPE.sub(b"", line[1:-1]):
+        raise ValueError("not a quoted string")
+    return codecs.escape_decode(line[1:-1])[0]
+
+
+def _read_global(file: io.BytesIO | mmap) -> str:
+    return (file.readline()[:-1] + b" " + file.readline()[:-1]).decode("latin-1")
+
+
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_READERS = {"STRING": _read_string, "GLOBAL": _read_global}  # for these two, pickletools' own know ASCII only
+
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _Machine.protocol,
+    "MARK": lambda m, _: m.mark(),
+    "EMPTY_LIST": lambda m, _: m.push_list([]),
+    "LIST": lambda m, _: m.push_list(m.pop_to_mark()),
+    "APPEND": lambda m, _: m.extend([m.pop()]),
+    "APPENDS": lambda m, _: m.extend(m.pop_to_mark()),
+    "TUPLE": lambda m, _: m.push_tuple(m.pop_to_mark()),
+    "TUPLE1": lambda m, _: m.push_last(1),
+    "TUPLE2": lambda m, _: m.push_last(2),
+    "TUPLE3": lambda m, _: m.push_last(3),
+    "NONE": _Machine.push,
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "GLOBAL": _Machine.push_name,
+    "STACK_GLOBAL": lambda m, _: m.stack_global(),
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    "REDUCE": lambda m, _: m.reduce(),
+    "BUILD": lambda m, _: m.build(),
+    "FRAME": _Machine.frame,
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2"), _Machine.push),
+    **dict.fromkeys(("STRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda m, text: m.push(text.encode("latin-1"))),
+    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE"), _Machine.push_text),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
 }
