@@ -358,7 +358,8 @@ def test_folder_order_is_sorted_names(tmp_path):
     assert isinstance(samples, FolderSamples) and samples.domains is None
     assert samples.names == ["Zed", "ann", "zoe"]
     assert samples.labels.dtype == np.int64 and samples.labels.tolist() == [0, 1, 1, 1, 2, 2]
-    assert samples._files == ["1.PNG", "x.webp", "y.jpeg", "z.JPG", "a.png", "b.png"]
+    found = samples.image_names()
+    assert found == ["Zed/1.PNG", "ann/x.webp", "ann/y.jpeg", "ann/z.JPG", "zoe/a.png", "zoe/b.png"]
     assert (samples.read(4) == (11, 22, 7)).all() and (samples.read(5) == (10, 20, 7)).all()
     copy = pickle.loads(pickle.dumps(samples))
     np.testing.assert_array_equal(copy.read(5), samples.read(5))

@@ -24,7 +24,6 @@ from vitface.data.formats.samples import IMAGE_SUFFIXES
 from vitface.data.images import read_file, read_image
 from vitface.errors import DataError, ImageError
 
-CHUNK = 16
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 COLUMNS = ["file", "status", "faces", *POINTS]
@@ -76,16 +75,14 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> 
     out.mkdir(parents=True, exist_ok=True)
     known = read_report(out / "align.csv")
     rest = [name for name in names if name not in known]
-    chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
-    work = functools.partial(_align_chunk, src, out, finder)
+    rows = in_processes(functools.partial(_align_photo, src, out, finder), rest, num_workers)
     statuses = Counter(known[name] for name in names if name in known)
-    bar = tqdm(desc="aligning", total=len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
-    with bar, open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
-        for rows in in_processes(work, chunks, num_workers):
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    bar = tqdm(rows, "aligning", len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
+    with open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
+        for row in bar:
+            csv.writer(file, lineterminator="\n").writerow(row.cells())
             file.flush()
-            statuses.update(status for _, status, *_ in rows)
-            bar.update(len(rows))
+            statuses[row.status] += 1
     return statuses
 
 
@@ -139,12 +136,8 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
     return landmarks
 
 
-def _align_chunk(src: Path, out: Path, finder: Finder, names: list[str]) -> list[list[str]]:
-    """Writes the crops, and returns the lines of align.csv."""
-    return [_align_photo(src, out, finder, name).cells() for name in names]
-
-
 def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
+    """Writes the crop of a photo, and returns its line of align.csv."""
     try:
         image = read_image(src / name)
         row = finder.find(name, image)

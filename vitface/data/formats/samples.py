@@ -176,22 +176,22 @@ class FolderSamples:
                 f"{self.path / 'PERSON' / 'IMAGE.jpg'}, or {_DEMO}"
             )
         people = [_image_names(self.path / name) for name in self.names]
-        self._files = [file for files in people for file in files]
+        self._images = [f"{name}/{file}" for name, files in zip(self.names, people, strict=True) for file in files]
         self.labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._images)
 
     def identity(self) -> str:
         """A hash of the files' names, sizes and times, which changes when the set does."""
         digest = hashlib.sha256()
-        for name in self.image_names():
+        for name in self._images:
             status = (self.path / name).stat()
             digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def where(self, index: int) -> str:
-        return str(self.path / self.names[self.labels[index]] / self._files[index])
+        return str(self.path / self._images[index])
 
     def image(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3), as it was stored; errors as `read`."""
@@ -199,7 +199,7 @@ class FolderSamples:
 
     def image_names(self) -> list[str]:
         """PERSON/IMAGE, as --domain-labels names them."""
-        return [f"{self.names[label]}/{file}" for label, file in zip(self.labels, self._files, strict=True)]
+        return self._images
 
     def read(self, index: int) -> np.ndarray:
         return to_crop(self.image(index), self.where(index))
