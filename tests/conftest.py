@@ -27,6 +27,7 @@ from vitface.training.runs.checkpoint import save_checkpoint
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
+torch.set_num_threads(1)  # for what several tests share; see `threads`
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests with & has them ignore
 
@@ -52,16 +53,20 @@ def pytest_xdist_auto_num_workers(config) -> int | None:
     return 0 if files or not small else None
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
     """What a test fetches or packs stays out of the user's cache."""
-    monkeypatch.setenv("VITFACE_HOME", str(tmp_path_factory.getbasetemp() / "vitface-home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITFACE_HOME", str(tmp_path_factory.getbasetemp() / "vitface-home"))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def threads(request):
     """One thread, so that sums are added in one order; full-size runs take all there are."""
     torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

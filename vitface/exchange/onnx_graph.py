@@ -20,7 +20,6 @@ from torch.export import ExportedProgram
 from vitface.data.images import CROP_SIZE
 from vitface.data.synthetic.worlds import synthetic_pairs
 from vitface.errors import ExchangeError
-from vitface.extras import require
 from vitface.model import ops
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_crops
@@ -67,9 +66,8 @@ def torch_bytes(program: ExportedProgram) -> bytes:
 def onnx_bytes(program: ExportedProgram, model: Recogniser) -> bytes:
     """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA, "domain_weights"; settings as metadata.
 
-    ConfigError without onnx, onnxscript and onnxruntime.
+    It needs onnx and onnxscript.
     """
-    require("--format onnx", "onnx", "onnxscript", "onnxruntime")
     outputs = ["embeddings", *(["domain_weights"] if model.config.num_domains > 1 else [])]
     with _quiet():
         exported = torch.onnx.export(program, input_names=["images"], output_names=outputs, verbose=False)

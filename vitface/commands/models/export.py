@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vitface.commands.parser import CommandParser, add_shared, new_path
 from vitface.errors import ExchangeError
+from vitface.extras import require
 from vitface.files import replace_file
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.recogniser import Recogniser
     from vitface.store.faces import open_checkpoint
 
+    if arguments.format == "onnx":
+        require("--format onnx", "onnx", "onnxscript", "onnxruntime")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
     if arguments.format in ("onnx", "torch"):
         _export_graph(Recogniser.from_checkpoint(checkpoint, dtype="fp32"), arguments)
