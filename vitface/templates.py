@@ -1,4 +1,4 @@
-"""Text from a jinja2 template that lies beside the module that fills it."""
+"""Text from jinja2 templates, each of which lies next to the module that fills it."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ WRAPPERS = ("state_dict", "model")  # what a training checkpoint calls the entry
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. `dropped` counts the source tensors not used, by the pattern that lists them."""
+    """The result of a conversion. `dropped` counts the source tensors not used, by the pattern that lists them."""
 
     name: str
     config: ViTConfig
@@ -46,7 +46,7 @@ def convert_backbone(name: str, src: str | Path, out: str | Path, act: str | Non
     """Converts the checkpoint `src` into the backbone file `out`, which is replaced only by a complete file.
 
     `name` is a preset or its alias. `act`, "gelu" or "quick_gelu", overrides the preset's activation, which no
-    checkpoint tells: open_clip's LAION and DataComp weights have the exact GELU. WeightsError names what does not fit.
+    checkpoint names: open_clip's LAION and DataComp weights have the exact GELU. WeightsError names what does not fit.
     """
     name = backbone_name(name)
     if name not in SOURCES:
@@ -83,7 +83,7 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversi
 
 
 def read_source(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, a pickled state dict or OpenAI's archive, told apart by what is inside.
+    """The tensors of a safetensors file, a pickled state dict or OpenAI's archive, recognised by its contents.
 
     `digest` is the file's sha256. WeightsError if it cannot be read without running code from it.
     """

@@ -1,8 +1,8 @@
-"""The names of other people's checkpoints, one literal map per family of files, in our names.
+"""The names in published checkpoints, with a map to ours for each family of files.
 
 `{i}` is the block's index, `*` stands for `weight` and `bias`. `[q]`, `[k]` and `[v]` mark the parts of a fused
 `attn.qkv`, which is stacked by these marks, never by the order in a file. What is not used is listed, in two places:
-`dropped` (patterns inside the vision tower) and `beside` (patterns of names without the tower's prefix).
+`dropped` (patterns inside the vision tower) and `outside` (patterns of names without the tower's prefix).
 """
 
 import re
@@ -28,7 +28,7 @@ class Family:
     names: dict[str, str]
     prefixes: tuple[str, ...] = ("",)
     dropped: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     registers: tuple[str, ...] = ()
 
     @cached_property
@@ -50,7 +50,7 @@ class Family:
 
     def dropped_by(self, key: str, inside: bool) -> str | None:
         """The pattern that lists `key` as not used, or None. `inside`: it had the tower's prefix, removed by now."""
-        return next((p for p in (self.dropped if inside else self.beside) if fnmatchcase(key, p)), None)
+        return next((p for p in (self.dropped if inside else self.outside) if fnmatchcase(key, p)), None)
 
 
 def _block(prefix: str, norm1: str, attention: tuple[str, ...], norm2: str, fc1: str, fc2: str) -> dict[str, str]:
@@ -101,7 +101,7 @@ TRANSFORMERS_DINOV2 = Family(
     },
     prefixes=("", "dinov2."),
     dropped=("embeddings.mask_token",),
-    beside=("classifier.weight", "classifier.bias"),
+    outside=("classifier.weight", "classifier.bias"),
     registers=("embeddings.register_tokens",),
 )
 TRANSFORMERS_VIT = Family(
@@ -115,7 +115,7 @@ TRANSFORMERS_VIT = Family(
     },
     prefixes=("", "vit."),
     dropped=("embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"),
-    beside=("classifier.weight", "classifier.bias"),
+    outside=("classifier.weight", "classifier.bias"),
 )
 
 # transformers' CLIPVisionModel (no prefix since version 5), CLIPVisionModelWithProjection and the whole CLIPModel.
@@ -132,7 +132,7 @@ TRANSFORMERS_CLIP = Family(
     },
     prefixes=("", "vision_model.", "vision_model.vision_model."),
     dropped=("embeddings.position_ids",),
-    beside=("visual_projection.weight", "text_model.*", "text_projection.weight", "logit_scale"),
+    outside=("visual_projection.weight", "text_model.*", "text_projection.weight", "logit_scale"),
 )
 
 # OpenAI's archive and open_clip's own files; `proj` is what turns the tower's output into the shared embedding.
@@ -151,7 +151,14 @@ OPENAI_CLIP = Family(
     },
     prefixes=("visual.", ""),
     dropped=("proj",),
-    beside=(*_TEXT_TOWER, "transformer.resblocks.*", "logit_scale", "input_resolution", "context_length", "vocab_size"),
+    outside=(
+        *_TEXT_TOWER,
+        "transformer.resblocks.*",
+        "logit_scale",
+        "input_resolution",
+        "context_length",
+        "vocab_size",
+    ),
 )
 
 FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_VIT, TRANSFORMERS_CLIP, OPENAI_CLIP)

@@ -1,4 +1,4 @@
-"""Where each backbone's original file is, what it must hash to, and its licence."""
+"""The address, SHA-256 and licence of each backbone's original file."""
 
 from dataclasses import dataclass
 

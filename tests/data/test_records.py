@@ -232,7 +232,7 @@ FAULTS = {
     "label as int32 bits": (labelled(struct.unpack("<f", struct.pack("<i", 1))[0]), "record 2 has the label 1.4"),
     "missing identity": (rewritten("property", lambda b: b"4,112,112"), "first label 3"),
     "gap": (lambda f: write_rec(f, insightface([0.0, 0.0, 2.0, 2.0, 3.0]), 4), "first label 1"),
-    "property too small": (rewritten("property", lambda b: b"2,112,112"), "label 2; property says 2"),
+    "property too small": (rewritten("property", lambda b: b"2,112,112"), "label 2; property has 2"),
     "property empty": (rewritten("property", lambda b: b""), "num_classes,height,width"),
     "property text": (rewritten("property", lambda b: b"many,112,112"), "num_classes,height,width"),
     "property zero": (rewritten("property", lambda b: b"0,112,112"), "cannot be right"),

@@ -55,7 +55,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; ImageError says why not."""
+    """The bytes of a regular file of at most `limit` bytes; ImageError gives the reason why not."""
     try:
         status = os.stat(path)  # before open(), which would wait for ever on a FIFO
         if not stat.S_ISREG(status.st_mode):
@@ -133,7 +133,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is optional: a damaged block says nothing about the pixels
+    except Exception:  # EXIF is optional: its damage need not concern the pixels
         return image
 
 

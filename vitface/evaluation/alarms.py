@@ -1,7 +1,7 @@
 """Finds what is wrong with a benchmark or a result, with the likely cause: mistakes that have cost people months.
 
 Failures raise (`DataError`, `EvaluationError`): no number can be taken from such a set. Alarms are returned: the number
-stands, but is hardly plausible.
+stands, but is not plausible.
 """
 
 from collections.abc import Iterator
@@ -46,8 +46,8 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
     """Alarms from the images and labels alone, without a model."""
     folds = contiguous_folds(len(pairs.issame)) if pairs.folds is None else pairs.folds
     alarms = []
-    twins = sum(a == b for a, b in zip(pairs.images[::2], pairs.images[1::2], strict=True))
-    wrong = sum(pairs.images[2 * i] == pairs.images[2 * i + 1] for i in np.flatnonzero(~pairs.issame))
+    _, rows = pairs.distinct()
+    twins, wrong = (int(np.sum((rows[::2] == rows[1::2]) & kind)) for kind in (pairs.issame, ~pairs.issame))
     if wrong:
         alarms.append(f"{name}: {wrong} different pairs show one image twice: labels are shifted against the pairs")
     elif twins:
@@ -59,15 +59,13 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
         alarms.append(
             f"{name}: {share[worst]:.0%} of fold {worst + 1} are same pairs: the pairs were put in another order"
         )
-    if name in DISJOINT_FOLDS:
-        fold_of: dict[bytes, int] = {}
-        images = zip(pairs.images, np.repeat(folds, 2).tolist(), strict=True)
-        moved = sum(fold_of.setdefault(image, fold) != fold for image, fold in images)
-        if moved:
-            alarms.append(
-                f"{name}: {moved} images are in a fold besides another's, the published folds share no person: "
-                f"folds were swapped or the pairs shuffled, so thresholds see whom they are tested on"
-            )
+    fold_of = np.repeat(folds, 2)
+    moved = int(np.sum(fold_of != fold_of[np.unique(rows, return_index=True)[1]][rows]))  # from an image's first fold
+    if moved and name in DISJOINT_FOLDS:
+        alarms.append(
+            f"{name}: {moved} images are in a fold besides another's, the published folds share no person: "
+            f"folds were swapped or the pairs shuffled, so thresholds see whom they are tested on"
+        )
     return alarms
 
 

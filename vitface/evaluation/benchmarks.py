@@ -1,6 +1,6 @@
 """The benchmarks, with their number of pairs and what makes them hard; and a model's result on one.
 
-A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with beside aligned 112 x 112
+A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with, next to aligned 112 x 112
 crops under the published names (see `pair_lists`). "synthetic" and "synthetic_shift" are drawn and need no file.
 """
 
@@ -116,7 +116,7 @@ def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_t
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by benchmark; `alarms` are hardly plausible sets or results, `failures` ones that are wrong."""
+    """Results by benchmark; `alarms` name implausible sets or results, `failures` wrong ones."""
 
     results: dict[str, Verification]
     alarms: list[str]

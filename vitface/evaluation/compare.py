@@ -32,7 +32,7 @@ class Side:
 class Difference:
     """B against A on one benchmark or on their average; accuracies and differences are fractions.
 
-    `only_a` and `only_b` count the pairs that one side alone decides rightly, `p` is McNemar's; None for the average.
+    `only_a` and `only_b` count the pairs that one side alone decides correctly, `p` is McNemar's; None for the average.
     """
 
     benchmark: str
@@ -87,7 +87,7 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
 
 
 def compare(a: Side, b: Side) -> Comparison:
-    """B minus A on every benchmark that all their runs have, and on average (without synthetic ones beside others).
+    """B minus A on every benchmark that all their runs have, and on average; synthetic ones count only alone.
 
     EvaluationError if they have no benchmark in common, or if their pairs differ.
     """

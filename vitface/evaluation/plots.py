@@ -1,4 +1,4 @@
-"""What report.html.j2 draws: charts as numbers in SVG pixels, pictures as data URIs."""
+"""The charts of report.html.j2 as numbers in SVG pixels, and its pictures as data URIs."""
 
 import base64
 import io

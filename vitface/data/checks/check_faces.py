@@ -16,7 +16,7 @@ from vitface.data.checks.findings import Finding, finds
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
 IMAGES_PER_PERSON = 10  # more add little to a person's mean
-MIN_PEOPLE = 40  # fewer say nothing about how alike strangers are
+MIN_PEOPLE = 40  # fewer do not show how similar strangers are
 FALSE_ALARMS = 0.01  # people expected above the threshold where nobody is in both sets
 CHUNK = 256
 

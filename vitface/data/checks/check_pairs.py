@@ -82,20 +82,20 @@ def repeated_pairs(data: Benchmark) -> str | None:
 
 @finds(
     "error",
-    "write pairs and labels again, together; AgeDB's labels are shuffled, not in blocks. Frontal-profile pairs may "
-    "rightly come near 0.5: judge those with a trained model",
+    "write pairs and labels again, together; AgeDB's labels are shuffled, not in blocks. For frontal-"
+    "profile pairs an AUC near 0.5 is possible: judge those with a trained model",
 )
 def unrelated_labels(data: Benchmark) -> str | None:
-    """Same pairs look more alike than different ones, unless the labels belong to other pairs."""
+    """Same pairs are more similar than different ones, unless the labels belong to other pairs."""
     issame = data.pairs.issame
     if min(issame.sum(), (~issame).sum()) < MIN_PAIRS:
         return None
     score = auc(np.einsum("ij,ij->i", *(data.scan.patterns[data.rows[side::2]] for side in (0, 1))), issame)
     measured = f"(AUC {score:.2f} of the bare pixels, on LFW 0.73)"
     if score < 0.45:
-        return f"same pairs look less alike than different ones: the labels are inverted {measured}"
+        return f"same pairs are less similar than different ones: the labels are inverted {measured}"
     if score < 0.55:
         return (
-            f"same pairs look no more alike than different ones: the labels are in another order than the pairs "
+            f"same pairs are no more similar than different ones: the labels are in another order than the pairs "
             f"{measured}"
         )

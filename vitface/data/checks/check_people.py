@@ -73,7 +73,7 @@ def copies(data: TrainingSet) -> str | None:
 
 @finds("error", "write images and labels again, together")
 def unrelated_labels(data: TrainingSet) -> str | None:
-    """Two images of one person look more alike than two of different people, unless the labels are of other images."""
+    """Images of one person are more similar than those of different people, unless the labels are of other images."""
     patterns = data.scan.patterns
     labels = data.samples.labels[: len(patterns)]
     rng = np.random.default_rng(0)
@@ -89,16 +89,16 @@ def unrelated_labels(data: TrainingSet) -> str | None:
     score = auc(np.einsum("ij,ij->i", patterns[first], patterns[second]), issame)
     if score < 0.55:
         return (
-            f"images with the same label are hardly more alike than others (AUC {score:.2f}, usually above 0.6): the "
+            f"images with the same label are hardly more similar than others (AUC {score:.2f}, usually above 0.6): the "
             f"labels are in another order than the images"
         )
 
 
 @finds("error", "write images and labels again, together; a header record counted as an image is the usual cause")
 def slipped_labels(data: TrainingSet) -> str | None:
-    """Where the images lie person after person, labels that slipped by one give a person an image of the neighbour.
+    """Compares each person's first and last image with that person's others and with the neighbour's.
 
-    Each person's first and last image are compared with that person's others and with the neighbour's.
+    If the labels of a sorted list slipped by one, one of the two images is the neighbour's.
     """
     patterns = data.scan.patterns
     labels = data.samples.labels[: len(patterns)]
@@ -121,7 +121,7 @@ def slipped_labels(data: TrainingSet) -> str | None:
 
 @finds("error", "remove them from the training set (namesakes are possible, look first)")
 def people_in_benchmark(samples: Samples, pair_list: Path) -> str | None:
-    """Finds training people by their names, spelled alike but for case, spaces and _."""
+    """Finds training people by their names, apart from case, spaces and _."""
     listed = set(_spelled(pair_list.read_text(encoding="utf-8", errors="replace")).split())
     known = [name for name in samples.names if not name.isdigit() and _spelled(name).replace(" ", "") in listed]
     if known:

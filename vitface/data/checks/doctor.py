@@ -40,14 +40,21 @@ def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None
     Training sets are also compared with the benchmarks among them and those of `against`: .bin files, or published pair
     lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
     """
-    trainings, benchmarks = sets_at(path)
+    trainings, files = sets_at(path)
     lists = [file for file in against if file.suffix != ".bin"]
-    reports, scanned = [], []
-    for file in dict.fromkeys([*benchmarks, *(file for file in against if file.suffix == ".bin")]):
-        report, bench = _benchmark_report(file, num_workers)
-        reports.append(report)
-        scanned += [bench] if bench else []
-    return reports + [_training_report(folder, scanned, lists, num_workers, embed) for folder in trainings]
+    reports, benchmarks = [], []
+    for file in dict.fromkeys([*files, *(file for file in against if file.suffix == ".bin")]):
+        try:
+            benchmarks.append(scan_benchmark(read_bin(file), num_workers))
+            reports.append(_benchmark_report(file, benchmarks[-1]))
+        except DataError as error:
+            reports.append(Report(str(file), "unreadable", {}, unreadable(error)))
+    for folder in trainings:
+        try:
+            reports.append(_training_report(folder, benchmarks, lists, num_workers, embed))
+        except DataError as error:
+            reports.append(Report(str(folder), "unreadable", {}, unreadable(error)))
+    return reports
 
 
 def sets_at(path: Path) -> tuple[list[Path], list[Path]]:
@@ -61,33 +68,20 @@ def sets_at(path: Path) -> tuple[list[Path], list[Path]]:
     return (trainings, benchmarks) if trainings or benchmarks else ([path], [])
 
 
-def _benchmark_report(path: Path, num_workers: int) -> tuple[Report, Benchmark | None]:
-    try:
-        pairs = read_bin(path)
-    except DataError as error:
-        return _unreadable(path, error), None
-    bench = scan_benchmark(pairs, num_workers)
-    same = int(pairs.issame.sum())
-    counts = {
-        "pairs": len(pairs.issame),
-        "same": same,
-        "different": len(pairs.issame) - same,
-        "images": len(bench.scan),
-    }
-    return Report(str(path), "verification set (.bin)", counts, check_benchmark(bench)), bench
+def _benchmark_report(path: Path, bench: Benchmark) -> Report:
+    pairs, same = len(bench.pairs.issame), int(bench.pairs.issame.sum())
+    counts = {"pairs": pairs, "same": same, "different": pairs - same, "images": len(bench.scan)}
+    return Report(str(path), "verification set (.bin)", counts, check_benchmark(bench))
 
 
 def _training_report(
     path: Path, benchmarks: list[Benchmark], lists: list[Path], num_workers: int, embed: Embed | None
 ) -> Report:
-    try:
-        samples = load_samples(path)
-        if isinstance(samples, PackedSamples):
-            samples.verify()
-    except DataError as error:
-        return _unreadable(path, error)
+    samples = load_samples(path)
     kind = "InsightFace RecordIO" if isinstance(samples, RecordSamples) else "folder per person"
-    kind = "packed" if isinstance(samples, PackedSamples) else kind
+    if isinstance(samples, PackedSamples):
+        samples.verify()
+        kind = "packed"
     data = scan_training(samples, num_workers)
     findings = check_training(data)
     faces = Faces(data, embed) if embed else None
@@ -97,10 +91,6 @@ def _training_report(
     for file in lists:
         findings += people_in_benchmark(samples, file)
     return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)
-
-
-def _unreadable(path: Path, error: DataError) -> Report:
-    return Report(str(path), "unreadable", {}, unreadable(error))
 
 
 @finds("error", "fix what is named, or get the set again")

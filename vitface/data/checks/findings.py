@@ -1,4 +1,4 @@
-"""What a check finds, and how a function becomes a check."""
+"""The finding of a check, and the decorator that makes a check of a function."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-MIN_PAIRS = 200  # fewer pairs say nothing about labels
+MIN_PAIRS = 200  # fewer pairs do not show whether labels fit
 Severity = Literal["error", "warning", "note"]
 
 

@@ -94,7 +94,7 @@ def image_records(data: mmap | bytes, keys: np.ndarray, offsets: np.ndarray, whe
     it, is an image, and so is every other record.
     """
     if keys[0] != 0:
-        raise DataError(f"{where}: record 0, which says how many images there are, is not in the .idx")
+        raise DataError(f"{where}: record 0, which holds the number of images, is not in the .idx")
     labels, _ = read_record(data, int(offsets[0]), where)
     if len(labels) == 1:
         return np.arange(len(keys))

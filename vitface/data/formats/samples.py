@@ -145,13 +145,13 @@ def _whole_labels(labels: np.ndarray, keys: np.ndarray, num_classes: int, where:
     if not good.all():
         bad = int(np.argmin(good))
         raise DataError(
-            f"{where}: record {keys[bad]} has the label {labels[bad]:g}; property says {num_classes} classes, "
+            f"{where}: record {keys[bad]} has the label {labels[bad]:g}; property has {num_classes} classes, "
             f"so labels are whole numbers from 0 to {num_classes - 1}"
         )
     counts = np.bincount(labels.astype(np.int64), minlength=num_classes)
     if not counts.all():
         raise DataError(
-            f"{where}: property says {num_classes} classes, but {np.sum(counts == 0)} of them have no image, "
+            f"{where}: property has {num_classes} classes, but {np.sum(counts == 0)} of them have no image, "
             f"first label {np.argmin(counts)}; pack the set again with labels 0, 1, 2... and the right number"
         )
     return labels.astype(np.int64)

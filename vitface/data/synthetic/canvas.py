@@ -1,7 +1,7 @@
 """The camera and the drawing surface of the procedural faces: rays that meet ellipsoids in closed form.
 
-Head frame: x to image right, y up, z towards the viewer, the head about one unit in radius. Camera frame: U, V and W
-alike; a ray is all W of one (U, V). Boxes are (rows, columns) slices of the image.
+Head frame: x to image right, y up, z towards the viewer, the head about one unit in radius. Camera frame: U, V and W in
+the same directions; a ray is all W of one (U, V). Boxes are (rows, columns) slices of the image.
 """
 
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ AXIS = (((np.arange(SIDE) + 0.5) / SIDE * 2 - 1) * HALF_VIEW).astype(np.float32)
 
 
 class View:
-    """Where the camera stands: maps between the head's frame and the image."""
+    """The camera: maps between the head's frame and the image."""
 
     def __init__(self, yaw: float, m: SimpleNamespace):
         turn, nod, roll = np.radians([yaw, 5 * m.pitch, 6 * m.roll])
@@ -94,7 +94,7 @@ class Canvas:
         self.head = np.zeros((SIDE, SIDE), np.float32)
 
     def truth(self) -> NDArray[np.float32]:
-        """What each STRIDE-th pixel shows: unlit colour, head-frame position and presence of the head, (28, 28, 7)."""
+        """Unlit colour, head-frame position and presence of the head at each STRIDE-th pixel, (28, 28, 7)."""
         grid = slice(STRIDE // 2, None, STRIDE), slice(STRIDE // 2, None, STRIDE)
         seen = self.head[grid]
         planes = [self.rgb[0][grid], self.rgb[1][grid], self.rgb[2][grid], *self.points(grid), 1]

@@ -96,7 +96,7 @@ def marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace
 
 
 def _surface(shape: dict, at) -> list[float]:
-    """Where the level ray from the head's axis towards `at` leaves the head."""
+    """The point at which the level ray from the head's axis towards `at` leaves the head."""
     far = 0.0
     for part in ("cranium", "jaw", "cheeks", "chin"):
         (cx, cy, cz), (ax, ay, az), _ = shape[part]

@@ -35,12 +35,12 @@ FACTORS, MOMENTS = tuple(_FACTORS.split()), tuple(_MOMENTS.split())
 
 
 def identity_factors(people: ArrayLike) -> NDArray[np.float32]:
-    """The persons' factors in the order of `FACTORS`, (B,) -> (B, F) in [-1, 1), independent and uniform."""
+    """The people's factors in the order of `FACTORS`: (B,) -> (B, F) in [-1, 1), independent and uniform."""
     return (2 * uniform(len(FACTORS), 1, np.atleast_1d(people)) - 1).astype(np.float32)
 
 
 def photo_moments(seeds: ArrayLike) -> NDArray[np.float32]:
-    """What changes from photo to photo, in the order of `MOMENTS`: (B,) -> (B, M) in [-1, 1), all uniform."""
+    """The numbers that differ from photo to photo, in the order of `MOMENTS`: (B,) -> (B, M) in [-1, 1), uniform."""
     return (2 * uniform(len(MOMENTS), 3, np.atleast_1d(seeds)) - 1).astype(np.float32)
 
 
@@ -138,7 +138,7 @@ def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace
 
 
 def _nape(f: SimpleNamespace) -> float:
-    """How far down the hair reaches at the sides and the back."""
+    """The height to which the hair reaches down at the sides and the back."""
     return -0.22 - 0.55 * f.hair_length
 
 
