@@ -10,9 +10,10 @@ import argparse
 from dataclasses import dataclass
 
 from vitface.config import resolve
+from vitface.model.counts import parameter_counts
 from vitface.training.memory import plan_memory
 from vitface.training.ranks.identities import CHUNK
-from vitface.training.setup import build_model, parameter_counts
+from vitface.training.setup import build_model
 
 GB, MB, E = 10**9, 10**6, 512
 FLOAT = 4  # bytes

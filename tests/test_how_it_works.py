@@ -22,13 +22,14 @@ from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.protocol import THRESHOLDS, contiguous_folds, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval
 from vitface.metrics import auc
+from vitface.model.counts import parameter_counts
 from vitface.model.face import BatchNormHead, LinearHead, PatchesHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.ops import attention, attention_map, lora_linear, split_heads
 from vitface.model.router import load_balance_loss, subsample_patches
 from vitface.model.vit import ViT
-from vitface.training.setup import build_model, parameter_counts
+from vitface.training.setup import build_model
 from vitface.training.step import DOMAIN_LOSS_WEIGHT
 
 ROOT = Path(__file__).parents[1]

@@ -5,11 +5,13 @@ for other processes, but says nothing about what is on the disk when the power f
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vitface.errors import CheckpointError
 
@@ -93,6 +95,15 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The contents of a JSON file."""
+    return json.dumps(value, indent=1).encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

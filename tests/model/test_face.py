@@ -6,12 +6,13 @@ import torch
 from conftest import randomise_adapters, tiny_face, tiny_vit
 
 from vitface.config import resolve
+from vitface.model.counts import parameter_counts
 from vitface.model.face import FaceModel, PatchesHead
 from vitface.model.lora import Mix
 from vitface.model.router import Router, load_balance_loss, subsample_patches
 from vitface.model.vit import ViT, init_weights
 from vitface.recogniser import Recogniser
-from vitface.training.setup import build_model, parameter_counts
+from vitface.training.setup import build_model
 
 
 def trainable(**flags):

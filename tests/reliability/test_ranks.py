@@ -265,11 +265,11 @@ def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
     """The control: each rank judges its own shard by itself, and the ranks go on with other adapters."""
 
     def alone(faults):
-        return rank() if any(faults) else None
+        return rank()
 
     def act(number):
         poisoned(1, 3, "shard")
-        non_finite._first_fault, non_finite.broadcast, step.on_any_rank = (
+        non_finite.first_fault, non_finite.broadcast, step.on_any_rank = (
             alone,
             lambda value, source=0: value,
             lambda flag: flag,

@@ -200,7 +200,7 @@ def logging_every(steps):
 
 def tracking(monkeypatch):
     rows = []
-    monkeypatch.setattr("vitface.training.runs.log._wandb", lambda run_dir, config: [rows.append])
+    monkeypatch.setattr("vitface.training.runs.log._wandb", lambda run_dir, config: rows.append)
 
 
 # what is switched -> (settings, change of the code, whether anything is written); every second one by default
@@ -216,7 +216,7 @@ SWITCHES = {
     "saving every step": ({}, saving_every_step, True),
     "logging off": ({}, logging_every(1000), True),
     "logging every step": ({}, logging_every(1), True),
-    "logging to a tracker": ({}, tracking, True),
+    "logging to a tracker": ({"wandb": True}, tracking, True),
     "random states disturbed": ({}, disturb, True),
 }
 

@@ -15,7 +15,6 @@ from vitface.training.ranks.process_group import (
     barrier,
     broadcast,
     check_same,
-    lowest,
     process_group,
     rank,
 )
@@ -129,19 +128,13 @@ def test_messages():
         assert broadcast(f"from {number}") == "from 0" and broadcast([number, None], source=2) == [2, None]
         assert agree(number == 1, [number, 0.5]) == (True, [1.0, 0.5])
         assert agree(False, []) == (False, [])
-        assert lowest(7 - number) == 5
         barrier("here")
         check_same({"lr": 0.1, "data": "x"})
         with pytest.raises(ConfigError, match=r"rank 2 has other data than rank 0: z+\.\.\. instead of x; every rank"):
             check_same({"lr": 0.1, "data": "z" * 99 if number == 2 else "x"})
 
     all_well(3, act)
-    assert (
-        all_gather(1) == [1]
-        and broadcast("alone") == "alone"
-        and agree(True, [0.1]) == (True, [0.1])
-        and lowest(3) == 3
-    )
+    assert all_gather(1) == [1] and broadcast("alone") == "alone" and agree(True, [0.1]) == (True, [0.1])
 
 
 def test_one_group_after_another():

@@ -3,7 +3,6 @@
 It shows what `report.results_json` holds, drawn from the same results; its text and markup are in report.html.j2.
 """
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import synthetic_routing
 from vitface.metrics import roc
 from vitface.recogniser import Recogniser
+from vitface.store.settings import read_epochs
 from vitface.templates import render
 
 Pictures = list[tuple[str, str]]  # of `picture`
@@ -57,11 +57,7 @@ def report_page(
 
 def learning_curve(run: Path) -> list[Chart]:
     """Loss and held-out AUC by epoch, from the run's log.csv."""
-    path = run / "log.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_epochs(run)
     charts = []
     for key, label in (("loss", "training loss"), ("holdout_auc", "AUC on held-out training people")):
         x, y = (np.array([row[column] for row in rows if row[key]], float) for column in ("epoch", key))

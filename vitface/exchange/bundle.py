@@ -1,8 +1,6 @@
 """A face model as a folder of its own: the files that `vitface.load` needs, and nothing else of a training run."""
 
 import dataclasses
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 
 from vitface.errors import ConfigError, ExchangeError
-from vitface.files import make_folder, publish_folder, sync_folder, write_synced
+from vitface.files import json_bytes, make_folder, publish_folder, sha256_bytes, sync_folder, write_synced
 from vitface.model.face import FaceModel
 from vitface.store.backbones import contents_sha256
 from vitface.store.faces import MANIFEST_FILE, trained_tensors
@@ -32,11 +30,11 @@ def face_files(
         "model.json": json_bytes(dataclasses.asdict(model.config)),
     }
     if calibration:
-        files[THRESHOLDS_FILE] = json_bytes({"model": sha256(files["model.safetensors"]), **calibration})
+        files[THRESHOLDS_FILE] = json_bytes({"model": sha256_bytes(files["model.safetensors"]), **calibration})
     manifest: dict[str, Any] = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
     if backbone not in (None, "random"):
         manifest["backbone_sha256"] = contents_sha256(Path(backbone))
-    manifest["files"] = {name: {"size": len(data), "sha256": sha256(data)} for name, data in files.items()}
+    manifest["files"] = {name: {"size": len(data), "sha256": sha256_bytes(data)} for name, data in files.items()}
     return {**files, MANIFEST_FILE: json_bytes(manifest)}
 
 
@@ -57,11 +55,3 @@ def write_folder(out: Path, folders: dict[str, dict[str, bytes]]) -> None:
         raise ExchangeError(f"{out} could not be written: {error or 'out of memory'}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

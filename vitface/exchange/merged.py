@@ -8,7 +8,8 @@ import dataclasses
 from pathlib import Path
 
 from vitface.errors import ExchangeError
-from vitface.exchange.bundle import face_files, sha256
+from vitface.exchange.bundle import face_files
+from vitface.files import sha256_bytes
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS, add_lora, merge_lora
 from vitface.store.backbones import backbone_bytes, load_backbone, read_backbone
@@ -35,7 +36,7 @@ def merged_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     merge_lora(vit)
     source = {**read_backbone(Path(file))[3], "merged": f"LoRA, model.safetensors with sha256 {checkpoint.sha256}"}
     backbone = backbone_bytes(config.backbone, config.vit, vit.state_dict(), source)
-    plain = dataclasses.replace(config, weights_sha256=sha256(backbone), lora_rank=0, train_patch_embed=False)
+    plain = dataclasses.replace(config, weights_sha256=sha256_bytes(backbone), lora_rank=0, train_patch_embed=False)
     face = FaceModel(vit, plain)
     face.head = model.head
     return {f"{config.backbone}.safetensors": backbone, **face_files(face, None, checkpoint.calibration)}

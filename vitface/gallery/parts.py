@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import DataError
-from vitface.files import make_folder, replace_file
+from vitface.files import json_bytes, make_folder, replace_file
 from vitface.store.tensors import tensor_bytes
 
 FORMAT = "vitface-gallery-1"
@@ -51,7 +51,7 @@ def write_settings(path: Path, settings: Settings) -> None:
     make_folder(path.absolute())
     thresholds = {f"{far:g}": cosine for far, cosine in settings.thresholds.items()}
     written = {"format": FORMAT, "model": settings.model, "align": settings.align, "thresholds": thresholds}
-    replace_file(path / SETTINGS_FILE, json.dumps(written, indent=1).encode())
+    replace_file(path / SETTINGS_FILE, json_bytes(written))
 
 
 def read_settings(path: Path) -> Settings:

@@ -1,8 +1,9 @@
-"""Settings on disk: those of a run, and those in a model file -> `ViTConfig`, `FaceConfig`.
+"""What a run directory records: its settings and its epochs; and a model file's settings -> `ViTConfig`, `FaceConfig`.
 
 Files may come from strangers: a value that no model can have is refused before anything is built from it.
 """
 
+import csv
 import json
 import math
 import typing
@@ -25,6 +26,15 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} is damaged; start afresh in another --save-dir")
     return settings
+
+
+def read_epochs(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of a run's log.csv, one for each epoch; none where there is no log."""
+    path = run_dir / "log.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def vit_config(settings: dict[str, Any]) -> ViTConfig:

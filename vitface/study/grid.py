@@ -7,7 +7,6 @@ study.json hold the table, after each seed anew.
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read_run
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
-from vitface.files import replace_file
+from vitface.files import json_bytes, replace_file
 from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser, load
 from vitface.store.faces import frozen_face, open_checkpoint
@@ -122,10 +121,7 @@ def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder:
     }
     replace_file(folder / "study.md", study_markdown(about, rows).encode())
     entries = {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()}
-    replace_file(
-        folder / "study.json",
-        (json.dumps({**about, "variants": rows, "comparisons": entries}, indent=1) + "\n").encode(),
-    )
+    replace_file(folder / "study.json", json_bytes({**about, "variants": rows, "comparisons": entries}))
 
 
 def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> dict[str, Any]:

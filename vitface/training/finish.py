@@ -1,6 +1,5 @@
 """The end of a run: the best epoch is evaluated, calibrated on the people held out, and described in results.md."""
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from vitface.evaluation.scores import keep_scores
 from vitface.files import replace_file
 from vitface.recogniser import Recogniser
 from vitface.store.faces import frozen_face, open_checkpoint
+from vitface.store.settings import read_epochs
 from vitface.training.batches import TrainingData
 from vitface.training.holdout import calibrate
 from vitface.training.ranks.parallel import in_turns
@@ -61,13 +61,12 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
     """The run on one page: results, learning curve, settings."""
-    with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
-        epochs = list(csv.DictReader(file))
+    epochs = read_epochs(run_dir)
     curve = "".join(
         f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
         for row in epochs
     )
-    skipped = int(epochs[-1].get("skipped", 0))  # of fp16 alone
+    skipped = int(epochs[-1].get("skipped") or 0)  # of fp16 alone
     note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
     parts = [

@@ -4,7 +4,6 @@ Thresholds are for the cosine of two embeddings as `Recogniser.embed` gives them
 threshold. They are written into the run's thresholds.json, see `vitface.store.thresholds`.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from vitface.data.formats.samples import Samples
 from vitface.data.loader import read_batches
 from vitface.errors import EvaluationError
-from vitface.files import replace_file
+from vitface.files import json_bytes, replace_file
 from vitface.metrics import far_threshold
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_batches, split
@@ -67,7 +66,7 @@ def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> s
         "thresholds": thresholds,
     }
     if rank() == 0:
-        replace_file(checkpoint.run / THRESHOLDS_FILE, json.dumps(written, indent=1).encode())
+        replace_file(checkpoint.run / THRESHOLDS_FILE, json_bytes(written))
     return thresholds_text(written)
 
 

@@ -22,7 +22,7 @@ from vitface.training.batches import Batch, rank_batches
 from vitface.training.collapse import alarms
 from vitface.training.holdout import all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
-from vitface.training.memory import fit_memory
+from vitface.training.memory import plan_memory
 from vitface.training.non_finite import NonFiniteError, diagnose, keep_diagnosis, may_skip, non_finite_error
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
@@ -47,7 +47,8 @@ class Trainer:
         self.device = torch.device(config.device)
         self.data = setup.open_data(config)
         self.model, self.margin = setup.build_model(config, self.data.split.num_people, change)
-        self.memory = fit_memory(self.model, self.margin, self.data.micro_batch, config.memory_budget)
+        self.memory = plan_memory(self.model, self.margin, self.data.micro_batch, config.memory_budget)
+        self.model.vit.recompute(self.memory.recomputed)
         if world_size() > 1:
             synchronise_batch_norms(self.model)
         self.optimizer = make_optimizer(self.model, self.margin, config)

@@ -10,7 +10,8 @@ and runs a second time in the backward pass. The arithmetic, with n blocks recom
 What autograd saves is not modelled but measured on two images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ PROBE = 2  # images; batch norm needs two
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted bytes of a step with `recomputed` of `depth` blocks recomputed."""
+    """The bytes that a step is predicted to take if `recomputed` of `depth` blocks are recomputed."""
 
     recomputed: int
     depth: int
@@ -42,15 +43,8 @@ class MemoryPlan:
         return f"about {self.total / GB:.2g} GB a step, {self.recomputed} of {self.depth} blocks recomputed"
 
 
-def fit_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: float | None) -> MemoryPlan:
-    """Has `model` recompute as many blocks as `plan_memory` finds necessary, and returns that plan."""
-    plan = plan_memory(model, margin, batch_size, budget)
-    model.vit.recompute(plan.recomputed)
-    return plan
-
-
 def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: float | None) -> MemoryPlan:
-    """The fewest recomputed blocks that keep a step within `budget` GB (None: any size). The model stays as it was.
+    """Finds the fewest recomputed blocks that keep a step within `budget` GB (None: any size). The model is unchanged.
 
     ConfigError, naming a batch size that would fit, if recomputing every block is not enough.
     """
@@ -59,21 +53,20 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     constant = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     constant += sum(buffer.nbytes for buffer in margin.buffers())  # a sampled identity matrix and its moments
     images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.pos_embed.device)
-    before, buffers = vit.recomputed, {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = vit.recomputed
     entry = vit.tokens(images).detach().requires_grad_()
     mix = Mix(entry.new_ones(PROBE, model.config.num_domains) if model.router is not None else None)
     block = saved_bytes(lambda: vit.blocks[0](entry, mix), model)
     try:
         for recomputed in range(len(vit.blocks) + 1):
             vit.recompute(recomputed)
-            saved = saved_bytes(lambda: model(images), model) + recomputed * entry.nbytes + 2 * block
+            with kept_buffers(model):
+                saved = saved_bytes(lambda: model(images), model) + recomputed * entry.nbytes + 2 * block
             plan = MemoryPlan(recomputed, len(vit.blocks), constant, saved // PROBE, batch_size)
             if budget is None or plan.total <= budget * GB:
                 return plan
     finally:
         vit.recompute(before)
-        for name, buffer in model.named_buffers():  # the batch norm must not remember the probe
-            buffer.copy_(buffers[name])
     assert plan is not None and budget is not None
     fits = int((budget * GB - constant) / plan.per_image)
     advice = f"--batch-size {fits} would fit" if fits > 1 else "no batch size fits"
@@ -92,3 +85,16 @@ def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         alive = run()  # noqa: F841  # while it lives, no two storages share an address
     return sum(size for address, size in kept.items() if address not in parameters)
+
+
+@contextmanager
+def kept_buffers(*modules: nn.Module) -> Iterator[None]:
+    """Inside, a pass in train mode may change buffers (batch norm); at the end they get their values back.
+
+    These are the buffers of the state dicts, without those that `ShardedMargin.draw` draws from.
+    """
+    buffers = [buffer for module in modules for name, buffer in module.named_buffers() if name in module.state_dict()]
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)

@@ -1,6 +1,5 @@
-"""What a run does about NaN and infinity: it skips a step whose fp16 gradients overflowed, or diagnoses and stops."""
+"""NaN and infinity: a run skips a step whose fp16 gradients overflowed; after any other one it diagnoses and stops."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitface.errors import VitfaceError
-from vitface.files import replace_file
-from vitface.training.ranks.process_group import agree, broadcast, lowest, rank, world_size
+from vitface.files import json_bytes, replace_file
+from vitface.training.ranks.process_group import agree, all_gather, broadcast, rank, world_size
 
 MOST_SKIPPED = 20  # steps in a row
 
@@ -24,16 +23,19 @@ class NonFiniteError(VitfaceError):
 
 
 def may_skip(loss: float, skipped_in_a_row: int) -> bool:
-    """Whether a bad step under a scaled loss can be left at that: a lower scale helps gradients, but not a loss."""
+    """True if a bad step can be skipped: a lower loss scale helps where gradients overflowed, but not the loss itself.
+
+    All ranks must call it.
+    """
     return not agree(not math.isfinite(loss), [])[0] and skipped_in_a_row + 1 < MOST_SKIPPED
 
 
 def non_finite_error(
     loss: float, norm: float, parameters: Iterable[nn.Parameter], skipped_in_a_row: int = 0
 ) -> NonFiniteError:
-    """The error after a bad step, the same on every rank; to be called on all of them."""
+    """Returns the error after a bad step, the same one on every rank; all ranks must call it."""
     own = not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
-    culprit = _first_fault([not math.isfinite(loss), own, not math.isfinite(norm)]) or 0
+    culprit = first_fault([not math.isfinite(loss), own, not math.isfinite(norm)])
     found = broadcast(f"loss {loss}, gradient norm {norm}", culprit)
     where = f"rank {culprit}: " if world_size() > 1 else ""
     many = f"the last {MOST_SKIPPED} steps were skipped, each with a lower loss scale than the one before; "
@@ -44,17 +46,16 @@ def non_finite_error(
     )
 
 
-def _first_fault(faults: list[bool]) -> int | None:
-    """The first rank that has the first of these faults that any has, None if none has any; the same on every rank."""
-    worst = faults.index(True) if any(faults) else len(faults)
-    found = lowest(worst * world_size() + rank())
-    return found % world_size() if found < len(faults) * world_size() else None
+def first_fault(faults: list[bool]) -> int:
+    """Of the faults that any rank has, the first decides: returns the first rank that has it, 0 if no rank has any."""
+    everyone = all_gather([*faults, True].index(True))
+    return everyone.index(min(everyone))
 
 
 def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, float], modules: nn.ModuleDict) -> dict[str, Any]:
-    """`where` it happened, what went in, the loss by its parts, and which tensors are not finite, as JSON.
+    """Returns `where` it happened, the images' range, the losses and the tensors that are not finite, ready for JSON.
 
-    (seed, epoch, step) determine the batch, so it need not be kept: a diagnosis holds no image and no name.
+    The batch follows from (seed, epoch, step), so a diagnosis holds no image and no name.
     """
     parameters = dict(modules.named_parameters())
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.numel()}
@@ -69,10 +70,13 @@ def diagnose(where: dict[str, Any], images: Tensor, parts: dict[str, float], mod
 
 
 def keep_diagnosis(path: Path, error: NonFiniteError, diagnosis: dict[str, Any]) -> NonFiniteError:
-    """Rank 0 writes what the rank that met the value found; returns the error with the step and the file's name."""
+    """Writes, on rank 0, the diagnosis of the rank with the fault; returns the error with the step and the file's name.
+
+    All ranks must call it.
+    """
     found = broadcast(diagnosis, error.culprit)
     if rank() == 0:
-        replace_file(path, json.dumps(found, indent=1).encode())
+        replace_file(path, json_bytes(found))
     return NonFiniteError(f"step {found['step']:,}: {error}; {path} says more", error.culprit)
 
 

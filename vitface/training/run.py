@@ -1,7 +1,6 @@
 """A whole run, as `vitface train` starts it: set up or resume, train, finish."""
 
 import dataclasses
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from vitface.config import TrainConfig
 from vitface.errors import ConfigError, VitfaceError
-from vitface.files import make_folder, replace_file
+from vitface.files import json_bytes, make_folder, replace_file
 from vitface.lock import folder_lock
 from vitface.training.finish import finish
 from vitface.training.header import header
@@ -85,8 +84,7 @@ def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None) -> None:
         trainer.restore(checkpoint)
         print0(f"resumed {checkpoint} at step {trainer.state.progress.step:,}")
     if rank() == 0:
-        settings = json.dumps(dataclasses.asdict(trainer.config), indent=1)
-        replace_file(run_dir / "config.json", settings.encode())
+        replace_file(run_dir / "config.json", json_bytes(dataclasses.asdict(trainer.config)))
     print0(f"run directory: {run_dir}\n{header(trainer)}")
     try:
         trainer.fit(RunLog(run_dir, trainer.config, trainer.state.progress.step) if rank() == 0 else None)

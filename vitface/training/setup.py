@@ -1,14 +1,14 @@
-"""What a run is made of: the choices that "auto" stands for, the samples, the model, and how large it is."""
+"""The parts of a run, from its settings: what "auto" stands for, the training data, the model and its loss."""
 
 import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitface.config import FaceConfig, TrainConfig, backbone_name
 from vitface.data.formats.packed import PackedSamples
@@ -25,6 +25,7 @@ from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.training.batches import Batch, TrainingData, micro_batch_size
+from vitface.training.memory import kept_buffers
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import gather_rows
 from vitface.training.ranks.process_group import barrier, launched, local_device
@@ -32,33 +33,20 @@ from vitface.training.runs.state import Margin
 from vitface.training.step import total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
+DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, grad_accum=1)
+DRY_RUN |= dict(holdout_people=0, patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False)
 T = TypeVar("T")
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
-    """Replaces every "auto" by what it means on this machine, and a dry run's inputs by ones that need no files."""
+    """Replaces every "auto" by its value on this machine, and a dry run's inputs by ones that need no files."""
     device = resolve_device(local_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, weights=weights)
     if config.dry_run:
         batch = min(config.batch_size, 8 * launched())
-        config = dataclasses.replace(
-            config,
-            weights="random",
-            train_data="synthetic",
-            val_data=None,
-            epochs=1,
-            batch_size=batch,
-            max_samples=2 * batch,
-            grad_accum=1,
-            holdout_people=0,
-            patience=0,
-            num_workers=0,
-            resume=None,
-            wandb=False,
-            tensorboard=False,
-        )
+        config = dataclasses.replace(config, **DRY_RUN, batch_size=batch, max_samples=2 * batch)
     return config
 
 
@@ -131,7 +119,7 @@ def open_data(config: TrainConfig) -> TrainingData:
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
-    """What the run is evaluated on at its end; ConfigError for a `--val-data` that is none (the default may be)."""
+    """The benchmarks of the evaluation at the end; ConfigError if --val-data names no folder, unless by default."""
     if config.val_data not in (None, TrainConfig.val_data) and not Path(config.val_data).is_dir():
         raise ConfigError(f"--val-data {config.val_data} is no folder; name the one of lfw.bin, cfp_fp.bin, ...")
     real = available(config.val_data) if config.val_data else []
@@ -142,27 +130,13 @@ Change = Callable[[FaceModel], None]  # of a model, before it is trained or eval
 
 
 def build_model(config: TrainConfig, num_people: int, change: Change | None = None) -> tuple[FaceModel, Margin]:
-    """The face model around its frozen backbone and the loss with its identity matrix, on the device, in train mode."""
+    """The face model, and the loss with its identity matrix, on the device and in train mode."""
     vit = load_backbone(config.backbone, config.weights, config.image_size)
     name = backbone_name(config.backbone)
-    face = FaceConfig(
-        backbone=name,
-        weights_sha256=weights_sha256(name, config.weights),
-        vit=vit.config,
-        image_size=config.image_size,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_targets=config.lora_targets,
-        num_domains=config.num_domains if config.use_dalora else 1,
-        router_depth=config.router_depth,
-        gate_temperature=config.gate_temperature,
-        head=config.head,
-        head_levels=config.head_levels,
-        embedding_dim=config.embedding_dim,
-        train_patch_embed=config.train_patch_embed,
-        dtype=config.dtype,  # type: ignore[arg-type]  # "auto" is resolved by now
-    )
-    model = FaceModel(vit, face, config.seed).to(config.device)
+    flags, domains = vars(config), config.num_domains if config.use_dalora else 1
+    settings = {field.name: flags[field.name] for field in dataclasses.fields(FaceConfig) if field.name in flags}
+    settings |= dict(backbone=name, weights_sha256=weights_sha256(name, config.weights), vit=vit.config)
+    model = FaceModel(vit, FaceConfig(**{**settings, "num_domains": domains}), config.seed).to(config.device)
     model.use_ops(fastest_ops(torch.device(config.device)))
     if change is not None:
         change(model)
@@ -174,56 +148,26 @@ def build_model(config: TrainConfig, num_people: int, change: Change | None = No
     return model.train(), margin.to(config.device)
 
 
-def parameter_counts(model: FaceModel) -> dict[str, tuple[int, int]]:
-    """(total, trainable) parameters of "backbone", "adapters", "router", "head" and "all"."""
-    counts = {"backbone": [0, 0], "adapters": [0, 0], "router": [0, 0], "head": [0, 0], "all": [0, 0]}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0] if not name.startswith("vit.") else "adapters" if "lora_" in name else "backbone"
-        for key in (part, "all"):
-            counts[key][0] += parameter.numel()
-            counts[key][1] += parameter.numel() * parameter.requires_grad
-    return {key: (total, trainable) for key, (total, trainable) in counts.items()}
-
-
-def parameter_table(model: FaceModel, margin: Margin) -> str:
-    """The counts as text, a line per part; the identity matrix is counted apart."""
-    rows = [f"{'parameters':<12}{'total':>14}{'trainable':>14}{'%':>9}"]
-    for part, (total, trainable) in parameter_counts(model).items():
-        if total:
-            rows.append(f"{part:<12}{total:>14,}{trainable:>14,}{100 * trainable / total:>9.2f}")
-    people = margin.num_identities
-    rows.append(f"{'identities':<12}{people * margin.weight.shape[1]:>14,}  (training only, {people:,} people)")
-    return "\n".join(rows)
-
-
 def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, config: TrainConfig) -> float:
-    """Times one forward and backward pass on blank images, after one to warm up; leaves the model as it was.
+    """Estimates a step's time from one forward and backward pass on blank images, after one to warm up.
 
-    A step has --grad-accum of them.
+    The model and the loss are left as they were.
     """
-    kept = {name for module in (model, margin) for name in module.state_dict()}  # not what `draw` draws from
-    buffers = [buffer for module in (model, margin) for name, buffer in module.named_buffers() if name in kept]
-    before = [buffer.clone() for buffer in buffers]
     images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=config.device)
     labels = torch.zeros(micro_batch, dtype=torch.long, device=config.device)
     batch = Batch(images, labels, None, np.zeros(1, int))
-    start = 0.0
-    if isinstance(margin, ShardedMargin):
-        margin.draw(0, batch.people)
-    for _ in range(2):
-        _synchronise(images)
-        start = time.perf_counter()
-        total_loss(model, margin, batch, config)["loss"].backward()
-        _synchronise(images)
-    if isinstance(margin, ShardedMargin):
-        margin.put_back()
+    seconds = 0.0
+    with kept_buffers(model, margin):
+        if isinstance(margin, ShardedMargin):
+            margin.draw(0, batch.people)
+        for _ in range(2):
+            start = time.perf_counter()
+            total_loss(model, margin, batch, config)["loss"].backward()
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds = time.perf_counter() - start
+        if isinstance(margin, ShardedMargin):
+            margin.put_back()
     for module in (model, margin):
         module.zero_grad(set_to_none=True)
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-    return config.grad_accum * (time.perf_counter() - start)
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    return config.grad_accum * seconds

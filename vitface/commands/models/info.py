@@ -1,7 +1,6 @@
 """Describe a file or folder of vitface: a run or checkpoint, a converted backbone, a gallery."""
 
 import argparse
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -45,11 +44,13 @@ def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Where a checkpoint comes from, its settings, sizes and thresholds."""
     import torch
 
+    from vitface.model.counts import parameter_counts
     from vitface.model.face import FaceModel
     from vitface.model.vit import ViT
-    from vitface.training.setup import parameter_counts
+    from vitface.store.settings import read_epochs
 
-    config, run = checkpoint.config, checkpoint.run
+    config = checkpoint.config
+    epochs = read_epochs(checkpoint.run) if checkpoint.run else []
     with torch.device("meta"):
         model = FaceModel(ViT(config.vit, config.image_size), config)
     counts = parameter_counts(model)
@@ -62,17 +63,8 @@ def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
         "settings": settings,
         "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
         "thresholds": {f"{far:g}": threshold for far, threshold in checkpoint.thresholds.items()},
-        "last_epoch": run and _last_row(run / "log.csv"),
+        "last_epoch": epochs[-1] if epochs else None,
     }
-
-
-def _last_row(path: Path) -> dict[str, str] | None:
-    """The last line of a run's log.csv, None if there is none."""
-    if not path.is_file():
-        return None
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return rows[-1] if rows else None
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from vitface.commands.parser import CommandParser, add_shared
 from vitface.errors import ConfigError, ExchangeError
 from vitface.extras import require
+from vitface.files import sha256_bytes
 from vitface.store.hub import REPOSITORY
 
 EXAMPLES = """examples:
@@ -29,7 +30,6 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.exchange.bundle import sha256
     from vitface.exchange.hub_bundle import people_of, upload, write_bundle
     from vitface.exchange.leaks import check_bundle
     from vitface.store.faces import open_checkpoint
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not out.exists():
         write_bundle(checkpoint, out, repository, arguments.data, arguments.licence)
     files = check_bundle(out, arguments.weights, people_of(checkpoint))
-    if sha256(files["model.safetensors"]) != checkpoint.sha256:
+    if sha256_bytes(files["model.safetensors"]) != checkpoint.sha256:
         raise ExchangeError(f"{out} holds another model than {arguments.checkpoint}; remove it, or name another --out")
     print(f"{out}, of which nothing is a backbone, an identity, an image or an embedding:")
     for name, data in files.items():

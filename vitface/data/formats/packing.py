@@ -25,7 +25,7 @@ from vitface.data.background import in_processes
 from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import DataError
-from vitface.files import write_synced
+from vitface.files import json_bytes, write_synced
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
@@ -191,7 +191,7 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
         "shards": [{"images": shard["images"], "sha256": shard["sha256"]} for shard in shards],
     }
     write_synced(part / "labels.npy", data.getvalue())
-    write_synced(part / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_synced(part / "manifest.json", json_bytes(manifest))
 
 
 def _locked(out: Path) -> AbstractContextManager[None]:

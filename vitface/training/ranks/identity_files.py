@@ -1,8 +1,8 @@
 """The sharded identity matrix in checkpoints: a file per range of classes, the same ones for any number of ranks.
 
 identities-FIRST-END.safetensors holds "weight", "exp_avg" and "exp_avg_sq" of the classes [FIRST, END), each
-(END - FIRST, E). Rank 0 writes them, with the rows that the others send it, one range in memory at a time. To resume,
-each rank reads its own classes, whichever files they are in.
+(END - FIRST, E). Rank 0 writes them, one range in memory at a time. To resume, each rank reads its own classes from
+whichever files they are in.
 """
 
 import re
@@ -16,48 +16,37 @@ from torch import Tensor
 
 from vitface.errors import CheckpointError
 from vitface.store.tensors import tensor_bytes
-from vitface.training.ranks.identities import BLOCK, MOMENTS, ShardedMargin, class_range
+from vitface.training.ranks.identities import BLOCK, MOMENTS, ShardedMargin
 from vitface.training.ranks.process_group import rank, world_size
 
 NAMES = ("weight", *MOMENTS)
 
 
 def identity_files(margin: ShardedMargin, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of each file, on rank 0. All ranks must exhaust it together: the others send, and get nothing.
+    """(name, contents) of each file, for rank 0 to write. All ranks must exhaust it together, to send their rows.
 
     CheckpointError for values that are not finite.
     """
     rows = margin.rows(optimizer)
     for first in range(0, margin.num_identities, BLOCK):
         end = min(first + BLOCK, margin.num_identities)
-        tensors = {name: _collect(rows[name], margin.num_identities, first, end) for name in NAMES}
-        if rank() == 0:
-            for name, tensor in tensors.items():
-                if not tensor.isfinite().all():
-                    what = f"{name} of the identities {first} to {end}"
-                    raise CheckpointError(f"this step was not saved: {what} has NaN or infinite values")
-            yield f"identities-{first}-{end}.safetensors", tensor_bytes(tensors)
+        tensors = {name: _collect(rows[name], margin.first, first, end) for name in NAMES}
+        for name, tensor in tensors.items():
+            if rank() == 0 and not tensor.isfinite().all():
+                what = f"{name} of the identities {first} to {end}"
+                raise CheckpointError(f"this step was not saved: {what} has NaN or infinite values")
+        yield f"identities-{first}-{end}.safetensors", tensor_bytes(tensors) if rank() == 0 else b""
 
 
-def _collect(rows: Tensor, num_identities: int, first: int, end: int) -> Tensor:
-    """This rank's rows -> rows [first, end) of all ranks, on rank 0."""
-    parts = []
-    for sender in range(world_size()):
-        start, stop = class_range(num_identities, sender, world_size())
-        low, high = max(start, first), min(stop, end)
-        if low >= high:
-            continue
-        if sender == rank():
-            part = rows[low - start : high - start].cpu()
-            if sender != 0:
-                dist.send(part.contiguous(), 0)
-        elif rank() == 0:
-            part = torch.empty(high - low, rows.shape[1])
-            dist.recv(part, sender)
-        else:
-            continue
-        parts.append(part)
-    return torch.cat(parts) if rank() == 0 else rows[:0]
+def _collect(rows: Tensor, start: int, first: int, end: int) -> Tensor:
+    """This rank's rows, of the classes from `start` -> rows [first, end) of all ranks (END - FIRST, E), on rank 0."""
+    block = torch.zeros(end - first, rows.shape[1])
+    low, high = max(start, first), min(start + len(rows), end)
+    if low < high:
+        block[low - first : high - first] = rows[low - start : high - start]
+    if world_size() > 1:  # a row is zero on all ranks but one; as integers, a sum changes no bit of it
+        dist.reduce(block.view(torch.int32), 0)
+    return block
 
 
 def read_identities(step: Path, margin: ShardedMargin) -> dict[str, Tensor]:
@@ -66,9 +55,8 @@ def read_identities(step: Path, margin: ShardedMargin) -> dict[str, Tensor]:
     CheckpointError unless the directory holds each class once, of this size and finite.
     """
     end, dim = margin.num_identities, margin.weight.shape[1]
-    ranges = sorted(
-        (int(match[1]), int(match[2]), path) for path in step.iterdir() if (match := _NAME.match(path.name))
-    )
+    names = ((re.fullmatch(r"identities-(\d+)-(\d+)\.safetensors", path.name), path) for path in step.iterdir())
+    ranges = sorted((int(match[1]), int(match[2]), path) for match, path in names if match)
     borders = [0, *(stop for _, stop, _ in ranges)]
     if [start for start, _, _ in ranges] != borders[:-1] or borders[-1] != end:
         raise CheckpointError(f"{step} does not hold the {end:,} identities of this run, in files without gaps")
@@ -83,14 +71,9 @@ def read_identities(step: Path, margin: ShardedMargin) -> dict[str, Tensor]:
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
-_NAME = re.compile(r"identities-(\d+)-(\d+)\.safetensors$")
-
-
 def _read_slice(path: Path, first: int, end: int) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            if sorted(file.keys()) != sorted(NAMES):
-                raise CheckpointError(f"{path} holds {', '.join(file.keys())}; expected {', '.join(NAMES)}")
             return {name: file.get_slice(name)[first:end] for name in NAMES}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None

@@ -146,25 +146,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
 def in_turns(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
     """work(0), ..., work(count - 1), float32 (n, E) each, concatenated: on every rank, though it did every W-th only.
 
-    What is done in a turn does not depend on W, so neither do the rows. DataError on all ranks if work fails on one.
+    A turn does not depend on W, so neither do the rows. DataError on all ranks if the work of one fails.
     """
     if world_size() == 1:
         return in_order(work, count)
-    rows, failure = [], ""
+    mine, failure = {}, ""
     try:
-        rows = [np.asarray(work(turn), np.float32) for turn in range(rank(), count, world_size())]
+        mine = {turn: np.asarray(work(turn), np.float32) for turn in range(rank(), count, world_size())}
     except VitfaceError as error:
         failure = str(error)
-    everyone = all_gather([failure, [array.shape for array in rows]])
+    everyone = all_gather([failure, [rows.shape for rows in mine.values()]])
     for theirs, _ in everyone:
         if theirs:
             raise DataError(theirs)
-    width = next(shape[1] for _, shapes in everyone for shape in shapes)
-    sizes = [[shape[0] for shape in shapes] for _, shapes in everyone]
-    mine = torch.zeros(max(map(sum, sizes)), width)
-    if rows:
-        mine[: sum(sizes[rank()])] = torch.from_numpy(np.concatenate(rows))
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    by_rank = [part.split([*own, len(part) - sum(own)]) for part, own in zip(parts, sizes, strict=True)]
-    return torch.cat([by_rank[turn % world_size()][turn // world_size()] for turn in range(count)]).numpy()
+    shapes = [everyone[turn % world_size()][1][turn // world_size()] for turn in range(count)]
+    rows = torch.zeros(sum(length for length, _ in shapes), shapes[0][1])
+    for turn, part in enumerate(rows.split([length for length, _ in shapes])):
+        if turn in mine:
+            part.copy_(torch.from_numpy(mine[turn]))
+    dist.all_reduce(rows)  # each row is zero on all ranks but one
+    return rows.numpy()

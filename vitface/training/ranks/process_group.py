@@ -237,15 +237,6 @@ def barrier(name: str) -> None:
         _watch.barrier(name)
 
 
-def lowest(number: int) -> int:
-    """The smallest of the ranks' numbers."""
-    if world_size() == 1:
-        return number
-    message = torch.tensor([number])
-    dist.all_reduce(message, op=dist.ReduceOp.MIN)
-    return int(message)
-
-
 def check_same(facts: dict[str, Any]) -> None:
     """ConfigError, naming the ranks and what differs, unless every rank brings the same facts."""
     everyone = all_gather(facts)

@@ -13,7 +13,6 @@ step-N/
   manifest.json         step, sizes and SHA-256 of the files, SHA-256 of the settings, versions, and its own SHA-256
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,7 +27,16 @@ import torch
 from torch import Tensor
 
 from vitface.errors import CheckpointError
-from vitface.files import make_folder, publish_folder, remove_folder, replace_link, sync_folder, write_synced
+from vitface.files import (
+    json_bytes,
+    make_folder,
+    publish_folder,
+    remove_folder,
+    replace_link,
+    sha256_bytes,
+    sync_folder,
+    write_synced,
+)
 from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest
 from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
@@ -57,7 +65,7 @@ def save_checkpoint(
             raise CheckpointError(f"step {step} was not saved: {name} has NaN or infinite values")
     parent = run_dir / "checkpoints"
     final = parent / f"step-{step}"
-    settings_sha256 = _sha256(_json_bytes(training_state.get("settings", {})))
+    settings_sha256 = sha256_bytes(json_bytes(training_state.get("settings", {})))
     try:
         _remove_leftovers(parent)
         there = _sealed(final)
@@ -66,8 +74,8 @@ def save_checkpoint(
             files = {
                 "model.safetensors": tensor_bytes(model_tensors),
                 "training.safetensors": tensor_bytes(training_tensors),
-                "model.json": _json_bytes(model_settings),
-                "training.json": _json_bytes(training_state),
+                "model.json": json_bytes(model_settings),
+                "training.json": json_bytes(training_state),
             }
             _write_step(final, step, settings_sha256, chain(files.items(), more_files))
         link_checkpoint(final, is_best)
@@ -91,8 +99,8 @@ def _write_step(final: Path, step: int, settings_sha256: str, files: Iterable[tu
         make_folder(partial)
         for name, data in files:
             write_synced(partial / name, data)
-            manifest["files"][name] = {"size": len(data), "sha256": _sha256(data)}
-        write_synced(partial / MANIFEST_FILE, _json_bytes({**manifest, "seal": _sha256(_json_bytes(manifest))}))
+            manifest["files"][name] = {"size": len(data), "sha256": sha256_bytes(data)}
+        write_synced(partial / MANIFEST_FILE, json_bytes({**manifest, "seal": sha256_bytes(json_bytes(manifest))}))
         publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +118,7 @@ def verify_step(path: Path) -> dict[str, Any]:
     """The manifest of a step directory that is whole; CheckpointError says what is damaged or missing."""
     manifest = read_manifest(path, ALL_FILES)
     seal = manifest.pop("seal", None)
-    if seal != _sha256(_json_bytes(manifest)):
+    if seal != sha256_bytes(json_bytes(manifest)):
         raise CheckpointError(f"{path}/manifest.json is damaged: it is not what its own seal says")
     if f"step-{manifest.get('step')}" != path.resolve().name:
         raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
@@ -144,14 +152,6 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def load_state(path: Path) -> dict[str, Any]:
     """The counters, settings and data of a verified step directory."""
     return json.loads((path / "training.json").read_text(encoding="utf-8"))
-
-
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _sealed(path: Path) -> dict[str, Any] | None:
