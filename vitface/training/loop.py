@@ -60,9 +60,7 @@ class Trainer:
         self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
         self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
         # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
-        self.seconds_per_step = setup.seconds_per_step(
-            self.forward, self.margin_forward, self.data.micro_batch, self.config
-        )
+        self.seconds_per_step = setup.seconds_per_step(self.forward, self.margin_forward, self.data.micro_batch, config)
         self.alarmed: set[str] = set()
 
     @property
