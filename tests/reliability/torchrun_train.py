@@ -35,7 +35,7 @@ def main() -> int:
 
     loop.update = deadly
     flags = {**TINY, "save_dir": run_dir, "resume": "auto", "save_every": 3}
-    return exit_code(lambda: run(configure(flags)))
+    return exit_code(lambda: run(configure(flags)) and 0)
 
 
 if __name__ == "__main__":
