@@ -1,5 +1,8 @@
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,11 @@ def test_other_files_are_answered_with_what_to_do(backbone, tmp_path):
     save_backbone(tmp_path / "t.safetensors", "tiny", vit.config, vit.state_dict(), {})
     with pytest.raises(WeightsError, match="holds tiny, not vit_nano"):
         load_backbone("vit_nano", tmp_path / "t.safetensors")
+
+
+def test_vit_nano_of_a_clone_is_found_from_any_folder(tmp_path):
+    root = Path(__file__).parents[2]
+    script = "from vitface.store.backbones import find_backbone; print(find_backbone('vit_nano'))"
+    settings = {**os.environ, "PYTHONPATH": str(root), "VITFACE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.stdout.strip() == str(root / "weights" / "vit_nano.safetensors"), done.stderr

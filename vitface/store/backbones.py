@@ -6,7 +6,7 @@ Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weigh
 
 import dataclasses
 import hashlib
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -92,8 +92,8 @@ def find_backbone(name: str) -> Path:
 
 def backbone_files(name: str) -> list[Path]:
     """Every NAME.safetensors there is in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
-    packaged = importlib.util.find_spec("vitface.weights")  # absent in a clone that was not installed
-    folders = [Path("weights"), cache_home(), *(packaged.submodule_search_locations or [] if packaged else [])]
+    packaged = importlib.import_module("vitface.weights").__path__  # of a clone also weights/ at its top
+    folders = [Path("weights"), cache_home(), *packaged]
     return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
 
 
