@@ -218,7 +218,6 @@ def attention_section() -> list[str]:
     root, wrong = math.isqrt(head), math.sqrt(width)
     weights, flat = attend(raw, head), attend(raw, width)
     divided = [round(product / root) for product in raw]
-    exponentials = np.exp(divided)
     products = [number for pair in zip(weights, given, strict=True) for number in pair]
     received = torch.tensor(weights) @ torch.tensor(given, dtype=torch.float)
     assert root**2 == head and seen["weights"][2:] == (rows, rows) and seen["attended"][2:] == (rows, head)
@@ -237,10 +236,7 @@ def attention_section() -> list[str]:
         say("√{} = {:.2f}: [{:.3f}, {:.0f}, {:.3f}]", width, wrong, *(product / wrong for product in raw)),
         say("| [{:.3f}, {:.3f}, {:.3f}]", *flat),
         say("head width {}, not the model width {}", head, width),
-        say("softmax([{}, {}, {}]) = [e^{}, e^{}, e^{}]", *divided, *divided),
-        say("[{:.3f}, {:.3f}, {:.3f}] / {:.3f}", *exponentials, exponentials.sum()),
-        say("= [{:.3f}, {:.3f}, {:.3f}]", *weights),
-        say("values there are {}, {} and {}", *given),
+        say("values in the middle row are {}, {} and {}", *given),
         say("{:.3f} · {} + {:.3f} · {} + {:.3f} · {} = {:.3f}", *products, received),
     ]
 
