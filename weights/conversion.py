@@ -193,9 +193,7 @@ def _assign(path: Path, state: dict[str, Tensor], family: Family, prefix: str) -
         inside = key.startswith(prefix)
         bare = key.removeprefix(prefix)
         if bare in family.registers:
-            raise WeightsError(
-                f"{path} has register tokens ({key}), which no backbone here has; take the variant without registers"
-            )
+            raise WeightsError(f"{path} has register tokens ({key}); take the variant without registers")
         target = family.target(bare) if inside else None
         pattern = family.dropped_by(bare, inside)
         if target is not None and target in assigned:
@@ -217,9 +215,8 @@ def _check_preset(path: Path, state: dict[str, Tensor], assigned: dict[str, str]
     found = (width, depth, state[patch].shape[-1:] if patch else (), "blocks.0.ls1.gamma" in assigned)
     fits = [key for key, preset in VIT_PRESETS.items() if found == _sizes(preset)]
     if fits and found != _sizes(config):
-        raise WeightsError(
-            f"{path} is not a {name}: it has {depth} blocks of width {width}; convert it as {' or '.join(fits)}"
-        )
+        size = f"it has {depth} blocks of width {width}"
+        raise WeightsError(f"{path} is not a {name}: {size}; convert it as {' or '.join(fits)}")
 
 
 def _sizes(config: ViTConfig) -> tuple:

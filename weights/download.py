@@ -45,9 +45,7 @@ def fetch_backbone(name: str) -> Conversion | None:
     if not file.is_file():
         download(source, file, f"3. vitface convert {name} --src {file} --out {out}")
     elif sha256_file(file) != source.sha256:
-        raise WeightsError(
-            f"{file} is not the published file, whose sha256 is {source.sha256}; delete it and fetch again"
-        )
+        raise WeightsError(f"{file} does not have the published sha256, {source.sha256}; delete it and fetch again")
     done = convert_backbone(name, file, out)
     file.unlink()
     return done

@@ -64,7 +64,7 @@ def test_onnx_runtime_computes_the_same(backbone, tmp_path, kind, capsys):
     assert [output.name for output in session.get_outputs()] == names
     described = json.loads(session.get_modelmeta().custom_metadata_map["vitface"])
     assert described["thresholds"] == {"0.01": 0.25} and described["backbone"] == NAME
-    with pytest.raises(ExchangeError, match=r"differ from the model's \(cosine .*nothing was written"):
+    with pytest.raises(ExchangeError, match=r"embeddings differ \(cosine .*nothing was written"):
         graph.check_onnx(data, Recogniser(face_on(backbone, **{"head": "bn", **KINDS[kind], "lora_alpha": 9})), True)
 
 

@@ -360,7 +360,7 @@ def test_train_says_what_is_missing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("backbone", "side", "trained"),
-    [("vit_nano", 112, "247,299"), pytest.param("clip", 56, "1,623,555", marks=pytest.mark.slow)],
+    [("vit_nano", 112, "247,299"), pytest.param("dinov2", 56, "1,623,555", marks=pytest.mark.slow)],
 )
 def test_dry_run_needs_nothing_and_writes_nothing(tmp_path, backbone, side, trained):
     """As a user would: a fresh process in an empty folder, the recorded DA-LoRA experiment on random weights."""

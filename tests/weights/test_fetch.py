@@ -255,7 +255,7 @@ def test_a_file_put_there_by_hand_needs_no_network(server, content, part, tmp_pa
 
 def test_another_file_put_there_by_hand_is_refused_and_kept(server, content, part):
     part.with_suffix("").write_bytes(content[:-1])
-    with pytest.raises(WeightsError, match="not the published file"):
+    with pytest.raises(WeightsError, match="does not have the published sha256"):
         fetch_backbone(NAME)
     assert part.with_suffix("").read_bytes() == content[:-1] and server.requests == []
 

@@ -81,10 +81,7 @@ def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
     if min(height, width) < MIN_SIDE:
         raise ImageError(f"{where}: {width} x {height} pixels is too small for a face, the least is {MIN_SIDE}")
     if height != width:
-        raise ImageError(
-            f"{where}: {width} x {height} pixels is not a square crop; align the faces to InsightFace's 112 x 112 "
-            f"five-point template first"
-        )
+        raise ImageError(f"{where}: {width} x {height} pixels is not a square crop; align the face first")
     return np.array(Image.fromarray(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC))
 
 

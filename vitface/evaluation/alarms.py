@@ -24,22 +24,18 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
     if count != expected:
         raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
     if 20 * same == count:
-        raise DataError(
-            f"{name} has {same} same pairs, a tenth of the published {count // 2}: its labels were written by the rule "
-            f"token == 1, but the token numbers a same pair's fold, 1 to 10; 0 means different"
-        )
+        rule = "token == 1, but the token is a same pair's fold, 1 to 10; 0 means different"
+        raise DataError(f"{name} has {same} same pairs, a tenth of the published {count // 2}: labels were {rule}")
     if 2 * same != count:
         raise DataError(
-            f"{name} has {same} same and {count - same} different pairs, the published set half of each: "
-            f"its labels were written wrongly (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
+            f"{name} has {same} same and {count - same} different pairs, the published set half of each: its labels "
+            f"are wrong (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
         )
     folds = contiguous_folds(count) if pairs.folds is None else pairs.folds
     for fold, share in enumerate(np.bincount(folds, pairs.issame) / np.bincount(folds)):
         if share in (0, 1):
-            raise DataError(
-                f"{name}: fold {fold + 1} holds only {'same' if share else 'different'} pairs: they are sorted by "
-                f"label, so file order gives no folds; use the published list, which names them"
-            )
+            only = f"fold {fold + 1} holds only {'same' if share else 'different'} pairs"
+            raise DataError(f"{name}: {only}: they are sorted by label; use the published list, which names the folds")
 
 
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
@@ -62,10 +58,8 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
     fold_of = np.repeat(folds, 2)
     moved = int(np.sum(fold_of != fold_of[np.unique(rows, return_index=True)[1]][rows]))  # from an image's first fold
     if moved and name in DISJOINT_FOLDS:
-        alarms.append(
-            f"{name}: {moved} images are in a fold besides another's, the published folds share no person: "
-            f"folds were swapped or the pairs shuffled, so thresholds see whom they are tested on"
-        )
+        fault = "folds were swapped or the pairs shuffled; the published folds share no person"
+        alarms.append(f"{name}: {moved} images are in a fold besides another's: {fault}")
     return alarms
 
 
@@ -73,10 +67,8 @@ def judge(name: str, result: Verification) -> list[str]:
     """Alarms in words; EvaluationError if the result is impossible for a working pipeline, with the likely cause."""
     cause = label_fault(result.distance, result.issame)
     if result.auc < 0.5:
-        raise EvaluationError(
-            f"{name}: AUC {result.auc:.4f} is below chance: "
-            f"{cause or chance_cause(result.issame) + ', or a distance is used as a similarity'}"
-        )
+        cause = cause or f"{chance_cause(result.issame)}, or a distance is used as a similarity"
+        raise EvaluationError(f"{name}: AUC {result.auc:.4f} is below chance: {cause}")
     if cause:
         raise EvaluationError(f"{name}: AUC {result.auc:.4f}, but {cause}")
     if result.auc < 0.55:
@@ -114,10 +106,7 @@ def chance_cause(issame: np.ndarray) -> str:
     """The likely cause of an AUC at chance level."""
     blocks = 1 + int(np.count_nonzero(np.diff(issame.astype(int))))
     if blocks * 10 <= len(issame):
-        return (
-            f"the labels lie in {blocks} blocks, like LFW's, and the pairs do not: block labels on a shuffled list "
-            f"(or unaligned images, or a broken model)"
-        )
+        return f"block labels on a shuffled list ({blocks} blocks, like LFW's), unaligned images or a broken model"
     return "labels shuffled against the pairs, unaligned images or a broken model"
 
 

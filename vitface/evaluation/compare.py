@@ -95,10 +95,8 @@ def compare(a: Side, b: Side) -> Comparison:
     names = [name for name in a.results[0] if all(name in results for results in every)]
     names = [name for name in names if name not in SYNTHETIC] or names
     if not names:
-        raise EvaluationError(
-            f"{a.name} and {b.name} have no benchmark in common; evaluate them with "
-            "vitface evaluate --checkpoint RUN --bench NAME, which adds to their scores"
-        )
+        command = "vitface evaluate --checkpoint RUN --bench NAME"
+        raise EvaluationError(f"{a.name} and {b.name} have no benchmark in common; evaluate them with\n  {command}")
     for name in names:
         _check_same_pairs(name, [results[name] for results in every])
     first, second = ([[results[name] for results in side.results] for name in names] for side in (a, b))

@@ -66,9 +66,7 @@ def read_domains(folder: Path, backbone: str, config: ViTConfig) -> tuple[Adapte
     for k, other in enumerate(others, start=1):
         for name, mine in first.settings.items():
             if (its := other.settings[name]) != mine:
-                raise ExchangeError(
-                    f"{folder}: domain-{k} has {name} {its}, domain-0 {mine}; all domains must share it"
-                )
+                raise ExchangeError(f"{folder}: domain-{k} has {name} {its}, domain-0 {mine}; it must be the same")
     stacked = {
         key: torch.cat([domain.tensors[key] for domain in domains], dim=0 if key.endswith("lora_a") else 1)
         for key in first.tensors
@@ -133,10 +131,8 @@ def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: Vi
         wanted = (settings["r"], in_features), (out_features // (3 if mark else 1), settings["r"])
         for side, tensor, want in zip("AB", modules[module], wanted, strict=True):
             if tensor.shape != want or not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ExchangeError(
-                    f"{path}: lora_{side} of {module} is {tensor.dtype} {tuple(tensor.shape)}, expected finite floats "
-                    f"{want}"
-                )
+                found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ExchangeError(f"{path}: lora_{side} of {module} is {found}, expected finite floats {want}")
         a, b = modules[module]
         layers.setdefault(layer, {})[mark] = a.float(), b.float()
     _check_blocks(path, layers, config.depth)
@@ -172,9 +168,7 @@ def _name(path: Path, modules: list[str], backbone: str) -> dict[str, str]:
                     raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
                 return known
     first = min(unknown, key=len)[0]
-    raise ExchangeError(
-        f"{path}: {first} is no block's layer in a {backbone} of timm or transformers; nothing was read"
-    )
+    raise ExchangeError(f"{path}: {first} is no block's layer in a {backbone} of timm or transformers")
 
 
 def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:

@@ -45,10 +45,8 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
     card = found.pop(CARD, b"")
     for name in BUNDLE_FILES[:-1]:
         if found.get(name) != expected.get(name):
-            raise ExchangeError(
-                f"{folder / name} is not what vitface writes for this model, and may hold more than it: "
-                f"remove {folder} and publish again"
-            )
+            fault = f"{folder / name} is not what vitface writes for this model"
+            raise ExchangeError(f"{fault}, and may hold more than it: remove {folder} and publish again")
     check_card(card, people)
     return {**found, CARD: card}
 

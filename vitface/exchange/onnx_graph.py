@@ -101,9 +101,7 @@ def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
         found = np.asarray(session.run(["embeddings"], {"images": faces[:batch]})[0])
         lowest = min(lowest, float((found * model.embed(faces[:batch], flip=flip)).sum(axis=1).min()))
     if not lowest >= MIN_COSINE:
-        raise ExchangeError(
-            f"ONNX Runtime's embeddings differ from the model's (cosine {lowest:.6f}); nothing was written"
-        )
+        raise ExchangeError(f"ONNX Runtime's embeddings differ (cosine {lowest:.6f}); nothing was written")
     return lowest
 
 

@@ -67,10 +67,7 @@ def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layou
         "target_modules": sorted(targets),
         "inference_mode": True,
     }  # what is left out has PEFT's default
-    return {
-        CONFIG: json.dumps(settings, indent=2).encode(),
-        TENSORS: tensor_bytes(tensors, {"format": "pt"}),
-    }
+    return {CONFIG: json.dumps(settings, indent=2).encode(), TENSORS: tensor_bytes(tensors, {"format": "pt"})}
 
 
 def base_model(backbone: str, layout: Layout) -> str | None:

@@ -25,15 +25,14 @@ def damaged(found: Scan) -> str | None:
         return f"{len(found.damaged)} images cannot be used, the first: {found.damaged[0]}"
 
 
-@finds("warning", "align the original photos: vitface align SRC OUT")
+@finds(
+    "warning", "resizing is correct only for crops of the same template; else align the photos: vitface align SRC OUT"
+)
 def size(found: Scan) -> str | None:
     other = found.usable & (found.sizes != CROP_SIZE).any(1)
     if other.any():
         height, width = found.sizes[np.argmax(other)]
-        return (
-            f"{other.sum()} images are not 112 x 112 but, for example, {width} x {height}; they are resized, which is "
-            f"right only if they are aligned to the same template"
-        )
+        return f"{other.sum()} images are not 112 x 112 but, for example, {width} x {height}; they will be resized"
 
 
 @finds("error", "remove them; a damaged download or a failed crop is the usual cause")

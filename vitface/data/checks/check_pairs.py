@@ -66,9 +66,7 @@ def contradictions(data: Benchmark) -> str | None:
         parent[root(first)] = root(second)
     wrong = [i for i in np.flatnonzero(~data.pairs.issame) if root(pairs[i, 0]) == root(pairs[i, 1])]
     if wrong:
-        return (
-            f"{len(wrong)} different pairs, the first is pair {wrong[0]}, show one person according to the same pairs"
-        )
+        return f"{len(wrong)} different pairs, the first is pair {wrong[0]}, show one person by the same pairs"
 
 
 @finds("warning", "write the pairs again from the published list")
@@ -91,11 +89,6 @@ def unrelated_labels(data: Benchmark) -> str | None:
     if min(issame.sum(), (~issame).sum()) < MIN_PAIRS:
         return None
     score = auc(np.einsum("ij,ij->i", *(data.scan.patterns[data.rows[side::2]] for side in (0, 1))), issame)
-    measured = f"(AUC {score:.2f} of the bare pixels, on LFW 0.73)"
-    if score < 0.45:
-        return f"same pairs are less similar than different ones: the labels are inverted {measured}"
+    fault = "the labels are inverted" if score < 0.45 else "the labels are in another order than the pairs"
     if score < 0.55:
-        return (
-            f"same pairs are no more similar than different ones: the labels are in another order than the pairs "
-            f"{measured}"
-        )
+        return f"the similarity of pixels does not fit the labels (AUC {score:.2f}, on LFW 0.73): {fault}"

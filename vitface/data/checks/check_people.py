@@ -49,17 +49,14 @@ def one_image(data: TrainingSet) -> str | None:
         return f"{alone.sum()} people have one image only, the first is {data.samples.names[int(np.argmax(alone))]!r}"
 
 
-@finds("error", "merge them")
+@finds("error", "merge them: they are one person under two labels")
 def duplicated_people(data: TrainingSet) -> str | None:
     first, second = data.equal_crops
     counts, shared = np.bincount(data.samples.labels), Counter(zip(first.tolist(), second.tolist(), strict=True))
     doubled = [pair for pair, n in shared.items() if pair[0] != pair[1] and 2 * n >= min(counts[list(pair)])]
     if doubled:
         one, two = (data.samples.names[person] for person in doubled[0])
-        return (
-            f"{len(doubled)} pairs of people share at least half of the images of one, such as {one!r} and {two!r}: "
-            f"they are one person under two labels"
-        )
+        return f"{len(doubled)} pairs of people share at least half of the images of one, such as {one!r} and {two!r}"
 
 
 @finds("note", "remove those that are with the wrong person")
@@ -88,10 +85,7 @@ def unrelated_labels(data: TrainingSet) -> str | None:
     issame = np.repeat([True, False], [len(same), len(different)])
     score = auc(np.einsum("ij,ij->i", patterns[first], patterns[second]), issame)
     if score < 0.55:
-        return (
-            f"images with the same label are hardly more similar than others (AUC {score:.2f}, usually above 0.6): the "
-            f"labels are in another order than the images"
-        )
+        return f"the labels are in another order than the images (AUC {score:.2f} of the pixels, usually above 0.6)"
 
 
 @finds("error", "write images and labels again, together; a header record counted as an image is the usual cause")
@@ -113,10 +107,7 @@ def slipped_labels(data: TrainingSet) -> str | None:
                 margins[which].append(float((own[1:-1] @ image).mean() - (neighbour[1:-1] @ image).mean()))
     for which, margin in margins.items():
         if len(margin) >= 30 and np.mean(margin) < -4 * np.std(margin) / np.sqrt(len(margin)):
-            return (
-                f"the {which} image of a person usually shows the neighbour in the list: the labels are shifted "
-                f"against the images"
-            )
+            return f"the {which} image of a person usually shows the neighbour in the list: the labels are shifted"
 
 
 @finds("error", "remove them from the training set (namesakes are possible, look first)")

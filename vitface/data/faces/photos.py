@@ -43,9 +43,7 @@ class CropReader:
 def _aligned(photo: np.ndarray, detector: FaceDetector, where: str) -> np.ndarray:
     faces = detector.detect(photo)
     if not faces:
-        raise ImageError(
-            f"{where}: no face found; take a photo that shows it larger, upright and from nearer the front"
-        )
+        raise ImageError(f"{where}: no face found; take a photo that shows it larger, upright and from the front")
     face = central_face(faces, *photo.shape[:2])
     side = min(face.box[2:])
     if side < MIN_FACE:

@@ -73,10 +73,7 @@ class RecordSamples:
         self.path = Path(path)
         for name in ("train.rec", "train.idx", "property"):
             if not (self.path / name).is_file():
-                raise DataError(
-                    f"{self.path}: no {name}; an InsightFace set has train.rec, train.idx and property "
-                    f"(one line, such as 10572,112,112)"
-                )
+                raise DataError(f"{self.path}: no {name}; an InsightFace set has train.rec, train.idx and property")
         self._map: mmap | None = None
         try:
             num_classes, rec = _num_classes(self.path / "property"), str(self.path / "train.rec")
@@ -144,16 +141,12 @@ def _whole_labels(labels: np.ndarray, keys: np.ndarray, num_classes: int, where:
         good = (labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))  # NaN fails all three
     if not good.all():
         bad = int(np.argmin(good))
-        raise DataError(
-            f"{where}: record {keys[bad]} has the label {labels[bad]:g}; property has {num_classes} classes, "
-            f"so labels are whole numbers from 0 to {num_classes - 1}"
-        )
+        label, wanted = f"record {keys[bad]} has the label {labels[bad]:g}", f"0, 1, ... {num_classes - 1}"
+        raise DataError(f"{where}: {label}; property has {num_classes} classes, so labels are {wanted}")
     counts = np.bincount(labels.astype(np.int64), minlength=num_classes)
     if not counts.all():
-        raise DataError(
-            f"{where}: property has {num_classes} classes, but {np.sum(counts == 0)} of them have no image, "
-            f"first label {np.argmin(counts)}; pack the set again with labels 0, 1, 2... and the right number"
-        )
+        empty = f"{np.sum(counts == 0)} of them have no image, first label {np.argmin(counts)}"
+        raise DataError(f"{where}: property has {num_classes} classes, but {empty}; pack the set again")
     return labels.astype(np.int64)
 
 
@@ -246,7 +239,5 @@ def _image_names(folder: Path) -> list[str]:
             raise DataError(f"{entry.path}: not a regular file; remove it or replace it by an image")
         names.append(entry.name)
     if not names:
-        raise DataError(
-            f"{folder}: no image of this person; remove the folder, or add {', '.join(IMAGE_SUFFIXES)} files to it"
-        )
+        raise DataError(f"{folder}: no image of this person; remove it, or add {', '.join(IMAGE_SUFFIXES)} files")
     return names

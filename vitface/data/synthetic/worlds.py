@@ -65,9 +65,7 @@ class SyntheticSamples:
         world: str = "synthetic",
     ):
         if num_people < 1 or images_per_person < 1:
-            raise DataError(
-                f"synthetic data needs people and images, not {num_people} people x {images_per_person} images"
-            )
+            raise DataError(f"synthetic data cannot have {num_people} people x {images_per_person} images")
         self.seed, self.first_person, self.images_per_person = seed, first_person, images_per_person
         self.domain_names = SYNTHETIC[world]
         self.labels = np.repeat(np.arange(num_people, dtype=np.int64), images_per_person)
