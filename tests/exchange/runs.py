@@ -34,9 +34,11 @@ def face_on(backbone: Path, **changes) -> FaceModel:
     config = dataclasses.replace(tiny_face(**changes).config, backbone=NAME, weights_sha256=sha256_file(backbone))
     model = FaceModel(load_backbone(NAME, backbone, config.image_size), config, seed=4).eval()
     randomise_adapters(model)
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in model.head.named_buffers():
-            tensor.copy_(torch.rand(tensor.shape) + 0.5 if name != "num_batches_tracked" else torch.tensor(3))
+            counter = name.endswith("num_batches_tracked")
+            tensor.copy_(torch.tensor(3) if counter else torch.rand(tensor.shape, generator=generator) + 0.5)
     return model
 
 
