@@ -17,7 +17,6 @@ from vitface.__main__ import main
 from vitface.commands.experiments import RECORDED
 from vitface.commands.flags import add_settings
 from vitface.config import (
-    BOOKKEEPING,
     EXPERIMENTS,
     VIT_PRESETS,
     TrainConfig,
@@ -207,10 +206,6 @@ def test_the_help_has_groups_defaults_and_presets(monkeypatch, capsys):
     assert len(groups["presets"].splitlines()) == len(EXPERIMENTS)
 
 
-def test_there_are_at_most_48_flags():
-    assert len(FIELDS) <= 48
-
-
 def test_flags_and_their_help_need_neither_torch_nor_numpy():
     code = "import sys, vitface.commands.flags; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
@@ -227,11 +222,6 @@ def test_aliases():
     assert backbone_name("dinov2") == "dinov2_vits14"
     assert backbone_name("clip") == "clip_vitb16"
     assert {VIT_PRESETS[backbone_name(name)].patch_size for name in ("dinov2", "clip")} == {14, 16}
-
-
-def test_bookkeeping_is_what_does_not_shape_the_training():
-    assert {"save_dir", "resume", "device", "num_workers", "pack", "weights"} < BOOKKEEPING
-    assert not BOOKKEEPING & {"seed", "dtype", "compile", "train_data", "batch_size", "grad_accum", "dry_run"}
 
 
 def test_a_model_takes_the_operations_of_its_device():

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 
 import numpy as np
@@ -50,6 +50,7 @@ def smooth(rng, cells, strength):
     return np.asarray(Image.fromarray(noise).resize((112, 112), Image.Resampling.BICUBIC))
 
 
+@cache
 def drawn_faces(seed=0, people=PEOPLE, images=IMAGES):
     """(people x images, 112, 112, 3): skin, each person's own texture, eyes and mouth at the template's places."""
     rng = np.random.default_rng(seed)
@@ -63,7 +64,9 @@ def drawn_faces(seed=0, people=PEOPLE, images=IMAGES):
         for _ in range(images):
             grey = own + smooth(rng, 9, 12) + rng.normal(0, 12)
             crops.append(np.clip(np.stack([grey + 20, grey, grey - 25], -1), 0, 255).astype(np.uint8))
-    return np.stack(crops)
+    faces = np.stack(crops)
+    faces.flags.writeable = False  # tests share them
+    return faces
 
 
 def drawn_set(seed=0, people=PEOPLE):
@@ -76,9 +79,14 @@ def jpeg(crop):
     return out.getvalue()
 
 
+@cache
+def drawn_jpegs(seed):
+    return [jpeg(crop) for crop in drawn_faces(seed)]
+
+
 def drawn_pairs(block=50, seed=1):
     """400 pairs of drawn faces; same and different pairs in blocks as LFW has them, block 1 shuffles them."""
-    images = [jpeg(crop) for crop in drawn_faces(seed)]
+    images = drawn_jpegs(seed)
     rng = np.random.default_rng(seed)
     issame = np.arange(400) // block % 2 == 0
     pairs = []

@@ -73,7 +73,7 @@ def test_difference_draws_equal_a_bootstrap_pair_by_pair():
     a, b = result(1.5, 1, 200), result(2.0, 2, 200)
     fast = difference_draws([[a]], [[b]], matched=False)[0]
     rng, slow = np.random.default_rng(1), []
-    for _ in range(1000):
+    for _ in range(400):
         rows = np.concatenate([rng.choice(np.flatnonzero(a.folds == fold), 20) for fold in range(10)])
         again = [verify(one.distance[rows], one.issame[rows], a.folds).accuracy for one in (a, b)]
         slow.append(again[1] - again[0])

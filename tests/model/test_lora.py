@@ -143,32 +143,47 @@ def test_frozen_unless_a_mix_is_given(module):
     torch.testing.assert_close(block(x, Mix(0 * ones)), frozen, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("preset", ["dinov2_vits14", "clip_vitb16"])
-@pytest.mark.parametrize("num_domains", [1, 3])
-def test_fused_blocks_equal_the_reference_and_compile_to_one_graph(preset, num_domains):
-    """Outputs and gradients in float64: all layers adapted, CLS alone or all tokens, with and without LayerScale."""
-    torch.compiler.reset()
-    vit = ViT(dataclasses.replace(tiny_vit().config, layer_scale=preset.startswith("dinov2"), act="quick_gelu"), 32)
+def all_adapted(layer_scale, num_domains):
+    """A tiny float64 ViT whose layers all have adapters, and a mix for two images."""
+    vit = ViT(dataclasses.replace(tiny_vit().config, layer_scale=layer_scale, act="quick_gelu"), 32)
     init_weights(vit)
     vit.requires_grad_(False)
     add_lora(vit, TARGETS["attn+mlp"], rank=3, alpha=6, num_domains=num_domains)
     vit.double()
     randomise_adapters(vit)
-    x = torch.randn(2, 17, 16, dtype=torch.float64, requires_grad=True)
     gate = torch.tensor([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64) if num_domains > 1 else None
+    return vit, Mix(gate)
+
+
+@pytest.mark.parametrize("layer_scale", [True, False])
+@pytest.mark.parametrize("num_domains", [1, 3])
+def test_fused_blocks_equal_the_reference(layer_scale, num_domains):
+    """Outputs and gradients in float64: all layers adapted, CLS alone or all tokens."""
+    vit, mix = all_adapted(layer_scale, num_domains)
+    x = torch.randn(2, 17, 16, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(p for p in vit.parameters() if p.requires_grad)]
     for num_queries in (None, 1):
         vit.keep_queries(num_queries)
         found = []
         for module in (ops, fused):
             use_ops(vit, module)
-            y = vit.encode(x, Mix(gate))
-            compiled = torch.compile(vit.blocks[1], backend="aot_eager", fullgraph=True)(x, Mix(gate))
-            torch.testing.assert_close(compiled, vit.blocks[1](x, Mix(gate)), rtol=0, atol=1e-12)
+            y = vit.encode(x, mix)
             found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
         assert found[0][0].shape[1] == (num_queries or 17)
         for want, got in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("layer_scale", "num_domains", "num_queries"), [(True, 3, None), (False, 1, 1)])
+@pytest.mark.parametrize("module", [ops, fused])
+def test_a_block_compiles_to_one_graph(module, layer_scale, num_domains, num_queries):
+    torch.compiler.reset()
+    vit, mix = all_adapted(layer_scale, num_domains)
+    vit.keep_queries(num_queries)
+    use_ops(vit, module)
+    x = torch.randn(2, 17, 16, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(vit.blocks[1], backend="aot_eager", fullgraph=True)(x, mix)
+    torch.testing.assert_close(compiled, vit.blocks[1](x, mix), rtol=0, atol=1e-12)
 
 
 def test_attention_is_softmax_of_scaled_dot_products():

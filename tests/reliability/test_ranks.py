@@ -320,8 +320,9 @@ def lose(number, how, where, count):
 @sizes("lost ranks")
 def test_a_killed_or_stopped_rank_ends_all_in_an_error_that_names_it(tmp_path, ran, cases):
     changes = dict(save_every=3, partial_fc=1.0, loss="cosface")
-    expected = {world: fingerprint(train(tmp_path / f"{world}", world, **changes)) for world in (2, 4)}
     chosen = LOST[:: len(LOST) // cases]
+    worlds = {world for world, *_ in chosen}
+    expected = {world: fingerprint(train(tmp_path / f"{world}", world, **changes)) for world in worlds}
     for case in chosen:
         folder = tmp_path / "-".join(map(str, case))
         lose_and_resume(folder, *case, changes)

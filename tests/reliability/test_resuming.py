@@ -18,6 +18,7 @@ from matrix import ROWS, sizes
 from safetensors.torch import load_file, save
 from tiny import EPOCHS, STEPS_PER_EPOCH, Faces, fingerprint, in_child, settings, start, use_tiny
 
+from vitface.config import BOOKKEEPING
 from vitface.errors import CheckpointError, exit_code
 from vitface.lock import folder_lock
 from vitface.training import loop, setup
@@ -330,6 +331,16 @@ def test_changed_settings_are_refused_with_a_diff_or_taken_on_request(stopped):
     assert (run_dir / "checkpoints" / "last").resolve().name == "step-14"
     assert fingerprint(run_dir)["model.safetensors"] != expected["model.safetensors"]
     assert json.loads(settings_file.read_text())["lr"] == 1e-3
+
+
+def test_flags_that_do_not_shape_the_training_may_change(stopped):
+    """A run that goes on with others ends as if unbroken; within this budget both blocks are recomputed."""
+    run_dir, expected = stopped
+    others = {"num_workers": 1, "pack": False, "save_every": 5, "memory_budget": 4.5e-4, "val_data": str(run_dir)}
+    elsewhere = {"weights", "save_dir", "resume", "allow_changed", "wandb", "tensorboard"}  # tested on their own
+    assert others.keys() | elsewhere | {"device"} == BOOKKEEPING
+    resume(run_dir, **others)
+    assert fingerprint(run_dir) == expected
 
 
 def test_more_epochs_for_a_finished_run(tmp_path, capsys):
