@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from vitface.files import replace_file
-from vitface.study.grid import put_between_markers
+from vitface.markdown import put_between_markers
 
 HERE = Path(__file__).parent
 BATCHES = (8, 16, 32, 64, 128, 256, 512)

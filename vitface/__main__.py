@@ -5,61 +5,20 @@ Each command is a module: its docstring and EXAMPLES are its help, `add_flags(pa
 """
 
 import importlib
+import re
 import sys
 from types import ModuleType
-from typing import NamedTuple
 
 from vitface.commands.parser import CommandParser
 from vitface.errors import did_you_mean, exit_code
 from vitface.version import __version__
 
-
-class Group(NamedTuple):
-    """Commands whose modules lie in `package`: for each one an example of its arguments, and a line of help."""
-
-    title: str
-    package: str
-    commands: dict[str, tuple[str, str]]
-
-
-GROUPS = (
-    Group(
-        "training and evaluation",
-        "vitface.commands",
-        {
-            "train": ("--exp demo", "adapt a frozen ViT to face recognition"),
-            "evaluate": ("--bench lfw", "score a model on the face-verification benchmarks"),
-            "study": ("tiny", "train and compare DA-LoRA and its controls over seeds"),
-            "experiments": ("", "the recorded experiments beside your runs of them"),
-            "data": ("check data", "check training data and benchmarks; also pack, build, show, draw"),
-        },
-    ),
-    Group(
-        "photos",
-        "vitface.commands.photos",
-        {
-            "align": ("photos aligned", "photos to aligned 112 x 112 crops"),
-            "verify": ("A.jpg B.jpg", "do two photos show the same person?"),
-            "embed": ("photos people", "a folder of images to a gallery of embeddings"),
-            "search": ("people NEW.jpg", "who in a gallery is most like this photo?"),
-            "cluster": ("people", "group the images of a gallery by person"),
-            "explain": ("A.jpg -o out.png", "draw where a model looks, and its domain weights"),
-        },
-    ),
-    Group(
-        "models",
-        "vitface.commands.models",
-        {
-            "fetch": ("dinov2", "download a backbone, or the face detector"),
-            "convert": ("clip --src FILE", "a published checkpoint to a backbone file"),
-            "info": ("runs/a", "what is in a checkpoint, a backbone file, a gallery"),
-            "export": ("runs/a --format onnx --out a.onnx", "a model for ONNX Runtime, torch.export, PEFT"),
-            "import-peft": ("adapter --into runs/a --out b", "a face model from adapters that PEFT trained"),
-            "publish": ("runs/a --repo me/faces", "a model for the Hugging Face Hub, with nothing private in it"),
-        },
-    ),
-)
-COMMANDS = {name: f"{group.package}.{name.replace('-', '_')}" for group in GROUPS for name in group.commands}
+GROUPS = {
+    "training and evaluation": ("vitface.commands", ("train", "evaluate", "study", "experiments", "data")),
+    "photos": ("vitface.commands.photos", ("align", "verify", "embed", "search", "cluster", "explain")),
+    "models": ("vitface.commands.models", ("fetch", "convert", "info", "export", "import-peft", "publish")),
+}
+COMMANDS = {name: f"{package}.{name.replace('-', '_')}" for package, names in GROUPS.values() for name in names}
 
 
 def load_command(name: str) -> tuple[ModuleType, CommandParser]:
@@ -71,10 +30,16 @@ def load_command(name: str) -> tuple[ModuleType, CommandParser]:
 
 
 def usage() -> str:
+    """The list of commands: of each one its first example, and the beginning of its description."""
     lines = ["usage: vitface COMMAND ...   (vitface COMMAND --help has its flags and examples; --version)"]
-    for group in GROUPS:
-        lines += ["", f"{group.title}:"]
-        lines += [f"  vitface {f'{name} {example}':<42}  {text}" for name, (example, text) in group.commands.items()]
+    for title, (_, names) in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name in names:
+            module, _ = load_command(name)
+            example = re.search(rf"^  (vitface {name}\b.*?)(   |$)", module.EXAMPLES, re.MULTILINE)
+            about = re.match(r"[^.:?]+\??", module.__doc__ or "")
+            assert example and about
+            lines.append(f"  {example[1]:<53}  {about[0]}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""Secrets stay out of what a run writes: settings that look like one are refused before anything is written.
+"""Secrets stay out of the files of a run: a setting that looks like one is refused before anything is written.
 
-A setting ends up in config.json, results.md, the checkpoint and the tracker, and any of them may be shared. Refusing is
-safer than masking: a masked path names nothing, and what a mask misses is published.
+Settings are written to config.json, results.md, checkpoints and trackers, and any of these may be shared. Refusing is
+safer than masking: a masked path is useless, and a secret that a mask misses is published.
 """
 
 import os
@@ -25,7 +25,7 @@ _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 
 
 def find_secret(text: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What kind of secret `text` holds, None if it shows none; a bare key is known by being in the environment."""
+    """The kind of secret that `text` contains, None if there is none; a bare key is recognised by the environment."""
     for kind, pattern in _SECRETS.items():
         if re.search(pattern, text):
             return kind

@@ -1,4 +1,4 @@
-"""What "auto" means on this machine."""
+"""The device and the precision that "auto" stands for on this machine."""
 
 import ctypes
 import sys
@@ -11,9 +11,9 @@ from vitface.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; ConfigError if a named device cannot be used here.
+    """The device of a name; "auto" is CUDA if there is one, else the CPU. ConfigError if it cannot be used here.
 
-    On the CPU the process keeps the memory that it frees from now on.
+    On the CPU, freed memory stays with the process from now on.
     """
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -27,8 +27,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
-    """ "auto" is "bf16" where its matrix products run at full speed, "fp16" on GPUs that are fast in that alone, Volta
-    and Turing, else "fp32"."""
+    """The dtype of a name; "auto" is the fastest one: "bf16" where its products run at full speed, "fp16" on Volta and
+    Turing, else "fp32"."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -39,12 +39,12 @@ def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device) -> Dtype:
 
 
 def _keep_freed_memory() -> None:
-    """On Linux, asks glibc to keep what is freed for the next allocation, as torch does on a GPU.
+    """On Linux, makes glibc keep freed memory for the next allocation, as torch does on a GPU.
 
-    Else it hands large blocks back to the kernel, and every step takes the page faults for its activations anew.
+    By default it returns large blocks to the kernel, and every step pays for the page faults of its activations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have none
+    if mallopt is not None:  # only glibc has it
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         mallopt(m_mmap_threshold, 32 << 20)  # the largest it takes
         mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -1,4 +1,4 @@
-"""The errors a user can mend, and how every script says them: the message, no traceback, exit code 2."""
+"""The errors that a user can fix. A command prints their message, without a traceback, and ends with exit code 2."""
 
 import difflib
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 
 
 class VitfaceError(ValueError):
-    """The base of all of them; nothing else is caught by the scripts, so a bug still shows its traceback."""
+    """The base class. A command catches nothing else, so that a bug still shows its traceback."""
 
 
 class ConfigError(VitfaceError):
-    """A flag, a preset or a combination of them that cannot work."""
+    """Flags or settings that cannot work, alone or together."""
 
 
 class WeightsError(VitfaceError):
@@ -22,34 +22,34 @@ class CheckpointError(VitfaceError):
 
 
 class ExchangeError(VitfaceError):
-    """An adapter folder, an export or a bundle that is not what other programs, or other people, should be given."""
+    """An adapter folder, an export or a bundle that other programs cannot use, or other people must not get."""
 
 
 class DataError(VitfaceError):
-    """Training data or a benchmark that cannot be read as what it claims to be."""
+    """Training data or a benchmark that cannot be read."""
 
 
 class ImageError(DataError):
-    """Bytes that are not an image this project accepts."""
+    """Bytes that are not an image, or not one that vitface accepts."""
 
 
 class EvaluationError(VitfaceError):
-    """Scores or labels that no verification protocol can accept, with the likely cause."""
+    """Scores or labels that cannot be evaluated; the message has the likely cause."""
 
 
 class RankError(VitfaceError):
-    """Another process of a run on several devices failed, was killed or did not answer; names it."""
+    """Another rank failed, was killed or did not answer; the message names it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message: "; did you mean X?", X the most similar of the `known` words, or nothing."""
+    """The end of a message: "; did you mean X?", X the most similar of the `known` words; empty if none is similar."""
     return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
 
 
 def exit_code(action: Callable[[], int | None]) -> int:
-    """Runs a script's action: its own exit code or 0; 2 with the message of a mendable error; 130 after Ctrl-C.
+    """Runs a command's action and returns its exit code, 0 for None; 2 after a printed error, 130 after Ctrl-C.
 
-    Mendable are `VitfaceError` and what the operating system refuses (a full disk, a read-only folder).
+    The errors that are printed are `VitfaceError` and those of the operating system (a full disk, a read-only folder).
     """
     try:
         return action() or 0

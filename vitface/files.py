@@ -1,7 +1,7 @@
-"""Files that are whole or not there, also after a power loss.
+"""Files that are whole or absent, also after a power loss.
 
-Data is fsynced before it gets its name, and a folder is fsynced after a name in it has changed: rename alone is atomic
-for other processes, but says nothing about what is on the disk when the power fails.
+A file is fsynced before it gets its name, and its folder after that: a rename alone is atomic for other processes, but
+it guarantees nothing about the disk after a power loss.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ LINKS_ON_WINDOWS = (
 )
 
 
+def cache_home() -> Path:
+    """The folder of fetched and packed files: $VITFACE_HOME, by default ~/.cache/vitface."""
+    return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
+
+
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and waits until its contents are on the disk; its name is not before `sync_folder`."""
+    """Writes a file and waits until its contents are on the disk; its name is only there after `sync_folder`."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -31,8 +37,8 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until what was created, renamed or removed in a folder is on the disk."""
-    if sys.platform == "win32":  # it opens no folder as a file
+    """Waits until all names that were added, changed or removed in a folder are on the disk."""
+    if sys.platform == "win32":  # which does not open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -42,7 +48,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder and its missing parents, on the disk."""
+    """Creates a folder and its missing parents, and waits until they are on the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         with suppress(FileExistsError):  # another process was faster
@@ -51,7 +57,7 @@ def make_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file so that there is always the old one or the new one; a failure leaves the old one."""
+    """Replaces a file: at any moment there is the old one or the new one, and after a failure the old one."""
     partial = path.with_name(f".{path.name}.part")
     try:
         write_synced(partial, data)
@@ -62,7 +68,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Points a relative link to a folder elsewhere; not on the disk before `sync_folder`.
+    """Points a link at another folder, by a relative path; it is only on the disk after `sync_folder`.
 
     CheckpointError where Windows refuses to make links.
     """
@@ -75,21 +81,32 @@ def replace_link(link: Path, target: str) -> None:
             raise
         raise CheckpointError(f"{link} could not be made: {LINKS_ON_WINDOWS}") from error
     if sys.platform == "win32":
-        link.unlink(missing_ok=True)  # os.replace does not replace a link to a folder there
+        link.unlink(missing_ok=True)  # os.replace cannot replace a link to a folder there
     os.replace(fresh, link)
 
 
-def publish_folder(partial: Path, final: Path) -> None:
-    """Gives a folder of synced files its name; what bears the name already is removed first."""
-    sync_folder(partial)
-    if final.exists():
-        remove_folder(final)
-    os.rename(partial, final)
-    sync_folder(final.parent)
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Inside, a folder to write synced files to. At the end it gets the name `path`, which another folder then loses.
+
+    After a failure nothing is left of it.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        make_folder(partial)
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            remove_folder(path)
+        os.rename(partial, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder, which loses its name first: no half of it is ever found under that name."""
+    """Removes a folder. It is renamed first, so that nobody finds half of it under its name."""
     doomed = path.with_name(f".deleted-{path.name}")
     if doomed.exists():
         shutil.rmtree(doomed)

@@ -1,6 +1,6 @@
-"""One process at a time per folder that is written to: a run directory, a gallery, packed data.
+"""Locks: one process at a time writes to a run directory, a gallery or packed data.
 
-A lock belongs to its process and ends with it, however it ends, so nothing is ever left to clean up.
+The operating system releases a lock when its process ends, however it ends, so no stale lock is left to clean up.
 """
 
 import errno
@@ -18,7 +18,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(file: IO[str]) -> None:
-        file.seek(1 << 30)  # far behind the text, which others could not read if it were locked
+        file.seek(1 << 30)  # far behind the text, so that others can still read it
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
 else:
@@ -29,7 +29,7 @@ else:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether this process has the lock now; False if another one has it."""
+    """Takes the lock; False if another process has it."""
     try:
         _lock(file)
     except OSError as error:
@@ -41,9 +41,9 @@ def _locked(file: IO[str]) -> bool:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """While inside, no other process gets in; CheckpointError names the process that is there already.
+    """Inside, this process has the lock FOLDER/.lock; CheckpointError names the process that has it already.
 
-    The lock is on FOLDER/.lock. A data loading worker that outlives its process does not hold it.
+    A data loading worker that outlives its process does not hold it.
     """
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         if not _locked(file):
@@ -60,7 +60,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """While inside, no other process gets in; one that comes later waits. The lock is on the file `path`."""
+    """Inside, this process has the lock on the file `path`; it waits until no other process has it."""
     with open(path, "w", encoding="utf-8") as file:
         while not _locked(file):
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What `vitface.load` returns: a face model with all that an application wants around it."""
+"""`vitface.load` and the `Recogniser` that it returns: a face model and the methods that an application needs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +21,20 @@ Images = np.ndarray | Tensor | Sequence[Photo]
 
 def load(path: str | Path, weights: str | Path | None = None, dtype: Dtype | None = None) -> "Recogniser":
     """The model of a run directory (its best checkpoint), of one checkpoint directory, or of a repository `owner/name`
-    (`owner/name@revision`) on the Hugging Face Hub, on the CPU; `.to("cuda")` moves it.
+    (`owner/name@revision`) on the Hugging Face Hub. It is on the CPU; `.to("cuda")` moves it.
 
-    `weights` names the frozen backbone's file; by default the file the run was trained with is looked for where it was,
-    then in the usual places. `dtype` runs the frozen part in another precision than the stored one. CheckpointError if
-    the checkpoint is not whole or fits no such backbone.
+    `weights` names the frozen backbone's file; by default it is looked for where it was in training, then in the usual
+    places. `dtype` runs the frozen part in another precision than the stored one. CheckpointError if the checkpoint is
+    damaged or does not fit the backbone.
     """
     return Recogniser.from_checkpoint(open_checkpoint(path, weights), dtype)
 
 
 class Recogniser:
-    """A `FaceModel` in eval mode, and `thresholds` {FAR: cosine}, the cosine that two embeddings have to reach to be
-    called the same person at that false accept rate; empty where nothing was calibrated."""
+    """A `FaceModel` in eval mode with its `thresholds` {FAR: cosine}, empty where nothing was calibrated.
+
+    At that false accept rate, two embeddings are of the same person if their cosine reaches the threshold.
+    """
 
     def __init__(self, model: FaceModel, thresholds: Mapping[float, float] = MappingProxyType({})):
         self.model = model
@@ -53,7 +55,7 @@ class Recogniser:
         return self
 
     def prepare(self) -> "Recogniser":
-        """Makes embedding faster, see `prepare_inference`; returns itself. The model can no longer be saved."""
+        """Makes embedding faster (see `prepare_inference`) and returns itself. The model cannot be saved any more."""
         prepare_inference(self.model)
         return self
 
@@ -61,24 +63,23 @@ class Recogniser:
         self, images: Images, flip: bool = True, batch_size: int | None = None, align: bool | FaceDetector = False
     ) -> np.ndarray:
         """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths, PIL images or
-        uint8 (H, W, 3) arrays, which are resized if they are square.
+        uint8 (H, W, 3) arrays; square ones are resized.
 
         `align=True` is for photos: the face is found and aligned in every image that is not 112 x 112 pixels (see
         `vitface.data.faces.photos.CropReader`). `flip` sums the embeddings of the image and its mirror image before
-        normalising, as the field's protocol does. So many images at a time as suit the device unless `batch_size` says
-        otherwise. ImageError names a file that cannot be used.
+        normalising, as the benchmarks' protocol does. `batch_size` is chosen for the device by default. ImageError
+        names a file that cannot be used.
         """
         return embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
 
     def verify(
         self, first: Photo, second: Photo, far: float | None = None, align: bool | FaceDetector = False
     ) -> Verdict:
-        """Do two images, a path, PIL image or uint8 (H, W, 3) each, show the same person? The cosine, in [-1, 1], and
-        what `thresholds` say of it.
+        """Do two images, each a path, PIL image or uint8 (H, W, 3), show the same person?
 
-        `far` is one of the calibrated false accept rates, by default the lowest. Without thresholds the verdict has a
-        score and no answer (`threshold`, `far` and `same` are None); then a `far` is a ConfigError. `align` and the
-        other errors are those of `embed`.
+        `far` is one of the calibrated false accept rates, by default the lowest; ConfigError for any other. Without
+        thresholds the verdict has a score but no answer: `threshold`, `far` and `same` are None. `align` and the other
+        errors are those of `embed`.
         """
         threshold = choose_threshold(self.thresholds, far)
         rows = self.embed([first, second], align=align)
@@ -91,7 +92,7 @@ class Recogniser:
         return np.concatenate(rows) if rows else np.zeros((0, self.config.num_domains), np.float32)
 
     def attention(self, images: Images, block: int = -1) -> np.ndarray:
-        """Where CLS looks in one block: float32 (B, nh, g, g) over the patch grid, from the adapted model."""
+        """The attention of CLS in one block of the adapted model: float32 (B, nh, g, g) over the patch grid."""
         rows = [attend_crops(self.model, batch, block).cpu().numpy() for batch in self._batches(images)]
         side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
         return np.concatenate(rows) if rows else np.zeros((0, heads, side, side), np.float32)
@@ -99,7 +100,7 @@ class Recogniser:
     def _batches(
         self, images: Images, align: bool | FaceDetector = False, flip: bool = False, batch_size: int | None = None
     ) -> Iterator[Crops]:
-        """The images as crops, some at a time."""
+        """The images as crops, in batches."""
         if isinstance(images, str | Path):
             raise TypeError(f"images must be a list, even of one: [{str(images)!r}]")
         as_crop = CropReader(align)

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from vitface.config import backbone_name
 from vitface.errors import WeightsError
-from vitface.files import sha256_file
-from vitface.home import cache_home
+from vitface.files import cache_home, sha256_file
 from vitface.store.backbones import read_backbone
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone

@@ -228,7 +228,7 @@ def test_the_list_of_commands_shows_an_example_of_each(capsys):
     assert lines.keys() == vitface.__main__.COMMANDS.keys()
     assert re.split(r"\s{3,}", lines["verify"]) == [
         "  vitface verify A.jpg B.jpg",
-        "do two photos show the same person?",
+        "Do two photos show the same person?",
     ]
     for name, line in lines.items():  # each example is one that the command's own parser takes
         _, parser = vitface.__main__.load_command(name)

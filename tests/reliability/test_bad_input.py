@@ -301,14 +301,14 @@ def test_adapter_files(adapter, ran, cases):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_rank": 8192}, "smaller than the model"),
+        ({"lora_rank": 8192}, r"lora_a is torch.float32 .* expected torch.float32 \(16384,"),
         ({"lora_rank": 1 << 40}, "lora_rank cannot be 1099511627776"),
         ({"image_size": 8192}, "sizes that fit no model"),
         ({"gate_temperature": 0.0}, "sizes that fit no model"),
         ({"head": "patches", "head_levels": 0}, "sizes that fit no model"),
         ({"head": "patches", "head_levels": 99}, "sizes that fit no model"),
         ({"head": "linear", "head_levels": 2}, "sizes that fit no model"),
-        ({"embedding_dim": 8192}, "smaller than the model"),
+        ({"embedding_dim": 8192}, r"head.* expected torch.float32 \(8192,"),
         ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"),
         ({"head": "tail"}, "head cannot be tail"),
         ({"num_domains": True}, "num_domains cannot be True"),

@@ -1,4 +1,4 @@
-"""Prepare training data and benchmarks, look at them, and find what is wrong with them."""
+"""Check, pack, build and show training data and benchmarks."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Evaluate a face model, or a frozen backbone, on the face-verification benchmarks."""
+"""Evaluate a model on the face-verification benchmarks."""
 
 import argparse
 import dataclasses
@@ -22,8 +22,8 @@ EXAMPLES = """examples:
   vitface evaluate --checkpoint runs/a --bench synthetic --json results.json
   vitface evaluate --bench all --output report.html    the same as a page with curves and pictures
   vitface evaluate --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
-  vitface evaluate --bench lfw --routing               what DA-LoRA's domains have to do with pose
-  vitface evaluate --compare runs/lora-s* runs/dalora-s*   is the second one better?
+  vitface evaluate --bench lfw --routing               how DA-LoRA's domain weights depend on pose
+  vitface evaluate --compare runs/lora-s* runs/dalora-s*   is DA-LoRA better than LoRA?
   vitface evaluate --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
 """
 
@@ -34,7 +34,7 @@ def add_flags(parser: CommandParser) -> None:
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
-    add("--routing", action="store_true", help="also print what DA-LoRA's router makes of pose, age and light")
+    add("--routing", action="store_true", help="also print DA-LoRA's domain weights by pose, and on procedural faces")
     add("--output", type=output_file, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=output_file, metavar="FILE", help="also write the results there")

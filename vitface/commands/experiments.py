@@ -1,4 +1,4 @@
-"""The recorded experiments exp_001 to exp_004 beside your runs of them; what was not run says so."""
+"""List the recorded experiments exp_001 to exp_004 beside your runs of them."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from vitface.commands.parser import CommandParser
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
 from vitface.errors import VitfaceError
+from vitface.markdown import put_between_markers, table
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 RECORDED = {  # accuracies in % as they were written down, and what was trainable; of the others nothing is known
@@ -31,35 +32,31 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def experiments_markdown(runs: Path) -> str:
-    """The table: for each experiment what was recorded, and every run of it in `runs` with what it scored."""
+    """The table: for each experiment the recorded result, and the results of every run of it in `runs`."""
     from vitface.store.settings import read_config
 
     head = ("experiment", "", "trainable parameters", *RECORDED_ON, "settings that differ")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
         if name in RECORDED:
             trainable, accuracies = RECORDED[name]
-            cells = [f"{trainable:,}", *(f"{value:.2f}" for value in accuracies), ""]
-            rows.append(f"| {name} | recorded | {' | '.join(cells)} |")
+            rows.append([name, "recorded", f"{trainable:,}", *(f"{value:.2f}" for value in accuracies)])
         ours = [run for run in sorted(runs.glob("*/")) if read_config(run).get("exp") == name]
-        rows += [f"| {name} | {run.name} | {' | '.join(_cells(run))} |" for run in ours]
-        if not ours:
-            rows.append(f"| {name} | not run | {' | '.join([''] * (len(head) - 2))} |")
-    about = f"Command: `vitface experiments`. Accuracies in %. {CAVEATS}"
-    return "\n".join([about, "", *rows, ""])
+        rows += [[name, run.name, *_cells(run)] for run in ours] or [[name, "not run"]]
+    return f"Command: `vitface experiments`. Accuracies in %. {CAVEATS}\n\n{table(head, rows)}\n"
 
 
 def _cells(run: Path) -> list[str]:
-    """What one run scored; a benchmark that it was not evaluated on says so."""
-    from vitface.commands.models.info import describe_checkpoint
+    """Cells of one run: trainable parameters, the accuracy on each benchmark, settings that differ."""
     from vitface.evaluation.compare import read_run
-    from vitface.store.faces import open_checkpoint
+    from vitface.model.counts import parameter_counts
+    from vitface.store.faces import meta_model, open_checkpoint
     from vitface.store.settings import read_config
 
     try:
-        trainable = f"{describe_checkpoint(open_checkpoint(run))['parameters']['all']['trained']:,}"
+        trainable = f"{parameter_counts(meta_model(open_checkpoint(run).config))['all'][1]:,}"
         results = read_run(run)
-    except VitfaceError:  # it has not come that far
+    except VitfaceError:  # it is not finished
         trainable, results = "", {}
     scored = [
         f"{100 * results[bench].accuracy:.2f} ± {100 * results[bench].std:.2f}" if bench in results else "not evaluated"
@@ -70,8 +67,6 @@ def _cells(run: Path) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.study.grid import put_between_markers
-
     text = experiments_markdown(arguments.runs)
     print(text, end="")
     if arguments.docs:

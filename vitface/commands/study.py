@@ -10,6 +10,7 @@ from vitface.commands.flags import add_settings
 from vitface.commands.parser import CommandParser
 from vitface.config import resolve, to_flag
 from vitface.errors import ConfigError
+from vitface.markdown import put_between_markers
 
 STUDIES: dict[str, dict[str, Any]] = {
     "controls": {},  # the default recipe, on --train-data and --val-data
@@ -38,7 +39,7 @@ def add_flags(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs a study; ConfigError for a flag of train that the study sets itself."""
-    from vitface.study.grid import chosen_variants, put_between_markers, run_study
+    from vitface.study.grid import chosen_variants, run_study
 
     given = vars(arguments)
     name, seeds, chosen, docs = (given.pop(key) for key in ("name", "seeds", "chosen", "docs"))

@@ -1,14 +1,13 @@
 """A face model as a folder of its own: the files that `vitface.load` needs, and nothing else of a training run."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitface.errors import ConfigError, ExchangeError
-from vitface.files import json_bytes, make_folder, publish_folder, sha256_bytes, sync_folder, write_synced
+from vitface.files import json_bytes, make_folder, new_folder, sha256_bytes, sync_folder, write_synced
 from vitface.model.face import FaceModel
 from vitface.store.backbones import contents_sha256
 from vitface.store.faces import MANIFEST_FILE, trained_tensors
@@ -42,16 +41,12 @@ def write_folder(out: Path, folders: dict[str, dict[str, bytes]]) -> None:
     """Writes `out` with its files ("") and subfolders, whole or not at all; ConfigError if it is there already."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out} exists; name a folder that does not")
-    partial = out.with_name(f".partial-{out.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-        for folder, files in folders.items():
-            make_folder(partial / folder)
-            for name, data in files.items():
-                write_synced(partial / folder / name, data)
-            sync_folder(partial / folder)
-        publish_folder(partial, out)
+        with new_folder(out) as partial:
+            for folder, files in folders.items():
+                make_folder(partial / folder)
+                for name, data in files.items():
+                    write_synced(partial / folder / name, data)
+                sync_folder(partial / folder)
     except (OSError, MemoryError) as error:
         raise ExchangeError(f"{out} could not be written: {error or 'out of memory'}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError
-from vitface.files import replace_file, sha256_file
-from vitface.home import cache_home
+from vitface.files import cache_home, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
 from vitface.store.tensors import first_fault, tensor_bytes
@@ -29,11 +28,11 @@ BACKBONE_FORMAT = "vitface-backbone-1"
 
 
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
-    """A frozen-ready ViT in float32 and eval mode for square images of `image_size` pixels.
+    """A ViT in float32 and eval mode for square images of `image_size` pixels.
 
     `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises as a
-    pure function of the name. Called on normalised float (B, 3, S, S) it gives final-norm tokens (B, N, D), CLS first.
-    `vit.config` holds the settings, which come from the file where there is one.
+    pure function of the name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens (B, N, D), CLS first.
+    `vit.config` holds its settings, those of the file where there is one.
     """
     name = backbone_name(name)
     if weights == "random":
@@ -44,7 +43,9 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     stored_name, config, tensors, _ = read_backbone(path)
     if stored_name != name:
         raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
-    check_tensors(path, tensors, expected_tensors(config))
+    fault = first_fault(tensors, expected_tensors(config), exact_dtype=False)
+    if fault:
+        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
     tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
     vit = ViT(config, image_size)
     vit.load_state_dict(tensors)
@@ -79,14 +80,12 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
 
 
 def find_backbone(name: str) -> Path:
-    """The first of `backbone_files`; WeightsError names the places and the fetch command."""
+    """The first of `backbone_files`; if there is none, WeightsError names the places and the fetch command."""
     for path in backbone_files(name):
         return path
     raise WeightsError(
-        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. "
-        "Get them with\n"
-        f"  vitface fetch {name}\n"
-        f"or name a converted file with --weights FILE"
+        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. Get them "
+        f"with\n  vitface fetch {name}\nor name a converted file with --weights FILE"
     )
 
 
@@ -98,7 +97,7 @@ def backbone_files(name: str) -> list[Path]:
 
 
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
-    """(name, config, tensors, source) of a converted file; WeightsError says what to do about any other file."""
+    """(name, config, tensors, source) of a converted file; WeightsError, with advice, for any other file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -122,13 +121,6 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """WeightsError unless `tensors` has exactly these names, shapes and kinds of dtype, all finite."""
-    fault = first_fault(tensors, expected, exact_dtype=False)
-    if fault:
-        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
-
-
 def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
     """The tensors a backbone file of this config holds, on the meta device."""
     with torch.device("meta"):
@@ -136,15 +128,15 @@ def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
 
 
 def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Writes a backbone file, see `backbone_bytes`, whole or not at all."""
+    """Writes a backbone file (see `backbone_bytes`), whole or not at all."""
     replace_file(path, backbone_bytes(name, config, tensors, source))
 
 
 def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
     """A backbone file's contents.
 
-    `tensors` are named and shaped as `ViT(config, config.native_size)` has them. `source` says where they came from:
-    file, sha256, licence and anything else worth keeping.
+    `tensors` have the names and shapes of `ViT(config, config.native_size)`. `source` records where they came from:
+    file, sha256, licence and more.
     """
     metadata = {
         "format": BACKBONE_FORMAT,
@@ -157,9 +149,9 @@ def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], sou
 
 
 def contents_sha256(path: Path) -> str:
-    """The SHA-256 of what a backbone file means: its settings and, in the order of their names, its tensors.
+    """The SHA-256 of a backbone file's settings and, in the order of their names, its tensors.
 
-    Files of the same weights differ in their bytes where another version of vitface converted them, or another source.
+    Two files of the same weights may differ in other bytes: another version of vitface, or another source.
     """
     _, config, tensors, _ = read_backbone(path)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())

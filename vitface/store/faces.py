@@ -1,4 +1,4 @@
-"""Face models on disk, each with every setting needed to run it, and all of it checked on load.
+"""Face models on disk: each has every setting needed to run it, and is checked when it is loaded.
 
 A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
 SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256. A checkpoint lies in a run's
@@ -11,17 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
 from vitface.errors import CheckpointError
 from vitface.files import sha256_file
-from vitface.model.face import TOKEN_WIDTH, FaceModel
+from vitface.model.face import FaceModel
+from vitface.model.vit import ViT
 from vitface.store import hub
 from vitface.store.backbones import backbone_files, contents_sha256, find_backbone, load_backbone, weights_sha256
 from vitface.store.settings import face_config, read_config
 from vitface.store.tensors import read_tensors
-from vitface.store.thresholds import cosines, read_calibration
+from vitface.store.thresholds import read_calibration
 
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
 MANIFEST_FILE = "manifest.json"
@@ -29,11 +31,11 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A face model on disk that is whole, with all that its files say of it.
+    """A face model on disk whose files are whole, and what they record of it.
 
-    `path` is what the user named, `folder` where the model files lie, which `manifest` describes, and `run` the run
-    directory around it, None for a bundle. `settings` are those the run was started with, {} without a run, and
-    `calibration` is as `read_calibration` gives it. `weights` names the backbone's file if the user did.
+    `path` is what the user named; `folder` holds the model files, which `manifest` describes; `run` is the run
+    directory around it, None for a bundle. `settings` are those of the run, {} without one; `calibration` is that of
+    `read_calibration`. `weights` is the backbone's file, if the user named one.
     """
 
     path: Path
@@ -47,25 +49,26 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """The SHA-256 of the trained tensors, by which scores, thresholds and galleries know their model."""
+        """The SHA-256 of the trained tensors, which identifies the model in scores, thresholds and galleries."""
         return self.manifest["files"]["model.safetensors"]["sha256"]
 
     @property
     def thresholds(self) -> dict[float, float]:
-        """{FAR: cosine} calibrated for this very checkpoint, empty if there are none."""
-        return cosines(self.calibration)
+        """{FAR: cosine} that were calibrated for this model; empty if there are none."""
+        entries = self.calibration["thresholds"] if self.calibration else {}
+        return {float(far): entry["threshold"] for far, entry in entries.items()}
 
     @property
     def is_best(self) -> bool:
-        """Whether it is its run's best."""
+        """True for the best checkpoint of a run."""
         return self.run is not None and (self.run / "checkpoints" / "best").resolve() == self.folder
 
     @cached_property
     def backbone(self) -> str | Path:
-        """The frozen backbone's file, "random" if there is none: `weights`, else whichever is the right one of the file
-        beside the checkpoint, the one that the run was started with, and `backbone_files`.
+        """The file of the frozen backbone that the model was trained on, "random" if there is none.
 
-        CheckpointError if there are such files, but none is the right one; WeightsError if there is none.
+        It is looked for in `weights`; without them beside the checkpoint, where it was when the run started, and in
+        `backbone_files`. CheckpointError if none of the files found is the right one, WeightsError if none is found.
         """
         config, recorded = self.config, self.settings.get("weights")
         if config.weights_sha256 == "random":
@@ -85,15 +88,16 @@ class Checkpoint:
     def load(self, dtype: Dtype | None = None) -> FaceModel:
         """The model in eval mode, on the CPU; `dtype` runs its frozen part in another precision than the stored one.
 
-        CheckpointError if the tensors or the backbone do not fit the settings; the errors of `backbone`.
+        CheckpointError if the tensors or the backbone do not fit the settings, and the errors of `backbone`.
         """
         config = self.config if dtype is None else dataclasses.replace(self.config, dtype=dtype)
         vit = load_backbone(config.backbone, self.backbone, config.image_size)
         if vit.config != config.vit:
             raise CheckpointError(f"{self.path}: model.json describes another {config.backbone} than the backbone file")
-        _check_size(config, self.folder / "model.safetensors")
+        # read before the model is built: a stranger's settings may ask for more memory than the file has
+        tensors = read_tensors(self.folder / "model.safetensors", trained_tensors(meta_model(config)))
         model = FaceModel(vit, config)
-        load_trained(model, self.folder / "model.safetensors")
+        model.load_state_dict(tensors, strict=False)  # without the frozen ones
         return model.eval()
 
 
@@ -118,14 +122,14 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is one checkpoint directory, whole or not, and no run."""
+    """True for a checkpoint directory, whole or not; False for a run."""
     return (path / MANIFEST_FILE).is_file()
 
 
 def read_manifest(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
     """The manifest of a checkpoint directory, {"files": {name: {"size", "sha256"}}, ...}.
 
-    CheckpointError unless these `files` are the ones that it describes.
+    CheckpointError unless these `files` are there and unchanged since it was written.
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -148,24 +152,20 @@ def read_face_config(folder: Path) -> FaceConfig:
         raise CheckpointError(f"{folder}/model.json was not written by this version of vitface ({error})") from None
 
 
-def _check_size(config: FaceConfig, path: Path) -> None:
-    """CheckpointError if the settings ask for more than `path` can hold, before memory is asked for."""
-    dim = config.vit.embed_dim
-    width = (1 + config.vit.grid(config.image_size) ** 2) * TOKEN_WIDTH if config.head == "patches" else dim
-    head = 0 if config.head == "cls" else width * config.embedding_dim
-    adapters = config.vit.depth * config.lora_rank * config.num_domains * dim
-    if 4 * (head + adapters) > path.stat().st_size:
-        raise CheckpointError(f"{path} is smaller than the model that model.json describes")
+def meta_model(config: FaceConfig) -> FaceModel:
+    """A model on the meta device: it has the names, shapes and dtypes of its tensors, but takes no memory."""
+    with torch.device("meta"):
+        return FaceModel(ViT(config.vit, config.image_size), config)
 
 
 def trained_tensors(model: FaceModel) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a face model, by state-dict name: all but the frozen parameters of the backbone."""
+    """The tensors of a checkpoint, by state-dict name: all but the frozen parameters of the backbone."""
     frozen = {f"vit.{name}" for name, parameter in model.vit.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def load_trained(model: FaceModel, path: Path) -> None:
-    """Puts model.safetensors into its model; CheckpointError as `read_tensors`, with the model as it was."""
+    """Loads model.safetensors into its model; the errors of `read_tensors`, which leave the model unchanged."""
     model.load_state_dict(read_tensors(path, trained_tensors(model)), strict=False)  # the frozen ones are not in it
 
 
@@ -174,8 +174,6 @@ def frozen_face(
 ) -> FaceModel:
     """The frozen backbone as a face model: the embedding is the raw CLS token."""
     vit = load_backbone(name, weights, image_size)
-    digest = weights_sha256(backbone_name(name), weights)
-    config = FaceConfig(
-        backbone_name(name), digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype
-    )
+    name, digest = backbone_name(name), weights_sha256(backbone_name(name), weights)
+    config = FaceConfig(name, digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype)
     return FaceModel(vit, config).eval()

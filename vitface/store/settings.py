@@ -1,4 +1,4 @@
-"""What a run directory records: its settings and its epochs; and a model file's settings -> `ViTConfig`, `FaceConfig`.
+"""Settings on disk: those and the epochs of a run; those of a model file, as `ViTConfig` and `FaceConfig`.
 
 Files may come from strangers: a value that no model can have is refused before anything is built from it.
 """
@@ -15,7 +15,7 @@ from vitface.errors import CheckpointError
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run was started with; empty where there is no run, CheckpointError if they are damaged."""
+    """The settings of a run; empty where there is no run, CheckpointError if they are damaged."""
     path = run_dir / "config.json"
     if not path.is_file():
         return {}
@@ -61,7 +61,7 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
 
 
 def _checked(config: Any) -> Any:
-    """`config` as it is; ValueError unless each value has its field's type and a size to be expected of a model."""
+    """Returns `config`; ValueError unless each value has its field's type and a size that a model can have."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if hint is int:

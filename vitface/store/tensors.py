@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, none of which is believed before it was looked at."""
+"""Tensors in safetensors files, which are checked before they are used."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ MAX_HEADER_BYTES = 1 << 20
 
 
 def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file's contents; written by us, as safetensors' own writer does not fsync."""
+    """A safetensors file's contents, for `vitface.files`: safetensors' own writer does not fsync."""
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file from anybody; CheckpointError if it is none, or has a header of over 1 MB."""
+    """The tensors of a safetensors file from anybody; CheckpointError if it is damaged or has a header of over 1 MB."""
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -29,10 +29,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's safetensors file: exactly the names, shapes and dtypes of `expected`, all finite.
-
-    CheckpointError for any other file; a header of more than 1 MB is not even parsed.
-    """
+    """`load_tensors`; CheckpointError unless names, shapes and dtypes are those of `expected`, and all are finite."""
     tensors = load_tensors(path)
     fault = first_fault(tensors, expected, exact_dtype=True)
     if fault:
@@ -41,6 +38,7 @@ def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_fault(tensors: dict[str, Tensor], expected: dict[str, Tensor], exact_dtype: bool) -> str | None:
+    """The first tensor that is missing, unknown, not finite, or of another shape or kind of dtype; None if none is."""
     for key in sorted(expected.keys() ^ tensors.keys()):
         return f"{'missing' if key in expected else 'unknown'} tensor {key}"
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Same person or not: thresholds on disk, and a cosine against one of them, with what it promises in words.
+"""Same person or not: thresholds on disk, and the verdict of a cosine against one of them.
 
 A run or a bundle has them in thresholds.json, {"model": SHA-256 of the trained tensors, "pairs": {"same", "different"},
 "thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}.
@@ -17,10 +17,9 @@ FARS = (1e-2, 1e-3, 1e-4)  # the false accept rates that are calibrated and repo
 
 
 def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
-    """The "pairs" and "thresholds" in a folder's file, if it is of the model with this SHA-256: numbers alone, whatever
-    else is there. None without a file, or without a threshold.
+    """Reads {"pairs", "thresholds"} of the model with this SHA-256 from a folder's file, its numbers alone.
 
-    CheckpointError if the file is damaged.
+    None if there is no file, if it is of another model, or if it has no threshold. CheckpointError if it is damaged.
     """
     path = folder / THRESHOLDS_FILE
     try:
@@ -40,16 +39,13 @@ def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
     return {"pairs": pairs, "thresholds": found} if found else None
 
 
-def cosines(calibration: Mapping[str, Any] | None) -> dict[float, float]:
-    """{FAR: cosine} of `read_calibration`."""
-    entries = calibration["thresholds"] if calibration else {}
-    return {float(far): entry["threshold"] for far, entry in entries.items()}
-
-
 @dataclass(frozen=True)
 class Verdict:
-    """`score` is the cosine of two embeddings, in [-1, 1]; `threshold` what it has to reach, None where nothing was
-    calibrated; `far` the false accept rate of that threshold on held-out people, None if the threshold is your own."""
+    """The cosine of two embeddings, `score` in [-1, 1], against the `threshold` for "same person".
+
+    `threshold` is None where nothing was calibrated. `far` is its false accept rate on held-out people, None if the
+    user named the threshold.
+    """
 
     score: float
     threshold: float | None = None
@@ -57,12 +53,12 @@ class Verdict:
 
     @property
     def same(self) -> bool | None:
-        """Whether it is the same person, None without a threshold."""
+        """True for the same person, None without a threshold."""
         return None if self.threshold is None else self.score >= self.threshold
 
     @property
     def far_in_words(self) -> str:
-        """What `far` says: in how many pairs of different people one is wrongly accepted."""
+        """In how many pairs of different people one is accepted."""
         if self.far is not None:
             return f"FAR {self.far:g}: 1 in {round(1 / self.far):,} pairs of different people passes for the same"
         return "no threshold was calibrated" if self.threshold is None else "your own threshold, its FAR is not known"
@@ -77,9 +73,9 @@ class Verdict:
 def choose_threshold(
     thresholds: Mapping[float, float], far: float | None = None
 ) -> tuple[float, float] | tuple[None, None]:
-    """(threshold, FAR) for a false accept rate that `thresholds` {FAR: cosine} knows, by default the lowest.
+    """(threshold, FAR) for one of the calibrated false accept rates, by default the lowest; (None, None) without any.
 
-    (None, None) without thresholds. ConfigError for a `far` that was not calibrated.
+    `thresholds` is {FAR: cosine}. ConfigError for a `far` that was not calibrated.
     """
     if far is None and not thresholds:
         return None, None

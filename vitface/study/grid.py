@@ -1,8 +1,7 @@
 """A grid of DA-LoRA and its controls over seeds, trained and compared. It continues where it stopped.
 
-Each cell is one ordinary run directory, FOLDER/VARIANT-sSEED. Two kinds of cell are only evaluated: the frozen
-backbone, and each DA-LoRA run with its gate shuffled. FOLDER/study.md and
-study.json hold the table, after each seed anew.
+Each cell is an ordinary run directory, FOLDER/VARIANT-sSEED. Two kinds of cell are only evaluated: the frozen backbone,
+and each DA-LoRA run with its gate shuffled. The table is in FOLDER/study.md and study.json, rewritten after each seed.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from vitface.config import Dtype, TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
@@ -23,9 +21,11 @@ from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import json_bytes, replace_file
+from vitface.markdown import table
+from vitface.model.counts import parameter_counts
 from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser, load
-from vitface.store.faces import frozen_face, open_checkpoint
+from vitface.store.faces import frozen_face, meta_model, open_checkpoint
 from vitface.study.controls import CONTROLS, shuffled_gate
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
@@ -35,7 +35,7 @@ FIXED_GATES = ("uniform", "random")  # controls whose router is not trained
 
 
 def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
-    """DA-LoRA, plain LoRA and the controls, as settings that differ from `base`.
+    """{variant: its settings that differ from `base`}, for DA-LoRA, plain LoRA and the controls.
 
     "lora_wide" has as many adapter parameters as DA-LoRA and the same scaling.
     """
@@ -52,7 +52,7 @@ def variants(base: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def chosen_variants(base: TrainConfig, names: list[str] | None) -> dict[str, dict[str, Any]]:
-    """`variants` without those not among `names`; DA-LoRA, which all are compared with, always is."""
+    """The `variants` among `names`, all for None; DA-LoRA, which all are compared with, is always one of them."""
     grid = variants(base)
     for name in names or []:
         if name not in grid:
@@ -60,14 +60,8 @@ def chosen_variants(base: TrainConfig, names: list[str] | None) -> dict[str, dic
     return {name: grid[name] for name in grid if names is None or name in [*names, "dalora"]}
 
 
-def run_study(
-    base: TrainConfig,
-    grid: dict[str, dict[str, Any]],
-    seeds: list[int],
-    folder: Path,
-    command: str,
-) -> None:
-    """Every cell that is not done yet, seed by seed, and the table."""
+def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[int], folder: Path, command: str) -> None:
+    """Trains and evaluates every cell that is not done yet, seed by seed, and writes the table."""
     names = final_benchmarks(base)
     if not names:
         raise ConfigError("a study needs a benchmark to compare on: name the folder of lfw.bin, ... with --val-data")
@@ -102,30 +96,24 @@ def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -
 
 
 def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder: Path, command: str) -> None:
-    """study.md and study.json from what the cells scored: DA-LoRA against everything else."""
-    order = [FROZEN, *trained, SHUFFLED_AT_TEST]
-    cells = {name: [folder / (name if name == FROZEN else f"{name}-s{seed}") for seed in seeds] for name in order}
-    cells[FROZEN] = cells[FROZEN][:1]
+    """Writes study.md and study.json from the scores of the cells: DA-LoRA against all others."""
+    cells = {FROZEN: [folder / FROZEN]}
+    cells |= {name: [folder / f"{name}-s{seed}" for seed in seeds] for name in (*trained, SHUFFLED_AT_TEST)}
     sides = {
         name: Side(name, [None] if name == FROZEN else list(seeds), [read_run(path) for path in paths])
         for name, paths in cells.items()
     }
     comparisons = {name: compare(side, sides["dalora"]) for name, side in sides.items() if name != "dalora"}
     rows = [variant_row(side, cells[name], comparisons.get(name)) for name, side in sides.items()]
-    about = {
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "seeds": seeds,
-        "device": resolve_choices(base).device,
-    }
+    about = {"command": command, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "seeds": seeds}
+    about["device"] = resolve_choices(base).device
     replace_file(folder / "study.md", study_markdown(about, rows).encode())
     entries = {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()}
     replace_file(folder / "study.json", json_bytes({**about, "variants": rows, "comparisons": entries}))
 
 
 def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> dict[str, Any]:
-    """One line of the table: accuracy per benchmark (mean and deviation over seeds), DA-LoRA's lead, routing."""
+    """A row of the table: accuracy per benchmark (mean and deviation over seeds), DA-LoRA's lead, routing."""
     accuracies = {name: [results[name].accuracy for results in side.results] for name in side.results[0]}
     row: dict[str, Any] = {
         "variant": side.name,
@@ -146,20 +134,18 @@ def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> di
 
 
 def adapter_parameters(cell: Path, with_router: bool) -> int | None:
-    """Trained parameters of the adapters, and of the router; None for a cell that nothing was trained in."""
-    path = cell / "checkpoints" / "best" / "model.safetensors"
-    if not path.is_file():
+    """The number of trained parameters of the adapters, and of the router; None for a cell without training."""
+    if not (cell / "checkpoints").is_dir():
         return None
-    with safe_open(path, "np") as file:
-        names = [name for name in file.keys() if "lora_" in name or (with_router and name.startswith("router."))]  # noqa: SIM118
-        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
+    counts = parameter_counts(meta_model(open_checkpoint(cell).config))
+    return counts["adapters"][1] + with_router * counts["router"][1]
 
 
 def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The study on one page; what is `shown` follows from whether the interval leaves out zero."""
+    """The study on one page; the column "shown" depends on whether the interval contains zero."""
     names, comparisons = list(rows[0]["accuracy"]), sum("interval" in row for row in rows)
     head = ["variant", "adapter parameters", *names, "DA-LoRA minus this", "95 % interval", "McNemar p", "shown"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in rows:
         cells = [row["variant"], f"{row['adapter_parameters']:,}" if row["adapter_parameters"] else ""]
         for name, accuracy in row["accuracy"].items():
@@ -170,7 +156,7 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             cells += [f"{100 * row['dalora_minus_this']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
             cells.append("" if row["p"] is None else f"{row['p']:.2g}")
             cells.append("DA-LoRA is better" if low > 0 else "DA-LoRA is worse" if high < 0 else "no difference")
-        lines.append(f"| {' | '.join([*cells, *[''] * (len(head) - len(cells))])} |")
+        lines.append(cells)
     routing = [
         f"{row['variant']}, on procedural faces: entropy of the gate {row['entropy']:.3f} of 1"
         + (f"; its strongest domain is the known one on {row['agreement']:.1%}" if "agreement" in row else "")
@@ -183,19 +169,7 @@ def study_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"bootstrap over pairs and seeds with thresholds chosen anew, {comparisons} comparisons, not corrected "
         f"for their number. McNemar's p takes the thresholds as given, and several seeds by majority."
         + (f" {ONE_SEED}" if len(about["seeds"]) == 1 else ""),
-        "\n".join(lines),
+        table(head, lines),
         "\n".join(f"- {line}" for line in routing),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def put_between_markers(path: Path, title: str, text: str) -> None:
-    """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    first, last = f"<!-- {title}: generated, do not edit -->\n", f"<!-- end of {title} -->\n"
-    head, begun, rest = before.partition(first)
-    if begun and last not in rest:
-        raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
-    tail = rest.partition(last)[2]
-    gap = "" if begun or not head else "\n"
-    replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())

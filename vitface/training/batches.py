@@ -1,4 +1,4 @@
-"""Which images a rank sees in a step: read, augmented, and turned into the model's input.
+"""The images of a rank in each step: read, augmented, and turned into the model's input.
 
 A step's images are `batch_size` consecutive ones of the epoch's order, whatever the number of ranks. They are cut into
 equal parts, rank after rank, and each rank's part into its micro-batches: two ranks see what one process sees in two
@@ -25,7 +25,7 @@ from vitface.training.ranks.process_group import rank, world_size
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The opened samples of a run, who of them trains, and how they are cut into steps."""
+    """The samples of a run, their split into training and held-out people, and the sizes of its steps."""
 
     samples: Samples
     split: Split
@@ -72,5 +72,5 @@ def rank_batches(
 
 
 def training_input(model: FaceModel, crops: Tensor, u: Tensor, policy: str) -> Tensor:
-    """Crops, uint8 (b, 112, 112, 3) -> augmented by `policy` and the random numbers `u`, resized, normalised."""
+    """Crops, uint8 (b, 112, 112, 3) -> input of the model: augmented by `policy` with `u`, resized, normalised."""
     return model.preprocess(augment(to_float(crops), u, policy))

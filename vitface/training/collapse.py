@@ -1,20 +1,20 @@
-"""Alarms: a run that goes on, with finite losses, although it has stopped learning what it should.
+"""Alarms of a run whose losses are finite, but which no longer learns: collapsed embeddings, unused domains.
 
-Judged on the held-out people once an epoch, in eval mode: in train mode the batch norm of the head spreads even
-constant embeddings out.
+They are computed once an epoch on the held-out people, in eval mode: in train mode, the head's batch norm spreads even
+constant embeddings.
 """
 
 import numpy as np
 
-COLLAPSED = 0.99  # mean cosine between different images, if in addition
-USELESS = 0.7  # the AUC is below this: an offset that all embeddings share does no harm by itself
-UNUSED = 0.01  # mean gate of a domain, as a fraction of the even share 1 / K
+COLLAPSED = 0.99  # mean cosine of different images above which embeddings have collapsed,
+USELESS = 0.7  # if the AUC is below this as well: an offset that all embeddings share does no harm
+UNUSED = 0.01  # mean weight of a domain below which it is unused, as a fraction of the even share 1 / K
 
 
 def alarms(embeddings: np.ndarray, auc: float, gates: np.ndarray | None) -> dict[str, str]:
-    """Unit-norm embeddings (n, E), the AUC of their pairs and gates (n, K), None for plain LoRA -> what is wrong.
+    """Unit-norm embeddings (n, E), the AUC of their pairs, and domain weights (n, K) or None -> {alarm: sentence}.
 
-    A sentence with the likely cause, by the alarm's name; empty if nothing is.
+    A sentence has the likely cause and what to change; {} if all is well.
     """
     found, n = {}, len(embeddings)
     cosine = (np.square(embeddings.sum(axis=0, dtype=np.float64)).sum() - n) / (n * (n - 1))

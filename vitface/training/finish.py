@@ -8,6 +8,7 @@ from vitface.evaluation.benchmarks import Evaluation, evaluate_all
 from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import replace_file
+from vitface.markdown import table
 from vitface.recogniser import Recogniser
 from vitface.store.faces import frozen_face, open_checkpoint
 from vitface.store.settings import read_epochs
@@ -62,10 +63,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
     """The run on one page: results, learning curve, settings."""
     epochs = read_epochs(run_dir)
-    curve = "".join(
-        f"\n| {row['epoch']} | {float(row['loss']):.3f} | {row['holdout_auc'][:6]} | {row['img_per_s']} |"
-        for row in epochs
-    )
+    curve = [[row["epoch"], f"{float(row['loss']):.3f}", row["holdout_auc"][:6], row["img_per_s"]] for row in epochs]
     skipped = int(epochs[-1].get("skipped") or 0)  # of fp16 alone
     note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
@@ -74,7 +72,7 @@ def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Eva
         f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
         *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
         f"## Thresholds\n\n```\n{thresholds}\n```",
-        f"## Learning curve\n\n| epoch | loss | held-out AUC | img/s |\n|---|---|---|---|{curve}{note}",
+        f"## Learning curve\n\n{table(('epoch', 'loss', 'held-out AUC', 'img/s'), curve)}{note}",
         f"## Settings\n\n{settings}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,7 +1,7 @@
-"""The people a run never trained on: they choose its best epoch, and its thresholds.
+"""The held-out people, on whom a run is not trained: they decide its best epoch and its thresholds.
 
-Thresholds are for the cosine of two embeddings as `Recogniser.embed` gives them: the same person if it is >= the
-threshold. They are written into the run's thresholds.json, see `vitface.store.thresholds`.
+A threshold is for the cosine of two embeddings of `Recogniser.embed`: the same person if it is >= the threshold. The
+file is the run's thresholds.json (see `vitface.store.thresholds`).
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ HOLDOUT_IMAGES = 2000
 def embed_held_out(
     model: FaceModel, samples: Samples, held_out: np.ndarray, flip: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings (n, E), gates (n, K) and people (n,) of (at most HOLDOUT_IMAGES of) these samples, in eval mode."""
+    """Embeddings (n, E), domain weights (n, K) and people (n,) of at most HOLDOUT_IMAGES of these samples."""
     held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
     positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
 

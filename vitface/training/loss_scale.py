@@ -1,9 +1,9 @@
-"""Loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740): small gradients do not vanish in its range.
+"""Loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), so that small gradients do not become zero.
 
-The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after. A step
-whose gradients overflow is skipped and halves the scale; GROWTH good steps in a row double it. The rule is that of
-`torch.amp.GradScaler`, which tests compare it with; but torch's decides on each rank alone and keeps the decision to
-itself, and this one is told what all ranks agreed on. Nothing here waits for the device.
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it afterwards. A
+step whose gradients overflow is skipped and halves the scale; GROWTH good steps in a row double it. The rule is that of
+`torch.amp.GradScaler`, and tests compare the two. But torch's decides on each rank alone; this one gets the decision of
+all ranks. Nothing here waits for the device.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ START, GROWTH = 2.0**16, 2000  # torch's
 
 
 class LossScale:
-    """The scale, and how many steps in a row it has held, as tensors on the device; without effect unless `enabled`."""
+    """The scale and the number of good steps since it changed, tensors on the device; no effect unless `enabled`."""
 
     def __init__(self, enabled: bool, device: torch.device):
         self.enabled = enabled
@@ -43,11 +43,11 @@ class LossScale:
         self.held.mul_(1 - grown)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; empty unless enabled."""
+        """The values for a checkpoint; empty unless enabled."""
         return {"scale": self.scale.item(), "held": self.held.item()} if self.enabled else {}
 
     def load(self, state: dict[str, float]) -> None:
-        """Puts what `state` gave in its place; settings that changed to fp16 bring none, and start anew."""
+        """Loads the values of a checkpoint; one of a run that was not in fp16 has none, and the scale starts anew."""
         if self.enabled and state:
             self.scale.fill_(state["scale"])
             self.held.fill_(state["held"])

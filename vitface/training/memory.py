@@ -1,13 +1,13 @@
-"""How much memory a training step takes, and how many blocks to recompute so that it stays within a budget.
+"""The memory of a training step, and the number of blocks to recompute so that it stays within a budget.
 
-Backward needs what forward saved. A block that is recomputed (Chen et al. 2016, arXiv:1604.06174) saves its input alone
-and runs a second time in the backward pass. The arithmetic, with n blocks recomputed and B images:
+The backward pass needs the tensors that the forward pass saved. A recomputed block (Chen et al. 2016, arXiv:1604.06174)
+saves its input alone and runs again in the backward pass. The arithmetic, with n recomputed blocks and B images:
 
     constant   parameters, and for each trained one its gradient and AdamW's two moments
     saved      B · (what autograd saves for an image + n · a block's input)
     at work    B · 2 · what a block saves: the block being recomputed, and gradients of the same size
 
-What autograd saves is not modelled but measured on two images.
+The bytes that autograd saves are measured on two images, not modelled.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
 
 
 def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """The bytes that autograd keeps alive for the backward pass of what `run` computes, beside `model`'s parameters."""
+    """The bytes that autograd saves for the backward pass of `run()`, without the parameters of `model`."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

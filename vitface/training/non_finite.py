@@ -77,7 +77,7 @@ def keep_diagnosis(path: Path, error: NonFiniteError, diagnosis: dict[str, Any])
     found = broadcast(diagnosis, error.culprit)
     if rank() == 0:
         replace_file(path, json_bytes(found))
-    return NonFiniteError(f"step {found['step']:,}: {error}; {path} says more", error.culprit)
+    return NonFiniteError(f"step {found['step']:,}: {error}; {path} has the details", error.culprit)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from vitface.training.setup import Change, open_data, resolve_choices
 
 
 def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = None) -> Path | None:
-    """Trains as `config` says, evaluates the result, and returns the run directory, None for a dry run.
+    """Trains with the settings of `config`, evaluates the result, and returns the run directory, None for a dry run.
 
     `with_frozen` evaluates the frozen backbone too. A study passes `change`, which changes the model before it is
     trained, and again before it is evaluated.

@@ -20,7 +20,7 @@ from vitface.device import resolve_device, resolve_dtype
 from vitface.errors import ConfigError, DataError, VitfaceError
 from vitface.evaluation.benchmarks import available
 from vitface.extras import require
-from vitface.home import cache_home
+from vitface.files import cache_home
 from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
@@ -51,9 +51,9 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
 
 
 def open_inputs(config: TrainConfig) -> Samples:
-    """The training samples that `--train-data` names, packed on first use unless `--no-pack`.
+    """The samples of --train-data, packed on first use unless --no-pack.
 
-    ConfigError names everything that is wrong or missing at once: the backbone's weights, both kinds of data, packages.
+    ConfigError names all that is wrong or missing at once: the backbone's weights, both kinds of data, packages.
     """
     problems: list[str] = []
 
@@ -80,7 +80,7 @@ def open_inputs(config: TrainConfig) -> Samples:
 
 
 def read_samples(config: TrainConfig) -> Samples:
-    """The samples of `--train-data`, not packed yet, with the domains of `--domain-labels`; DataError for bad ones."""
+    """The samples of --train-data, not packed yet, with the domains of --domain-labels; DataError for bad ones."""
     labelled = config.domain_labels not in (None, "none")
     if config.train_data in SYNTHETIC:
         if labelled:
@@ -100,13 +100,13 @@ def read_samples(config: TrainConfig) -> Samples:
 
 
 def open_data(config: TrainConfig) -> TrainingData:
-    """The training data of a run, on every rank once all have it; errors as `open_inputs` and `split_people`.
+    """The training data of a run; returns when all ranks have it.
 
-    ConfigError also if the images do not fill a batch.
+    ConfigError if the images do not fill a batch, and the errors of `open_inputs` and `split_people`.
     """
     samples = open_inputs(config)
     split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
-    barrier("inputs")  # packing takes one rank hours, and the others wait
+    barrier("inputs")  # one rank packs, which may take hours, while the others wait
     if len(split.indices) < config.batch_size:
         raise ConfigError(
             f"{len(split.indices)} training images do not fill one --batch-size {config.batch_size}; lower it"

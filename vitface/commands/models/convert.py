@@ -1,4 +1,4 @@
-"""Convert a published checkpoint into the file that training and evaluation take."""
+"""Convert a published checkpoint into a backbone file."""
 
 import argparse
 from pathlib import Path
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from vitface.weights.conversion import Conversion
 
 EXAMPLES = f"""examples:
-  vitface convert dinov2 --src dinov2_vits14_pretrain.pth
-  vitface convert clip --src ViT-B-16.pt --out clip.safetensors
+  vitface convert clip --src ViT-B-16.pt
+  vitface convert dinov2 --src dinov2_vits14_pretrain.pth --out dinov2.safetensors
   vitface convert clip --src laion/open_clip_model.safetensors --act gelu
 
 backbones: {", ".join(SOURCES)}
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(done: "Conversion") -> str:
-    """What a conversion read, used, dropped and wrote, and the command that comes next, as lines to print."""
+    """The lines to print: the tensors that were read, used and dropped, the file written, and the next command."""
     config = done.config
     pinned = "the published original" if done.published else "not a file with a pinned sha256"
     dropped = ", ".join(f"{names} ({count})" if "*" in names else names for names, count in done.dropped.items())
@@ -56,7 +56,7 @@ def report(done: "Conversion") -> str:
 
 
 def next_command(name: str, path: Path) -> str:
-    """The command that trains on the backbone file `path`; it need not name a file that is found by itself."""
+    """The command that trains on the backbone file `path`; it names the file only if it is not found without that."""
     from vitface.store.backbones import find_backbone
 
     try:

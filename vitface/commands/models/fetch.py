@@ -1,11 +1,11 @@
-"""Download a backbone from its original source, check its sha256 and convert it."""
+"""Download a backbone, check its sha256 and convert it; or the face detector."""
 
 import argparse
 
 from vitface.commands.models.convert import next_command, report
 from vitface.commands.parser import CommandParser
 from vitface.config import backbone_name
-from vitface.home import cache_home
+from vitface.files import cache_home
 from vitface.weights.sources import SOURCES
 
 EXAMPLES = f"""examples:

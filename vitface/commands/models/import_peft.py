@@ -8,11 +8,11 @@ from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
-  vitface import-peft adapter --backbone dinov2 --out models/a       the embedding is the adapted CLS token
-  vitface import-peft tuned --into runs/a --out models/a-tuned       new adapters; head and router of runs/a
+  vitface import-peft tuned --into runs/a --out b                new adapters; head and router of runs/a
+  vitface import-peft adapter --backbone dinov2 --out models/a   the embedding is the adapted CLS token
 
-ADAPTER is a folder with adapter_config.json and adapter_model.safetensors, in the names of timm or transformers, or one
-with domain-0, domain-1, ... of them, as `export --format peft-timm` writes for DA-LoRA.
+ADAPTER is a folder with adapter_config.json and adapter_model.safetensors, with the names of timm or transformers; or
+a folder of such folders, domain-0, domain-1, ..., as `export --format peft-timm` writes for DA-LoRA.
 """
 
 

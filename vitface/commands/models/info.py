@@ -4,12 +4,9 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vitface.commands.parser import CommandParser
-
-if TYPE_CHECKING:
-    from vitface.store.faces import Checkpoint
 
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
@@ -26,10 +23,12 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """All that is known of `path`, ready for JSON; it raises what reading that kind of file or folder raises."""
+    """The contents of `path`, ready for JSON; the errors are those of reading that kind of file or folder."""
     from vitface.gallery.parts import is_gallery, read_names, read_settings
+    from vitface.model.counts import parameter_counts
     from vitface.store.backbones import read_backbone
-    from vitface.store.faces import open_checkpoint
+    from vitface.store.faces import meta_model, open_checkpoint
+    from vitface.store.settings import read_epochs
 
     if path.is_file():
         name, config, tensors, source = read_backbone(path)
@@ -37,24 +36,11 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
     if is_gallery(path):
         return {"kind": "gallery", "images": len(read_names(path)), **dataclasses.asdict(read_settings(path))}
-    return describe_checkpoint(open_checkpoint(path))
-
-
-def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Where a checkpoint comes from, its settings, sizes and thresholds."""
-    import torch
-
-    from vitface.model.counts import parameter_counts
-    from vitface.model.face import FaceModel
-    from vitface.model.vit import ViT
-    from vitface.store.settings import read_epochs
-
-    config = checkpoint.config
+    checkpoint = open_checkpoint(path)
+    counts = parameter_counts(meta_model(checkpoint.config))
     epochs = read_epochs(checkpoint.run) if checkpoint.run else []
-    with torch.device("meta"):
-        model = FaceModel(ViT(config.vit, config.image_size), config)
-    counts = parameter_counts(model)
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "vit"}
+    settings = dataclasses.asdict(checkpoint.config)
+    del settings["vit"]
     return {
         "kind": "checkpoint",
         "checkpoint": str(checkpoint.folder),
@@ -68,7 +54,7 @@ def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
-    """Names and values, a line each; what is nested is indented."""
+    """Names and values, a line each; nested ones are indented."""
     lines = []
     for name, item in value.items():
         if isinstance(item, dict) and item.keys() == {"total", "trained"}:
@@ -76,14 +62,9 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
         elif isinstance(item, dict) and item:
             lines += [f"{indent}{name}", *_lines(item, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:<{max(20 - len(indent), 1)}} {_shown(item)}")
+            shown = f"{item:,}" if type(item) is int else "none" if item in (None, {}) else str(item)
+            lines.append(f"{indent}{name:<{max(20 - len(indent), 1)}} {shown}")
     return lines
-
-
-def _shown(item: Any) -> str:
-    if isinstance(item, int) and not isinstance(item, bool):
-        return f"{item:,}"
-    return "none" if item in (None, {}) else str(item)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from vitface.files import sha256_bytes
 from vitface.store.hub import REPOSITORY
 
 EXAMPLES = """examples:
-  vitface publish runs/a --repo me/dinov2-faces --data "CASIA-WebFace, 490,623 images"     a dry run
-  vitface publish runs/a --repo me/dinov2-faces --data "..." --upload                      and upload it
+  vitface publish runs/a --repo me/faces --data "..."                                a dry run
+  vitface publish runs/a --repo me/faces --data "CASIA-WebFace, 490,623 images" --upload
 
-OUT is what is uploaded, and its card may be edited in between: a folder that is there is not written again. It is
-checked each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card.
+The folder OUT is uploaded. You may edit its card before: an existing folder is not written again, but it is checked
+each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card.
 """
 
 

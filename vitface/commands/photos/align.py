@@ -11,8 +11,8 @@ EXAMPLES = """examples:
   vitface align photos aligned --landmarks mine.csv
 
 OUT/align.csv has the result for each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
-(no crop). Its columns are those --landmarks takes, so you can correct landmarks in a copy of it. A second call goes on
-with the photos that have no crop yet.
+(no crop). --landmarks takes a file with the same columns, so you can correct landmarks in a copy. A second call
+continues with the photos that have no crop yet.
 """
 
 

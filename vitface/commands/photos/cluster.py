@@ -1,4 +1,4 @@
-"""Group the images of a gallery by person, when nobody is named."""
+"""Group the images of a gallery by person."""
 
 import argparse
 import csv
@@ -15,9 +15,9 @@ EXAMPLES = """examples:
   vitface cluster people                           the gallery that `embed` made
   vitface cluster people --threshold 0.4 --out people.csv
 
-Average linkage: two groups become one while the mean cosine of their pairs reaches the threshold, by default that of
-the lowest calibrated false accept rate. A higher one splits people, a lower one mixes them. All pairs are compared:
-10,000 images take a minute or so, more than 20,000 are refused.
+Average linkage: two groups are merged while the mean cosine of their pairs reaches the threshold, by default that of
+the lowest calibrated false accept rate. A higher threshold splits people, a lower one mixes them. All pairs are
+compared: 10,000 images take about a minute, more than 20,000 are refused.
 This needs SciPy: pip install scipy
 """
 

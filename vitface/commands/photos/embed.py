@@ -1,4 +1,4 @@
-"""Embed a folder of images into a gallery, which `search` and `cluster` read. Exit code 1: some could not be used."""
+"""Embed a folder of images into a gallery, for `search` and `cluster`. Exit code 1: some images could not be read."""
 
 import argparse
 import dataclasses
@@ -12,8 +12,8 @@ EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
   vitface embed aligned people --no-align --checkpoint runs/a
 
-Rows are written as they are made. A second call goes on with the images that the gallery does not have yet, so a
-stopped run loses half a minute at most, and new photos are added by the same command. In Python:
+Embeddings are written every half minute. A second call embeds only the images that the gallery does not have yet, so
+the same command continues a stopped run and adds new photos. In Python:
 
   gallery = vitface.Gallery.load("people")
   gallery.names, gallery.embeddings                          a list, and float32 (N, E)
@@ -24,7 +24,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="FOLDER", help="folder of images, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--num-workers")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    parser.add_argument("--json", action="store_true", help="print the numbers of images as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

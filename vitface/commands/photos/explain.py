@@ -1,4 +1,4 @@
-"""Draw what a model makes of a photo: the aligned face, where CLS looks in it, and its domain weights."""
+"""Draw a face, the attention of CLS on it, and its domain weights."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ EXAMPLES = """examples:
   vitface explain A.jpg -o out.png
   vitface explain A.jpg -o out.png --block 0 --json
 
-Attention shows what CLS reads in one block, by default the last; it is not why two faces are called alike. A model with
-the head "patches" reads every patch besides.
+The picture shows the attention of CLS in one block, by default the last one. It does not explain why two faces are
+found alike: a model with the head "patches" reads every patch, not only CLS.
 """
 
 
@@ -44,4 +44,4 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print("domain weights: " + ", ".join(f"{weight:.3f}" for weight in weights))
     if model.config.head == "patches":
-        print('the head "patches" reads every patch: CLS, whose attention is shown, is one token of many to it')
+        print('the head "patches" reads every patch; the picture shows the attention of CLS alone')

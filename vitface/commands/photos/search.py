@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
   vitface search people A.jpg B.jpg --top 1 --json
 
-A false accept rate is per comparison: at FAR 0.001, a stranger meets one false match in a gallery of 1,000 people.
+A false accept rate is per comparison: at FAR 0.001, a stranger has one false match on average among 1,000 people.
 """
 
 

@@ -12,8 +12,8 @@ EXAMPLES = """examples:
   vitface verify A.jpg B.jpg --checkpoint runs/a --far 0.001 --json
   vitface verify A.jpg B.jpg --threshold 0.35      for a run without calibrated thresholds
 
-The score is the cosine of the two embeddings, from -1 to 1; it is no probability. The threshold was calibrated on
-training people that were held out: at FAR 0.001, 1 in 1,000 pairs of different people passes for the same.
+The score is the cosine of the two embeddings, from -1 to 1; it is not a probability. The threshold was calibrated on
+people that training held out: at FAR 0.001, 1 in 1,000 pairs of different people is taken for the same person.
 """
 
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vitface.store.thresholds import Verdict
 
     crops = crop_reader(arguments)
-    images = [crops(path) for path in (arguments.first, arguments.second)]  # a bad photo is reported at once
+    images = [crops(path) for path in (arguments.first, arguments.second)]  # before the model, which takes longer
     model, checkpoint = load_model(arguments)
     rows = model.embed(images)
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))

@@ -8,7 +8,7 @@ import numpy as np
 
 from vitface.errors import WeightsError
 from vitface.extras import require
-from vitface.home import cache_home
+from vitface.files import cache_home
 
 MAX_SIDE = 1280  # larger photos are reduced to it; faces beyond 300 pixels are not what YuNet was trained on
 MIN_SCORE, NMS_IOU, MAX_FACES = 0.6, 0.3, 100

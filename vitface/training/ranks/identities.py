@@ -1,7 +1,7 @@
-"""The identity matrix cut over the ranks: millions of people, and never a whole matrix of logits.
+"""The identity matrix cut over the ranks, for millions of people, without a whole matrix of logits.
 
-Partial FC (An et al. 2022, arXiv:2203.15565): each rank holds the prototypes of a range of classes and sees the
-embeddings of all ranks. Its logits come in chunks of classes, forward and again backward, so that the memory beyond
+Partial FC (An et al. 2022, arXiv:2203.15565): each rank holds the prototypes of a range of classes and gets the
+embeddings of all ranks. It computes logits in chunks of classes, forward and again backward, so that the memory beyond
 parameters and gradients does not grow with C. With `sample_rate` below 1, a step uses the prototypes of the people in
 it and of a share of the others, drawn as a function of (seed, step, class): the same ones for any number of ranks.
 
@@ -33,11 +33,11 @@ def class_range(num_identities: int, number: int, count: int) -> tuple[int, int]
 
 
 class _Columns(torch.autograd.Function):
-    """Unit embeddings (B, E), prototypes (c, E), columns (B,) -> three (B,): what the softmax needs of these classes.
+    """Unit embeddings (B, E), prototypes (c, E), columns (B,) -> peak, total, own (B,), for the softmax over classes.
 
-    Over the classes that are not the image's own: `peak`, the largest scale cos θ_j, which takes no gradient, and
-    `total`, sum_j exp(scale cos θ_j - peak). And `own`, the cosine with its own class, which is in column `columns`; 0
-    where that is -1, another rank's.
+    Over the classes that are not the image's own: `peak` is the largest scale cos θ_j, without a gradient, and `total`
+    is sum_j exp(scale cos θ_j - peak). `own` is the cosine with the image's own class, in column `columns`; 0 where
+    that is -1, because another rank has it.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class _Columns(torch.autograd.Function):
 
 
 def _inside(columns: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """The images whose own class is in a chunk, and its place there."""
+    """The images whose own class is in a chunk, and the column of the chunk."""
     mine = torch.nonzero((columns >= first) & (columns < first + count)).squeeze(1)
     return mine, columns[mine] - first
 
@@ -86,9 +86,8 @@ def _inside(columns: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
 class ShardedMargin(nn.Module):
     """A rank's share of `MarginLoss`: embedding (b, E), labels (b,) in [0, C) -> the mean loss over all B images.
 
-    The sum over a row of logits is put together from all ranks' parts; the loss and its gradients are those of
-    `MarginLoss` over B images up to rounding. `weight` holds the classes [first, end); with `sample_rate` below 1 only
-    the ones drawn for a step, between `draw` and `put_back`.
+    The loss and its gradients are those of `MarginLoss` over B images up to rounding. `weight` holds the classes
+    [first, end); with `sample_rate` below 1 it holds those that were drawn for a step, between `draw` and `put_back`.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class ShardedMargin(nn.Module):
         norms, labels = gather_rows(embedding.detach().norm(dim=1)), gather_rows(labels)
         columns = self._columns(labels)
         peak, total, own = _Columns.apply(unit, self.weight, columns, self.scale)  # type: ignore[misc]
-        # each rank differentiates its own part; what it gets from the others is constant
+        # each rank differentiates its own part; the parts of the others are constants
         cosine = own.where(columns >= 0, sum_over_ranks(own.detach()))
         target = self.scale * self.margin(cosine, norms)
         peaks, totals = gather_rows(peak[None]), list(gather_rows(total.detach()[None]))  # (W, B)
@@ -129,7 +128,7 @@ class ShardedMargin(nn.Module):
         return (total.log() + highest - target).mean()
 
     def _columns(self, labels: Tensor) -> Tensor:
-        """The row of `weight` that holds each label (B,), -1 for another rank's."""
+        """The row of `weight` for each label (B,), -1 for those of another rank."""
         here = (labels >= self.first) & (labels < self.end)
         columns = labels - self.first
         if self.drawn is not None:
@@ -137,10 +136,10 @@ class ShardedMargin(nn.Module):
         return columns.where(here, -1)
 
     def draw(self, step: int, labels: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Before a step with these labels (of all ranks and micro-batches): its prototypes and their moments.
+        """Loads the prototypes of a step and their moments; `labels` are those of all ranks and micro-batches.
 
-        Bernoulli: each class that is not among the labels is drawn with probability `sample_rate`. No loss of an
-        earlier step may be kept with its graph, which knows another number of rows.
+        Each class that is not among the labels is drawn with probability `sample_rate`. The graph of an earlier step
+        must not be used any more: its number of rows is another one.
         """
         if self.sample_rate == 1:
             return
@@ -155,7 +154,7 @@ class ShardedMargin(nn.Module):
 
     @torch.no_grad()
     def put_back(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After a step: the drawn prototypes and moments among the others, which the step left as they were."""
+        """After a step: writes the drawn prototypes and moments back among all of this rank's."""
         if self.drawn is None:
             return
         if optimizer is not None:
@@ -173,7 +172,7 @@ class ShardedMargin(nn.Module):
         return {"weight": self.weight.data, **{name: optimizer.state[self.weight][name] for name in MOMENTS}}
 
     def load_rows(self, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor]) -> None:
-        """Puts what `rows` gave in its place."""
+        """Loads the result of `rows`."""
         if self.sample_rate < 1:
             for name, tensor in rows.items():
                 self.get_buffer(f"all_{name}").copy_(tensor)

@@ -1,4 +1,4 @@
-"""What is computed over all ranks: gradients by torch's DDP, batch statistics, the norm of the gradient, evaluation.
+"""Computations over all ranks: gradients by torch's DDP, batch statistics, the norm of the gradient, evaluation.
 
 Every loss is the mean over a rank's images, and DDP averages gradients over the ranks; the collectives below have the
 gradients that make this the gradient of the mean over all ranks' images. Letters: W ranks, b images of a rank in one
@@ -22,7 +22,7 @@ from vitface.training.ranks.process_group import all_gather, rank, world_size
 
 
 class Shard(nn.Parameter):
-    """This rank's rows of a matrix that no rank has to hold whole; its gradient is complete without DDP."""
+    """This rank's rows of a matrix that is split over the ranks; its gradient is complete without DDP."""
 
 
 class _Sum(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """(b, ...) -> (B, ...), for a mean over B that is computed piece by piece, each rank its own part of it."""
+    """(b, ...) -> (B, ...), for a mean over B of which each rank computes its own part."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def on_any_rank(flag: Tensor) -> Tensor:
-    """1.0 if `flag`, 0.0 or 1.0, is 1.0 on any rank, on every rank; changes it in place, and is not waited for."""
+    """The largest `flag`, 0.0 or 1.0, of any rank, on every rank; in place, and without waiting for the device."""
     if world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag
@@ -75,13 +75,13 @@ def on_any_rank(flag: Tensor) -> Tensor:
 def gather_rows(rows: Tensor) -> Tensor:
     """(b, ...) of each rank, all of one shape -> (B, ...) in the order of the ranks, on every rank.
 
-    Its gradient is meant for a loss over B of which each rank has differentiated its own part.
+    Its gradient is for a loss over B of which each rank differentiates its own part.
     """
     return rows if world_size() == 1 else _Gather.apply(rows)  # type: ignore[return-value]
 
 
 class BatchNormOverRanks(nn.BatchNorm1d):
-    """BatchNorm1d (B, E) whose batch is that of all ranks, as nn.SyncBatchNorm, which runs on GPUs only."""
+    """BatchNorm1d (B, E) over the batch of all ranks, like nn.SyncBatchNorm, which runs on GPUs only."""
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class BatchNormOverRanks(nn.BatchNorm1d):
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
-    """Makes every BatchNorm1d of `model` one over all ranks, with the same parameters and buffers."""
+    """Replaces every BatchNorm1d of `model` by one over all ranks, with the same parameters and buffers."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm1d:
@@ -110,7 +110,7 @@ def synchronise_batch_norms(model: nn.Module) -> None:
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """torch's DDP around `module`: gradients of what it trains are averaged over the ranks. What is frozen stays out.
+    """`module` in torch's DDP, which averages the gradients over the ranks.
 
     No parameter is broadcast: ranks start from the same files and seeds, which `check_same` compares.
     """
@@ -122,7 +122,7 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def accumulating(last: bool, *modules: nn.Module) -> Iterator[None]:
-    """Gradients of all but the `last` micro-batch of a step stay on their rank."""
+    """Inside, gradients stay on their rank, except those of the `last` micro-batch of a step."""
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, DistributedDataParallel) and not last:
@@ -131,7 +131,7 @@ def accumulating(last: bool, *modules: nn.Module) -> Iterator[None]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
-    """Scales gradients to a joint norm of at most `clip`, the same on every rank; the norm before."""
+    """Scales the gradients to a joint norm of at most `clip`; returns the norm before, the same on every rank."""
     parameters = list(parameters)
     shards = [p for p in parameters if isinstance(p, Shard)]
     if not shards:
@@ -144,9 +144,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
 
 
 def in_turns(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-    """work(0), ..., work(count - 1), float32 (n, E) each, concatenated: on every rank, though it did every W-th only.
+    """Concatenates work(0), ..., work(count - 1), float32 (n, E) each; each rank does every W-th and gets all rows.
 
-    A turn does not depend on W, so neither do the rows. DataError on all ranks if the work of one fails.
+    DataError on all ranks if the work of one fails.
     """
     if world_size() == 1:
         return in_order(work, count)

@@ -1,13 +1,14 @@
-"""The process group of a run under torchrun: who is there, what all must agree on, and who was lost.
+"""The process group of a run under torchrun: its ranks, the messages between them, and how a lost rank is found.
 
 On one device there is no process group and every function here is the identity. Under torchrun each rank is a process;
 tensors travel by NCCL where there is one, else by gloo, and small messages always by gloo. A rank waits RANK_TIMEOUT
-seconds for the others. Each rank's pulse, a counter in the store that a thread raises once a second, tells a rank that
-was killed or stopped from one that merely waits, and each rank that fails leaves its last words there.
+seconds for the others. A thread of each rank increases a counter in the store once a second: this heartbeat
+distinguishes a rank that was killed or stopped from one that waits. A rank that fails leaves its error in the store.
 """
 
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import secrets
@@ -24,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vitface.errors import ConfigError, RankError, VitfaceError
 
-PULSE = 1.0  # seconds between two beats
+HEARTBEAT = 1.0  # seconds between two of them
 RANK_TIMEOUT = 600.0  # seconds
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def launched() -> int:
 
 
 def local_device(name: str) -> str:
-    """The device of this process: under torchrun, "auto" and "cuda" are the GPU of its own number on its machine."""
+    """The device of this process: under torchrun, "auto" and "cuda" are the GPU with its number on this machine."""
     if launched() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
@@ -59,10 +60,10 @@ def local_device(name: str) -> str:
 
 @contextmanager
 def process_group(device: str, seconds: float = RANK_TIMEOUT) -> Iterator[None]:
-    """Inside, the ranks that torchrun started are a process group; nothing happens where there is one process.
+    """Inside, the ranks that torchrun started are a process group; nothing happens if there is one process.
 
-    RankError, on every rank that is left, if one fails, is killed or keeps the others waiting for so many `seconds`;
-    it names the ranks.
+    If a rank fails, is killed or keeps the others waiting for so many `seconds`, the others get a RankError that names
+    it.
     """
     if launched() == 1:
         yield
@@ -84,7 +85,7 @@ def process_group(device: str, seconds: float = RANK_TIMEOUT) -> Iterator[None]:
         yield
     except BaseException as error:
         found = watch.reason(error) if _lost_contact(error) else None
-        watch.leave(found or error)
+        watch.report(found or error)
         if found is not None:
             raise found from error
         raise
@@ -95,9 +96,9 @@ def process_group(device: str, seconds: float = RANK_TIMEOUT) -> Iterator[None]:
 
 
 def _meet(store: Store, number: int, count: int, timeout: datetime.timedelta) -> str:
-    """A name that only the ranks started together share: torchrun's store remembers the keys of those it restarted.
+    """Agrees on a name for the keys of these ranks: torchrun's store still has those of ranks that were restarted.
 
-    Each rank sends rank 0 a number of its own, and takes the name only from the answer to that number.
+    Each rank sends rank 0 a number of its own, and takes the name from the answer to that number alone.
     """
     if number > 0:
         own = secrets.token_hex(8)
@@ -118,7 +119,7 @@ def _meet(store: Store, number: int, count: int, timeout: datetime.timedelta) ->
 
 
 def _lost_contact(error: BaseException) -> bool:
-    """Whether this is what a collective raises when another rank does not take part."""
+    """True for the errors that a collective raises when another rank does not take part."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
         and not isinstance(error, torch.OutOfMemoryError)
@@ -127,31 +128,31 @@ def _lost_contact(error: BaseException) -> bool:
 
 
 class _Watch:
-    """The pulses and last words of all ranks, in the store."""
+    """The heartbeats of all ranks, counters in the store, and the errors of those that failed."""
 
     def __init__(self, store: Store, number: int, count: int):
         self.number, self.others = number, [other for other in range(count) if other != number]
-        self.store = store.clone()  # type: ignore[attr-defined]  # its own connection: the pulse goes on while another call waits
-        self.store.set_timeout(datetime.timedelta(seconds=2 * PULSE))
+        self.store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: other calls may be waiting
+        self.store.set_timeout(datetime.timedelta(seconds=2 * HEARTBEAT))
         self.stopped = threading.Event()
-        self.store.set(f"pulse/{number}", "0")
+        self.store.set(f"heartbeat/{number}", "0")
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
         count = 0
-        with suppress(RuntimeError):  # the store goes with its host
-            while not self.stopped.wait(PULSE):
+        with suppress(RuntimeError):  # the store ends with its host
+            while not self.stopped.wait(HEARTBEAT):
                 count += 1
-                self.store.set(f"pulse/{self.number}", str(count))
+                self.store.set(f"heartbeat/{self.number}", str(count))
 
-    def leave(self, error: BaseException) -> None:
-        """The last words of this rank, before its end makes the others ask; none if it leaves because of another."""
-        words = str(error) if isinstance(error, VitfaceError | OSError) else f"{type(error).__name__}: {error}"
+    def report(self, error: BaseException) -> None:
+        """Stores this rank's error for the others; an empty text if it fails because of another rank."""
+        text = str(error) if isinstance(error, VitfaceError | OSError) else f"{type(error).__name__}: {error}"
         with suppress(RuntimeError):
-            self.store.set(f"words/{self.number}", "" if isinstance(error, RankError) else words)
+            self.store.set(f"error/{self.number}", "" if isinstance(error, RankError) else text)
 
     def reason(self, error: BaseException) -> RankError | None:
-        """Why a collective failed, None if nobody is missing; takes as long as a few pulses."""
+        """Why a collective failed, None if no rank is missing; takes a few heartbeats."""
         answers: list[RankError | None] = []
 
         def ask() -> None:
@@ -160,7 +161,7 @@ class _Watch:
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(10 * PULSE)  # the store of a machine that is gone may not answer for minutes
+        asking.join(10 * HEARTBEAT)  # the store of a machine that is gone may not answer for minutes
         if not answers:
             return RankError(f"the process that keeps the ranks together (torchrun, or rank 0) was lost; {ADVICE}")
         if answers[0] is None and "imed out" in str(error):
@@ -168,32 +169,27 @@ class _Watch:
         return answers[0]
 
     def missing(self) -> RankError | None:
-        """Names the ranks that left last words or have no pulse."""
-        before = [self._read(f"pulse/{other}") for other in self.others]
-        time.sleep(3 * PULSE)
-        words = [(other, self._read(f"words/{other}")) for other in self.others]
-        spoken = [f"rank {other} stopped: {text}" for other, text in words if text]
-        if spoken:
-            return RankError("; ".join(spoken))
-        lost = [
-            str(other)
-            for other, pulse in zip(self.others, before, strict=True)
-            if pulse == self._read(f"pulse/{other}") and not self.store.check([f"words/{other}"])
-        ]
+        """Names the ranks that stored an error, or else those without a heartbeat."""
+        before = {other: self._read(f"heartbeat/{other}") for other in self.others}
+        time.sleep(3 * HEARTBEAT)
+        errors = {other: self._read(f"error/{other}") for other in self.others}
+        failed = [f"rank {other} stopped: {text}" for other, text in errors.items() if text]
+        if failed:
+            return RankError("; ".join(failed))
+        silent = [other for other in self.others if before[other] == self._read(f"heartbeat/{other}")]
+        lost = [str(other) for other in silent if not self.store.check([f"error/{other}"])]
         if lost:
             return RankError(f"rank {', '.join(lost)} was lost (killed, stopped, or its machine is gone); {ADVICE}")
         return None
 
     def barrier(self, name: str) -> None:
         """Returns when every rank has called it, however long that takes; RankError if one is lost instead."""
-        there = self.store.add(name, 1)
-        while there <= len(self.others):
-            for _ in range(200):
-                time.sleep(PULSE / 20)
-                there = self.store.add(name, 0)
-                if there > len(self.others):
-                    return
-            found = self.missing()
+        self.store.add(name, 1)
+        for turn in itertools.count(1):
+            if self.store.add(name, 0) > len(self.others):
+                return
+            time.sleep(HEARTBEAT / 20)
+            found = self.missing() if turn % 200 == 0 else None
             if found is not None:
                 raise found
 
@@ -215,12 +211,12 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """The JSON value of rank `source`, on every rank; also a point that no rank passes before all have reached it."""
+    """The JSON value of rank `source`, on every rank; it is also a barrier."""
     return all_gather(value if rank() == source else None)[source]
 
 
 def agree(flag: bool, values: list[float]) -> tuple[bool, list[float]]:
-    """(whether `flag` holds on any rank, the means of `values` over the ranks), the same on every rank."""
+    """(True if `flag` is true on any rank, the means of `values` over the ranks), the same on every rank."""
     if world_size() == 1:
         return flag, values
     message = torch.tensor([float(flag), *values], dtype=torch.float64)
@@ -229,16 +225,13 @@ def agree(flag: bool, values: list[float]) -> tuple[bool, list[float]]:
 
 
 def barrier(name: str) -> None:
-    """A point that no rank passes before all have reached it; unlike the others of this module without a time limit.
-
-    For work that one rank does for all, such as packing. `name` is used once.
-    """
+    """Waits for all ranks without a time limit, while one of them works for all, as in packing; `name` is used once."""
     if _watch is not None:
         _watch.barrier(name)
 
 
 def check_same(facts: dict[str, Any]) -> None:
-    """ConfigError, naming the ranks and what differs, unless every rank brings the same facts."""
+    """ConfigError, which names a rank and the fact that differs, unless every rank has the same facts."""
     everyone = all_gather(facts)
     for name in facts:
         for other, theirs in enumerate(everyone):

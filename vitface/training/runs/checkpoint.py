@@ -1,8 +1,8 @@
-"""Run directories: checkpoints that are whole or not there.
+"""Run directories: checkpoints that are whole or absent.
 
-A checkpoint is a directory `checkpoints/step-N`. Its files are written under a temporary name and fsynced, sealed by a
-manifest of sizes and SHA-256, and renamed into place; `best` and `last` are relative links, replaced atomically. Resume
-does not trust the links: it takes the newest step whose manifest verifies. safetensors and JSON only.
+A checkpoint is a directory `checkpoints/step-N`. Its files are written to a folder with a temporary name and fsynced;
+a manifest of sizes and SHA-256 seals them, and the folder is renamed. `best` and `last` are relative links, replaced
+atomically. Resume does not trust the links: it takes the newest step whose manifest verifies.
 
 step-N/
   model.safetensors     what was trained of the face model: adapters, router, head
@@ -27,16 +27,7 @@ import torch
 from torch import Tensor
 
 from vitface.errors import CheckpointError
-from vitface.files import (
-    json_bytes,
-    make_folder,
-    publish_folder,
-    remove_folder,
-    replace_link,
-    sha256_bytes,
-    sync_folder,
-    write_synced,
-)
+from vitface.files import json_bytes, new_folder, remove_folder, replace_link, sha256_bytes, sync_folder, write_synced
 from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest
 from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
@@ -55,10 +46,10 @@ def save_checkpoint(
     is_best: bool,
     more_files: Iterable[tuple[str, bytes]] = (),
 ) -> Path:
-    """Writes `checkpoints/step-N`, points `last` (and `best`) at it and drops all but the newest two and the best.
+    """Writes `checkpoints/step-N`, points `last` (and `best`) at it and deletes all but the newest two and the best.
 
-    `more_files` are asked for one at a time, and not at all if the step is there already. CheckpointError, with the
-    earlier checkpoints as they were, if a tensor is not finite or the system refuses.
+    `more_files` are read one at a time, and not at all if the step is there already. CheckpointError, with the earlier
+    checkpoints unchanged, if a tensor is not finite or the operating system refuses.
     """
     for name, tensor in (*model_tensors.items(), *training_tensors.items()):
         if not tensor.isfinite().all():
@@ -69,7 +60,7 @@ def save_checkpoint(
     try:
         _remove_leftovers(parent)
         there = _sealed(final)
-        # a step is a function of the settings: what is there would be written again
+        # with the same settings, the same files would be written again
         if there is None or there["settings_sha256"] != settings_sha256:
             files = {
                 "model.safetensors": tensor_bytes(model_tensors),
@@ -86,8 +77,7 @@ def save_checkpoint(
 
 
 def _write_step(final: Path, step: int, settings_sha256: str, files: Iterable[tuple[str, bytes]]) -> None:
-    """Writes the files and their manifest under another name, and gives the folder its own when all are on the disk."""
-    partial = final.parent / f".partial-{final.name}"
+    """Writes the files and their manifest; a damaged checkpoint of that step, or one of other settings, is replaced."""
     manifest: dict[str, Any] = {
         "step": step,
         "vitface_version": __version__,
@@ -95,31 +85,27 @@ def _write_step(final: Path, step: int, settings_sha256: str, files: Iterable[tu
         "settings_sha256": settings_sha256,
         "files": {},
     }
-    try:
-        make_folder(partial)
+    with new_folder(final) as folder:
         for name, data in files:
-            write_synced(partial / name, data)
+            write_synced(folder / name, data)
             manifest["files"][name] = {"size": len(data), "sha256": sha256_bytes(data)}
-        write_synced(partial / MANIFEST_FILE, json_bytes({**manifest, "seal": sha256_bytes(json_bytes(manifest))}))
-        publish_folder(partial, final)  # one of that step that is damaged, or of other settings, gives way
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_synced(folder / MANIFEST_FILE, json_bytes({**manifest, "seal": sha256_bytes(json_bytes(manifest))}))
 
 
 def link_checkpoint(step: Path, is_best: bool) -> None:
-    """Points `last`, and `best` if it is that or the first, at a step directory; on the disk when it returns."""
+    """Points `last` at a step directory, and `best` if it is the best or the first, and waits for the disk."""
     replace_link(step.parent / "last", step.name)
     if is_best or not (step.parent / "best").exists():
         replace_link(step.parent / "best", step.name)
-    sync_folder(step.parent)  # before anything is deleted: `best` must not be left pointing at it
+    sync_folder(step.parent)  # before anything is deleted: `best` must not point at it
 
 
 def verify_step(path: Path) -> dict[str, Any]:
-    """The manifest of a step directory that is whole; CheckpointError says what is damaged or missing."""
+    """The manifest of a whole step directory; CheckpointError names what is damaged or missing."""
     manifest = read_manifest(path, ALL_FILES)
     seal = manifest.pop("seal", None)
     if seal != sha256_bytes(json_bytes(manifest)):
-        raise CheckpointError(f"{path}/manifest.json is damaged: it is not what its own seal says")
+        raise CheckpointError(f"{path}/manifest.json is damaged: it does not match its own seal")
     if f"step-{manifest.get('step')}" != path.resolve().name:
         raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
     read_manifest(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
@@ -158,22 +144,22 @@ def _sealed(path: Path) -> dict[str, Any] | None:
     """The manifest of a step directory, None unless it is whole."""
     try:
         return verify_step(path)
-    except (CheckpointError, OSError):  # what cannot be read cannot be relied upon
+    except (CheckpointError, OSError):
         return None
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """What a killed process left of a checkpoint it was writing or deleting."""
+    """Removes what a killed process left of a checkpoint that it was writing or deleting."""
     for pattern in (".partial-*", ".deleted-*"):
         for leftover in parent.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed is no reason not to save
+            shutil.rmtree(leftover, ignore_errors=True)  # a failure must not prevent saving
     for link in parent.glob(".*.new"):
         with suppress(OSError):
             link.unlink()
 
 
 def _prune(parent: Path) -> None:
-    """Deletes what is older than the newest KEEP_LAST that verify, except the best; a failure to is only warned of."""
+    """Deletes what is older than the newest KEEP_LAST that verify, except the best; warns where that fails."""
     best, whole = (parent / "best").resolve(), 0
     for path in step_directories(parent.parent):
         if whole >= KEEP_LAST and path.resolve() != best:

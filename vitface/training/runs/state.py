@@ -1,7 +1,7 @@
-"""The state of a training run: everything that a checkpoint keeps, and how it is saved and restored.
+"""The state of a training run, and how a checkpoint saves and restores it.
 
-Beside the trained part of the face model these are the identity matrix, the moments of the optimiser, the loss scale
-and the progress. A sharded identity matrix lies in files of its own (see `vitface.training.ranks.identity_files`).
+It is the trained part of the face model, the identity matrix, the optimizer state, the loss scale and the progress. A
+sharded identity matrix has files of its own (see `vitface.training.ranks.identity_files`).
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from vitface.training.ranks.parallel import Shard
 from vitface.training.ranks.process_group import rank
 from vitface.training.runs.checkpoint import save_checkpoint
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 Margin = MarginLoss | ShardedMargin
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint counts. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
+    """The counters of a run. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
 
     step: int = 0
     epoch: int = 0
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclasses.dataclass
 class TrainingState:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     model: FaceModel
     margin: Margin
@@ -62,7 +62,7 @@ class TrainingState:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def save(self, run_dir: Path, facts: dict[str, Any], is_best: bool) -> None:
-        """Writes the checkpoint of the current step; `facts` are what resuming compares. To be called on every rank."""
+        """Writes the checkpoint of this step, with the `facts` that resuming compares. All ranks must call it."""
         margin = self.margin
         more_files = identity_files(margin, self.optimizer) if isinstance(margin, ShardedMargin) else iter(())
         if rank() == 0:
@@ -77,13 +77,13 @@ class TrainingState:
                 is_best,
                 more_files,
             )
-        for _ in more_files:  # rank 0 does not need them if the step was there already, but the others still send
+        for _ in more_files:  # if the step was there already, rank 0 has not asked for them, but the others still send
             pass
 
     def restore(self, checkpoint: Path, counters: dict[str, Any]) -> None:
-        """Puts the tensors of a verified checkpoint, and the `counters` that stand in it, in their place.
+        """Loads the tensors of a verified checkpoint, and its `counters`.
 
-        CheckpointError, with the state as it was, if the tensors are those of another model.
+        CheckpointError, with the state unchanged, if the tensors are those of another model.
         """
         tensors = read_training(checkpoint / "training.safetensors", self.margin, self.optimizer)
         load_trained(self.model, checkpoint / "model.safetensors")
@@ -94,7 +94,7 @@ class TrainingState:
         self.progress = Progress(**counters["progress"])
 
     def sha256(self) -> str:
-        """The SHA-256 of all that is trained and of the moments, but for a sharded identity matrix."""
+        """The SHA-256 of the trained tensors and the optimizer state, without a sharded identity matrix."""
         tensors = {**trained_tensors(self.model), **training_tensors(self.margin, self.optimizer)}
         return hashlib.sha256(tensor_bytes(tensors)).hexdigest()
 
@@ -112,7 +112,7 @@ def training_tensors(margin: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def read_training(path: Path, margin: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The training tensors in a file; CheckpointError unless they are those of this margin and this optimiser."""
+    """The training tensors in a file; CheckpointError unless they fit this margin and this optimizer."""
     expected = _margin_tensors(margin)
     for i, parameter in _parameters(optimizer):
         shapes = (torch.tensor(0.0), parameter, parameter)
@@ -121,7 +121,7 @@ def read_training(path: Path, margin: nn.Module, optimizer: torch.optim.Optimize
 
 
 def load_training(tensors: dict[str, Tensor], margin: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the result of `read_training` in its place."""
+    """Loads the result of `read_training` into the margin and the optimizer."""
     margin.load_state_dict({name[7:]: tensors[name] for name in _margin_tensors(margin)}, strict=False)
     state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in _kept(p)} for i, p in _parameters(optimizer)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

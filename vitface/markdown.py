@@ -1,0 +1,26 @@
+"""Markdown: tables, and the generated sections of a document."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vitface.errors import ConfigError
+from vitface.files import replace_file
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a row may have fewer cells than `head`, the others are empty."""
+    lines = [[*row, *[""] * (len(head) - len(row))] for row in (head, *rows)]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
+
+
+def put_between_markers(path: Path, title: str, text: str) -> None:
+    """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    first, last = f"<!-- {title}: generated, do not edit -->\n", f"<!-- end of {title} -->\n"
+    head, begun, rest = before.partition(first)
+    if begun and last not in rest:
+        raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
+    tail = rest.partition(last)[2]
+    gap = "" if begun or not head else "\n"
+    replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())
