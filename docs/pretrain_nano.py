@@ -1,11 +1,11 @@
-"""The small backbone of the demo, pretrained by inverse graphics: from a rendered face back to what it was drawn from.
+"""Pretrains vit_nano, the small backbone of the demo, by inverse graphics: from a face back to what it was drawn from.
 
-    python -m vitface.weights.pretrain_nano --out weights/vit_nano.safetensors
+    python docs/pretrain_nano.py --out weights/vit_nano.safetensors
 
 Every image shows another person (of PRETRAIN_PEOPLE, whom no demo meets) under a random yaw, age and light. A linear
 layer on CLS regresses the renderer's numbers; a linear layer on every patch token regresses the unlit colour and the
-head-frame position of what its patch shows. The result describes faces and, like any foundation model, is not yet a
-recogniser: pose, age and light fill its CLS as much as identity does.
+head-frame position of what its patch shows. The result describes faces, but like any foundation model it is not a
+recogniser yet: pose, age and light fill its CLS as much as identity does.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VIEW = ("sin_yaw", "abs_sin_yaw", "age", "light")
 TARGETS = (*FACTORS, *VIEW, *MOMENTS)
 WEIGHTS = torch.tensor([1.0] * len(FACTORS) + [3.0] * len(VIEW) + [0.2] * len(MOMENTS))
 TRUTH, TRUTH_VARIANCE = 28 * 28 * 7, 0.12
-HELD_OUT = 10_000  # the last people of PRETRAIN_PEOPLE are kept for the report
+HELD_OUT = 10_000  # the last people of PRETRAIN_PEOPLE, who are kept for the report
 
 
 def draw_batch(seed: int, first_person: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     source = {
         "file": "procedural",
         "licence": "Apache-2.0",
-        "command": f"python -m vitface.weights.pretrain_nano --images {args.images} --seed {args.seed}",
+        "command": f"python docs/pretrain_nano.py --images {args.images} --seed {args.seed}",
     }
     save_backbone(args.out, "vit_nano", config, {k: t.half() for k, t in vit.state_dict().items()}, source)
 
