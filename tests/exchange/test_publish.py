@@ -21,7 +21,7 @@ from vitface.config import FaceConfig
 from vitface.errors import CheckpointError, ConfigError, ExchangeError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import keep_scores
-from vitface.exchange.card import model_card
+from vitface.exchange.hub_bundle import model_card
 from vitface.exchange.leaks import check_card
 from vitface.store import hub
 from vitface.store.backbones import backbone_bytes, read_backbone
@@ -261,7 +261,7 @@ def test_flags_are_checked(run, flags, message, capsys):
 
 def test_the_data_has_to_be_said_in_public_words(run, capsys):
     assert main(["publish", "run", "--repo", "me/faces"]) == 2
-    assert "describe its training data with --data" in capsys.readouterr().err
+    assert "describe the training data with --data" in capsys.readouterr().err
 
 
 def test_a_refusal_of_the_hub_is_said(run, monkeypatch, capsys):

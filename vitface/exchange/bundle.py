@@ -9,8 +9,9 @@ import torch
 from vitface.errors import ConfigError, ExchangeError
 from vitface.files import json_bytes, make_folder, new_folder, sha256_bytes, sync_folder, write_synced
 from vitface.model.face import FaceModel
-from vitface.store.backbones import contents_sha256
-from vitface.store.faces import MANIFEST_FILE, trained_tensors
+from vitface.model.lora import merge_lora
+from vitface.store.backbones import backbone_bytes, contents_sha256, read_backbone
+from vitface.store.faces import MANIFEST_FILE, Checkpoint, trained_tensors
 from vitface.store.tensors import tensor_bytes
 from vitface.store.thresholds import THRESHOLDS_FILE
 from vitface.version import __version__
@@ -35,6 +36,30 @@ def face_files(
         manifest["backbone_sha256"] = contents_sha256(Path(backbone))
     manifest["files"] = {name: {"size": len(data), "sha256": sha256_bytes(data)} for name, data in files.items()}
     return {**files, MANIFEST_FILE: json_bytes(manifest)}
+
+
+def merged_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """A face model's folder with the backbone file that LoRA was folded into: W' = W + scaling · B A.
+
+    The sum is formed in float64 from the backbone file's float32, whatever precision the model runs in. The backbone's
+    NAME.safetensors is a converted file like any other, for `--weights` and `load_backbone`. ExchangeError for DA-LoRA,
+    whose weights differ from image to image, and for a model without adapters or without a backbone file.
+    """
+    path, config, file = checkpoint.path, checkpoint.config, checkpoint.backbone
+    if config.num_domains > 1 or not config.lora_rank:
+        kind = "DA-LoRA, whose weights depend on the image" if config.lora_rank else "without adapters"
+        raise ExchangeError(f"{path} is {kind}: there is nothing to merge; --format onnx keeps the router inside")
+    if file == "random":
+        raise ExchangeError(f"{path} was trained around random weights: there is no backbone file to merge into")
+    model, (_, _, frozen, source) = checkpoint.load("fp32"), read_backbone(Path(file))
+    merge_lora(model.vit)
+    tensors = {**model.vit.state_dict(), "pos_embed": frozen["pos_embed"].float()}  # at the native size
+    source = {**source, "merged": f"LoRA, model.safetensors with sha256 {checkpoint.sha256}"}
+    backbone = backbone_bytes(config.backbone, config.vit, tensors, source)
+    plain = dataclasses.replace(config, weights_sha256=sha256_bytes(backbone), lora_rank=0, train_patch_embed=False)
+    face = FaceModel(model.vit, plain)
+    face.head = model.head
+    return {f"{config.backbone}.safetensors": backbone, **face_files(face, None, checkpoint.calibration)}
 
 
 def write_folder(out: Path, folders: dict[str, dict[str, bytes]]) -> None:

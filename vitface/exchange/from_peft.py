@@ -1,11 +1,11 @@
 """PEFT's folders as our adapters, read strictly, and face models made of them.
 
-PEFT only warns of keys that it does not know, and then runs the base model alone. Here each key has to be known, each
-layer to have both its matrices in the right shapes, each block to have the layers of the others, and each setting that
-would change the formula to be absent.
+PEFT only warns of keys that it does not know, and then runs the base model alone. Here every key must be known, every
+layer must have both its matrices in the right shapes, every block must have the layers of the others, and no setting
+may change the formula.
 
-Where q, k and v share one A, as our own exports do, they become qkv at the same rank. Otherwise their A are stacked and
-their B put on a block diagonal, at up to three times the rank; alpha grows with it to keep the scaling. Both are exact.
+Where q, k and v share one A, as in our own exports, they become qkv at the same rank. Otherwise their A are stacked and
+their B are put on a block diagonal, at up to three times the rank; alpha grows with it, so that the scaling stays.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: ViTConfig) -> dict[str, Parts]:
-    """Our layer -> its parts; every tensor of the file is in one of them."""
+    """The parts of each of our layers; every tensor of the file is in one of them."""
     modules = _pair(path, load_tensors(path))
     _check_targets(path, settings.get("target_modules"), list(modules))
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
@@ -140,7 +140,7 @@ def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: Vi
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> its A and B."""
+    """The matrices A and B of each module."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
@@ -156,7 +156,7 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
 
 
 def _name(path: Path, modules: list[str], backbone: str) -> dict[str, str]:
-    """Module -> our tensor with its mark, in the one layout that knows them all."""
+    """{module: our tensor with its mark}, in the one layout that knows all modules."""
     unknown = []
     for family in (META_TIMM, transformers_family(backbone)):
         for prefix in family.prefixes:
@@ -217,7 +217,7 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
 def adapted_backbone(
     adapter: Path, backbone: str, weights: str | None, image_size: int
 ) -> tuple[FaceModel, str | Path]:
-    """A preset with the adapter of a PEFT folder, its embedding the CLS token; and the backbone file it takes."""
+    """(A preset with the adapter of a PEFT folder, whose embedding is the CLS token; the backbone's file)."""
     name = backbone_name(backbone)
     vit = load_backbone(name, weights, image_size)
     adapters, domains = read_domains(adapter, name, vit.config)
@@ -228,7 +228,7 @@ def adapted_backbone(
 
 
 def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
-    """The face model of a checkpoint with the adapters of a PEFT folder instead of its own; and its backbone file.
+    """(The face model of a checkpoint, with the adapters of a PEFT folder instead of its own; the backbone's file).
 
     The model has no thresholds: the checkpoint's do not hold for it.
     """

@@ -34,8 +34,7 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.exchange.bundle import write_folder
-    from vitface.exchange.merged import merged_files
+    from vitface.exchange.bundle import merged_files, write_folder
     from vitface.recogniser import Recogniser
     from vitface.store.faces import open_checkpoint
 
