@@ -72,7 +72,7 @@ class VerificationSet:
 
 
 def read_bin(path: str | Path) -> VerificationSet:
-    """An InsightFace .bin, parsed without unpickling (see `bin_format`); an image the file repeats is one object.
+    """Reads an InsightFace .bin and executes nothing (see `bin_format`); an image that it repeats is one object.
 
     DataError names the opcode and byte offset of what is not such a file.
     """
