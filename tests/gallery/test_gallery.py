@@ -123,7 +123,7 @@ def test_round_trip(tmp_path):
     assert len(part_files(tmp_path / "deep" / "people")) == 3
     with pytest.raises(DataError, match="is not empty"):
         gallery.save(tmp_path / "deep" / "people")
-    with pytest.raises(DataError, match="is no gallery; make one with vitface embed"):
+    with pytest.raises(DataError, match="is not a gallery; make one with vitface embed"):
         Gallery.load(tmp_path)
 
 
@@ -162,7 +162,7 @@ def plant(path, fault):
         ("deep settings", "gallery.json is damaged"),
         ("cut", "part-000001.safetensors is damaged"),
         ("names", "1 names for embeddings of shape"),
-        ("name types", "no list of texts"),
+        ("name types", "not a list of strings"),
         ("dtype", "names for embeddings"),
         ("width", "mixes embeddings of 12 and of 11"),
         ("nan", "not of unit norm"),

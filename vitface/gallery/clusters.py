@@ -1,7 +1,7 @@
-"""Groups images without names by person: average linkage on the cosine (by SciPy).
+"""Groups images by person: average linkage on the cosine, by SciPy.
 
 Two groups are merged while the mean cosine over all their pairs reaches the threshold, so that a single wrong pair does
-not chain two people together. All pairs are compared.
+not join two people. All pairs are compared.
 """
 
 import numpy as np
@@ -9,12 +9,12 @@ import numpy as np
 from vitface.errors import DataError
 from vitface.extras import require
 
-MAX_ROWS = 20_000  # 200 million pairs, twice 1.6 GB while they are merged
+MAX_ROWS = 20_000  # 200 million pairs: 1.6 GB, and as much again while groups are merged
 BLOCK = 512
 
 
 def cluster(embeddings: np.ndarray, threshold: float) -> np.ndarray:
-    """Unit-norm embeddings (N, E) and a cosine -> the group of each, int64 (N,); group 0 is the largest.
+    """Unit-norm embeddings (N, E) and a cosine -> the group of each row, int64 (N,); group 0 is the largest.
 
     ConfigError without SciPy, DataError for more than MAX_ROWS rows.
     """

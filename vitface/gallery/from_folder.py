@@ -1,4 +1,4 @@
-"""A folder of images -> a gallery on disk, written part by part: an interruption loses half a minute at most."""
+"""A folder of images -> a gallery on disk, written part by part: an interruption costs half a minute at most."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ PART_SECONDS = 30  # work that a power loss may cost
 
 @dataclass(frozen=True)
 class Embedded:
-    """The number of images in a gallery, how many of them are from this call, and why others were skipped."""
+    """The number of images in a gallery, how many of them this call added, and why it skipped others."""
 
     total: int
     new: int
@@ -43,8 +43,8 @@ def embed_folder(
     """Embeds every image below `src` that `out` does not have yet; rows are named by the path below `src`.
 
     Images are decoded and aligned in `num_workers` processes while the model works. A part is written every
-    PART_SECONDS, and at the end, also of an error or Ctrl-C. DataError if there is no image, or if `out` was made by
-    another model or alignment.
+    PART_SECONDS and at the end, also after an error or Ctrl-C. DataError if there is no image, or if `out` was made by
+    another model or with another alignment.
     """
     names = photos_in(src)
     if not names:
@@ -53,27 +53,23 @@ def embed_folder(
         parts.check_new(out)
     make_folder(out.absolute())
     with folder_lock(out):
-        return _embed(model, src, out, names, settings, crops, num_workers)
-
-
-def _embed(
-    model: Recogniser, src: Path, out: Path, names: list[str], settings: Settings, crops: CropReader, num_workers: int
-) -> Embedded:
-    known = _open_gallery(out, settings)
-    rest = [name for name in names if name not in known]
-    chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
-    writer, skipped = _PartWriter(out), []
-    bar = tqdm(desc="embedding", total=len(names), initial=len(names) - len(rest), unit="image", dynamic_ncols=True)
-    with bar, contextlib.closing(writer):
-        for images, used, failures in in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers):
-            writer.add(used, model.embed(images))
-            skipped.extend(failures)
-            bar.update(len(used) + len(failures))
-    return Embedded(len(known) + len(rest) - len(skipped), len(rest) - len(skipped), skipped)
+        known = _open_gallery(out, settings)
+        rest = [name for name in names if name not in known]
+        chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
+        read = in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers)
+        writer, skipped, there = _PartWriter(out), [], len(names) - len(rest)
+        bar = tqdm(desc="embedding", total=len(names), initial=there, unit="image", dynamic_ncols=True)
+        with bar, contextlib.closing(writer):
+            for images, used, failures in read:
+                writer.add(used, model.embed(images))
+                skipped.extend(failures)
+                bar.update(len(used) + len(failures))
+    new = len(rest) - len(skipped)
+    return Embedded(len(known) + new, new, skipped)
 
 
 def _open_gallery(out: Path, settings: Settings) -> set[str]:
-    """The names that a gallery has already; an empty one is made where there is none."""
+    """The names that a gallery has already; makes an empty gallery where there is none."""
     if not is_gallery(out):
         parts.write_settings(out, settings)
         return set()
@@ -110,7 +106,5 @@ class _PartWriter:
 
     def close(self) -> None:
         if self.names:
-            parts.write_part(
-                self.out, parts.next_number(self.out), self.names, torch.from_numpy(np.concatenate(self.rows))
-            )
+            parts.write_part(self.out, self.names, torch.from_numpy(np.concatenate(self.rows)))
         self.names, self.rows, self.written = [], [], time.monotonic()

@@ -1,7 +1,7 @@
 """Named embeddings and exact search for the most similar ones, up to about a million rows.
 
-Rows lie in blocks: adding does not copy the rows that are there, and a search needs memory for the scores of QUERIES
-queries and one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
+Rows are stored in blocks: adding rows does not copy the others, and a search needs memory for the scores of QUERIES
+queries in one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ class Match(NamedTuple):
 class Gallery:
     """Embeddings float32 (N, E), unit norm, each with a name; names may repeat, as a person may have many photos.
 
-    `settings` hold the model of these embeddings and its thresholds; search does not need them. Rows and searches are
-    on `device`.
+    `settings` name the model of these embeddings and its thresholds; a search does not need them. Rows are kept, and
+    searches run, on `device`.
     """
 
     def __init__(self, embedding_dim: int, settings: Settings | None = None, device: str | torch.device = "cpu"):
@@ -39,7 +39,7 @@ class Gallery:
         self.settings = settings or Settings()
         self.device = torch.device(device)
         self.names: list[str] = []
-        self._blocks: list[Tensor] = []  # (BLOCK, E) each, the last one filled so far
+        self._blocks: list[Tensor] = []  # (BLOCK, E) each; the last one may have free rows
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,7 +73,7 @@ class Gallery:
             names, rows = names[count:], rows[count:]
 
     def search(self, queries: np.ndarray | Tensor, k: int = 5) -> list[list[Match]]:
-        """The k most similar rows of each query (Q, E), the best first; all N where there are fewer than k."""
+        """The k rows most similar to each query (Q, E), the best first; all N where there are fewer than k."""
         scores, rows = self.top_k(queries, k)
         return [
             [Match(self.names[row], score) for row, score in zip(*pair, strict=True)]
@@ -94,7 +94,7 @@ class Gallery:
         return torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
     def _best(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best rows of at most QUERIES queries: those of each block, merged with the best so far."""
+        """The k best rows for at most QUERIES queries: those of each block are merged with the best so far."""
         best = queries.new_empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         for number, block in enumerate(self._filled()):
@@ -110,8 +110,7 @@ class Gallery:
         path = Path(path)
         write_settings(path, self.settings)
         for number, block in enumerate(self._filled()):
-            start = number * BLOCK
-            write_part(path, number, self.names[start : start + BLOCK], block.cpu())
+            write_part(path, self.names[number * BLOCK : (number + 1) * BLOCK], block.cpu())
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Gallery":
@@ -127,7 +126,7 @@ class Gallery:
         return gallery
 
     def _filled(self) -> Iterator[Tensor]:
-        """The blocks (n, E), each but for the last one BLOCK long."""
+        """The rows of each block (n, E); all blocks but the last one have BLOCK rows."""
         return (block[: len(self) - number * BLOCK] for number, block in enumerate(self._blocks))
 
     def _unit_rows(self, embeddings: np.ndarray | Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""A gallery on disk: a folder of parts, each of which is whole or missing, so that a gallery can grow.
+"""A gallery on disk: a folder of parts that can grow; each part is written whole or not at all.
 
 gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine}}
 part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has the n names, as JSON
 
-Nothing in it is executed on reading. Embeddings of faces are biometric data, and names are names: keep it private.
+Reading a gallery executes nothing in it. Embeddings of faces are biometric data, and rows are named: keep it private.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,11 @@ MAX_SETTINGS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """`model` is the SHA-256 of the model's trained tensors, None if unknown; `align` is true if photos were aligned;
-    from `thresholds` {FAR: cosine} on, the model takes two images for the same person."""
+    """How a gallery was made.
+
+    `model` is the SHA-256 of the model's trained tensors, None if unknown; `align` is true if photos were aligned. Two
+    images are of the same person if their cosine reaches one of the model's `thresholds` {FAR: cosine}.
+    """
 
     model: str | None = None
     align: bool = False
@@ -55,10 +59,10 @@ def write_settings(path: Path, settings: Settings) -> None:
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings of a gallery; DataError if `path` is none."""
+    """The settings of a gallery; DataError if `path` is not one."""
     file = path / SETTINGS_FILE
     if not is_gallery(path):
-        raise DataError(f"{path} is no gallery; make one with vitface embed FOLDER {path}")
+        raise DataError(f"{path} is not a gallery; make one with vitface embed FOLDER {path}")
     try:
         if file.stat().st_size > MAX_SETTINGS_BYTES:
             raise ValueError
@@ -71,28 +75,18 @@ def read_settings(path: Path) -> Settings:
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 
 
-def write_part(path: Path, number: int, names: Sequence[str], embeddings: Tensor) -> None:
-    """Writes a part, whole or not at all: embeddings float32 (n, E), unit norm, and their n names."""
+def write_part(path: Path, names: Sequence[str], embeddings: Tensor) -> None:
+    """Adds a part to a gallery, whole or not at all: embeddings float32 (n, E), unit norm, and their n names."""
     _check_norms(embeddings)
     metadata = {"format": FORMAT, "names": json.dumps(list(names))}
-    replace_file(_part_file(path, number), tensor_bytes({"embeddings": embeddings}, metadata))
+    numbered = (path / f"part-{number:06d}.safetensors" for number in itertools.count(len(part_files(path))))
+    free = next(file for file in numbered if not file.exists())
+    replace_file(free, tensor_bytes({"embeddings": embeddings}, metadata))
 
 
 def _check_norms(embeddings: Tensor) -> None:
-    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not either
+    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not smaller either
         raise ValueError("its rows are not of unit norm")
-
-
-def next_number(path: Path) -> int:
-    """A number that no part has yet."""
-    number = len(part_files(path))
-    while _part_file(path, number).exists():
-        number += 1
-    return number
-
-
-def _part_file(path: Path, number: int) -> Path:
-    return path / f"part-{number:06d}.safetensors"
 
 
 def part_files(path: Path) -> list[Path]:
@@ -111,7 +105,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor]:
-    """(names, embeddings, or none of them without `rows`)."""
+    """(names, embeddings); without `rows`, the embeddings are not read and there are none."""
     try:
         with safe_open(file, "pt") as part:
             metadata = part.metadata() or {}
@@ -119,7 +113,7 @@ def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor]:
                 raise ValueError("not a part of a gallery")
             names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("its names are no list of texts")
+                raise ValueError("its names are not a list of strings")
             shape = tuple(stored.get_shape())
             if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
                 raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
