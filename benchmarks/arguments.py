@@ -8,9 +8,8 @@ from ceilings import SIDE, gemm_rates
 from peers import transformers_backbone
 from torch import Tensor
 
-from vitface.config import backbone_name
-from vitface.device import resolve_device, resolve_dtype
-from vitface.model.face import DTYPES
+from vitface.config import VIT_PRESETS, backbone_name
+from vitface.device import DTYPES, resolve_device, resolve_dtype
 from vitface.model.vit import ViT
 from vitface.store.backbones import load_backbone
 
@@ -34,7 +33,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     """With every "auto" resolved and lists as lists."""
     args = parser.parse_args(argv)
     args.backbone, args.device = backbone_name(args.backbone), resolve_device(args.device)
-    args.dtype = resolve_dtype(args.dtype, args.device)
+    args.dtype = resolve_dtype(args.dtype, args.device, VIT_PRESETS[args.backbone].embed_dim)
     args.peers = listed(args.peers)
     return args
 

@@ -13,8 +13,7 @@ import statistics
 import torch
 from timing import interleave, machine
 
-from vitface.device import resolve_device, resolve_dtype
-from vitface.model.face import DTYPES
+from vitface.device import DTYPES, resolve_device, resolve_dtype
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes, read and written each
@@ -44,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--copied", type=int, help="bytes; default: 1 GiB on CUDA, 128 MiB on the CPU")
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
     side, copied = args.side or SIDE[device.type], args.copied or COPIED[device.type]
+    dtype = resolve_dtype(args.dtype, device, side)
     measured = {
         f"copy of {copied:,} bytes, GB/s": copy_rates(device, copied),
         f"product of {side} x {side} matrices, {dtype}, TFLOP/s": gemm_rates(device, dtype, side),

@@ -55,7 +55,7 @@ def random_model(backbone: str, image_size: int, device: str) -> Recogniser:
         image_size,
         lora_rank=16,
         head="bn",
-        dtype=resolve_dtype("auto", where),
+        dtype=resolve_dtype("auto", where, vit.config.embed_dim),
     )
     return Recogniser(FaceModel(vit, config).eval()).to(where).prepare()
 

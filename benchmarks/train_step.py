@@ -26,9 +26,10 @@ from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
+from vitface.device import DTYPES
 from vitface.kernels import fused
 from vitface.model import ops
-from vitface.model.face import DTYPES, FaceModel
+from vitface.model.face import FaceModel
 from vitface.model.lora import adapted_linears
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.vit import ViT

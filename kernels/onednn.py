@@ -22,7 +22,7 @@ _PACKED_ROWS = 2048  # the rows that a packed layout is chosen for: 8 images of 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x Wᵀ + b + residual: x (..., I), weight (O, I) or as `pack` returns it, residual (..., O) -> (..., O)."""
-    if not _serves(x):
+    if not serves(x):
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
     if residual is not None:
@@ -32,14 +32,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU(x Wᵀ + b), the exact GELU; shapes as in `product`."""
-    if not _serves(x):
+    if not serves(x):
         return F.gelu(F.linear(x, weight, bias))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight (O, I) in the layout that `product` reads fastest; the weight itself where oneDNN does not serve it."""
-    if not _serves(weight):
+    if not serves(weight):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_ROWS)
 
@@ -51,7 +51,7 @@ def softmax_backward_(dp: Tensor, p: Tensor) -> Tensor:
     return dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
 
 
-def _serves(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
     """Whether oneDNN has products for x. In float32 torch would take MKL's, which are slow on processors by AMD."""
     if x.device.type != "cpu" or not x.numel() or not _onednn_works():
         return False

@@ -192,7 +192,7 @@ class TrainConfig:
     dry_run: bool = flag(False, "two steps on synthetic images and random weights; writes nothing")
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", group="device", bookkeeping=True)
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "precision of the frozen backbone; adapters are fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "precision of the frozen backbone, auto: the fastest")
     compile: bool = flag(False, "torch.compile the model")
     memory_budget: float | None = flag(
         None, "GB that a step may take; blocks are recomputed until it fits", above=0, bookkeeping=True

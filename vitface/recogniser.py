@@ -11,6 +11,7 @@ from torch import Tensor
 from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
+from vitface.device import inference_dtype
 from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
@@ -19,15 +20,20 @@ from vitface.store.thresholds import Verdict, choose_threshold
 Images = np.ndarray | Tensor | Sequence[Photo]
 
 
-def load(path: str | Path, weights: str | Path | None = None, dtype: Dtype | None = None) -> "Recogniser":
+def load(
+    path: str | Path,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: Dtype | None = None,
+) -> "Recogniser":
     """The model of a run directory (its best checkpoint), of one checkpoint directory, or of a repository `owner/name`
-    (`owner/name@revision`) on the Hugging Face Hub. It is on the CPU; `.to("cuda")` moves it.
+    (`owner/name@revision`) on the Hugging Face Hub.
 
     `weights` names the frozen backbone's file; by default it is looked for where it was in training, then in the usual
-    places. `dtype` runs the frozen part in another precision than the stored one. CheckpointError if the checkpoint is
-    damaged or does not fit the backbone.
+    places. `dtype` is the precision of the frozen part; by default that of training, or "fp32" on a CPU on which that
+    is faster. CheckpointError if the checkpoint is damaged or does not fit the backbone.
     """
-    return Recogniser.from_checkpoint(open_checkpoint(path, weights), dtype)
+    return Recogniser.from_checkpoint(open_checkpoint(path, weights), device, dtype)
 
 
 class Recogniser:
@@ -41,9 +47,13 @@ class Recogniser:
         self.thresholds = dict(thresholds)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: Dtype | None = None) -> "Recogniser":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: Dtype | None = None
+    ) -> "Recogniser":
         """The model of an open checkpoint, see `load`."""
-        return cls(checkpoint.load(dtype), checkpoint.thresholds)
+        device, trained = torch.device(device), checkpoint.config
+        dtype = dtype or inference_dtype(trained.dtype, device, trained.vit.embed_dim)
+        return cls(checkpoint.load(dtype), checkpoint.thresholds).to(device)
 
     @property
     def config(self) -> FaceConfig:

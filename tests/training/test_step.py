@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from vitface.config import resolve
-from vitface.device import resolve_dtype
 from vitface.training import loss_scale
 from vitface.training.loss_scale import GROWTH, START, LossScale
 from vitface.training.non_finite import NonFiniteError, non_finite_error
@@ -122,13 +121,3 @@ def test_learning_rates_are_a_factor_of_their_peaks():
         set_rates(optimizer, factor)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([1e-3 * factor, 1e-3 * factor, 1e-2 * factor])
-
-
-@pytest.mark.parametrize(
-    ("bf16", "capability", "dtype"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
-)
-def test_auto_is_what_the_gpu_is_fast_in(monkeypatch, bf16, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_dtype("auto", torch.device("cuda:0")) == dtype
-    assert resolve_dtype("auto", CPU) in ("bf16", "fp32") and resolve_dtype("fp16", CPU) == "fp16"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
-from vitface.config import VIT_ALIASES, VIT_PRESETS
+from vitface.config import VIT_ALIASES, VIT_PRESETS, backbone_name
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS
 
@@ -53,26 +53,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
     """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
-    from vitface.commands.inputs import newest_run
+    from vitface.commands.inputs import load_model
     from vitface.device import resolve_device, resolve_dtype
     from vitface.recogniser import Recogniser
-    from vitface.store.faces import frozen_face, open_checkpoint
+    from vitface.store.faces import frozen_face
     from vitface.study.controls import shuffled_gate
 
-    device = resolve_device(arguments.device)
     if arguments.backbone is None:
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
-        checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-        model = Recogniser.from_checkpoint(checkpoint).to(device)
+        model, checkpoint = load_model(arguments)
         if arguments.gate:
             shuffled_gate(model.model)
-        return model.prepare(), checkpoint
+        return model, checkpoint
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
-    dtype = resolve_dtype("auto", device)
+    device, width = resolve_device(arguments.device), VIT_PRESETS[backbone_name(arguments.backbone)].embed_dim
+    dtype = resolve_dtype("auto", device, width)
     model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype)
     return Recogniser(model).to(device).prepare(), None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.folder import Finder, read_landmarks
 from vitface.data.faces.photos import CropReader
-from vitface.device import resolve_device
+from vitface.device import dtype_note, resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.recogniser import Recogniser
 from vitface.store.faces import Checkpoint, open_checkpoint
@@ -33,9 +33,17 @@ def newest_run() -> Path:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
-    """Loads the model of --checkpoint, or of the newest run, on --device; returns its checkpoint too."""
+    """Loads the model of --checkpoint, or of the newest run, on --device; returns its checkpoint too.
+
+    It prints the dtype to stderr if that is not the one the model was trained in.
+    """
     checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-    return Recogniser.from_checkpoint(checkpoint).to(resolve_device(arguments.device)).prepare(), checkpoint
+    device, trained = resolve_device(arguments.device), checkpoint.config
+    model = Recogniser.from_checkpoint(checkpoint, device).prepare()
+    if model.config.dtype != trained.dtype:
+        note = dtype_note(model.config.dtype, device, trained.vit.embed_dim)
+        print(f"dtype: {note}; trained in {trained.dtype}", file=sys.stderr)
+    return model, checkpoint
 
 
 def crop_reader(arguments: argparse.Namespace) -> CropReader:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import vitface.kernels.fused as fused
 from vitface.config import FaceConfig
 from vitface.data.preprocess import normalise, resize, to_float
+from vitface.device import DTYPES
 from vitface.model import ops
 from vitface.model.lora import TARGETS, Mix, add_lora
 from vitface.model.router import Router
 from vitface.model.vit import ViT
 
 TOKEN_WIDTH = 32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ClsHead(nn.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 
 from vitface.config import differences
+from vitface.device import dtype_note
 from vitface.model.counts import parameter_counts
 from vitface.model.face import FaceModel, fastest_ops
 from vitface.training import setup
@@ -21,6 +22,8 @@ def header(trainer: Trainer) -> str:
     seconds = trainer.seconds_per_step
     steps_left = trainer.total_steps - progress.step
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    face = trainer.model.config
+    dtype = dtype_note(face.dtype, trainer.device, face.vit.embed_dim)
     layers = fastest_ops(trainer.device).__name__.rsplit(".", 1)[-1].replace("ops", "reference")
     parts = f" in passes of {data.micro_batch}" if config.grad_accum > 1 or ranks else ""
     return "\n".join(
@@ -30,7 +33,7 @@ def header(trainer: Trainer) -> str:
             f"{len(split.held_out):,} images of other people held out"
             f"{', with domain labels' if data.domains is not None else ''}",
             f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
-            f"device: {config.device}, {config.dtype}, layers: {layers}{ranks}{parts}",
+            f"device: {config.device}, {dtype}; layers: {layers}{ranks}{parts}",
             parameter_table(trainer.model, trainer.margin),
             f"memory: {trainer.memory}",
             f"estimated time: {seconds * steps_left / 60:.1f} min for {steps_left:,} steps "

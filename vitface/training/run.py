@@ -30,6 +30,7 @@ def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = N
     config = resolve_choices(config)
     try:
         with process_group(config.device):
+            config = dataclasses.replace(config, dtype=broadcast(config.dtype))  # each rank has measured its own
             if config.dry_run:
                 trainer = Trainer(config, None, change)
                 print0(header(trainer))

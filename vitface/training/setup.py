@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitface.config import FaceConfig, TrainConfig, backbone_name
+from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import cached
 from vitface.data.formats.samples import FolderSamples, RecordSamples, Samples, load_samples, read_domains
@@ -41,7 +41,8 @@ T = TypeVar("T")
 def resolve_choices(config: TrainConfig) -> TrainConfig:
     """Replaces every "auto" by its value on this machine, and a dry run's inputs by ones that need no files."""
     device = resolve_device(local_device(config.device))
-    dtype = resolve_dtype(config.dtype, device)
+    width = VIT_PRESETS[backbone_name(config.backbone)].embed_dim
+    dtype = resolve_dtype(config.dtype, device, width)
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, weights=weights)
     if config.dry_run:

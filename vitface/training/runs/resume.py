@@ -28,6 +28,7 @@ def configure(given: dict[str, Any]) -> TrainConfig:
     saved = {name: value for name, value in read_config(run_dir).items() if name not in NOT_INHERITED}
     if not saved:
         return resolve({**given, "save_dir": str(run_dir)})
+    given = {name: value for name, value in given.items() if (name, value) != ("dtype", "auto")}  # measured already
     try:
         return TrainConfig(**{**saved, **given, "save_dir": str(run_dir)})
     except TypeError as error:
