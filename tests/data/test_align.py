@@ -15,7 +15,7 @@ import vitface.__main__
 from vitface.data.faces.alignment import TEMPLATE, align_face, similarity
 from vitface.data.faces.detect import Face, FaceDetector, central_face
 from vitface.data.faces.folder import Finder, align_folder, crop_path, read_landmarks
-from vitface.data.formats.pair_lists import read_annotated_pairs
+from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import read_bin
 from vitface.data.images import read_image
 from vitface.errors import ConfigError, DataError, ImageError, WeightsError
@@ -234,12 +234,14 @@ def test_build_agedb_keeps_its_shuffled_order(tmp_path):
     assert built(tmp_path, "agedb_30", "--pairs", str(tmp_path / "list.txt")) == expected
 
 
-@pytest.mark.parametrize("line", ["2 a.jpg b.jpg", "1 a.jpg", "1 ../a.jpg b.jpg", "1 /etc/passwd b.jpg", "same a b"])
+@pytest.mark.parametrize(
+    "line", ["2 a.jpg b.jpg", "1 a.jpg", "1 ../a.jpg b.jpg", "1 /etc/passwd b.jpg", "same a b", ""]
+)
 def test_annotated_faults_name_the_line(tmp_path, line):
     release(tmp_path, ["a.jpg", "b.jpg"])
-    (tmp_path / "list.txt").write_text(f"1 a.jpg b.jpg\n{line}\n")
+    (tmp_path / "list.txt").write_text(f"1 a.jpg b.jpg\n{line}\n1 a.jpg b.jpg\n")
     with pytest.raises(DataError, match="list.txt: line 2 "):
-        read_annotated_pairs(tmp_path / "list.txt", tmp_path)
+        read_pair_list("agedb_30", tmp_path / "list.txt", tmp_path)
 
 
 def test_a_photo_without_a_crop_says_how_to_mend_it(tmp_path, capsys):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitface.data.formats.bin_format import parse_bin
-from vitface.data.formats.pair_lists import read_calfw_pairs, read_cfp_pairs, read_lfw_pairs
+from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin, write_bin
 from vitface.data.images import decode_image
 from vitface.errors import DataError
@@ -488,7 +488,7 @@ LFW_LINES = ["2\t2", "A\t1\t2", "B\t1\t3", "A\t1\tB\t1", "B\t2\tC\t1", "B\t1\t2"
 def test_lfw_pairs(tmp_path):
     listed = lfw(tmp_path, LFW_LINES, {"A": 2, "B": 3, "C": 0})
     (tmp_path / "C" / "C_0001.png").write_bytes(b"\x89PNG\r\n\x1a\nC1")
-    found = read_lfw_pairs(*listed)
+    found = read_pair_list("lfw", *listed)
     named = [x.removeprefix(JPEG).removeprefix(b"\x89PNG\r\n\x1a\n").decode() for x in found.images]
     assert list(zip(named[::2], named[1::2], strict=True)) == [
         ("A1", "A2"),
@@ -502,7 +502,7 @@ def test_lfw_pairs(tmp_path):
     ]
     assert found.issame.tolist() == [True, True, False, False] * 2
     assert found.folds.tolist() == [0] * 4 + [1] * 4
-    assert found.images[0] is found.images[4] and found.name == "pairs"
+    assert found.images[0] is found.images[4] and found.name == "lfw"
 
 
 @pytest.mark.parametrize(
@@ -518,9 +518,11 @@ def test_lfw_pairs(tmp_path):
         (1, "A\t1\t-2", "line 2 has '-2'"),
         (1, "A\t1\t" + "9" * 5000, "line 2 has '999"),
         (1, "A\t1\t3", "line 2 names an image that cannot be read: .*A_0003.jpg: No such file"),
-        (1, "../A\t1\t2", "line 2 has '../A'"),
-        (1, "..\t1\t2", "line 2 has '..'"),
-        (1, "A\0\t1\t2", "line 2 has "),
+        (1, "../A\t1\t2", "line 2 names '../A/../A_0001.jpg', which is outside"),
+        (1, "..\t1\t2", "line 2 names '../.._0001.jpg', which is outside"),
+        (1, "A\0\t1\t2", "line 2 names "),
+        (1, "/A\t1\t2", "line 2 names "),
+        (1, "C:\\A\t1\t2", "line 2 names "),
     ],
 )
 def test_lfw_faults_name_the_line(tmp_path, number, line, message):
@@ -528,7 +530,7 @@ def test_lfw_faults_name_the_line(tmp_path, number, line, message):
     lines[number] = line
     listed = lfw(tmp_path, lines, {"A": 2, "B": 3, "C": 1})
     with pytest.raises(DataError, match=message):
-        read_lfw_pairs(*listed)
+        read_pair_list("lfw", *listed)
 
 
 def calfw(root, pairs):
@@ -541,7 +543,7 @@ def calfw(root, pairs):
 def test_calfw_pairs_balance_the_folds(tmp_path):
     same = [(f"s{i}a.jpg", f"s{i}b 2.jpg", 1 + i // 3) for i in range(30)]
     different = [(f"d{i}.jpg", f"s{i}a.jpg", 0) for i in range(30)]
-    found = read_calfw_pairs(*calfw(tmp_path, same + different))
+    found = read_pair_list("calfw", *calfw(tmp_path, same + different))
     assert found.issame.tolist() == [True] * 30 + [False] * 30
     assert found.folds[:30].tolist() == [i // 3 for i in range(30)]
     assert found.folds[30:].tolist() == [i % 10 for i in range(30)]
@@ -562,8 +564,8 @@ def test_calfw_pairs_balance_the_folds(tmp_path):
         ("a.jpg 1\n\nb.jpg 1\n", "line 2 has ''"),
         ("a.jpg 2\nb.jpg 2\n", r"tokens \[2\]"),
         ("a.jpg 0\nb.jpg 0\n", r"tokens \[\]"),
-        ("a.jpg 1\nc.jpg 1\n", "line 2 names an image that cannot be read: .*c.jpg"),
-        ("../a.jpg 1\nb.jpg 1\n", "line 1 has '../a.jpg'"),
+        ("a.jpg 1\nc.jpg 1\n", "line 1 or 2 names an image that cannot be read: .*c.jpg"),
+        ("../a.jpg 1\nb.jpg 1\n", "line 1 names '../a.jpg', which is outside"),
         ("a.jpg 1\ngif.jpg 1\n", "image 1 is neither JPEG nor PNG"),
     ],
 )
@@ -573,7 +575,7 @@ def test_calfw_faults_name_the_line(tmp_path, text, message):
     (tmp_path / "gif.jpg").write_bytes(b"GIF89a")
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        read_calfw_pairs(tmp_path / "pairs.txt", tmp_path)
+        read_pair_list("calfw", tmp_path / "pairs.txt", tmp_path)
 
 
 def cfp(root):
@@ -599,7 +601,7 @@ def cfp(root):
 
 @pytest.mark.parametrize(("kind", "right"), [("FP", "P"), ("FF", "F")])
 def test_cfp_pairs_take_the_second_image_from_the_right_list(tmp_path, kind, right):
-    found = read_cfp_pairs(cfp(tmp_path) / "Pair_list_F.txt", tmp_path, kind)
+    found = read_pair_list(f"cfp_{kind.lower()}", cfp(tmp_path) / "Pair_list_F.txt", tmp_path)
     expected = [image(x) for i in range(1, 11) for x in (f"F{i}", f"{right}{i}", f"F{i}", f"{right}{i + 1}")]
     assert found.images == expected and found.name == f"cfp_{kind.lower()}"
     assert found.issame.tolist() == [True, False] * 10 and found.folds.tolist() == np.repeat(np.arange(10), 2).tolist()
@@ -628,7 +630,7 @@ def test_cfp_faults_name_the_line(tmp_path, file, text, message):
     else:
         (protocol / file).write_text(text)
     with pytest.raises(DataError, match=message):
-        read_cfp_pairs(protocol / "Pair_list_F.txt", tmp_path / "cfp", "FP")
+        read_pair_list("cfp_fp", protocol / "Pair_list_F.txt", tmp_path / "cfp")
 
 
 @pytest.mark.skipif(not (DATA / "lfw.bin").is_file(), reason="real data is absent")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.data.formats.pair_lists import PAIR_LISTS
+from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.synthetic.worlds import SYNTHETIC, pair_people, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
@@ -64,7 +64,7 @@ def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
     if path.suffix == ".bin":
         pairs = read_bin(path)
     else:
-        pairs = PAIR_LISTS[name].read(path, Path(data_dir) / Path(PAIR_LISTS[name].path).parts[0])
+        pairs = read_pair_list(name, path, Path(data_dir) / Path(PAIR_LISTS[name].path).parts[0])
     check_pairs(name, pairs, BENCHMARKS[name].pairs)
     return pairs
 

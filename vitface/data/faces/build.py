@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.faces.folder import Finder, align_folder
-from vitface.data.formats.pair_lists import PAIR_LISTS
+from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, write_bin
 from vitface.errors import DataError
 
@@ -18,15 +18,12 @@ def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, n
     """Writes OUT/NAME.bin; DataError if the release is not complete or a photo of a pair has no crop."""
     pair_list = PAIR_LISTS[name]
     pairs = pairs or _find(src, Path(pair_list.path).name, "the pair list; name it with --pairs")
-    try:
-        first = pair_list.first_photo(pairs.read_text(encoding="utf-8-sig").splitlines())
-    except (IndexError, ValueError):
-        raise DataError(f"{pairs} is not the pair list of {name}") from None
+    first = pair_list.pairs(pairs)[0].photos[0]
     photo = _find(src, first, f"the first photo of {pairs}")
     root, crops = photo.parents[first.count("/")], out / Path(pair_list.path).parts[0]
     align_folder(root, crops, finder, num_workers)
     try:
-        read = pair_list.read(pairs, crops)
+        read = read_pair_list(name, pairs, crops)
     except DataError as error:
         raise DataError(
             f"{error}\nPhotos without a crop are in {crops / 'align.csv'}: write their landmarks into a copy of it and "
