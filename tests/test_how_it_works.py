@@ -205,7 +205,6 @@ def tokens() -> list[str]:
         row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], values=(vit.image_size,)),
         row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], small, values=(CROP_SIZE,)),
         row("heads × head width", "{} × {}", lambda m: [m.config.num_heads, m.config.embed_dim // m.config.num_heads]),
-        row("blocks", "{}", lambda m: [len(m.blocks)]),
         row("frozen parameters at {}", "{:,}", lambda m: [count(m)], values=(vit.image_size,)),
         say("| LoRA of rank {}, parameters | {:,} | {:,} | {:,} |", 16, *(adapter_count(name, 16) for name in names)),
     ]
@@ -215,8 +214,8 @@ def attention_section() -> list[str]:
     seen, raw, given = shapes(), [8, 0, -8], [3, 2, 1]
     width, wide = seen["vit.blocks.0"][2], seen["vit.blocks.0.attn.qkv"][2]
     _, heads, rows, head = seen["q"]
-    root, wrong = math.isqrt(head), math.sqrt(width)
-    weights, flat = attend(raw, head), attend(raw, width)
+    root = math.isqrt(head)
+    weights = attend(raw, head)
     divided = [round(product / root) for product in raw]
     products = [number for pair in zip(weights, given, strict=True) for number in pair]
     received = torch.tensor(weights) @ torch.tensor(given, dtype=torch.float)
@@ -230,13 +229,10 @@ def attention_section() -> list[str]:
         say("`proj`, {} -> {}", width, seen["vit.blocks.0.attn.proj"][2]),
         say("by √{} = {}?", head, root),
         say("{} entries of variance {} has variance {}, hence a typical size of {}", head, 1, head, root),
-        say("dot products {}, {} and {}", *raw),
-        say("[{}, {}, {}] | [{:.4f}, {:.4f}, {:.4f}]", *raw, *attend(raw, 1)),
-        say("√{} = {}: [{}, {}, {}] | [{:.3f}, {:.3f}, {:.3f}]", head, root, *divided, *weights),
-        say("√{} = {:.2f}: [{:.3f}, {:.0f}, {:.3f}]", width, wrong, *(product / wrong for product in raw)),
-        say("| [{:.3f}, {:.3f}, {:.3f}]", *flat),
-        say("head width {}, not the model width {}", head, width),
-        say("values in the middle row are {}, {} and {}", *given),
+        say("Dot products {}, {} and {} become {}, {} and {}", *raw, *divided),
+        say("weights {:.3f}, {:.3f}, {:.3f}.", *weights),
+        say("Undivided they give {:.4f}, {:.4f}, {:.4f}:", *attend(raw, 1)),
+        say("values are {}, {} and {}", *given),
         say("{:.3f} · {} + {:.3f} · {} + {:.3f} · {} = {:.3f}", *products, received),
     ]
 
@@ -274,13 +270,12 @@ def heads() -> list[str]:
 
 
 def lora() -> list[str]:
-    face, leaky = model(exp="exp_001"), model(exp="exp_001", train_patch_embed=True)
+    face = model(exp="exp_001")
     counts, recorded = parameter_counts(face), resolve({"exp": "exp_001"})
     attn = face.vit.blocks[0].attn
     (rank, width), outputs = attn.qkv.lora_a.shape, attn.qkv.lora_b.shape[0]
     adapters = adapter_state_dict(face.vit)
     qkv, proj = (layer.lora_a.numel() + layer.lora_b.numel() for layer in (attn.qkv, attn.proj))
-    patch = parameter_counts(leaky)["all"][1] - counts["all"][1]
     total, trained = counts["all"]
     scalings = [lora_scaling(formula, recorded.lora_alpha, r) for r in (rank, 48) for formula in ("lora", "rslora")]
     assert counts["adapters"][0] == attn.qkv.weight.numel() == outputs * width == counts["adapters"][1]
@@ -294,11 +289,10 @@ def lora() -> list[str]:
         say("a proj has {:,}, and all {} adapters", proj, len(adapters) // 2),
         say("of the {} blocks have {:,}", len(face.vit.blocks), counts["adapters"][0]),
         say("head {:,} parameters are trained, {:.2f} % of the {:,}", trained, 100 * trained / total, total),
+        say("MLPs too: {:,} adapter", adapter_count("dinov2_vits14", rank, "attn+mlp")),
         say("B = {}. So B A = {}, and at step {}", 0, 0, 0),
         say("α = {:.0f} they are {:.2f} and {:.2f} at r = {},", recorded.lora_alpha, *scalings[:2], rank),
         say("{:.2f} and {:.2f} at r = {}", *scalings[2:], 48),
-        say("{:,} + {:,} = {:,}", trained, patch, parameter_counts(leaky)["all"][1]),
-        say("MLPs too: {:,} adapter", adapter_count("dinov2_vits14", rank, "attn+mlp")),
     ]
 
 
@@ -334,14 +328,11 @@ def dalora() -> list[str]:
         say("an extra {:.3f} of a forward", (passes - depth) * thin / (depth * tokens)),
         say("{} · {:,} = {:,}, router {:,}", adapters // single, single, adapters, router),
         say("head {:,}, together {:,}", head, counts["all"][1]),
+        say("rank {}, α = {} (so s = {:.2f} as before)", wide, wide, qkv.scaling),
         say("weights of {}/{} each are exactly rank {}", 1, domains, stacked),
         say("({:.0f} when all {} are used alike, {:.0f} when", even.abs(), domains, collapsed),
         say("weight {})", config.balance_loss_weight),
         say("weight {})", DOMAIN_LOSS_WEIGHT),
-        say("has {} times the adapters", adapters // single),
-        say("rank {}, α = {}", wide, wide),
-        say("s = {:.2f} as before): the same {:,}", qkv.scaling, adapters),
-        say("uniform gate, {}/{} each", 1, domains),
     ]
 
 
@@ -396,8 +387,8 @@ def verification() -> list[str]:
         say("{:.0f} of {} comparisons are won, AUC {:.3f}", area * compared, compared, area),
         say("At {:.0f} % of {:,} pairs", 100 * share, pairs),
         say("√({} · {:.1f} / {:,}) = {:.2f} points", share, 1 - share, pairs, error),
-        say("{} % interval is ± {:.1f} points", 95, 100 * (high - low) / 2),
-        say("one fold of {} pairs scatters by {:.2f} points", sizes[0], fold_error),
+        say("{} % interval ± {:.1f} points", 95, 100 * (high - low) / 2),
+        say("deviation of one fold {:.2f} points", fold_error),
     ]
 
 
