@@ -1,14 +1,15 @@
 """Downloads a backbone's original file, checks its sha256 and converts it.
 
-The file goes to `sources/` in $VITFACE_HOME (default ~/.cache/vitface), as FILE.part until it is complete and its
-sha256 is the pinned one; a broken download goes on from there. The converted NAME.safetensors lies in $VITFACE_HOME,
-where `vitface.store.backbones.find_backbone` looks, and the original is deleted.
+The file goes to `sources/` in $VITFACE_HOME (default ~/.cache/vitface). It is named FILE.part until it is complete and
+its sha256 is the pinned one; a broken download continues from there. The converted NAME.safetensors goes to
+$VITFACE_HOME, where `vitface.store.backbones.find_backbone` looks, and the original is deleted.
 """
 
 import http.client
 import os
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +28,7 @@ TIMEOUT = 30  # seconds without a byte
 def fetch_backbone(name: str) -> Conversion | None:
     """Downloads and converts a backbone by its preset's name or alias; None if it is there already.
 
-    WeightsError if no original is pinned for `name`, or with what to do by hand if the download does not work.
+    WeightsError if no original is pinned for `name`, or if the download fails; it tells what to do by hand.
     """
     name = backbone_name(name)
     if name not in SOURCES:
@@ -39,7 +40,8 @@ def fetch_backbone(name: str) -> Conversion | None:
             f"  vitface convert {name} --src FILE --out {cache_home() / f'{name}.safetensors'}"
         )
     file, out = cache_home() / "sources" / source.url.rsplit("/", 1)[1], cache_home() / f"{name}.safetensors"
-    if _is_converted(out):
+    with suppress(WeightsError):
+        read_backbone(out)
         return None
     if not file.is_file():
         download(source, file, f"3. vitface convert {name} --src {file} --out {out}")
@@ -48,14 +50,6 @@ def fetch_backbone(name: str) -> Conversion | None:
     done = convert_backbone(name, file, out)
     file.unlink()
     return done
-
-
-def _is_converted(path: Path) -> bool:
-    try:
-        read_backbone(path)
-    except WeightsError:
-        return False
-    return True
 
 
 def fetch_detector() -> Path:
@@ -67,10 +61,10 @@ def fetch_detector() -> Path:
 
 
 def download(source: Source, file: Path, next_step: str = "") -> None:
-    """Downloads the file of `source`, going on from FILE.part if there is one; `file` appears only when it is right.
+    """Downloads `source` and continues from FILE.part if there is one; `file` appears only when it is right.
 
-    WeightsError if the transfer breaks, which keeps the part, with what to do by hand, `next_step` last; or if the
-    sha256 is another one, which deletes the part.
+    WeightsError if the transfer breaks, which keeps the part; it tells what to do by hand, `next_step` last.
+    WeightsError if the sha256 is not the pinned one, which deletes the part.
     """
     assert source.url is not None
     part = file.with_name(file.name + ".part")
@@ -81,27 +75,27 @@ def download(source: Source, file: Path, next_step: str = "") -> None:
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(
             f"cannot download {source.url}: {error}\n"
-            "Run the same command again to go on from where it stopped, or do it by hand:\n"
+            "Run the same command again to continue from where it stopped, or do it by hand:\n"
             f"  1. download {source.url}\n     (sha256 {source.sha256})\n  2. put it at {file}\n  {next_step}".rstrip()
         ) from None
     if found != source.sha256:
         part.unlink()
         raise WeightsError(
             f"{source.url} arrived with sha256 {found}, not the pinned {source.sha256}: the download was deleted. "
-            "Fetch again; if it stays so, the file was replaced at its source or on the way, and should not be used"
+            "Fetch again; if this repeats, the file was replaced at its source or on the way: do not use it"
         )
     os.replace(part, file)
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Appends what is missing to `part`, or writes it anew if the server sends the whole file."""
+    """Appends what is missing to `part`, or writes all of it if the server sends the whole file."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": f"vitface/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        # 416: nothing follows the part. It is complete or belongs to another file; its sha256 decides
+        # 416: nothing follows the part. It is complete or of another file; its sha256 decides
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return
         raise

@@ -1,8 +1,8 @@
 """The names in published checkpoints, with a map to ours for each family of files.
 
 `{i}` is the block's index, `*` stands for `weight` and `bias`. `[q]`, `[k]` and `[v]` mark the parts of a fused
-`attn.qkv`, which is stacked by these marks, never by the order in a file. What is not used is listed, in two places:
-`dropped` (patterns inside the vision tower) and `outside` (patterns of names without the tower's prefix).
+`attn.qkv`, which are stacked by these marks, never by their order in a file. Tensors that are not used are listed:
+`dropped` has patterns of names in the vision tower, `outside` of names without the tower's prefix.
 """
 
 import re
@@ -135,8 +135,11 @@ TRANSFORMERS_CLIP = Family(
     outside=("visual_projection.weight", "text_model.*", "text_projection.weight", "logit_scale"),
 )
 
-# OpenAI's archive and open_clip's own files; `proj` is what turns the tower's output into the shared embedding.
-_TEXT_TOWER = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.*")
+# OpenAI's archive and open_clip's own files; `proj` turns the tower's output into the shared embedding.
+_TEXT_TOWER = (
+    *("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.*", "transformer.resblocks.*"),
+    *("logit_scale", "input_resolution", "context_length", "vocab_size"),
+)
 OPENAI_CLIP = Family(
     title="OpenAI or open_clip",
     names={
@@ -151,14 +154,7 @@ OPENAI_CLIP = Family(
     },
     prefixes=("visual.", ""),
     dropped=("proj",),
-    outside=(
-        *_TEXT_TOWER,
-        "transformer.resblocks.*",
-        "logit_scale",
-        "input_resolution",
-        "context_length",
-        "vocab_size",
-    ),
+    outside=_TEXT_TOWER,
 )
 
 FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_VIT, TRANSFORMERS_CLIP, OPENAI_CLIP)

@@ -21,11 +21,10 @@ from vitface.config import FaceConfig
 from vitface.errors import CheckpointError, ConfigError, ExchangeError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import keep_scores
-from vitface.exchange.hub_bundle import model_card
-from vitface.exchange.leaks import check_card
+from vitface.exchange.publishing import check_card, model_card
 from vitface.store import hub
 from vitface.store.backbones import backbone_bytes, read_backbone
-from vitface.store.faces import open_checkpoint
+from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 
 ADDRESS = "https://huggingface.co/me/faces"
@@ -170,7 +169,7 @@ LEAKS = {  # where from, how, and what is said
     ),
     "embeddings in the card": ("", write_in_card(" ".join(map(str, EMBEDDING))), "a list of numbers"),
     "names in the settings": ("", change_json("model.json", people=["Alice_Example"]), "unexpected keyword"),
-    "names for a hash": ("", change_json("model.json", weights_sha256="Alice_Example"), "weights_sha256 is no SHA-256"),
+    "names for a hash": ("", change_json("model.json", weights_sha256="Alice_Example"), "is not a SHA-256"),
     "names in the manifest": (
         "",
         change_json("manifest.json", people=["Alice_Example"]),
@@ -311,7 +310,8 @@ def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
     from vitface.config import VIT_PRESETS
 
     config = FaceConfig(backbone, "random", VIT_PRESETS[backbone], 224, lora_rank=16)
-    text = model_card("me/x", config, "data", "mit", {}, None)
+    checkpoint = Checkpoint(Path("x"), Path("x"), None, {}, config, {}, None)
+    text = model_card(checkpoint, "me/x", "data", "mit")
     front = yaml.safe_load(text.split("---\n")[1])
     assert front.get("base_model") == base and front["license"] == "mit"
     assert front.get("base_model_relation") == (base and "adapter")

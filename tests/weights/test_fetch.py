@@ -136,7 +136,7 @@ def test_a_broken_download_goes_on_where_it_stopped(after, server, content, part
     server.sends = after % len(content)
     with pytest.raises(WeightsError, match=f"broke after {server.sends} of {len(content)} bytes") as caught:
         fetch_backbone(NAME)
-    assert "Run the same command again to go on" in str(caught.value)
+    assert "Run the same command again to continue" in str(caught.value)
     assert part.read_bytes() == content[: server.sends]
     assert not part.with_suffix("").exists()
     server.sends = None

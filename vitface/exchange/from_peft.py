@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitface.config import MAX_SIZE, FaceConfig, ViTConfig, backbone_name
+from vitface.config import MAX_SIZE, FaceConfig, ViTConfig
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.model.vit import ViT
-from vitface.store.backbones import expected_tensors, find_backbone, load_backbone, weights_sha256
-from vitface.store.faces import open_checkpoint, trained_tensors
+from vitface.store.backbones import expected_tensors, find_backbone, load_backbone
+from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
 from vitface.weights.keymaps import META_TIMM, transformers_family
 
@@ -218,13 +218,11 @@ def adapted_backbone(
     adapter: Path, backbone: str, weights: str | None, image_size: int
 ) -> tuple[FaceModel, str | Path]:
     """(A preset with the adapter of a PEFT folder, whose embedding is the CLS token; the backbone's file)."""
-    name = backbone_name(backbone)
-    vit = load_backbone(name, weights, image_size)
-    adapters, domains = read_domains(adapter, name, vit.config)
+    frozen = frozen_face(backbone, weights, image_size)
+    adapters, domains = read_domains(adapter, frozen.config.backbone, frozen.config.vit)
     if domains > 1:
         raise ExchangeError(f"{adapter} has {domains} domains, and no router comes with them: name one with --into")
-    frozen = FaceConfig(name, weights_sha256(name, weights), vit.config, image_size, embedding_dim=vit.config.embed_dim)
-    return _with_adapters(vit, frozen, adapters, {}), weights or find_backbone(name)
+    return _with_adapters(frozen.vit, frozen.config, adapters, {}), weights or find_backbone(frozen.config.backbone)
 
 
 def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path]:

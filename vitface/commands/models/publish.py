@@ -30,8 +30,7 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.exchange.hub_bundle import people_of, upload, write_bundle
-    from vitface.exchange.leaks import check_bundle
+    from vitface.exchange.publishing import check_bundle, people_of, upload, write_bundle
     from vitface.store.faces import open_checkpoint
 
     repository = arguments.repo

@@ -1,0 +1,148 @@
+"""Publishing a model on the Hugging Face Hub: its bundle is written with a card, checked and uploaded.
+
+The check keeps backbones, identity matrices, embeddings, images, names, paths and secrets out of a published model. A
+bundle has five files. Four of them must be, byte for byte, what this version writes for the model that they describe,
+so that there is no room for anything else. The fifth is the card, which people edit: it is searched.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitface.credentials import find_secret
+from vitface.data.formats.samples import load_samples
+from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.errors import ConfigError, DataError, ExchangeError, VitfaceError
+from vitface.evaluation.report import results_json
+from vitface.evaluation.scores import SCORES, load_scores
+from vitface.exchange.bundle import face_files, write_folder
+from vitface.store.faces import Checkpoint, open_checkpoint
+from vitface.store.hub import BUNDLE_FILES
+from vitface.templates import render
+from vitface.version import __version__
+from vitface.weights.sources import SOURCES
+
+RESEARCH_ONLY = "non-commercial-research"
+CARD = "README.md"
+MAX_CARD_BYTES = 1 << 15
+MAX_DECIMALS = 100  # numbers of four decimals and more: a full table of results has about forty
+FORBIDDEN = {
+    "an image": r"!\[|<(?:img|svg|picture|object|iframe)\b|data:[\w/+.-]*[;,]",
+    "a path on a machine": r"(?<![\w/.:])(?:/(?:home|Users|root|mnt|media|data|tmp|var|srv|opt)/|~/|[A-Za-z]:\\)\S",
+    "a word of over 200 characters": r"\S{201}",
+}
+
+
+def write_bundle(checkpoint: Checkpoint, out: Path, repository: str, data: str | None, licence: str | None) -> None:
+    """Writes a checkpoint's folder with a new card.
+
+    `data` describes what the model was trained on, and `licence` is an identifier of the Hub; both have defaults for
+    procedural faces. ConfigError where the card would lack one, ExchangeError for a model without adapters.
+    """
+    if not checkpoint.config.lora_rank:
+        raise ExchangeError(f"{checkpoint.path} has no adapters: everything in it is published already")
+    synthetic = checkpoint.settings.get("train_data") in SYNTHETIC
+    data = data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
+    if data is None:
+        raise ConfigError("describe the training data with --data; the card is public, and a path may name somebody")
+    licence = licence or ("apache-2.0" if synthetic else RESEARCH_ONLY)
+    if not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise ConfigError(f"--licence {licence} is not an identifier of the Hub, such as mit or cc-by-nc-4.0")
+    card = model_card(checkpoint, repository, data, licence)
+    files = face_files(checkpoint.load(), checkpoint.backbone, checkpoint.calibration)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out, {"": {**files, CARD: card.encode()}})
+
+
+def model_card(checkpoint: Checkpoint, repository: str, data: str, licence: str) -> str:
+    """The card, README.md, of a model that will be in `repository`; its text is in card.md.j2.
+
+    `data` describes in words what the model was trained on. The results are those of this very checkpoint among the
+    run's scores. Where it was not evaluated, or not calibrated, the card states that.
+    """
+    results, model = {}, ""
+    if checkpoint.run is not None and (checkpoint.run / SCORES).is_file():
+        results, model = load_scores(checkpoint.run / SCORES)
+    return render(
+        "exchange/card.md.j2",
+        repository=repository,
+        config=checkpoint.config,
+        source=SOURCES.get(checkpoint.config.backbone),
+        data=data,
+        licence=licence,
+        research_only=RESEARCH_ONLY,
+        results=results_json(results) if results and model == checkpoint.sha256 else {},
+        thresholds=checkpoint.calibration,
+        version=__version__,
+    )
+
+
+def people_of(checkpoint: Checkpoint) -> list[str]:
+    """The names of the training people, which no card may hold; empty if the training data is gone."""
+    try:
+        return list(load_samples(checkpoint.settings["train_data"]).names)
+    except (DataError, OSError, KeyError, TypeError):
+        return []
+
+
+def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str] = ()) -> dict[str, bytes]:
+    """The files of a bundle by name, the card last; ExchangeError names the first thing that must not be published.
+
+    The card must not hold any of the names of `people`.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise ExchangeError(f"{folder} is not a folder of a model")
+    for entry in sorted(folder.iterdir()):
+        if entry.name not in BUNDLE_FILES or entry.is_symlink() or not entry.is_file():
+            raise ExchangeError(f"{entry} is not part of a model; nothing is published with it there")
+    try:
+        checkpoint = open_checkpoint(folder, weights)
+        expected = face_files(checkpoint.load(), checkpoint.backbone, checkpoint.calibration)
+    except VitfaceError as error:
+        raise ExchangeError(f"{error}; it is not published") from None
+    if not re.fullmatch(r"random|[0-9a-f]{64}", checkpoint.config.weights_sha256):
+        raise ExchangeError(f"{folder}/model.json: weights_sha256 is not a SHA-256")
+    found = {name: (folder / name).read_bytes() for name in BUNDLE_FILES if (folder / name).is_file()}
+    card = found.pop(CARD, b"")
+    for name in BUNDLE_FILES[:-1]:
+        if found.get(name) != expected.get(name):
+            fault = f"{folder / name} is not what vitface writes for this model"
+            raise ExchangeError(f"{fault}, and may hold more than it: remove {folder} and publish again")
+    check_card(card, people)
+    return {**found, CARD: card}
+
+
+def check_card(card: bytes, people: Sequence[str] = ()) -> None:
+    """ExchangeError if a card is missing, too large or not text, or holds an image, a path, a secret or a name."""
+    if not 0 < len(card) <= MAX_CARD_BYTES:
+        raise ExchangeError(f"{CARD} has {len(card):,} bytes; a card has at most {MAX_CARD_BYTES:,}, and at least one")
+    try:
+        text = card.decode()
+    except UnicodeDecodeError:
+        raise ExchangeError(f"{CARD} is not text") from None
+    kinds = [kind for kind, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+    secret = find_secret(text)
+    kinds += [secret] if secret else []
+    kinds += ["a list of numbers"] if len(re.findall(r"\d\.\d{4,}", text)) > MAX_DECIMALS else []
+    words = re.sub(r"\W|_", " ", text)
+    for name in (re.sub(r"\W|_", " ", name).strip() for name in people):
+        if re.search(r"[^\W\d]{3}", name) and f" {name} " in f" {words} ":
+            kinds.append(f"the name of somebody in the training data ({name})")
+    if kinds:
+        raise ExchangeError(f"{CARD} holds {kinds[0]}; take it out, the card is public")
+
+
+def upload(repository: str, files: dict[str, bytes]) -> str:
+    """Uploads the files in one commit and returns the repository's address; ExchangeError if the Hub refuses."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+        api.create_commit(repository, operations, commit_message="Model of vitface")
+    except Exception as error:  # its own, its HTTP library's, the system's
+        reason = str(error).strip().split("\n")[0]
+        message = f"the Hub did not take {repository} ({reason}); are you logged in?\n  hf auth login"
+        raise ExchangeError(message) from None
+    return str(url)
