@@ -11,12 +11,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vitface.data.synthetic.render import render_faces
+from vitface.data.synthetic.render import render_scenes
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE
 from vitface.recogniser import Recogniser, load
 
 PERSON = TEST_PEOPLE.start + 4
-PHOTOS = {  # title -> yaw in degrees, age and light (see `render_faces`), and the seed of everything else
+PHOTOS = {  # title -> yaw in degrees, age and light (see `render_scenes`), and the seed of everything else
     "frontal": (0, 0.1, 0.1, 11),
     "turned by 65°": (65, 0.1, 0.1, 412),
     "old": (10, 0.95, 0.1, 413),
@@ -39,7 +39,7 @@ def overlay(crop: np.ndarray, attention: np.ndarray) -> Image.Image:
 def picture(model: Recogniser) -> Image.Image:
     """A column for each photo; rows for the photo, the attention in the last block, and a bar for each domain."""
     *factors, seeds = zip(*PHOTOS.values(), strict=True)
-    crops = render_faces(np.full(len(PHOTOS), PERSON), *map(np.array, factors), np.array(seeds))
+    crops = render_scenes(np.full(len(PHOTOS), PERSON), *map(np.array, factors), np.array(seeds))[0]
     attention, weights = model.attention(crops).mean(axis=1), model.domain_weights(crops)
     names, bars = SYNTHETIC["synthetic"], TOP + 2 * (SIDE + GAP)
     sheet = Image.new("RGB", (LEFT + len(PHOTOS) * (SIDE + GAP), bars + ROW * len(names)), "white")

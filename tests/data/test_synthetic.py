@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vitface.data.counter import uniform
 from vitface.data.synthetic.canvas import HALF_VIEW
-from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_faces, render_scenes
+from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
 from vitface.data.synthetic.worlds import (
     PRETRAIN_PEOPLE,
     TEST_PEOPLE,
@@ -31,7 +31,7 @@ def brightness(images):
 
 
 def render(people=PEOPLE, yaw=0.0, age=0.0, light=0.0, seed=0):
-    return render_faces(people, yaw, age, light, seed)
+    return render_scenes(people, yaw, age, light, seed)[0]
 
 
 def test_uniform_is_splitmix64():
@@ -77,10 +77,10 @@ def test_factors_are_uniform_and_independent():
     )
 )
 def test_an_image_does_not_depend_on_its_batch(rows):
-    batch = render_faces(*zip(*rows, strict=True))
+    batch, _ = render_scenes(*zip(*rows, strict=True))
     assert batch.shape == (len(rows), 112, 112, 3) and batch.dtype == np.uint8
     for row, image in zip(rows, batch, strict=True):
-        np.testing.assert_array_equal(render_faces(*row)[0], image)
+        np.testing.assert_array_equal(render_scenes(*row)[0][0], image)
 
 
 def test_another_process_draws_the_same_bytes():
@@ -153,7 +153,8 @@ def test_age_greys_the_hair_and_lines_the_forehead():
 
 @pytest.mark.parametrize("world", ["synthetic", "synthetic_shift"])
 def test_pixels_and_mean_colour_recognise_nobody(world):
-    images, issame = synthetic_pairs(200, seed=1, world=world)
+    images, people = synthetic_pairs(200, seed=1, world=world)
+    issame = people[:, 0] == people[:, 1]
     pixels = images[:, ::2, ::2].reshape(len(images), -1).astype("f4")
     assert verify(pair_distance(pixels[0::2], pixels[1::2]), issame).accuracy < 0.65
     colour = images.mean(axis=(1, 2)).astype("f4")
@@ -200,7 +201,7 @@ def test_domains_are_what_the_factors_say():
 
 def test_shifted_domains_are_other_pictures_of_the_same_faces():
     samples = SyntheticSamples(4, 6, seed=5, world="synthetic_shift")
-    images, plain = samples.render(range(24)), render_faces(*samples.factors(range(24)))
+    images, plain = samples.render(range(24)), render_scenes(*samples.factors(range(24)))[0]
     assert samples.domain_names == ("plain", "negative", "upside_down") and set(samples.domains) == {0, 1, 2}
     for image, face, domain in zip(images, plain, samples.domains, strict=True):
         np.testing.assert_array_equal(image, (face, 255 - face, face[::-1])[domain])
@@ -220,8 +221,9 @@ def test_a_sample_is_a_function_of_seed_person_and_number():
 
 @pytest.mark.parametrize("count", [100, 37])
 def test_pairs_are_balanced_in_every_fold(count):
-    images, issame = synthetic_pairs(count, seed=2, num_people=6)
-    assert images.shape == (2 * count, 112, 112, 3) and issame.dtype == bool
+    images, people = synthetic_pairs(count, seed=2, num_people=6)
+    issame = people[:, 0] == people[:, 1]
+    assert images.shape == (2 * count, 112, 112, 3) and people.dtype == np.int64
     assert (issame[0 : 2 * (count // 2) : 2] != issame[1::2]).all()
     assert 0 < issame[0::2].sum() < len(issame[0::2])  # and not simply in turn
     again, _ = synthetic_pairs(10, seed=2, num_people=6)
@@ -233,9 +235,8 @@ def test_pairs_show_whom_they_say(monkeypatch):
     monkeypatch.setattr(
         "vitface.data.synthetic.worlds.draw_photos", lambda kinds, *columns: drawn.update(columns=columns)
     )
-    _, issame = synthetic_pairs(400, seed=3, first_person=1000, num_people=20)
-    people = np.array(drawn["columns"][0]).reshape(-1, 2)
-    np.testing.assert_array_equal(people[:, 0] == people[:, 1], issame)
+    _, people = synthetic_pairs(400, seed=3, first_person=1000, num_people=20)
+    np.testing.assert_array_equal(np.array(drawn["columns"][0]).reshape(-1, 2), people)
     assert set(people.flat) == set(range(1000, 1020))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
-from vitface.data.synthetic.worlds import SYNTHETIC, pair_people, synthetic_pairs
+from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
@@ -82,9 +82,9 @@ def evaluate_benchmark(
     DataError if its file is missing or not what it should be, EvaluationError if the scores cannot be judged.
     """
     if name in SYNTHETIC:
-        images, issame = _synthetic_benchmark(name)
+        images, people = _synthetic_benchmark(name)
         rows = _embed_all(embed, images.__getitem__, len(images), in_turns)
-        first, second, folds, alarms, people = rows[::2], rows[1::2], None, [], pair_people(len(issame))
+        first, second, folds, alarms, issame = rows[::2], rows[1::2], None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
         first, second = embed_pairs(embed, pairs, in_turns)

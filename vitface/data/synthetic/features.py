@@ -14,7 +14,7 @@ def eyes(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNam
     ex, ey = 0.285 + 0.07 * f.eye_spacing, 0.06 + 0.06 * f.eye_height
     a, b = 0.135 + 0.04 * f.eye_width, (0.075 + 0.03 * f.eye_opening) * (1 - 0.25 * age - 0.15 * m.blink)
     for side in (-1, 1):
-        box = canvas.view.box((side * ex, ey, 0.62), 0.34, 0.42)
+        box = canvas.box((side * ex, ey, 0.62), 0.34, 0.42)
         x, y, z = canvas.points(box)
         if not x.size:
             continue
@@ -49,7 +49,7 @@ def _brow(canvas: Canvas, box, out, up, ahead, f: SimpleNamespace, tone: SimpleN
 
 def mouth(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace, age: float) -> None:
     my, half = -0.56 + 0.07 * f.mouth_height, 0.215 + 0.07 * f.mouth_width + 0.025 * m.smile
-    box = canvas.view.box((0, my, 0.66), 0.46, 0.34)
+    box = canvas.box((0, my, 0.66), 0.46, 0.34)
     x, y, z = canvas.points(box)
     along = x * (1 / half)
     bow = 1 - along * along
@@ -65,7 +65,7 @@ def mouth(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNa
 
 def nose(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
     (_, ty, tz), (width, height, _), _ = shape["tip"]
-    box = canvas.view.box((0, ty, tz), 0.3, 0.25)
+    box = canvas.box((0, ty, tz), 0.3, 0.25)
     x, y, z = canvas.points(box)
     ahead = canvas.head[box] * soft(z - 0.5, 0.1)
     hole = 1 - np.sqrt(((np.abs(x) - 0.5 * width) * (1 / 0.042)) ** 2 + ((y - ty + 0.75 * height) * (1 / 0.028)) ** 2)
@@ -74,7 +74,7 @@ def nose(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace)
 
 def marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace) -> None:
     """Freckles on the cheeks, a beard's shadow, and two moles at fixed places of the surface."""
-    box = canvas.view.box((0, -0.35, 0.4), 0.9, 0.75)
+    box = canvas.box((0, -0.35, 0.4), 0.9, 0.75)
     x, y, z = canvas.points(box)
     if f.freckles > 0:
         spots = np.sin(41 * x + 9 * f.mole_1_side) * np.sin(37 * y + 5 * z + 9 * f.mole_2_side)
@@ -89,7 +89,7 @@ def marks(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace
         if size > -0.4:
             turn = 1.3 * side
             at = _surface(shape, (float(np.sin(turn)), -0.25 + 0.40 * up, float(np.cos(turn))))
-            box = canvas.view.box(at, 0.12, 0.12)
+            box = canvas.box(at, 0.12, 0.12)
             x, y, z = canvas.points(box)
             gap = np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2)
             canvas.paint(box, 0.85 * soft(0.034 + 0.02 * size - gap, 0.03), [0.35 * c for c in tone.skin])
@@ -110,7 +110,7 @@ def _surface(shape: dict, at) -> list[float]:
 
 def wrinkles(canvas: Canvas, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
     """Forehead lines, folds from nose to mouth, crow's feet: grooves of the depth, so that light acts on them."""
-    box = canvas.view.box((0, 0.0, 0.5), 0.9, 0.85)
+    box = canvas.box((0, 0.0, 0.5), 0.9, 0.85)
     x, y, z = canvas.points(box)
     ahead = canvas.head[box] * soft(z - 0.15, 0.2)
     wide = np.abs(x)

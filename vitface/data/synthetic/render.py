@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitface.data.counter import uniform
-from vitface.data.synthetic.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, View, meet, smooth_max, soft, unit
+from vitface.data.synthetic.canvas import AXIS, PIXEL, SIDE, STRIDE, Canvas, meet, smooth_max, soft, unit
 from vitface.data.synthetic.features import eyes, marks, mouth, nose, wrinkles
 
 _FACTORS = """
@@ -44,14 +44,8 @@ def photo_moments(seeds: ArrayLike) -> NDArray[np.float32]:
     return (2 * uniform(len(MOMENTS), 3, np.atleast_1d(seeds)) - 1).astype(np.float32)
 
 
-def _noise_bank() -> NDArray[np.float32]:
-    bits = uniform(1 << 18, 2).reshape(4, -1)
-    return ((bits.sum(axis=0) - 2) * 3**0.5).astype(np.float32)  # zero mean, unit variance, nearly normal
-
-
-_NOISE = _noise_bank()
-
-
+# zero mean, unit variance, nearly normal
+_NOISE = ((uniform(1 << 18, 2).reshape(4, -1).sum(axis=0) - 2) * 3**0.5).astype(np.float32)
 # how much the edge between a part and the head so far is rounded
 CREASES = {"cranium": 0.1, "jaw": 0.25, "cheeks": 0.3, "chin": 0.4, "ridge": 0.12, "tip": 0.06}
 CREASES |= {"ear_left": 0.03, "ear_right": 0.03}
@@ -120,7 +114,7 @@ def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
 
 def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
     """Shirt, neck, the far side of the hair, then the head as one smooth solid."""
-    met, everywhere = meet(canvas.view, shape), (slice(0, SIDE), slice(0, SIDE))
+    met, everywhere = meet(canvas, shape), (slice(0, SIDE), slice(0, SIDE))
     for part, colour in (("neck", tone.skin), ("shirt", [0.45 + 0.4 * c for c in (m.shirt_r, m.shirt_g, m.shirt_b)])):
         box, front, _, cover = met[part]
         canvas.put(box, cover * (front > canvas.depth[box]), colour, front)
@@ -161,7 +155,7 @@ def _expose(canvas: Canvas, light: float, m: SimpleNamespace) -> NDArray[np.uint
     """Lambert shading of the depth's slopes, exposure, colour cast and sensor noise, to uint8 (112, 112, 3)."""
     w = canvas.depth
     slope_u, slope_v = np.zeros_like(w), np.zeros_like(w)
-    step = canvas.view.scale / (2 * PIXEL)
+    step = canvas.scale / (2 * PIXEL)
     np.clip((w[:, 2:] - w[:, :-2]) * step, -3, 3, out=slope_u[:, 1:-1])
     np.clip((w[:-2] - w[2:]) * step, -3, 3, out=slope_v[1:-1])
     side, strength = float(np.sin(1.35 * light)), abs(light)
@@ -186,7 +180,7 @@ def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, Simpl
     """One head before light and camera, and the moments of its photo."""
     f = SimpleNamespace(**dict(zip(FACTORS, identity_factors(person)[0].tolist(), strict=True)))
     m = SimpleNamespace(**dict(zip(MOMENTS, photo_moments(seed)[0].tolist(), strict=True)))
-    shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(View(yaw, m))
+    shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(yaw, m)
     _backdrop(canvas, m)
     hair = _head(canvas, shape, f, tone, m)
     marks(canvas, shape, f, tone)
@@ -198,23 +192,16 @@ def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, Simpl
     return canvas, m
 
 
-def render_faces(
-    people: ArrayLike, yaw: ArrayLike, age: ArrayLike, light: ArrayLike, seed: ArrayLike
-) -> NDArray[np.uint8]:
-    """Photos uint8 (B, 112, 112, 3), RGB; each argument is (B,) or a scalar for all.
-
-    `people` identity numbers; `yaw` degrees in [-90, 90], positive towards image right; `age` in [0, 1]; `light` in
-    [-1, 1], the side the lamp stands on (negative left) and how harsh and dim it is; `seed` whole numbers that decide
-    everything else.
-    """
-    return render_scenes(people, yaw, age, light, seed)[0]
-
-
 def render_scenes(
     people: ArrayLike, yaw: ArrayLike, age: ArrayLike, light: ArrayLike, seed: ArrayLike
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """The photos of `render_faces`, and the truth of every fourth pixel, float16 (B, 28, 28, 7): the unlit colour
-    (3), the head-frame position of the surface (3) and one, all of them zero where there is no head."""
+    """Photos uint8 (B, 112, 112, 3), RGB, and the truth of every fourth pixel, float16 (B, 28, 28, 7): the unlit colour
+    (3), the head-frame position of the surface (3) and one, all of them zero where there is no head.
+
+    Each argument is (B,) or a scalar for all. `people` identity numbers; `yaw` degrees in [-90, 90], positive towards
+    image right; `age` in [0, 1]; `light` in [-1, 1], the side the lamp stands on (negative left) and how harsh and dim
+    it is; `seed` whole numbers that decide everything else.
+    """
     columns = np.broadcast_arrays(*(np.atleast_1d(column) for column in (people, yaw, age, light, seed)))
     count = len(columns[0])
     images, truth = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, *[SIDE // STRIDE] * 2, 7), np.float16)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitface.data.counter import uniform
-from vitface.data.synthetic.render import render_faces
+from vitface.data.synthetic.render import render_scenes
 from vitface.errors import DataError
 
 SYNTHETIC = {"synthetic": ("pose", "age", "light"), "synthetic_shift": ("plain", "negative", "upside_down")}
@@ -39,8 +39,8 @@ def photo_factors(kind: str, *keys: int) -> tuple[float, float, float, int]:
 
 
 def draw_photos(kinds: list[str], *factors: ArrayLike) -> NDArray[np.uint8]:
-    """Photos of these kinds, uint8 (B, 112, 112, 3), RGB; `factors` as `render_faces` takes them."""
-    images = render_faces(*factors)
+    """Photos of these kinds, uint8 (B, 112, 112, 3), RGB; `factors` as `render_scenes` takes them."""
+    images = render_scenes(*factors)[0]
     for image, kind in zip(images, kinds, strict=True):
         if kind == "negative":
             np.subtract(255, image, out=image)
@@ -78,7 +78,7 @@ class SyntheticSamples:
         return len(self.labels)
 
     def factors(self, indices: ArrayLike) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
-        """(people, yaw, age, light, seed) of these samples, each (B,): the arguments of `render_faces`."""
+        """(people, yaw, age, light, seed) of these samples, each (B,): the arguments of `render_scenes`."""
         indices = np.asarray(indices).reshape(-1)
         people = self.first_person + self.labels[indices]
         photos = [
@@ -106,33 +106,24 @@ def synthetic_pairs(
     first_person: int = TEST_PEOPLE.start,
     num_people: int = 500,
     world: str = "synthetic",
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and issame bool (N,).
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Verification pairs: images uint8 (2 N, 112, 112, 3), pair i in rows 2 i and 2 i + 1, and the people int64 (N, 2).
 
-    Every two consecutive pairs hold one of each answer in random order, so every fold in file order is balanced. Each
-    photo's domain is drawn at random. DataError for fewer than two people or no pairs.
+    Every two consecutive pairs hold one same and one different pair in random order, so every fold in file order is
+    balanced. Each photo's domain is drawn at random. DataError for fewer than two people or no pairs.
     """
     if num_people < 2 or num_pairs < 1:
         raise DataError(f"pairs need two people and a pair, not {num_people} people and {num_pairs} pairs")
-    people, domains = pair_people(num_pairs, seed, first_person, num_people), SYNTHETIC[world]
+    people, domains = np.zeros((num_pairs, 2), np.int64), SYNTHETIC[world]
     kinds, rows = [], []
     for pair in range(num_pairs):
-        for side, drawn in enumerate(uniform(4, 6, seed, pair)[2:].tolist()):
-            kinds.append(domains[int(drawn * len(domains))])
-            rows.append((people[pair, side], *photo_factors(kinds[-1], 7, seed, pair, side)))
-    return draw_photos(kinds, *zip(*rows, strict=True)), people[:, 0] == people[:, 1]
-
-
-def pair_people(
-    num_pairs: int, seed: int = 0, first_person: int = TEST_PEOPLE.start, num_people: int = 500
-) -> NDArray[np.int64]:
-    """The people whom the pairs of `synthetic_pairs` show: int64 (N, 2)."""
-    people = np.zeros((num_pairs, 2), np.int64)
-    for pair in range(num_pairs):
         (first_same,) = uniform(1, 5, seed, pair // 2)
-        a, b = uniform(4, 6, seed, pair).tolist()[:2]
+        a, b, *drawn = uniform(4, 6, seed, pair).tolist()
         person = other = int(a * num_people)
         if (first_same < 0.5) != (pair % 2 == 0):
             other = (person + 1 + int(b * (num_people - 1))) % num_people
         people[pair] = first_person + person, first_person + other
-    return people
+        for side in (0, 1):
+            kinds.append(domains[int(drawn[side] * len(domains))])
+            rows.append((people[pair, side], *photo_factors(kinds[-1], 7, seed, pair, side)))
+    return draw_photos(kinds, *zip(*rows, strict=True)), people
