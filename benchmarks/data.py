@@ -27,7 +27,8 @@ from vitface.config import IMAGENET_MEAN, IMAGENET_STD, resolve
 from vitface.data.augment import uniforms
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import pack
-from vitface.data.formats.samples import FolderSamples, Samples, load_samples
+from vitface.data.formats.samples import FolderSamples, load_samples
+from vitface.data.formats.stored import Samples
 from vitface.data.loader import epoch_order, read_batches
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.training.batches import Batch, training_input

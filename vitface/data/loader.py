@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitface.data.background import in_processes, in_thread
 from vitface.data.formats.packed import CROP_SHAPE, PackedSamples
-from vitface.data.formats.samples import Samples
+from vitface.data.formats.stored import Samples
 from vitface.errors import ConfigError
 
 

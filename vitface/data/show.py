@@ -6,7 +6,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vitface.data.augment import augment, uniforms
-from vitface.data.formats.samples import Samples
+from vitface.data.formats.stored import Samples
 from vitface.data.preprocess import resize, to_float
 from vitface.errors import ConfigError
 

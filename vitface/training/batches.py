@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitface.config import TrainConfig
 from vitface.data.augment import augment, uniforms
-from vitface.data.formats.samples import Samples
+from vitface.data.formats.stored import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
 from vitface.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vitface.data.formats.samples import Samples
+from vitface.data.formats.stored import Samples
 from vitface.data.loader import read_batches
 from vitface.errors import EvaluationError
 from vitface.files import json_bytes, replace_file

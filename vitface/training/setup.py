@@ -13,7 +13,8 @@ from torch import nn
 from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import cached
-from vitface.data.formats.samples import FolderSamples, RecordSamples, Samples, load_samples, read_domains
+from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples, read_domains
+from vitface.data.formats.stored import Samples
 from vitface.data.loader import split_people
 from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype

@@ -12,7 +12,7 @@ import numpy as np
 from vitface.data.checks.check_images import check_images
 from vitface.data.checks.findings import MIN_PAIRS, Finding, finds
 from vitface.data.checks.scan import Scan, scan
-from vitface.data.formats.samples import Samples
+from vitface.data.formats.stored import Samples
 from vitface.metrics import auc
 
 PATTERN_LIMIT = 6000  # images whose patterns are compared
@@ -34,7 +34,7 @@ class TrainingSet:
 
 
 def scan_training(samples: Samples, num_workers: int) -> TrainingSet:
-    return TrainingSet(samples, scan(samples, num_workers, PATTERN_LIMIT))  # type: ignore[arg-type]
+    return TrainingSet(samples, scan(samples, num_workers, PATTERN_LIMIT))
 
 
 def check_training(data: TrainingSet) -> list[Finding]:

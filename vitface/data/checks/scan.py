@@ -6,28 +6,18 @@ Letters: n images, H W pixels.
 import functools
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from vitface.data.background import in_processes
+from vitface.data.formats.stored import Images
 from vitface.data.images import CROP_SIZE, to_crop
 from vitface.errors import DataError
 
 CHUNK = 256
 PATTERN_SIDE = 28
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-
-
-class Images(Protocol):
-    """The images to scan: `image(i)` uint8 (H, W, 3), DataError if it is damaged; `where(i)` names it in messages."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> np.ndarray: ...
-
-    def where(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vitface.data.formats.stored import Samples
 from vitface.data.images import CROP_SIZE
 from vitface.errors import DataError
 
@@ -23,14 +24,12 @@ CROP_BYTES = CROP_SIZE * CROP_SIZE * 3
 FILES = ("images.uint8", "labels.npy", "manifest.json")
 
 
-class PackedSamples:
+class PackedSamples(Samples):
     """A packed folder as `Samples`; `gather` reads many at once.
 
     `source` is the identity of the samples that were packed, `skipped` lists the images that could not be decoded, and
     why. Opening checks everything but the pixels; `verify` checks these too. DataError names what is damaged.
     """
-
-    domains: np.ndarray | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -58,17 +57,11 @@ class PackedSamples:
             images = self.path / "images.uint8"
             raise DataError(f"{images} has {size} bytes, not those of {len(self)} images; pack the set again")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
 
-    def read(self, index: int) -> np.ndarray:
-        """uint8 (112, 112, 3)."""
+    def image(self, index: int) -> np.ndarray:
         return self.gather(np.array([index]))[0]
-
-    image = read
 
     def where(self, index: int) -> str:
         return f"{self.path}, image {index}"

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.formats.bin_format import MAX_PAIRS, parse_bin
-from vitface.data.images import decode_image, to_crop
+from vitface.data.formats.stored import Images
+from vitface.data.images import decode_image
 from vitface.errors import DataError
 from vitface.files import replace_file
 
@@ -18,7 +19,7 @@ MAX_BIN_BYTES = 2 << 30
 _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
-class EncodedImages:
+class EncodedImages(Images):
     """JPEG or PNG bytes as a sequence of images; an image that is damaged is an ImageError when it is read."""
 
     def __init__(self, name: str, encoded: list[bytes]):
@@ -31,12 +32,7 @@ class EncodedImages:
         return f"{self.name}, image {index}"
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), as it was stored."""
         return decode_image(self.encoded[index], self.where(index))
-
-    def read(self, index: int) -> np.ndarray:
-        """uint8 (112, 112, 3)."""
-        return to_crop(self.image(index), self.where(index))
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ MAX_FLAG = 16
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
-_ROW = np.dtype([("magic", "<u4"), ("lrec", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("ids", "<u8", 2)])
-_CHUNK = 1 << 16
+_START = struct.Struct("<IIIf16x")  # of a record, up to the end of its header
+_LONGEST = (1 << 29) - 1
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -64,25 +64,19 @@ def read_record(data: mmap | bytes, offset: int, where: str) -> tuple[tuple[floa
 
 
 def read_labels(data: mmap | bytes, offsets: np.ndarray, where: str) -> np.ndarray:
-    """The (first) label of each record, float32 (n,), from the headers alone; every header is validated.
+    """The (first) label of each record, float32 (n,); DataError as `read_record`.
 
-    DataError as `read_record`. Records of one part and one label are read 65,536 at a time, the others one by one.
+    Every header is checked; images are not read, apart from records of several parts or labels.
     """
-    raw = np.frombuffer(data, np.uint8)
-    if len(raw) < _ROW.itemsize:
-        raise DataError(f"{where}: {len(raw)} bytes hold no record")
-    labels = np.empty(len(offsets), np.float32)
-    for start in range(0, len(offsets), _CHUNK):
-        at = offsets[start : start + _CHUNK]
-        inside = (at % 4 == 0) & (at <= len(raw) - _ROW.itemsize)
-        rows = raw[np.where(inside, at, 0)[:, None] + np.arange(_ROW.itemsize)].view(_ROW)[:, 0]
-        length = rows["lrec"].astype(np.int64)  # as long as cflag, its top three bits, is 0
-        whole = (length >= _HEADER.size) & (length < 1 << 29) & (length <= len(raw) - at - _PART.size)
-        ordinary = inside & whole & (rows["magic"] == MAGIC) & (rows["flag"] == 0)
-        chunk = labels[start : start + _CHUNK]
-        chunk[:] = rows["label"]
-        for i in np.flatnonzero(~ordinary):
-            chunk[i] = read_record(data, int(at[i]), where)[0][0]
+    labels, size = np.empty(len(offsets), np.float32), len(data)
+    for i, offset in enumerate(offsets.tolist()):
+        ordinary = False
+        if offset % 4 == 0 and offset <= size - _START.size:
+            magic, length, flag, label = _START.unpack_from(data, offset)  # if its cflag is 0, lrec is the length
+            ordinary = (
+                magic == MAGIC and flag == 0 and _HEADER.size <= length <= min(_LONGEST, size - offset - _PART.size)
+            )
+        labels[i] = label if ordinary else read_record(data, offset, where)[0][0]
     return labels
 
 
@@ -120,7 +114,7 @@ def _join_parts(data: mmap | bytes, offset: int, where: str) -> bytes:
         if offset % 4 or offset + _PART.size > len(data):
             raise DataError(f"{where}: no record fits at byte {offset} of {len(data)}; the file may be truncated")
         magic, lrec = _PART.unpack_from(data, offset)
-        cflag, length = lrec >> 29, lrec & (1 << 29) - 1
+        cflag, length = lrec >> 29, lrec & _LONGEST
         if magic != MAGIC:
             raise DataError(f"{where}: no record begins at byte {offset} (magic {magic:#010x}); is the .idx its own?")
         if cflag not in ((2, 3) if parts else (0, 1)):

@@ -7,38 +7,21 @@ decoded when it is read. Samples can be handed to DataLoader workers: their pick
 import csv
 import hashlib
 import os
+from collections.abc import Iterable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.recordio import image_records, read_index, read_labels, read_record
-from vitface.data.images import decode_image, read_image, to_crop
+from vitface.data.formats.stored import Samples
+from vitface.data.images import decode_image, read_image
 from vitface.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+RECORD_FILES = ("train.rec", "train.idx", "property")
 _DEMO = "to try training without data:\n  vitface train --exp demo"
-
-
-class Samples(Protocol):
-    """n aligned faces of C people.
-
-    `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C people, by label; `domains` int64
-    (n,), None where the source has no domain labels (see `read_domains`); `read(i)` uint8 (112, 112, 3) RGB, ImageError
-    or DataError that names the file and the sample if it is damaged.
-    """
-
-    labels: np.ndarray
-    names: list[str]
-
-    @property
-    def domains(self) -> np.ndarray | None: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> np.ndarray: ...
 
 
 def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSamples":
@@ -60,18 +43,16 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
     return FolderSamples(path)
 
 
-class RecordSamples:
+class RecordSamples(Samples):
     """An InsightFace folder: train.rec, train.idx and property (`num_classes,height,width`).
 
     DataError if a file is missing or damaged, a label is not a whole number in [0, num_classes), or a person has no
     image. The .rec file is mapped on first use in each process.
     """
 
-    domains: np.ndarray | None = None
-
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        for name in ("train.rec", "train.idx", "property"):
+        for name in RECORD_FILES:
             if not (self.path / name).is_file():
                 raise DataError(f"{self.path}: no {name}; an InsightFace set has train.rec, train.idx and property")
         self._map: mmap | None = None
@@ -86,29 +67,17 @@ class RecordSamples:
         self.labels = _whole_labels(labels, self._keys, num_classes, rec)
         self.names = [str(label) for label in range(num_classes)]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
 
     def identity(self) -> str:
-        """A hash of the files' names, sizes and times, which changes when the set does."""
-        status = (self.path / "train.rec").stat()
-        digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
-        for name in ("train.idx", "property"):
-            digest.update((self.path / name).read_bytes())
-        return digest.hexdigest()
+        return _identity(self.path, RECORD_FILES)
 
     def image_names(self) -> list[str]:
         """The records' keys, as --domain-labels names them."""
         return [str(key) for key in self._keys]
 
-    def read(self, index: int) -> np.ndarray:
-        return to_crop(self.image(index), self.where(index))
-
     def image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), as it was stored; errors as `read`."""
         _, image = read_record(self._data(), int(self._offsets[index]), self.where(index))
         return decode_image(image, self.where(index))
 
@@ -150,15 +119,13 @@ def _whole_labels(labels: np.ndarray, keys: np.ndarray, num_classes: int, where:
     return labels.astype(np.int64)
 
 
-class FolderSamples:
+class FolderSamples(Samples):
     """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
 
     Images end in .jpg, .jpeg, .png or .webp, in any case. Hidden entries, other files and deeper folders are ignored;
     links are followed. DataError for a person without an image, a name that is not UTF-8, or an image's name on
     something else than a file.
     """
-
-    domains: np.ndarray | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -172,30 +139,27 @@ class FolderSamples:
         self._images = [f"{name}/{file}" for name, files in zip(self.names, people, strict=True) for file in files]
         self.labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def identity(self) -> str:
-        """A hash of the files' names, sizes and times, which changes when the set does."""
-        digest = hashlib.sha256()
-        for name in self._images:
-            status = (self.path / name).stat()
-            digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return _identity(self.path, self._images)
 
     def where(self, index: int) -> str:
         return str(self.path / self._images[index])
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), as it was stored; errors as `read`."""
         return read_image(self.where(index))
 
     def image_names(self) -> list[str]:
         """PERSON/IMAGE, as --domain-labels names them."""
         return self._images
 
-    def read(self, index: int) -> np.ndarray:
-        return to_crop(self.image(index), self.where(index))
+
+def _identity(folder: Path, names: Iterable[str]) -> str:
+    """A hash of the files' names, sizes and times, which changes when the set does."""
+    digest = hashlib.sha256()
+    for name in names:
+        status = (folder / name).stat()
+        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitface.data.counter import uniform
+from vitface.data.formats.stored import Samples
 from vitface.data.synthetic.render import render_scenes
 from vitface.errors import DataError
 
@@ -49,12 +50,14 @@ def draw_photos(kinds: list[str], *factors: ArrayLike) -> NDArray[np.uint8]:
     return images
 
 
-class SyntheticSamples:
+class SyntheticSamples(Samples):
     """`num_people` people from identity number `first_person` on, `images_per_person` photos each, rendered when read.
 
     `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into
     SYNTHETIC[world], taken in turn. DataError for a count below one.
     """
+
+    domains: np.ndarray
 
     def __init__(
         self,
@@ -74,9 +77,6 @@ class SyntheticSamples:
         turns = first_person + self.labels + np.tile(np.arange(images_per_person), num_people)
         self.domains = turns % len(self.domain_names)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def factors(self, indices: ArrayLike) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
         """(people, yaw, age, light, seed) of these samples, each (B,): the arguments of `render_scenes`."""
         indices = np.asarray(indices).reshape(-1)
@@ -93,8 +93,11 @@ class SyntheticSamples:
         kinds = [self.domain_names[domain] for domain in self.domains[np.asarray(indices).reshape(-1)]]
         return draw_photos(kinds, *self.factors(indices))
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 (112, 112, 3), RGB; drawn once in a process and kept, 38 kB each."""
+    def where(self, index: int) -> str:
+        return f"synthetic face {index}"
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Drawn once in a process and kept, 38 kB each."""
         if index not in self._drawn:
             self._drawn[index] = self.render([index])[0]
         return self._drawn[index]

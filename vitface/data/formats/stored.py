@@ -1,0 +1,36 @@
+"""What every source of images is to training, evaluation and checks."""
+
+import numpy as np
+
+from vitface.data.images import to_crop
+
+
+class Images:
+    """n stored images; damage is an ImageError or DataError that names the file and the image."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3) RGB, as it was stored."""
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """What messages call the image."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> np.ndarray:
+        """The aligned face, uint8 (112, 112, 3)."""
+        return to_crop(self.image(index), self.where(index))
+
+
+class Samples(Images):
+    """n aligned faces of C people: `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C
+    people, by label; `domains` int64 (n,), None where the source has no domain labels (see `read_domains`)."""
+
+    labels: np.ndarray
+    names: list[str]
+    domains: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
