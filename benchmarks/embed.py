@@ -1,111 +1,74 @@
 """How fast are embeddings, against timm, transformers, ONNX Runtime and OpenVINO?
 
 From normalised images to the CLS embedding of a LoRA model that is merged into its backbone, or was never adapted: the
-same function for all, with the same random weights. Before anything is timed, embeddings are compared. The last line is
-JSON. Runtimes that are not installed are left out, and said to be.
+same function for all, with the same random weights. Before a contestant is timed, its embeddings are compared with the
+reference. Each runs in every dtype, and the fastest of ours is compared with the fastest of each group. The last line
+is JSON.
 """
 
 import argparse
-import importlib.util
+import functools
 import io
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arguments import ceiling, inputs, listed, make_parser, parse
+from arguments import inputs, listed, make_parser, parse, run
+from contest import Contestant
 from flops import forward_and_step
 from peers import PooledCLS, timm_backbone, transformers_backbone
-from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
 from vitface.device import DTYPES
-from vitface.kernels import fused
 from vitface.model import ops
-from vitface.model.face import FaceModel
+from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.inference import prepare_inference
 from vitface.model.vit import ViT
 
 MINIMUM_COSINE = {"bf16": 0.999, "fp16": 0.999, "fp32": 0.99999}
 EXAMPLES = """examples:
   python benchmarks/embed.py                           DINOv2 ViT-S/14, batch 8, against everything installed
-  python benchmarks/embed.py --dtype fp32 --batch-size 16
+  python benchmarks/embed.py --dtypes fp32 --batch-size 16
   python benchmarks/embed.py --peers none --runtimes openvino
 """
 Embed = Callable[[], Tensor]
+Build = Callable[[ViT, Tensor], Embed]
 
 
-def our_model(vit: ViT, args: argparse.Namespace, module: ModuleType = fused) -> FaceModel:
+def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType) -> FaceModel:
     own = ViT(vit.config, vit.image_size)
     own.load_state_dict(vit.state_dict())
-    config = FaceConfig(args.backbone, "random", vit.config, vit.image_size, dtype=args.dtype)
+    config = FaceConfig(args.backbone, "random", vit.config, vit.image_size, dtype=dtype)
     model = FaceModel(own, config).to(args.device).eval()
     model.use_ops(module)
     return model
 
 
-def calls(model: Callable[[Tensor], Tensor], images: Tensor) -> Embed:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return model(images)
-
-    return call
-
-
-def torch_peers(vit: ViT, args: argparse.Namespace, images: Tensor, groups: dict[str, list[str]]) -> dict[str, Embed]:
-    """As they come (group "peers"), and with non-fused attention and frozen graphs (group "tuned_peers")."""
-    found, dtype = {}, DTYPES[args.dtype]
-    for kind in args.peers:
-        if kind == "transformers" and not args.backbone.startswith("dinov2"):
-            continue
-        for tuned in (False, True):
-            model = peer(kind, vit, args, fused_attention=not tuned).to(args.device, dtype).eval()
-            label = f"{kind}, {args.dtype}{', non-fused attention' if tuned else ''}"
-            ways = {label: model}
-            if args.compiled:
-                ways[f"{label}, compiled"] = compiled(model, images.to(dtype), freezing=False)
-                if tuned:
-                    ways[f"{label}, compiled and frozen"] = compiled(model, images.to(dtype), freezing=True)
-            found |= {name: calls(way, images.to(dtype)) for name, way in ways.items()}
-            groups["tuned_peers" if tuned else "peers"] += ways
-    return found
+def ours(args: argparse.Namespace, dtype: str, prepared: bool, vit: ViT, images: Tensor) -> Embed:
+    model = our_model(vit, args, dtype, fastest_ops(args.device))
+    if prepared:
+        prepare_inference(model)
+    return torch.no_grad()(lambda: model(images)[0])
 
 
-def peer(kind: str, vit: ViT, args: argparse.Namespace, fused_attention: bool) -> nn.Module:
-    if kind == "timm":
-        return timm_backbone(vit, args.backbone, fused_attention)
-    return PooledCLS(transformers_backbone(args.backbone, args.image_size, "sdpa" if fused_attention else "eager")[0])
-
-
-def compiled(model: nn.Module, images: Tensor, freezing: bool) -> Callable[[Tensor], Tensor]:
-    """Compiled here and now: freezing is a global switch of inductor."""
+def by_torch(args: argparse.Namespace, kind: str, dtype: str, tuned: bool, how: str, vit: ViT, images: Tensor) -> Embed:
+    """A peer as it comes, or tuned: with non-fused attention on the CPU. `how`: eager, compiled, frozen, graphs."""
     import torch._inductor.config as inductor
 
-    torch.compiler.reset()
-    before, inductor.freezing = inductor.freezing, freezing
-    try:
-        way = torch.compile(model)
-        with torch.no_grad():
-            way(images)
-        return way
-    finally:
-        inductor.freezing = before
-
-
-def runtimes(vit: ViT, args: argparse.Namespace, images: Tensor, groups: dict[str, list[str]]) -> dict[str, Embed]:
-    """ONNX Runtime (float32 only on the CPU) and OpenVINO, from the plain model, on as many threads as torch."""
-    plain, found = _Plain(our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), ops)), {}
-    for name, build in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
-        if name not in args.runtimes:
-            continue
-        if importlib.util.find_spec(name) is None or args.device.type != "cpu":
-            print(f"{name} is not installed or does not serve this device: left out")
-        elif name == "openvino" or args.dtype == "fp32":
-            found[f"{name}, {args.dtype}"] = build(plain, images, args.dtype)
-    groups["runtimes"] += found
-    return found
+    fused_attention = not tuned or args.device.type == "cuda"
+    if kind == "timm":
+        model = timm_backbone(vit, args.backbone, fused_attention)
+    else:
+        attention = "sdpa" if fused_attention else "eager"
+        model = PooledCLS(transformers_backbone(args.backbone, args.image_size, attention)[0])
+    model, images = model.to(args.device, DTYPES[dtype]).eval(), images.to(DTYPES[dtype])
+    inductor.freezing = how == "frozen"
+    call = model if how == "eager" else torch.compile(model, mode="reduce-overhead" if how == "graphs" else None)
+    return torch.no_grad()(lambda: call(images))
 
 
 class _Plain(nn.Module):
@@ -117,10 +80,10 @@ class _Plain(nn.Module):
         return self.vit(images)[:, 0]
 
 
-def onnx_runtime(model: nn.Module, images: Tensor, dtype: str) -> Embed:
+def by_onnx_runtime(args: argparse.Namespace, vit: ViT, images: Tensor) -> Embed:
     import onnxruntime
 
-    file = io.BytesIO()
+    file, model = io.BytesIO(), _Plain(our_model(vit, args, "fp32", ops))
     torch.onnx.export(model, (images,), file, dynamo=False, opset_version=17, input_names=["images"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -128,7 +91,7 @@ def onnx_runtime(model: nn.Module, images: Tensor, dtype: str) -> Embed:
     return lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def openvino(model: nn.Module, images: Tensor, dtype: str) -> Embed:
+def by_openvino(args: argparse.Namespace, dtype: str, vit: ViT, images: Tensor) -> Embed:
     import openvino
 
     settings = {
@@ -136,43 +99,67 @@ def openvino(model: nn.Module, images: Tensor, dtype: str) -> Embed:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    exported = openvino.convert_model(model, example_input=images)
+    exported = openvino.convert_model(_Plain(our_model(vit, args, "fp32", ops)), example_input=images)
     request = openvino.Core().compile_model(exported, "CPU", settings).create_infer_request()
     return lambda: torch.from_numpy(np.array(request.infer([images.numpy()])[0]))
 
 
-def check(embeds: dict[str, Embed], exact: Tensor, dtype: str) -> None:
-    for name, embed in embeds.items():
-        cosine = F.cosine_similarity(embed().float().cpu(), exact.float().cpu()).min().item()
-        assert cosine >= MINIMUM_COSINE[dtype], f"{name}: cosine {cosine:.6f} with the float32 reference"
+def torch_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, tuple[str, ...], Build]]:
+    """As they come (group "peers") and as an expert would run them ("tuned_peers"): (group, modules needed, build)."""
+    tuned_ways = ["graphs"] if args.device.type == "cuda" else ["eager", "compiled", "frozen"]
+    found = {}
+    for kind in (kind for kind in args.peers if kind == "timm" or args.backbone.startswith("dinov2")):
+        for group, ways in (("peers", ["eager", "compiled"]), ("tuned_peers", tuned_ways)):
+            for way in ways if args.compiled else ["eager"]:
+                name = f"{kind}, {dtype}{', tuned' * (group == 'tuned_peers')}, {way}"
+                found[name] = group, (kind,), functools.partial(by_torch, args, kind, dtype, group != "peers", way)
+    return found
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
+    """Ours, peers and runtimes, each in every dtype; ONNX Runtime has float32 alone on the CPU."""
+    found = {}
+    for dtype in args.dtypes:
+        builds: dict[str, tuple[str, tuple[str, ...], Build]] = {
+            f"vitface, {dtype}, prepared": ("vitface", (), functools.partial(ours, args, dtype, True)),
+            f"not prepared, {dtype}": ("reference", (), functools.partial(ours, args, dtype, False)),
+        }
+        builds |= torch_peers(args, dtype)
+        if "onnxruntime" in args.runtimes and dtype == "fp32":
+            needs = ("onnxruntime", "onnx")
+            builds["ONNX Runtime, fp32"] = "runtimes", needs, functools.partial(by_onnx_runtime, args)
+        if "openvino" in args.runtimes:
+            builds[f"OpenVINO, {dtype}"] = "runtimes", ("openvino",), functools.partial(by_openvino, args, dtype)
+        for name, (group, needs, build) in builds.items():
+            found[name] = Contestant(group, dtype, functools.partial(checked_embed, args, dtype, build), needs)
+    return found
+
+
+def checked_embed(args: argparse.Namespace, dtype: str, build: Build) -> Embed:
+    """An embedding whose rows have a cosine of at least MINIMUM_COSINE with the reference in float32."""
+    images, vit = inputs(args)
+    embed = build(vit, images)
+    with torch.no_grad():
+        exact = our_model(vit, args, "fp32", ops)(images)[0]
+    cosine = F.cosine_similarity(embed().float().cpu(), exact.float().cpu()).min().item()
+    if not cosine >= MINIMUM_COSINE[dtype]:
+        raise SystemExit(f"its cosine with the float32 reference is {cosine:.6f}")
+    return embed
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("embed.py", __doc__, EXAMPLES)
-    parser.add_argument("--runtimes", default="onnxruntime,openvino", help="comma list; or none")
+    parser.add_argument("--runtimes", default="onnxruntime,openvino", help="comma list, on a CPU; or none")
     args = parse(parser, argv)
-    args.runtimes = listed(args.runtimes)
+    args.runtimes = listed(args.runtimes) if args.device.type == "cpu" else []
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    images, vit = inputs(args, torch.Generator().manual_seed(0))
-    groups: dict[str, list[str]] = {"peers": [], "tuned_peers": [], "runtimes": []}
-    with torch.no_grad():
-        exact = our_model(vit, argparse.Namespace(**vars(args) | {"dtype": "fp32"}), ops)(images)[0]
-    prepared, plain = prepare_inference(our_model(vit, args)), our_model(vit, args)
-    embeds = {
-        "vitface, prepared": calls(lambda x: prepared(x)[0], images),
-        "unprepared": calls(lambda x: plain(x)[0], images),
-    }
-    embeds |= torch_peers(vit, args, images, groups)
-    embeds |= runtimes(vit, args, images, groups)
-    check(embeds, exact, args.dtype)
-    rates = interleave(embeds, args.batch_size, args.repetitions, warmup=2)
-    print(f"embedding, {args.backbone} at {args.image_size} px, batch {args.batch_size}, {args.dtype}")
-    limit = ceiling(args, forward_and_step(plain.config)[0])
-    print(report(rates, groups, limit, peak_memory(embeds)))
+    multiply_adds = forward_and_step(our_model(inputs(args)[1], args, "fp32", ops).config)[0]
+    run("embed.py", "embedding", args, argv, contestants(args), multiply_adds)
 
 
 if __name__ == "__main__":

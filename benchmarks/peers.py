@@ -6,6 +6,8 @@ copied from ours, and `train_step.py` and `embed.py` compare outputs and gradien
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +33,8 @@ TARGETS = {"timm": r".*\.attn\.(qkv|proj)", "transformers": r".*\.attention\.[qk
 
 def timm_backbone(vit: ViT, name: str, fused_attention: bool) -> nn.Module:
     """timm's model with the weights of `vit`; (B, 3, S, S) -> CLS after the final norm (B, D)."""
-    import timm
+    with _torchvision_without_operators():
+        import timm
 
     model = timm.create_model(TIMM[name], img_size=vit.image_size, num_classes=0)
     model.load_state_dict(vit.state_dict())
@@ -40,12 +43,30 @@ def timm_backbone(vit: ViT, name: str, fused_attention: bool) -> nn.Module:
     return model
 
 
+@contextmanager
+def _torchvision_without_operators() -> Iterator[None]:
+    """Lets a torchvision without its compiled operators, which timm and PEFT do not need, be imported."""
+    register = torch.library.register_fake
+
+    def skip_torchvision(name, *arguments, **options):
+        if isinstance(name, str) and name.startswith("torchvision::"):
+            return lambda function: function
+        return register(name, *arguments, **options)
+
+    torch.library.register_fake = skip_torchvision
+    try:
+        yield
+    finally:
+        torch.library.register_fake = register
+
+
 def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[nn.Module, ViT]:
     """A random transformers DINOv2 and the same weights in ours, through the converter.
 
     Both as if pretrained at `image_size`: transformers and Meta resample positions by different rules.
     """
-    import transformers
+    with _torchvision_without_operators():
+        import transformers
 
     config = dataclasses.replace(VIT_PRESETS[name], native_size=image_size)
     settings = transformers.Dinov2Config(
@@ -82,7 +103,8 @@ def with_peft(
 
     `cast` is PEFT's autocast_adapter_dtype: under a bf16 model it keeps the adapters, and their products, in float32.
     """
-    from peft import LoraConfig, get_peft_model
+    with _torchvision_without_operators():
+        from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[kind])
     model = get_peft_model(model.to(dtype), config, autocast_adapter_dtype=cast)

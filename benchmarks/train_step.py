@@ -1,16 +1,21 @@
 """How fast is one training step, against timm + PEFT and transformers + PEFT?
 
 A step is forward, CosFace over 1,000 people, backward and AdamW on adapters and head, from normalised images; random
-weights, the same for all. Before anything is timed, losses and adapter gradients are compared. The last line is JSON.
+weights, the same for all. Before a contestant is timed, its loss and adapter gradients are compared with the reference.
+Each runs in every dtype, and the fastest of ours is compared with the fastest of each group. The last line is JSON.
 """
 
 import argparse
 import dataclasses
+import functools
+import itertools
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from arguments import ceiling, inputs, make_parser, parse
+from arguments import inputs, make_parser, parse, run
+from contest import Contestant
 from flops import forward_and_step
 from peers import (
     ConcatenatedDomains,
@@ -22,14 +27,13 @@ from peers import (
     transformers_backbone,
     with_peft,
 )
-from timing import interleave, peak_memory, report
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
 from vitface.device import DTYPES
 from vitface.kernels import fused
 from vitface.model import ops
-from vitface.model.face import FaceModel
+from vitface.model.face import FaceModel, fastest_ops
 from vitface.model.lora import adapted_linears
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.vit import ViT
@@ -38,12 +42,12 @@ PEOPLE, EMBEDDING, ALPHA = 1000, 512, 16.0
 EXAMPLES = """examples:
   python benchmarks/train_step.py                              LoRA on DINOv2 ViT-S/14, against every peer installed
   python benchmarks/train_step.py --adapter dalora --domains 3 against the K-loop and the concatenated form
-  python benchmarks/train_step.py --peers none --batch-size 16
+  python benchmarks/train_step.py --peers none --batch-size 16 --dtypes fp32
 """
 
 
 @dataclasses.dataclass
-class Contestant:
+class Learner:
     """`forward` maps images to embeddings; `gradient` returns the gradient of layer `path`'s B in our layout."""
 
     forward: Callable[[Tensor], Tensor]
@@ -56,17 +60,17 @@ class Contestant:
 class TrainStep:
     """One optimiser step on fixed images each time it is called; returns the loss."""
 
-    def __init__(self, contestant: Contestant, images: Tensor, labels: Tensor):
-        self.contestant, self.images, self.labels = contestant, images, labels
+    def __init__(self, learner: Learner, images: Tensor, labels: Tensor):
+        self.learner, self.images, self.labels = learner, images, labels
         self.margin = MarginLoss(make_margin("cosface", 0.35), PEOPLE, EMBEDDING, 64.0, seed=0).to(images.device)
-        self.trained = [*contestant.trained, self.margin.weight]
+        self.trained = [*learner.trained, self.margin.weight]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
 
     def backward(self) -> Tensor:
-        torch.set_float32_matmul_precision(self.contestant.precision)
-        low = self.contestant.autocast
+        torch.set_float32_matmul_precision(self.learner.precision)
+        low = self.learner.autocast
         with torch.autocast(self.images.device.type, low, enabled=low is not None):
-            embedding = self.contestant.forward(self.images)
+            embedding = self.learner.forward(self.images)
         loss = self.margin(embedding.float(), self.labels)
         loss.backward()
         return loss.detach()
@@ -118,111 +122,151 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType
     return model.train()
 
 
-def ours(model: FaceModel, compiled: bool) -> Contestant:
+Build = Callable[[ViT], Learner]  # from a backbone, which a learner may not change
+
+
+def ours(args: argparse.Namespace, dtype: str, module: ModuleType, compiled: bool, vit: ViT) -> Learner:
+    model = our_model(vit, args, dtype, module)
     layers = adapted_linears(model.vit)
     call = torch.compile(model) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Contestant(lambda images: call(images)[0], trained, lambda path: layers[path].lora_b.grad)
+    return Learner(lambda images: call(images)[0], trained, lambda path: layers[path].lora_b.grad)
 
 
-def peft_contestant(backbone: nn.Module, kind: str, vit: ViT, args, how: dict) -> Contestant:
-    """PEFT on a copy of `backbone`; `how` has dtype, cast, autocast, compiled, precision."""
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a peer is trained: its backbone and products in `dtype`; with `cast`, PEFT keeps the adapters in float32."""
+
+    dtype: torch.dtype
+    cast: bool = True
+    autocast: torch.dtype | None = None
+    precision: str = "highest"
+    fused_attention: bool = True
+
+
+def with_peft_by(args: argparse.Namespace, kind: str, way: Way, mode: str | None, vit: ViT) -> Learner:
+    """PEFT on the backbone of `kind`; `mode` is torch.compile's, None for eager."""
     reference = our_model(vit, args, "fp32", ops)
-    model = with_peft(backbone, kind, reference.vit, args.rank, ALPHA, how["dtype"], how["cast"])
+    if kind == "timm":
+        backbone = timm_backbone(vit, args.backbone, way.fused_attention)
+    else:
+        attention = "sdpa" if way.fused_attention else "eager"
+        backbone = PooledCLS(transformers_backbone(args.backbone, args.image_size, attention)[0])
+    model = with_peft(backbone, kind, reference.vit, args.rank, ALPHA, way.dtype, way.cast)
     modules = dict(model.base_model.model.named_modules())
-    wrapped = WithHead(model, reference.head.proj, how["dtype"]).to(args.device).train()
+    wrapped = WithHead(model, reference.head.proj, way.dtype).to(args.device).train()
 
     def gradient(path: str) -> Tensor:
         names = [name for name, _ in peft_layers(path, kind, 0)]
         return torch.cat([modules[name].lora_B["default"].weight.grad for name in names])
 
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    forward = torch.compile(wrapped) if how["compiled"] else wrapped
-    return Contestant(forward, trained, gradient, how["autocast"], how["precision"])
+    return Learner(_compiled(wrapped, mode), trained, gradient, way.autocast, way.precision)
 
 
-def domain_contestant(kind: type[nn.Module], vit: ViT, args, fused_attention: bool, compiled: bool) -> Contestant:
+def domains_by_timm(
+    args: argparse.Namespace, kind: type[nn.Module], dtype: str, fused_attention: bool, mode: str | None, vit: ViT
+) -> Learner:
     """DA-LoRA on timm's ViT in the frozen dtype, adapters' masters and router in float32, as ours."""
     reference = our_model(vit, args, "fp32", ops)
-    dtype = DTYPES[args.dtype]
-    backbone = timm_backbone(vit, args.backbone, fused_attention).to(dtype)
+    backbone = timm_backbone(vit, args.backbone, fused_attention).to(DTYPES[dtype])
     model = TimmDALoRA(backbone, kind, reference.vit, reference.router, args)
-    wrapped = WithHead(model, reference.head.proj, dtype).to(args.device).train()
+    wrapped = WithHead(model, reference.head.proj, DTYPES[dtype]).to(args.device).train()
     layers = dict(zip(adapted_linears(reference.vit), model.layers, strict=True))
 
     def gradient(path: str) -> Tensor:
         b = layers[path].b
         return b.grad if isinstance(b, nn.Parameter) else torch.cat([part.grad for part in b], dim=1)
 
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    return Contestant(torch.compile(wrapped) if compiled else wrapped, trained, gradient)
+    return Learner(_compiled(wrapped, mode), [p for p in wrapped.parameters() if p.requires_grad], gradient)
 
 
-def lora_peers(args, vit: ViT, groups: dict[str, list[str]]) -> dict[str, Contestant]:
-    """The documented ways (group "peers") and an expert's (group "tuned_peers"), eager and compiled."""
-    half = DTYPES[args.dtype]
-    plain = {"dtype": torch.float32, "cast": True, "autocast": None, "precision": "highest"}
-    if args.dtype != "fp32":
-        ways = {
-            "autocast": {**plain, "autocast": half},
-            f"{args.dtype}, fp32 adapters": {**plain, "dtype": half},
-            args.dtype: {**plain, "dtype": half, "cast": False},
-        }
-        tuned = {f"{args.dtype}, non-fused attention": ways[args.dtype]}
+def _compiled(model: nn.Module, mode: str | None) -> Callable[[Tensor], Tensor]:
+    return model if mode is None else torch.compile(model, mode=mode)
+
+
+def modes(args: argparse.Namespace, tuned: bool) -> dict[str, str | None]:
+    """The ways to call a model: eager, compiled, and on a GPU an expert's CUDA graphs."""
+    found: dict[str, str | None] = {"": None}
+    if args.compiled:
+        found[", compiled"] = "default"
+        if tuned and args.device.type == "cuda":
+            found = {", compiled with CUDA graphs": "reduce-overhead"}
+    return found
+
+
+def lora_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, tuple[str, ...], Build]]:
+    """The documented ways (group "peers") and an expert's ("tuned_peers"): (group, modules that it needs, build)."""
+    half, tuned_attention = DTYPES[dtype], args.device.type == "cuda"
+    if dtype == "fp32":
+        ways = {"fp32": Way(half)}
+        tuned = {"fp32, oneDNN": Way(half, precision="medium", fused_attention=tuned_attention)}
     else:
-        ways, tuned = {"fp32": plain}, {"fp32, non-fused attention, oneDNN": {**plain, "precision": "medium"}}
-    kinds = [kind for kind in args.peers if kind == "timm" or args.backbone.startswith("dinov2")]
+        pure = Way(half, cast=False)
+        ways = {f"{dtype} autocast": Way(torch.float32, autocast=half), f"{dtype}, fp32 adapters": Way(half)}
+        ways[dtype] = pure
+        tuned = {dtype: dataclasses.replace(pure, fused_attention=tuned_attention)}
     found = {}
-    for group, table in (("peers", ways), ("tuned_peers", tuned)):
-        for kind in kinds:
-            for way, how in table.items():
-                for compiled in (False, True) if args.compiled else (False,):
-                    backbone = peer_backbone(kind, vit, args, fused_attention=group == "peers")
-                    name = f"{kind} + PEFT, {way}{', compiled' if compiled else ''}"
-                    found[name] = peft_contestant(backbone, kind, vit, args, {**how, "compiled": compiled})
-                    groups[group].append(name)
+    for kind in (kind for kind in args.peers if kind == "timm" or args.backbone.startswith("dinov2")):
+        for group, table in (("peers", ways), ("tuned_peers", tuned)):
+            for (label, way), (suffix, mode) in itertools.product(table.items(), modes(args, table is tuned).items()):
+                suffix = f"{', tuned' * (table is tuned)}{suffix}"
+                build = functools.partial(with_peft_by, args, kind, way, mode)
+                found[f"{kind} + PEFT, {label}{suffix}"] = group, (kind, "peft"), build
     return found
 
 
-def peer_backbone(kind: str, vit: ViT, args, fused_attention: bool) -> nn.Module:
-    if kind == "timm":
-        return timm_backbone(vit, args.backbone, fused_attention)
-    attention = "sdpa" if fused_attention else "eager"
-    return PooledCLS(transformers_backbone(args.backbone, args.image_size, attention)[0])
-
-
-def domain_peers(args, vit: ViT, groups: dict[str, list[str]]) -> dict[str, Contestant]:
-    """The K-loop (group "peers") and the concatenated form (group "tuned_peers"), with SDPA as they come, and both with
-    non-fused attention (group "expert_peers")."""
+def domain_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, tuple[str, ...], Build]]:
+    """The K-loop (group "peers") and the concatenated form ("tuned_peers") on timm, as `lora_peers`; on a CPU the
+    second with non-fused attention, too, which is the faster one there."""
+    kinds = [("peers", "K-loop", LoopedDomains, True), ("tuned_peers", "concatenated", ConcatenatedDomains, True)]
+    if args.device.type == "cpu":
+        kinds.append(("tuned_peers", "concatenated, non-fused attention", ConcatenatedDomains, False))
     found = {}
-    for group, kind, label, fused_attention in (
-        ("peers", LoopedDomains, "K-loop", True),
-        ("tuned_peers", ConcatenatedDomains, "concatenated", True),
-        ("expert_peers", LoopedDomains, "K-loop, non-fused attention", False),
-        ("expert_peers", ConcatenatedDomains, "concatenated, non-fused attention", False),
-    ):
-        for compiled in (False, True) if args.compiled else (False,):
-            name = f"timm, {label}{', compiled' if compiled else ''}"
-            found[name] = domain_contestant(kind, vit, args, fused_attention, compiled)
-            groups.setdefault(group, []).append(name)
+    for group, label, kind, fused_attention in kinds if "timm" in args.peers else []:
+        for suffix, mode in modes(args, group == "tuned_peers").items():
+            build = functools.partial(domains_by_timm, args, kind, dtype, fused_attention, mode)
+            found[f"timm, {label}, {dtype}{suffix}"] = group, ("timm",), build
     return found
 
 
-def check(steps: dict[str, TrainStep], exact: TrainStep, layers: list[str], dtype: str) -> None:
-    """Losses within 2 % (1e-4 in fp32), gradients of the first and last B within 10 % (1e-3) of the fp32 reference."""
+def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
+    """Ours, the formulas, and the peers, each in every dtype."""
+    fastest, found = fastest_ops(args.device), {}
+    for dtype in args.dtypes:
+        builds: dict[str, tuple[str, tuple[str, ...], Build]] = {}
+        for suffix, mode in modes(args, tuned=False).items():
+            build = functools.partial(ours, args, dtype, fastest, mode is not None)
+            builds[f"vitface, {dtype}{suffix}"] = "vitface", (), build
+        other = ops if fastest is fused else fused
+        name = "the formulas" if other is ops else "the fused operations"
+        builds[f"{name}, {dtype}"] = "reference", (), functools.partial(ours, args, dtype, other, False)
+        builds |= (lora_peers if args.adapter == "lora" else domain_peers)(args, dtype)
+        for name, (group, needs, build) in builds.items():
+            found[name] = Contestant(group, dtype, functools.partial(checked_step, args, dtype, build), needs)
+    return found
+
+
+def checked_step(args: argparse.Namespace, dtype: str, build: Build) -> TrainStep:
+    """A step whose loss is within 2 % (in fp32 1e-4) of the reference in float32, and whose gradients of the first and
+    the last B are within 10 % (1e-3)."""
+    images, vit = inputs(args)
+    labels = torch.randint(PEOPLE, (args.batch_size,), generator=torch.Generator().manual_seed(1)).to(args.device)
+    step = TrainStep(build(vit), images, labels)
+    exact = TrainStep(ours(args, "fp32", ops, False, vit), images, labels)
+    loss, want_loss = step.backward(), exact.backward()
+    off = 0.0
+    for path in ("blocks.0.attn.qkv", f"blocks.{len(vit.blocks) - 1}.attn.proj"):
+        got, want = step.learner.gradient(path).float(), exact.learner.gradient(path).float()
+        off = max(off, ((got - want).norm() / want.norm()).item())
     loss_limit, gradient_limit = (1e-4, 1e-3) if dtype == "fp32" else (0.02, 0.1)
-    want_loss = exact.backward()
-    want = [exact.contestant.gradient(path).float() for path in layers]
-    for name, step in steps.items():
-        loss = step.backward()
-        got = [step.contestant.gradient(path).float() for path in layers]
-        off = max(((g - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
-        assert abs(loss / want_loss - 1) < loss_limit, f"{name}: loss {loss:.4f}, reference {want_loss:.4f}"
-        assert off < gradient_limit, f"{name}: gradient off by {off:.3f}"
-        step.optimizer.zero_grad(set_to_none=True)
+    if not abs(loss / want_loss - 1) < loss_limit or not off < gradient_limit:
+        raise SystemExit(f"its loss is {loss:.4f}, the reference's {want_loss:.4f}; its gradients are off by {off:.3f}")
+    step.optimizer.zero_grad(set_to_none=True)
+    return step
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("train_step.py", __doc__, EXAMPLES)
     parser.add_argument("--adapter", choices=("lora", "dalora"), default="lora")
     parser.add_argument("--domains", type=int, default=3, help="K of DA-LoRA (default: 3)")
@@ -232,28 +276,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    generator = torch.Generator().manual_seed(0)
-    images, vit = inputs(args, generator)
-    labels = torch.randint(PEOPLE, (args.batch_size,), generator=generator).to(args.device)
-    groups: dict[str, list[str]] = {"peers": [], "tuned_peers": []}
-    model = our_model(vit, args, args.dtype, fused)
-    contestants = {"vitface": ours(model, False)}
-    if args.compiled:
-        contestants["vitface, compiled"] = ours(our_model(vit, args, args.dtype, fused), True)
-    contestants["reference"] = ours(our_model(vit, args, args.dtype, ops), False)
-    if args.peers:
-        contestants.update((lora_peers if args.adapter == "lora" else domain_peers)(args, vit, groups))
-    steps = {name: TrainStep(contestant, images, labels) for name, contestant in contestants.items()}
-    exact = TrainStep(ours(our_model(vit, args, "fp32", ops), False), images, labels)
-    last = len(vit.blocks) - 1
-    check(steps, exact, ["blocks.0.attn.qkv", f"blocks.{last}.attn.proj"], args.dtype)
-    rates = interleave(steps, args.batch_size, args.repetitions, warmup=2)
-    print(
-        f"training step, {args.adapter}, {args.backbone} at {args.image_size} px, batch {args.batch_size}, {args.dtype}"
-    )
-    limit = ceiling(args, forward_and_step(model.config)[1])
-    print(report(rates, groups, limit, peak_memory(steps)))
+    multiply_adds = forward_and_step(our_model(inputs(args)[1], args, "fp32", ops).config)[1]
+    run("train_step.py", f"training step, {args.adapter}", args, argv, contestants(args), multiply_adds)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,11 +21,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ceilings  # noqa: E402
+import contest  # noqa: E402
 import embed  # noqa: E402
 import end_to_end  # noqa: E402
 import flops  # noqa: E402
 import sweep  # noqa: E402
-import timing  # noqa: E402
 import train_step  # noqa: E402
 
 
@@ -100,25 +101,89 @@ def test_a_vit_s_has_the_known_number_of_operations():
     assert flops.forward_and_step(config)[0] - cls == spared
 
 
-def test_the_report_has_shares_and_memory():
-    rates = {"vitface": [10.0, 20.0, 30.0], "timm": [5.0, 10.0, 15.0]}
-    text = timing.report(rates, {"peers": ["timm"]}, 80.0, {"vitface": 1.5})
+def entrant(group, dtype="fp32", needs=()):
+    return contest.Contestant(group, dtype, lambda: lambda: None, needs)
+
+
+def test_the_report_compares_the_fastest_of_each_group():
+    known = {
+        "vitface": "vitface",
+        "vitface, bf16": "vitface",
+        "timm": "peers",
+        "timm, bf16": "peers",
+        "formulas": "reference",
+    }
+    entrants = {name: entrant(group, "bf16" if "bf16" in name else "fp32") for name, group in known.items()}
+    results = contest.Results(
+        final={"vitface": [10.0, 20.0, 30.0], "vitface, bf16": [40.0, 40.0, 40.0], "timm": [5.0, 10.0, 15.0]},
+        heat={"timm, bf16": [8.0], "formulas": [20.0]},
+        peak_gb={"vitface": None, "vitface, bf16": 1.5, "timm": None, "timm, bf16": None, "formulas": None},
+        left_out={"transformers": "pip install transformers"},
+    )
+    text = contest.report(results, entrants, {"fp32": 80.0, "bf16": 160.0}, "here")
     found = json.loads(text.splitlines()[-1])
-    assert (found["ceiling_share"], found["peak_gb"], found["ratio_to_fastest_peer"]) == (0.25, 1.5, 2.0)
-    assert "25.0%   1.5" in text and "12.5%" in text
-    assert torch.cuda.is_available() or timing.peak_memory({"a": lambda: None}) == {}
+    assert (found["fastest"], found["vitface"], found["ceiling_share"], found["peak_gb"]) == (
+        "vitface, bf16",
+        40.0,
+        0.25,
+        1.5,
+    )
+    assert (found["ratio_to_fastest_peer"], found["ratio_to_fastest_reference"]) == (4.0, 2.0)
+    assert found["peers"] == {"timm": 10.0, "timm, bf16": 8.0} and found["left_out"] == results.left_out
+    rows = text.splitlines()[2:-1]
+    assert [row.split("  ")[0] for row in rows] == ["vitface, bf16", "vitface", "timm", "formulas", "timm, bf16"]
+    assert "2.00 x" in rows[1] and "25.0%" in rows[1] and rows[3].endswith("heat") and rows[0].endswith("1.5")
 
 
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {benchmarks!r})
+import contest
+def made(seconds):
+    print("what a library prints")
+    if seconds is None:
+        raise MemoryError("the memory is full")
+    return lambda: time.sleep(seconds)
+TIMES = dict(vitface=0.001, slow=0.05, fast=0.002, middling=0.01, broken=None)
+entrants = {{
+    name: contest.Contestant("vitface" if name == "vitface" else "peers", "fp32", lambda s=s: made(s))
+    for name, s in TIMES.items()
+}}
+contest.serve(entrants[sys.argv[sys.argv.index("--only") + 1]])
+"""
+
+
+@pytest.mark.slow
+def test_contestants_take_turns_in_processes_of_their_own(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(benchmarks=str(ROOT / "benchmarks")))
+    entrants = {name: entrant("peers") for name in ("slow", "fast", "middling", "broken")}
+    entrants |= {"vitface": entrant("vitface"), "absent": entrant("peers", needs=("no_such_module",))}
+    contest.PACKAGES["no_such_module"] = "no-such-package"
+    results = contest.hold([str(script)], entrants, images=4, repetitions=3)
+    assert results.final.keys() == {"vitface", "fast", "middling"} and results.heat.keys() == {"slow"}
+    assert {len(rates) for rates in results.final.values()} == {3} and len(results.heat["slow"]) == contest.HEAT
+    assert 0 < results.heat["slow"][0] <= 4 / 0.05
+    expected = {"broken": "MemoryError: the memory is full", "absent": "pip install no-such-package"}
+    assert results.left_out == expected
+    assert "absent: left out, pip install no-such-package" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="broken failed"):
+        contest.hold([str(script)], {"broken": entrant("vitface")}, images=4, repetitions=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_both_benchmarks_of_a_sweep(capsys, monkeypatch, dtype):
     monkeypatch.setitem(ceilings.SIDE, "cpu", 64)  # few processors multiply in fp16, the others take a minute for 1024
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     flags = ["--backbone", "vit_nano", "--image-size", "112", "--batch-size", "2", "--repetitions", "1"]
-    flags += ["--device", "cpu", "--dtype", dtype, "--peers", "none", "--no-compiled"]
+    flags += ["--device", "cpu", "--dtypes", dtype, "--peers", "none", "--no-compiled"]
     embed.main([*flags, "--runtimes", "none"])
-    assert last_line(capsys)["vitface"] > 0
+    found = last_line(capsys)
+    assert found["vitface"] > 0 and found["ratio_to_fastest_reference"] > 0
     train_step.main([*flags, "--adapter", "dalora", "--domains", "2"])
     found = last_line(capsys)
-    assert found["vitface"] > 0 and found["ceiling_share"] > 0 and found["ratio_to_fastest_peer"] is None
+    assert found["vitface"] > 0 and found["ceiling_share"] > 0 and "ratio_to_fastest_peer" not in found
 
 
 @pytest.mark.slow
