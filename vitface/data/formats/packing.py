@@ -1,8 +1,9 @@
 """Writes packed training data (see `packed`): `pack` into a folder of the user's, `cached` into train.py's own.
 
-A packed folder OUT grows as OUT.part, shard after shard; a line of OUT.part/journal.jsonl follows each shard that is on
-the disk. Whatever ends the work, even kill -9, the next call cuts off what the journal does not list and goes on, so
-the bytes are those of an undisturbed run. OUT gets its name when it is whole.
+A packed folder OUT grows as OUT.part, one shard of images after the other. When a shard is on the disk, a line of
+OUT.part/journal.jsonl records it. After an interruption, even by kill -9, the next call removes the images that the
+journal does not record and goes on, so the result has the bytes of an uninterrupted run. OUT.part is renamed to OUT at
+the end.
 """
 
 import functools
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,11 +26,12 @@ from vitface.data.background import in_processes
 from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import DataError
-from vitface.files import json_bytes, write_synced
+from vitface.files import json_bytes, replace_file, sha256_bytes, write_synced
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
 SHARD = 256  # images; workers hand a shard over in shared memory, of which containers have little
+CODECS = ("jpg", "libjpeg_turbo", "zlib", "webp")  # the pixels depend on their versions
 Source = RecordSamples | FolderSamples
 
 
@@ -81,11 +83,11 @@ def _pack(samples: Source, out: Path, num_workers: int) -> PackedSamples:
     header = {
         "format": FORMAT,
         "source": {"path": str(samples.path.absolute()), "identity": samples.identity()},
-        "made_with": _decoder_versions(),
+        "made_with": {"vitface": __version__, "pillow": PIL.__version__, **{x: features.version(x) for x in CODECS}},
     }
-    with open(part / "images.uint8", "ab") as images, open(part / "journal.jsonl", "a+b") as journal:
-        shards = _resume(images, journal, header)
-        _check_space(part, (len(samples) - len(shards) * SHARD) * CROP_BYTES)
+    shards = _resume(part, header)
+    _check_space(part, (len(samples) - len(shards) * SHARD) * CROP_BYTES)
+    with open(part / "images.uint8", "ab") as images, open(part / "journal.jsonl", "ab") as journal:
         for crops, shard in _decode_rest(samples, len(shards), num_workers):
             _append(images, crops)
             _append(journal, (json.dumps(shard) + "\n").encode())
@@ -105,33 +107,20 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def _decoder_versions() -> dict[str, str | None]:
-    """The versions that the pixels depend on."""
-    codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp")}
-    return {"vitface": __version__, "pillow": PIL.__version__, **codecs}
-
-
-def _resume(images: BinaryIO, journal: BinaryIO, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cuts both files back to whole shards and returns these; none if they are of another source."""
-    journal.seek(0)
-    shards, size, end = [], 0, 0
-    for number, line in enumerate(journal.readlines()):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # the line that was being written
-        if number == 0 and entry != header:
-            break
-        if number:
-            size += entry["images"] * CROP_BYTES
-            shards.append(entry)
-        end += len(line)
-    if size > os.fstat(images.fileno()).st_size:  # the journal outlived its images, as after a power cut
-        shards, size, end = [], 0, 0
-    images.truncate(size)
-    journal.truncate(end)
-    if not end:
-        _append(journal, (json.dumps(header) + "\n").encode())
+def _resume(part: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier call has packed, none if from another source; cuts both files back to these."""
+    images, journal, entries = part / "images.uint8", part / "journal.jsonl", []
+    images.touch()
+    journal.touch()
+    with suppress(ValueError):  # the line that was being written
+        for line in journal.read_bytes().splitlines():
+            entries.append(json.loads(line))
+    shards = entries[1:] if entries[:1] == [header] else []
+    size = sum(shard["images"] for shard in shards) * CROP_BYTES
+    if size > images.stat().st_size:  # the journal is there but not the images, as after a power cut
+        shards, size = [], 0
+    os.truncate(images, size)
+    replace_file(journal, "".join(json.dumps(entry) + "\n" for entry in [header, *shards]).encode())
     return shards
 
 
@@ -187,7 +176,7 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
         "names": [samples.names[person] for person in people],
         "people_without_images": [samples.names[person] for person in lost],
         "skipped": [why for _, why in skipped],
-        "labels_sha256": hashlib.sha256(data.getvalue()).hexdigest(),
+        "labels_sha256": sha256_bytes(data.getvalue()),
         "shards": [{"images": shard["images"], "sha256": shard["sha256"]} for shard in shards],
     }
     write_synced(part / "labels.npy", data.getvalue())
