@@ -113,8 +113,7 @@ def _resume(part: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     images.touch()
     journal.touch()
     with suppress(ValueError):  # the line that was being written
-        for line in journal.read_bytes().splitlines():
-            entries.append(json.loads(line))
+        entries.extend(map(json.loads, journal.read_bytes().splitlines()))
     shards = entries[1:] if entries[:1] == [header] else []
     size = sum(shard["images"] for shard in shards) * CROP_BYTES
     if size > images.stat().st_size:  # the journal is there but not the images, as after a power cut
