@@ -149,7 +149,7 @@ def test_an_adapter_alone_becomes_a_model_of_the_raw_cls(backbone, tmp_path, cap
     run = trained(backbone, tmp_path, lora_scaling="rslora")
     assert export("peft-transformers", "adapter") == 0
     assert main(["import-peft", "adapter", "--backbone", "vit_nano", "--out", "other"]) == 2
-    assert "no block's layer in a vit_nano" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert "no layer to adapt in a vit_nano" in capsys.readouterr().err and not (tmp_path / "other").exists()
     from vitface.exchange.from_peft import adapted_backbone
 
     model, file = adapted_backbone(tmp_path / "adapter", NAME, None, 32)

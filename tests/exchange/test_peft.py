@@ -366,12 +366,12 @@ def block_more(tensors):
 
 KEYS = {
     "unknown": (plus(blocks__0__attn__q__lora_A__weight=torch.zeros(4, 16)), "blocks.0.attn.q has lora_A alone"),
-    "renamed": (renamed("blocks", "layers"), "layers.0.attn.proj is no block's layer in a dinov2_vits14"),
+    "renamed": (renamed("blocks", "layers"), "layers.0.attn.proj is no layer to adapt in a dinov2_vits14"),
     "no prefix": (renamed(BASE, ""), "blocks.0.attn.proj.lora_A.weight is unknown in a LoRA"),
     "adapter's name": (renamed(".weight", ".default.weight"), "lora_A.default.weight is unknown in a LoRA"),
     "half": (without(f"{FIRST}.lora_B"), "blocks.0.attn.qkv has lora_A alone"),
     "a block missing": (without(FIRST), "block 0 has no adapter on attn.qkv"),
-    "a block more": (block_more, "blocks.2.attn.proj is no layer of dinov2_vits14"),
+    "a block more": (block_more, "blocks.2.attn.proj is no layer to adapt in a dinov2_vits14"),
     "a head": (plus(head__weight=torch.zeros(3)), "head.weight is unknown"),
     "DoRA": (plus(blocks__0__attn__qkv__lora_magnitude_vector=torch.zeros(3)), "magnitude_vector is unknown"),
     "norm": (

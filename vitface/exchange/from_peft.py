@@ -123,18 +123,20 @@ def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: Vi
     _check_targets(path, settings.get("target_modules"), list(modules))
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
     layers: dict[str, Parts] = {}
-    for module, target in _name(path, list(modules), backbone).items():
-        layer, _, mark = target.partition(".weight")
-        if layer.split(".", 2)[2] not in TARGETS["attn+mlp"] or f"{layer}.weight" not in shapes:
-            raise ExchangeError(f"{path}: {module} is no layer of {backbone} that gets adapters")
+    names = _name(list(modules), backbone)
+    for module, (a, b) in modules.items():
+        layer, _, mark = names.get(module, "").partition(".weight")
+        if f"{layer}.weight" not in shapes or not layer.endswith(tuple(f".{name}" for name in TARGETS["attn+mlp"])):
+            raise ExchangeError(f"{path}: {module} is no layer to adapt in a {backbone} of timm or transformers")
+        if mark in layers.setdefault(layer, {}):
+            raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
         out_features, in_features = shapes[f"{layer}.weight"]
         wanted = (settings["r"], in_features), (out_features // (3 if mark else 1), settings["r"])
-        for side, tensor, want in zip("AB", modules[module], wanted, strict=True):
+        for side, tensor, want in zip("AB", (a, b), wanted, strict=True):
             if tensor.shape != want or not tensor.is_floating_point() or not tensor.isfinite().all():
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ExchangeError(f"{path}: lora_{side} of {module} is {found}, expected finite floats {want}")
-        a, b = modules[module]
-        layers.setdefault(layer, {})[mark] = a.float(), b.float()
+        layers[layer][mark] = a.float(), b.float()
     _check_blocks(path, layers, config.depth)
     return layers
 
@@ -155,20 +157,14 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     return {module: (sides["A"], sides["B"]) for module, sides in modules.items()}
 
 
-def _name(path: Path, modules: list[str], backbone: str) -> dict[str, str]:
-    """{module: our tensor with its mark}, in the one layout that knows all modules."""
-    unknown = []
-    for family in (META_TIMM, transformers_family(backbone)):
-        for prefix in family.prefixes:
-            names = {m: family.target(f"{m.removeprefix(prefix)}.weight") for m in modules if m.startswith(prefix)}
-            known = {module: target for module, target in names.items() if target and target.startswith("blocks.")}
-            unknown.append([module for module in modules if module not in known])
-            if not unknown[-1]:
-                if len(set(known.values())) < len(known):
-                    raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
-                return known
-    first = min(unknown, key=len)[0]
-    raise ExchangeError(f"{path}: {first} is no block's layer in a {backbone} of timm or transformers")
+def _name(modules: list[str], backbone: str) -> dict[str, str]:
+    """{module: our tensor with its mark, "" if there is none}, in the layout that knows most of the modules."""
+    layouts = [
+        {m: family.target(f"{m.removeprefix(prefix)}.weight") or "" for m in modules if m.startswith(prefix)}
+        for family in (META_TIMM, transformers_family(backbone))
+        for prefix in family.prefixes
+    ]
+    return max(layouts, key=lambda names: sum(map(bool, names.values())))
 
 
 def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:
