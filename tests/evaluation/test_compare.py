@@ -156,9 +156,9 @@ def test_runs_alike_but_for_the_seed_are_one_side(tmp_path, capsys):
 
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
     one, two = write_run(tmp_path / "a", 1, 0), write_run(tmp_path / "b", 1, 1)
-    with pytest.raises(ConfigError, match="differ in nothing but the seed"):
+    with pytest.raises(ConfigError, match="differ only in the seed"):
         group_runs([one, two], [{}, {}])
-    with pytest.raises(ConfigError, match="one seed twice"):
+    with pytest.raises(ConfigError, match="the same experiment and seed twice"):
         group_runs([one, write_run(tmp_path / "c", 1, 0), write_run(tmp_path / "d", 1, 0, lr=1)], [{}] * 3)
     other = Side("B", [0], [{"lfw": result(1, 0, pairs=400)}])
     with pytest.raises(EvaluationError, match="not evaluated on the same pairs"):

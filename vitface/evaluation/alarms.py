@@ -1,7 +1,7 @@
-"""Finds what is wrong with a benchmark or a result, with the likely cause: mistakes that have cost people months.
+"""Finds mistakes in a benchmark or a result and names the likely cause.
 
-Failures raise (`DataError`, `EvaluationError`): no number can be taken from such a set. Alarms are returned: the number
-stands, but is not plausible.
+A failure raises `DataError` or `EvaluationError`: such a set gives no result. Alarms are returned: there is a result,
+but it is not plausible.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from vitface.metrics import auc
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
 DISJOINT_FOLDS = ("lfw", "cfp_ff", "cfp_fp")  # a person, hence an image, is in one fold only
-SURE = -3.0  # standard deviations of the rank statistic
+SURE = -3.0  # standard deviations of the rank statistic, below which labels are called wrong
 
 
 def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
@@ -24,18 +24,18 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
     if count != expected:
         raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
     if 20 * same == count:
-        rule = "token == 1, but the token is a same pair's fold, 1 to 10; 0 means different"
+        rule = "token == 1, but the token is a same pair's fold, 1 to 10, or 0 for a different pair"
         raise DataError(f"{name} has {same} same pairs, a tenth of the published {count // 2}: labels were {rule}")
     if 2 * same != count:
         raise DataError(
-            f"{name} has {same} same and {count - same} different pairs, the published set half of each: its labels "
-            f"are wrong (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
+            f"{name} has {same} same and {count - same} different pairs, the published set has half of each: the "
+            f"labels are wrong (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
         )
     folds = contiguous_folds(count) if pairs.folds is None else pairs.folds
     for fold, share in enumerate(np.bincount(folds, pairs.issame) / np.bincount(folds)):
         if share in (0, 1):
             only = f"fold {fold + 1} holds only {'same' if share else 'different'} pairs"
-            raise DataError(f"{name}: {only}: they are sorted by label; use the published list, which names the folds")
+            raise DataError(f"{name}: {only}: the list is sorted by label; use the published one, which has the folds")
 
 
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
@@ -59,12 +59,12 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
     moved = int(np.sum(fold_of != fold_of[np.unique(rows, return_index=True)[1]][rows]))  # from an image's first fold
     if moved and name in DISJOINT_FOLDS:
         fault = "folds were swapped or the pairs shuffled; the published folds share no person"
-        alarms.append(f"{name}: {moved} images are in a fold besides another's: {fault}")
+        alarms.append(f"{name}: {moved} images are in more than one fold: {fault}")
     return alarms
 
 
 def judge(name: str, result: Verification) -> list[str]:
-    """Alarms in words; EvaluationError if the result is impossible for a working pipeline, with the likely cause."""
+    """Alarms; EvaluationError, with the likely cause, if a pipeline without mistakes cannot have this result."""
     cause = label_fault(result.distance, result.issame)
     if result.auc < 0.5:
         cause = cause or f"{chance_cause(result.issame)}, or a distance is used as a similarity"
@@ -77,10 +77,10 @@ def judge(name: str, result: Verification) -> list[str]:
 
 
 def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
-    """Names the reading of the labels, inverted or shifted, that the distances support; None if there is none.
+    """How the labels are wrong, inverted or shifted, if the distances show it; None if they do not.
 
-    A reading is tested on the pairs where it differs, by the rank statistic of Mann and Whitney. Of several likely
-    readings the best is named.
+    Each other reading of the labels is tested on the pairs where it differs, by the rank statistic of Mann and Whitney.
+    Of several likely readings, the one with the best AUC is named.
     """
     readings = {"the labels are inverted (1 means different, or True was written as 0)": ~issame}
     for shift in SHIFTS:
@@ -95,7 +95,7 @@ def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
 
 
 def rank_deviation(distance: np.ndarray, issame: np.ndarray) -> float:
-    """AUC minus one half, in standard deviations of the AUC under chance; 0 where there is but one class."""
+    """AUC minus one half, in standard deviations of a random AUC; 0 where there is only one class."""
     same, different = int(issame.sum()), int((~issame).sum())
     if not same or not different:
         return 0.0
@@ -111,7 +111,7 @@ def chance_cause(issame: np.ndarray) -> str:
 
 
 def order_alarms(name: str, first: np.ndarray, second: np.ndarray, issame: np.ndarray) -> Iterator[str]:
-    """Embeddings (M, E) twice -> an alarm if the second image of each pair fits the next pair's first image better."""
+    """Embeddings (M, E) of both images of each pair -> an alarm if the second fits the next pair's first better."""
     cosine = (first * second).sum(axis=1)
     late = (second[:-1] * first[1:]).sum(axis=1)
     for labels in (issame[:-1], issame[1:]):

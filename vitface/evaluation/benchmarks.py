@@ -1,4 +1,4 @@
-"""The benchmarks, with their number of pairs and what makes them hard; and a model's result on one.
+"""The benchmarks, with their numbers of pairs and what makes them hard; and a model's results on them.
 
 A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with, next to aligned 112 x 112
 crops under the published names (see `pair_lists`). "synthetic" and "synthetic_shift" are drawn and need no file.
@@ -27,12 +27,12 @@ def in_order(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
     return np.concatenate([work(turn) for turn in range(count)])
 
 
-InTurns = Callable[[Callable[[int], np.ndarray], int], np.ndarray]  # `in_order`, or its equal over several processes
+InTurns = Callable[[Callable[[int], np.ndarray], int], np.ndarray]  # `in_order`, or the same over several processes
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`category` is the hard part: "general", "pose", "age"; `pairs` as the field has them, half of them same."""
+    """`category` is what makes it hard: "general", "pose", "age"; `pairs` is how many it has, half of them same."""
 
     category: str
     pairs: int
@@ -50,14 +50,14 @@ BENCHMARKS = {
 
 
 def benchmark_path(name: str, data_dir: str | Path) -> Path:
-    """The file of a real benchmark: its .bin, or its pair list where there is no .bin and the list exists."""
+    """The file of a real benchmark: its .bin, or its pair list if that exists and the .bin does not."""
     file = Path(data_dir) / f"{name}.bin"
     pair_list = Path(data_dir) / PAIR_LISTS[name].path
     return pair_list if pair_list.exists() and not file.is_file() else file
 
 
 def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
-    """The pairs of a real benchmark; DataError if it is missing or not what it should be."""
+    """The pairs of a real benchmark; DataError if its file is missing or is not the published set."""
     path = benchmark_path(name, data_dir)
     if not path.exists():
         raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
@@ -77,9 +77,9 @@ def available(data_dir: str | Path) -> list[str]:
 def evaluate_benchmark(
     embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order
 ) -> tuple[Verification, list[str]]:
-    """The field's protocol on one benchmark, and the alarms it raises.
+    """(The result of the field's protocol on one benchmark, alarms).
 
-    DataError if its file is missing or not what it should be, EvaluationError if the scores cannot be judged.
+    DataError as for `read_benchmark`, EvaluationError if nothing can be computed from the embeddings.
     """
     if name in SYNTHETIC:
         images, people = _synthetic_benchmark(name)
@@ -100,7 +100,7 @@ def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order) -> tuple[np.ndarray, np.ndarray]:
-    """(first, second), each (N, E). An image that occurs in several pairs is embedded once."""
+    """Embeddings of the pairs' (first, second) images, (N, E) each; an image of several pairs is embedded once."""
     images, rows = pairs.distinct()
     embeddings = _embed_all(embed, images.read, len(images), in_turns)[rows]
     return embeddings[::2], embeddings[1::2]
@@ -116,7 +116,7 @@ def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_t
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by benchmark; `alarms` name implausible sets or results, `failures` wrong ones."""
+    """Results by benchmark; `alarms` are about implausible sets or results, `failures` about those without a result."""
 
     results: dict[str, Verification]
     alarms: list[str]
@@ -124,7 +124,7 @@ class Evaluation:
 
 
 def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path, in_turns: InTurns = in_order) -> Evaluation:
-    """Every named benchmark, one after the other; what is wrong with one does not stop the next."""
+    """Evaluates the named benchmarks one after the other; a failure of one does not stop the others."""
     evaluation = Evaluation({}, [], [])
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Tests whether B verifies better than A on the same pairs; the runs of one side differ in nothing but the seed."""
+"""Tests whether B verifies better than A on the same pairs; the runs of each side differ only in the seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +30,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """B against A on one benchmark or on their average; accuracies and differences are fractions.
+    """B against A on one benchmark, or on the average of several; accuracies and differences are fractions.
 
-    `only_a` and `only_b` count the pairs that one side alone decides correctly, `p` is McNemar's; None for the average.
+    `only_a` and `only_b` count the pairs that only A or only B decides correctly, and `p` is McNemar's; they are None
+    for the average.
     """
 
     benchmark: str
@@ -59,20 +60,20 @@ def read_run(run: Path) -> dict[str, Verification]:
     """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
     results, model = load_scores(run / SCORES)
     if (run / "checkpoints").is_dir() and model != open_checkpoint(run).sha256:
-        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate it again")
+        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate the run again")
     return results
 
 
 def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]]) -> list[Side]:
-    """Sides in the order of their first run; a side is named after the settings in which the sides differ.
+    """Sides in the order of their first runs; a side's name has the settings in which the sides differ.
 
-    ConfigError for an experiment with the same seed twice, or fewer than two sides.
+    ConfigError if one experiment has the same seed twice, or if there are fewer than two sides.
     """
     settings = [{k: v for k, v in read_config(run).items() if k not in SAME_EXPERIMENT} for run in runs]
     seeds = [read_config(run).get("seed") for run in runs]
     kinds = [kind for i, kind in enumerate(settings) if kind not in settings[:i]]
     if len(kinds) < 2:
-        raise ConfigError("these runs differ in nothing but the seed; --compare needs at least two experiments")
+        raise ConfigError("these runs differ only in the seed; --compare needs at least two experiments")
     keys = dict.fromkeys(key for kind in kinds for key in kind)
     differ = [key for key in keys if any(kind.get(key) != kinds[0].get(key) for kind in kinds)]
     sides = []
@@ -80,16 +81,17 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
         members = sorted((i for i in range(len(runs)) if settings[i] == kind), key=lambda i: str(seeds[i]))
         if len({seeds[i] for i in members}) < len(members):
             names = ", ".join(str(runs[i]) for i in members)
-            raise ConfigError(f"{names}: one experiment with one seed twice; a repeated run is no further seed")
+            raise ConfigError(f"{names}: the same experiment and seed twice; a repeated run is not another seed")
         name = ", ".join(f"{key} {kind[key]}" for key in differ if kind.get(key) is not None)
         sides.append(Side(name, [seeds[i] for i in members], [results[i] for i in members]))
     return sides
 
 
 def compare(a: Side, b: Side) -> Comparison:
-    """B minus A on every benchmark that all their runs have, and on average; synthetic ones count only alone.
+    """B minus A on every benchmark that all their runs have, and on average.
 
-    EvaluationError if they have no benchmark in common, or if their pairs differ.
+    Synthetic benchmarks count only if there are no others. EvaluationError if the runs have no benchmark in common, or
+    if their pairs differ.
     """
     every = [*a.results, *b.results]
     names = [name for name in a.results[0] if all(name in results for results in every)]
@@ -120,7 +122,7 @@ def _check_same_pairs(name: str, results: list[Verification]) -> None:
 
 
 def verdict(a: Side, b: Side, row: Difference) -> str:
-    """The conclusion that the interval allows, as a sentence."""
+    """What the interval shows, as a sentence."""
     low, high = (100 * bound for bound in row.interval)
     size, seeds = 100 * row.difference, min(len(side.seeds) for side in (a, b) if side.seeds != [None])
     if low > 0 or high < 0:

@@ -12,7 +12,7 @@ SIDE, GAP, ROW = 336, 12, 22  # pixels
 def explanation(model: Recogniser, crop: np.ndarray, block: int = -1) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """(picture, attention (g, g), domain weights (K,)) of one crop, uint8 (112, 112, 3).
 
-    The attention is CLS's in one block, the mean over heads; its sum is what CLS does not give to itself.
+    The attention is that of CLS in one block, the mean over heads; it sums to one minus what CLS gives to itself.
     """
     attention = model.attention(crop[None], block)[0].mean(axis=0)
     weights = model.domain_weights(crop[None])[0]

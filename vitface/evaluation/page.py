@@ -1,6 +1,6 @@
 """An evaluation as one self-contained page: no script, no network, light and dark, readable on a phone.
 
-It shows what `report.results_json` holds, drawn from the same results; its text and markup are in report.html.j2.
+It shows what `report.results_json` holds, and charts of the same results; its text and markup are in report.html.j2.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,11 @@ def report_page(
     faces: bool,
     routing: Mapping[str, dict[str, Any]],
 ) -> str:
-    """The whole page as HTML. `run` adds its learning curve; `faces` shows the hardest pairs of real people; `routing`
-    {benchmark: `benchmark_routing`} adds what the router makes of their poses."""
+    """The whole page as HTML.
+
+    `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, and `routing`
+    {benchmark: `benchmark_routing`} the router's weights by pose.
+    """
     results = evaluation.results
     return render(
         "evaluation/report.html.j2",
@@ -67,7 +70,7 @@ def learning_curve(run: Path) -> list[Chart]:
 
 
 def roc_chart(results: dict[str, Verification]) -> Chart:
-    """True accepts over false accepts, from one false accept on."""
+    """True accept rate over false accept rate, where that is not zero."""
     curves = {}
     for name, result in results.items():
         far, tar, _ = roc(-result.distance, result.issame)
@@ -95,7 +98,7 @@ def category_bars(results: dict[str, Verification]) -> Chart:
 
 
 def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str, Pictures]:
-    """The four same pairs farthest apart and the four different pairs nearest, of every real benchmark."""
+    """The four most distant same pairs and the four nearest different pairs of every real benchmark."""
     found = {}
     for name, result in results.items():
         if name in SYNTHETIC:
@@ -120,7 +123,7 @@ def attention_maps(model: Recogniser) -> Pictures:
 
 
 def routing_section(model: Recogniser, by_pose: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean domain weights by the known hard factor of procedural faces, and by how far a benchmark's are turned."""
+    """Mean domain weights by the known hard factor of procedural faces, and by the pose of a benchmark's faces."""
     found = next((found for name, found in by_pose.items() if name in SYNTHETIC), None) or synthetic_routing(model)
     return {
         **found,
@@ -136,7 +139,7 @@ def routing_section(model: Recogniser, by_pose: Mapping[str, dict[str, Any]]) ->
 
 
 def domain_bars(faces: str, x_label: str, labels: list[str], weights: list[list[float] | None]) -> Chart:
-    """A group of bars for each row of weights (L, K) that is there."""
+    """A group of bars for each row of weights (K,) that is not None."""
     groups = {
         label: {f"domain {k}": weight for k, weight in enumerate(row)}
         for label, row in zip(labels, weights, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 470, 24, 220  # where the axes are
+LEFT, RIGHT, TOP, BOTTOM = 52, 470, 24, 220  # the edges of the plot
 BOX = {"width": 480, "height": 260, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 Chart = dict[str, Any]
 
@@ -34,7 +34,7 @@ def line_chart(
     log_x: bool = False,
     step: bool = False,
 ) -> Chart:
-    """Curves (x, y) by name, on axes that hold all of them; `log_x` for positive x; `step` keeps y until the next x."""
+    """Curves (x, y) by name, with axes that fit all; `log_x` needs positive x; `step` keeps y until the next x."""
     curves = {name: (np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for name, (x, y) in curves.items()}
     xs, ys = (np.concatenate(values) for values in zip(*curves.values(), strict=True))
     x_range, y_range = (xs.min(), xs.max()), (ys.min(), ys.max())

@@ -25,16 +25,16 @@ class Verification:
     std: float
     auc: float
     eer: float
-    folds: np.ndarray  # (M,) the fold that tested this pair, from 0
-    correct: np.ndarray  # bool (M,): its threshold decides this pair correctly
+    folds: np.ndarray  # (M,) the fold that tests each pair, from 0
+    correct: np.ndarray  # bool (M,): the fold's threshold decides this pair correctly
     thresholds: np.ndarray  # (folds,) on the squared distance
     distance: np.ndarray  # (M,) float64
     issame: np.ndarray  # bool (M,)
-    people: np.ndarray | None = None  # (M, 2) whom the pairs show, where names are known
+    people: np.ndarray | None = None  # (M, 2) the two people of each pair, where names are known
 
 
 def check_embeddings(rows: np.ndarray) -> None:
-    """EvaluationError for embeddings (N, E) that are not finite, zero, or all the same, with the likely cause."""
+    """EvaluationError, with the likely cause, if embeddings (N, E) are not finite, are zero, or are all the same."""
     bad, zero = (int(rows.sum()) for rows in (~np.isfinite(rows).all(axis=1), ~rows.any(axis=1)))
     if bad:
         raise EvaluationError(f"{bad} of {len(rows)} embeddings are NaN or infinite: the model's weights are broken")
@@ -45,7 +45,7 @@ def check_embeddings(rows: np.ndarray) -> None:
 
 
 def pair_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Embeddings (M, E) twice, normalised here -> squared Euclidean distance (M,) float64 in [0, 4]."""
+    """Two times embeddings (M, E), normalised here -> squared Euclidean distances (M,) float64 in [0, 4]."""
     first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first.astype("f8"), second.astype("f8")))
     return np.square(first - second).sum(axis=1)
 
@@ -61,7 +61,7 @@ def verify(
 ) -> Verification:
     """distance (M,), issame bool (M,) -> the protocol's numbers. `folds` (M,) replaces file order where it is known.
 
-    EvaluationError if the scores are not finite or all equal, or if there is but one class.
+    EvaluationError if the scores are not finite or all equal, or if there is only one class.
     """
     distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
     check_scores(distance, issame)
@@ -90,5 +90,5 @@ def verify(
 
 
 def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:
-    """bool (T, M): each of the THRESHOLDS decides this pair correctly."""
+    """bool (T, M): which of the THRESHOLDS decide a pair correctly."""
     return (distance[None] < THRESHOLDS[:, None]) == issame[None]

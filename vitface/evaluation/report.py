@@ -1,4 +1,4 @@
-"""Results as text and as JSON, from the same numbers."""
+"""Results as a text table and as JSON."""
 
 from collections.abc import Mapping
 
@@ -47,7 +47,8 @@ def _tar(result: Verification, far: float) -> float | None:
 def results_json(results: Results) -> dict[str, dict]:
     """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs"}}.
 
-    "identity_interval" is None where the pairs' people are not known, a TAR where there are too few different pairs.
+    "identity_interval" is None where the pairs' people are not known; a TAR is None where there are too few different
+    pairs.
     """
     return {
         name: {

@@ -1,4 +1,4 @@
-"""Measures of DA-LoRA's router: how sure it is, which domains it uses, and whether these are pose, age or light.
+"""Measures of DA-LoRA's router: how sure it is, which domains it uses, and whether they stand for pose, age or light.
 
 `synthetic_routing` and `benchmark_routing` run a model, the rest is numpy. Letters: B images, K domains, L labels.
 """
@@ -15,7 +15,7 @@ from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
 from vitface.metrics import auc
 from vitface.recogniser import Recogniser
 
-YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, far turned
+YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, turned far
 POSED_IMAGES = 2000
 
 
@@ -26,9 +26,9 @@ def entropy(weights: np.ndarray) -> np.ndarray:
 
 
 def agreement(weights: np.ndarray, labels: np.ndarray) -> tuple[float, list[int]]:
-    """(share of images whose strongest domain is their label's, the domain of each label) at the best assignment.
+    """(share of images whose strongest domain is that of their label, the domain of each label), weights (B, K).
 
-    weights (B, K), labels (B,) in [0, L); all assignments of labels to different domains are tried, so L <= K.
+    Labels (B,) are in [0, L). Each gets a domain of its own, so L <= K, in the assignment with the largest share.
     """
     counts = np.zeros((weights.shape[1], labels.max() + 1))
     np.add.at(counts, (weights.argmax(axis=1), labels), 1)
@@ -65,8 +65,8 @@ def synthetic_routing(
 def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
     """Domain weights (B, K) by how far a face is turned, `yaw` (B,) in degrees.
 
-    {"degrees": bins of |yaw|, "images": in each, "weights": (bins, K) means or None, "auc": (K,), of a domain's weight
-    as a sign of the last bin against the first; None if one of them is empty}.
+    {"degrees": bins of |yaw|, "images": number in each bin, "weights": (bins, K) means, None for an empty bin, "auc":
+    (K,) how well a domain's weight separates the last bin from the first, None if one of them is empty}.
     """
     turned = np.digitize(np.abs(yaw), YAW_EDGES[1:-1])
     bins = [weights[turned == number] for number in range(len(YAW_EDGES) - 1)]
@@ -84,7 +84,7 @@ def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
 
 
 def benchmark_routing(model: Recogniser, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
-    """`pose_routing` of a benchmark's first POSED_IMAGES images, without those in which no face is detected."""
+    """`pose_routing` of the faces that are detected in a benchmark's first POSED_IMAGES images."""
     crops, landmarks = [], []
     images, _ = pairs.distinct()
     for i in range(min(len(images), POSED_IMAGES)):

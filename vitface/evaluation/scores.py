@@ -1,7 +1,7 @@
-"""Verification scores on disk: every table, comparison and report is computed from them, without the model.
+"""Verification scores on disk: tables, comparisons and reports are computed from them, without the model.
 
-A scores file is safetensors: `NAME.distance` float64 (M,), `NAME.issame` uint8 (M,), `NAME.folds` int64 (M,) and, where
-names are known, `NAME.people` int64 (M, 2) for each benchmark; the metadata names the model it came from.
+A scores file is safetensors. For each benchmark it has `NAME.distance` float64 (M,), `NAME.issame` uint8 (M,),
+`NAME.folds` int64 (M,) and, where names are known, `NAME.people` int64 (M, 2); the metadata names the model.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> N
 
 
 def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
-    """(results by benchmark, computed from the scores; the model they came from).
+    """(results by benchmark, computed from the scores; the model that gave the scores).
 
     CheckpointError for a missing or damaged file.
     """

@@ -14,9 +14,9 @@ DRAWS = 2000
 def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Bootstrap draws (R, draws) of the accuracies of R results on the same pairs, as fractions.
 
-    Pairs are redrawn within each fold's same and different pairs, in the same way for all results. The thresholds are
-    chosen again: with those of the sample, a 95 % interval would hold the truth in 91 to 93 % of cases. A resample's
-    thresholds are a little worse than the sample's, so each row is moved to the mean that was measured.
+    Pairs are redrawn within each fold's same and different pairs, the same ones for all results. Thresholds are chosen
+    again in each draw: with those of the sample, a 95 % interval would hold the truth in 91 to 93 % of cases. They fit
+    a little worse than those of the sample, so each row is shifted to the accuracy that was measured.
     """
     rng, folds = np.random.default_rng(seed), results[0].folds
     sizes = np.bincount(folds)
@@ -39,7 +39,7 @@ def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: in
 def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the accuracy by pair bootstrap, as fractions (see `accuracy_draws`).
 
-    Pairs that share people are not independent, so this is a lower bound on the uncertainty.
+    Pairs that share people are not independent, so the true uncertainty is at least this.
     """
     return interval(accuracy_draws([result], draws, seed)[0])
 
@@ -48,7 +48,7 @@ def identity_interval(result: Verification, draws: int = DRAWS) -> tuple[float, 
     """95 % interval of the accuracy by identity bootstrap, as fractions; None where the pairs' people are not known.
 
     People are drawn with replacement (the vertex bootstrap of Snijders and Borgatti 1999). A same pair counts as often
-    as its person was drawn, a different pair as the product of both. Each class keeps its share of the pairs.
+    as its person was drawn, a different pair as often as the product for its two people. Each class keeps its share.
     """
     if result.people is None:
         return None
@@ -71,7 +71,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def seed_weights(runs: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """The weights of R runs in each bootstrap draw, (draws, R); rows sum to one.
+    """The weights of R runs in each bootstrap draw, (draws, R); each row sums to one.
 
     R - 1 runs are drawn with replacement, for an unbiased variance of the mean: drawing R would underestimate it by
     (R - 1) / R (Rao and Wu 1988), which matters for three seeds. A single run has the weight one.
@@ -91,7 +91,7 @@ def difference_draws(
     """Bootstrap draws (benchmarks, draws) of B's accuracy minus A's, as fractions.
 
     `first[i]` and `second[i]` are the results of A's and B's runs on benchmark i, all on the same pairs, the runs in
-    the same order. Each draw takes the same pairs for all runs, and if `matched` by seed the same runs of A and B.
+    the same order. Each draw takes the same pairs for all runs; if A and B are `matched` by seed, also the same runs.
     """
     rng = np.random.default_rng([seed, 1])
     of_a = seed_weights(len(first[0]), draws, rng)
