@@ -65,7 +65,7 @@ def test_photos_without_a_usable_face_are_named(tmp_path):
     Image.fromarray(photo).save(tmp_path / "who.png")
     with pytest.raises(ImageError, match=r"who\.png: no face found"):
         CropReader(StubDetector())(tmp_path / "who.png")
-    with pytest.raises(ImageError, match=r"who\.png: the face is 14 pixels wide, the least is 32"):
+    with pytest.raises(ImageError, match=r"who\.png: the face is 14 pixels wide, less than 32"):
         CropReader(StubDetector(face_at(50, 50, 0.2)))(tmp_path / "who.png")
     with pytest.raises(ImageError, match=r"gone\.png: No such file"):
         CropReader(StubDetector())(tmp_path / "gone.png")

@@ -21,7 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from vitface.errors import ImageError
+from vitface.errors import DataError, ImageError
 
 CROP_SIZE = 112
 MIN_SIDE = 16
@@ -66,6 +66,16 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
             return file.read(limit)
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; DataError, which begins with its path, if it cannot be read."""
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except ImageError as error:
+        raise DataError(str(error)) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
 
 
 def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:

@@ -21,7 +21,7 @@ from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face
 from vitface.data.formats.samples import IMAGE_SUFFIXES
-from vitface.data.images import read_file, read_image
+from vitface.data.images import read_image, read_text
 from vitface.errors import DataError, ImageError
 
 CROPPED = ("ok", "several")
@@ -117,11 +117,7 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
 
     DataError names the line that is wrong.
     """
-    try:
-        text = read_file(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
-    rows = csv.DictReader(io.StringIO(text))
+    rows = csv.DictReader(io.StringIO(read_text(path)))
     missing = {"file", *POINTS} - set(rows.fieldnames or [])
     if missing:
         raise DataError(f"{path} lacks the columns {', '.join(sorted(missing))}; it needs file, x1, y1, ... x5, y5")

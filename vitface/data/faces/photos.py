@@ -37,15 +37,11 @@ class CropReader:
             return to_crop(pixels, where)
         if self.detector is None:
             self.detector = FaceDetector()
-        return _aligned(pixels, self.detector, where)
-
-
-def _aligned(photo: np.ndarray, detector: FaceDetector, where: str) -> np.ndarray:
-    faces = detector.detect(photo)
-    if not faces:
-        raise ImageError(f"{where}: no face found; take a photo that shows it larger, upright and from the front")
-    face = central_face(faces, *photo.shape[:2])
-    side = min(face.box[2:])
-    if side < MIN_FACE:
-        raise ImageError(f"{where}: the face is {side:.0f} pixels wide, the least is {MIN_FACE}; take a larger photo")
-    return align_face(photo, face.landmarks)
+        faces = self.detector.detect(pixels)
+        if not faces:
+            raise ImageError(f"{where}: no face found; take a photo that shows it larger, upright and from the front")
+        face = central_face(faces, *pixels.shape[:2])
+        side = min(face.box[2:])
+        if side < MIN_FACE:
+            raise ImageError(f"{where}: the face is {side:.0f} pixels wide, less than {MIN_FACE}; take a larger photo")
+        return align_face(pixels, face.landmarks)

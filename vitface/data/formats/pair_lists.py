@@ -16,7 +16,7 @@ import numpy as np
 
 from vitface.data.formats.bin_format import MAX_IMAGE_BYTES
 from vitface.data.formats.pairs import VerificationSet
-from vitface.data.images import read_file
+from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
 
 
@@ -160,12 +160,7 @@ PAIR_LISTS = {
 
 def _lines(path: Path) -> list[tuple[str, str]]:
     """Each line of a text file, after the words by which a message calls it: ("FILE: line 1", text)."""
-    try:
-        text = read_file(path).decode("utf-8-sig").rstrip()
-    except ImageError as error:
-        raise DataError(str(error)) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
+    text = read_text(path).rstrip()
     if not text:
         raise DataError(f"{path}: empty file")
     return [(f"{path}: line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]

@@ -1,17 +1,16 @@
-"""MXNet's RecordIO, as InsightFace packs training sets with it: `train.rec`, `train.idx`, `property`. No mxnet.
+"""MXNet's RecordIO, in which InsightFace publishes training sets, read without mxnet.
 
 A record at a byte offset of the .rec file (dmlc-core/src/recordio.cc), all little-endian:
 
     u32 magic 0xced7230a | u32 cflag << 29 | length | payload | zeros up to a multiple of 4
 
-cflag 0 is a whole record. Where the payload itself holds the magic at a multiple of 4, the writer drops those four
-bytes and cuts the record there: parts with cflag 1, 2..., 3, to be joined with the magic put back between them.
+cflag 0 is a whole record. Where the payload itself contains the magic at a multiple of 4, the writer leaves out those
+four bytes and cuts the record there. The parts have cflag 1, 2, ..., 3, and are joined with the magic between them.
 Payload (mxnet.recordio.pack): u32 flag, f32 label, u64 id, u64 id2, then `flag` further f32 labels, then the image.
 The .idx file has one `key <tab> offset` line per record.
 """
 
 import struct
-from collections.abc import Sequence
 from mmap import mmap
 from pathlib import Path
 
@@ -29,7 +28,7 @@ _LONGEST = (1 << 29) - 1
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The keys and byte offsets of an .idx file, int64 (n,) each, by ascending key; DataError names a line at fault."""
+    """The keys and byte offsets of an .idx file, int64 (n,) each, by ascending key; DataError names a wrong line."""
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -92,10 +91,6 @@ def image_records(data: mmap | bytes, keys: np.ndarray, offsets: np.ndarray, whe
     labels, _ = read_record(data, int(offsets[0]), where)
     if len(labels) == 1:
         return np.arange(len(keys))
-    return np.arange(1, _end_of_images(labels, keys, where))
-
-
-def _end_of_images(labels: Sequence[float], keys: np.ndarray, where: str) -> int:
     if len(labels) != 2 or not np.isfinite(labels).all() or labels[0] != int(labels[0]):
         raise DataError(f"{where}: record 0 has the labels {labels}, expected (images + 1, records)")
     end = int(labels[0])
@@ -104,7 +99,7 @@ def _end_of_images(labels: Sequence[float], keys: np.ndarray, where: str) -> int
     listed = keys[:end]
     if len(listed) < end or listed[-1] != end - 1:
         raise DataError(f"{where}: record 0 claims {end - 1} images, the .idx lists {np.sum(keys[1:] < end)} of them")
-    return end
+    return np.arange(1, end)
 
 
 def _join_parts(data: mmap | bytes, offset: int, where: str) -> bytes:

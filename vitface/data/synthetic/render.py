@@ -113,13 +113,12 @@ def _palette(f: SimpleNamespace, age: float) -> SimpleNamespace:
 
 
 def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace, m: SimpleNamespace):
-    """Shirt, neck, the far side of the hair, then the head as one smooth solid."""
+    """Paints neck, shirt, the far side of the hair, then the head as one smooth solid; returns what `meet` does."""
     met, everywhere = meet(canvas, shape), (slice(0, SIDE), slice(0, SIDE))
     for part, colour in (("neck", tone.skin), ("shirt", [0.45 + 0.4 * c for c in (m.shirt_r, m.shirt_g, m.shirt_b)])):
         box, front, _, cover = met[part]
         canvas.put(box, cover * (front > canvas.depth[box]), colour, front)
-    box, front, back, cover = met["hair"]
-    hair = (box, front, cover)
+    box, _, back, cover = met["hair"]
     _, y, _ = canvas.points(box, back)
     canvas.paint(box, cover * soft(y - _nape(f)), [0.6 * c for c in tone.hair])
     depth, total = np.full((SIDE, SIDE), -9, np.float32), canvas.head
@@ -128,7 +127,7 @@ def _head(canvas: Canvas, shape: dict, f: SimpleNamespace, tone: SimpleNamespace
         depth[box] = smooth_max(depth[box], front, crease)
         np.maximum(total[box], cover, out=total[box])
     canvas.put(everywhere, total, tone.skin, depth)
-    return hair
+    return met
 
 
 def _nape(f: SimpleNamespace) -> float:
@@ -137,7 +136,7 @@ def _nape(f: SimpleNamespace) -> float:
 
 
 def _hair(canvas: Canvas, hair, f: SimpleNamespace, tone: SimpleNamespace, age: float) -> None:
-    box, front, cover = hair
+    box, front, _, cover = hair
     x, y, z = canvas.points(box, front)
     ahead = (z + 0.17) * (1 / np.sqrt(x * x + (z + 0.17) ** 2 + 1e-3))  # cosine of the azimuth: 1 in front, -1 behind
     edge = 0.42 + 0.22 * f.hair_temple + 0.12 * age
@@ -182,13 +181,13 @@ def _draw(person: int, yaw: float, age: float, seed: int) -> tuple[Canvas, Simpl
     m = SimpleNamespace(**dict(zip(MOMENTS, photo_moments(seed)[0].tolist(), strict=True)))
     shape, tone, canvas = _head_shape(f, age), _palette(f, age), Canvas(yaw, m)
     _backdrop(canvas, m)
-    hair = _head(canvas, shape, f, tone, m)
+    met = _head(canvas, shape, f, tone, m)
     marks(canvas, shape, f, tone)
     wrinkles(canvas, f, tone, age)
     eyes(canvas, f, tone, m, age)
     mouth(canvas, f, tone, m, age)
     nose(canvas, shape, f, tone)
-    _hair(canvas, hair, f, tone, age)
+    _hair(canvas, met["hair"], f, tone, age)
     return canvas, m
 
 
