@@ -1,8 +1,8 @@
 """Turns a published checkpoint into a backbone file: our names, float32, every setting in the metadata.
 
-A conversion accounts for every tensor of the source, which is used exactly once or listed in `keymaps` as not used,
-and for every tensor of the model; anything else is an error that names it. Reading a file never runs code from it:
-pickles are loaded with weights_only=True, a TorchScript archive only if it is, by its sha256, one OpenAI published.
+Every tensor of the source is used exactly once or is listed in `keymaps` as not used, and every tensor of the model is
+filled; anything else is an error that names the tensor. Reading a file never runs code from it: pickles are loaded with
+weights_only=True, a TorchScript archive only if its sha256 is that of one OpenAI published.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, save_back
 from vitface.weights.keymaps import FAMILIES, Family, find_family
 from vitface.weights.sources import SOURCES
 
-WRAPPERS = ("state_dict", "model")  # what a training checkpoint calls the entry that holds the weights
+WRAPPERS = ("state_dict", "model")  # the names of the entry of a training checkpoint that holds the weights
 
 
 @dataclass(frozen=True)
@@ -186,41 +187,37 @@ def map_tensors(
 
 
 def _assign(path: Path, state: dict[str, Tensor], family: Family, prefix: str) -> tuple[dict[str, str], dict[str, int]]:
-    """(our name with its mark -> the source's name, how many each pattern dropped); WeightsError names any other."""
+    """({our name with its mark: the source's name}, how many each pattern dropped); WeightsError names any other."""
     assigned: dict[str, str] = {}
     dropped: Counter[str] = Counter()
     for key in state:
-        inside = key.startswith(prefix)
-        bare = key.removeprefix(prefix)
+        inside, bare = key.startswith(prefix), key.removeprefix(prefix)
         if bare in family.registers:
             raise WeightsError(f"{path} has register tokens ({key}); take the variant without registers")
         target = family.target(bare) if inside else None
-        pattern = family.dropped_by(bare, inside)
+        unused = [p for p in (family.dropped if inside else family.outside) if fnmatchcase(bare, p)]
         if target is not None and target in assigned:
             raise WeightsError(f"{path}: {assigned[target]} and {key} are the same tensor under two names")
         if target is not None:
             assigned[target] = key
-        elif pattern is not None:
-            dropped[prefix + pattern if inside else pattern] += 1
+        elif unused:
+            dropped[prefix + unused[0] if inside else unused[0]] += 1
         else:
             raise WeightsError(f"{path}: {key} is unknown in a {family.title} file; nothing was converted")
     return assigned, dict(dropped)
 
 
 def _check_preset(path: Path, state: dict[str, Tensor], assigned: dict[str, str], name: str, config: ViTConfig) -> None:
-    """WeightsError with the right name if the file is, by its sizes, another preset's."""
+    """WeightsError with the right name if the sizes in the file are those of another preset."""
     patch = assigned.get("patch_embed.proj.weight")
     width = state[assigned["cls_token"]].numel()
     depth = len({target.split(".")[1] for target in assigned if target.startswith("blocks.")})
     found = (width, depth, state[patch].shape[-1:] if patch else (), "blocks.0.ls1.gamma" in assigned)
-    fits = [key for key, preset in VIT_PRESETS.items() if found == _sizes(preset)]
-    if fits and found != _sizes(config):
+    known = {**VIT_PRESETS, name: config}
+    fits = [key for key, c in known.items() if found == (c.embed_dim, c.depth, (c.patch_size,), c.layer_scale)]
+    if fits and name not in fits:
         size = f"it has {depth} blocks of width {width}"
         raise WeightsError(f"{path} is not a {name}: {size}; convert it as {' or '.join(fits)}")
-
-
-def _sizes(config: ViTConfig) -> tuple:
-    return config.embed_dim, config.depth, (config.patch_size,), config.layer_scale
 
 
 def _checked(path: Path, key: str, tensor: Tensor, target: str, shape: torch.Size) -> Tensor:

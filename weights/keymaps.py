@@ -7,7 +7,6 @@
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 
@@ -21,7 +20,7 @@ def _abstract(name: str) -> tuple[str, str]:
 class Family:
     """One layout of source files: `names` maps its names to ours; `prefixes` may precede the vision tower's names.
 
-    `registers` are the names under which a variant carries register tokens, which our ViT does not have.
+    `registers` are the names of register tokens in a variant; our ViT does not have them.
     """
 
     title: str
@@ -38,19 +37,15 @@ class Family:
         return {name.replace("*", kind): self.names[name].replace("*", kind) for name in kinds for kind in kinds[name]}
 
     def target(self, key: str) -> str | None:
-        """Our name (with its [q], [k] or [v]) for `key`, which has no prefix any more; None if the map has none."""
+        """Our name, with its [q], [k] or [v], for `key` without prefix; None if the map has none."""
         abstract, index = _abstract(key)
         target = self.keys.get(abstract)
         return None if target is None else target.replace("{i}", index)
 
     def source_names(self, target: str) -> list[str]:
-        """The names, without prefix, that give `target`, which is one of ours with its [q], [k] or [v]."""
+        """The names, without prefix, that map to `target`, one of ours with its [q], [k] or [v]."""
         abstract, index = _abstract(target)
         return [key.replace("{i}", index) for key, value in self.keys.items() if value == abstract]
-
-    def dropped_by(self, key: str, inside: bool) -> str | None:
-        """The pattern that lists `key` as not used, or None. `inside`: it had the tower's prefix, removed by now."""
-        return next((p for p in (self.dropped if inside else self.outside) if fnmatchcase(key, p)), None)
 
 
 def _block(prefix: str, norm1: str, attention: tuple[str, ...], norm2: str, fc1: str, fc2: str) -> dict[str, str]:
@@ -126,7 +121,7 @@ TRANSFORMERS_CLIP = Family(
         "embeddings.class_embedding": "cls_token",
         "embeddings.position_embedding.weight": "pos_embed",
         "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
-        "pre_layrnorm.*": "norm_pre.*",  # spelt so in their files
+        "pre_layrnorm.*": "norm_pre.*",  # this is the spelling in their files
         **_block("encoder.layers", "layer_norm1", _CLIP_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
         "post_layernorm.*": "norm.*",
     },
@@ -163,7 +158,7 @@ FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_VIT, TRANSFORMERS_CLIP,
 def find_family(names: set[str]) -> tuple[Family, str] | None:
     """The family of a file that holds `names`, and the prefix of its vision tower; None for any other file.
 
-    transformers' DINOv2 and ViT share the CLS token's name: of several families the one that knows more of the names.
+    transformers' DINOv2 and ViT share the CLS token's name: of several families, the one that knows most names counts.
     """
 
     def known(match: tuple[Family, str]) -> int:

@@ -1,4 +1,4 @@
-"""The address, SHA-256 and licence of each backbone's original file."""
+"""The address, SHA-256 and licence of each original file."""
 
 from dataclasses import dataclass
 
