@@ -81,13 +81,14 @@ def roc_chart(results: dict[str, Verification]) -> Chart:
 def histogram(name: str, result: Verification) -> Chart:
     """The cosines of same and of different pairs, and the mean threshold."""
     cosine, edges = 1 - result.distance / 2, np.linspace(-1, 1, 61)
+    steps = np.repeat(edges, 2)[1:-1]  # from the left edge of each bin to its right edge
     curves = {
-        label: (edges[:-1], np.histogram(cosine[kind], edges)[0] / kind.sum())
+        label: (steps, np.repeat(np.histogram(cosine[kind], edges)[0] / kind.sum(), 2))
         for label, kind in (("same", result.issame), ("different", ~result.issame))
     }
     threshold = 1 - result.thresholds.mean() / 2
     title = f"{name}: cosine of the pairs; the mean threshold is {threshold:.3f}"
-    return line_chart(title, "cosine", "share of pairs", curves, step=True)
+    return line_chart(title, "cosine", "share of pairs", curves)
 
 
 def category_bars(results: dict[str, Verification]) -> Chart:

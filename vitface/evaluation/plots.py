@@ -27,21 +27,14 @@ def ticks(low: float, high: float, whole: bool = False) -> np.ndarray:
 
 
 def line_chart(
-    title: str,
-    x_label: str,
-    y_label: str,
-    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    log_x: bool = False,
-    step: bool = False,
+    title: str, x_label: str, y_label: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], log_x: bool = False
 ) -> Chart:
-    """Curves (x, y) by name, with axes that fit all; `log_x` needs positive x; `step` keeps y until the next x."""
+    """Curves (x, y) by name, with axes that fit all of them; `log_x` needs positive x."""
     curves = {name: (np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for name, (x, y) in curves.items()}
     xs, ys = (np.concatenate(values) for values in zip(*curves.values(), strict=True))
     x_range, y_range = (xs.min(), xs.max()), (ys.min(), ys.max())
     lines = {}
     for name, (x, y) in curves.items():
-        if step:
-            x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
         points = zip(_scale(x, *x_range, LEFT, RIGHT), _scale(y, *y_range, BOTTOM, TOP), strict=True)
         lines[name] = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
     x_ticks = [(_scale(v, *x_range, LEFT, RIGHT), f"{10**v if log_x else v:.6g}") for v in ticks(*x_range, whole=log_x)]

@@ -85,17 +85,11 @@ def pose_routing(weights: np.ndarray, yaw: np.ndarray) -> dict[str, Any]:
 
 def benchmark_routing(model: Recogniser, pairs: VerificationSet, detector: FaceDetector) -> dict[str, Any]:
     """`pose_routing` of the faces that are detected in a benchmark's first POSED_IMAGES images."""
-    crops, landmarks = [], []
     images, _ = pairs.distinct()
-    for i in range(min(len(images), POSED_IMAGES)):
-        crop = images.read(i)
-        found = crop_landmarks(crop, detector)
-        if found is not None:
-            crops.append(crop)
-            landmarks.append(found)
-    yaw = yaw_degrees(np.array(landmarks)) if landmarks else np.zeros(0)
-    weights = model.domain_weights(np.stack(crops)) if crops else np.zeros((0, model.config.num_domains))
-    return pose_routing(weights, yaw)
+    crops = [images.read(i) for i in range(min(len(images), POSED_IMAGES))]
+    found = [(crop, points) for crop in crops if (points := crop_landmarks(crop, detector)) is not None]
+    yaw = yaw_degrees(np.array([points for _, points in found]).reshape(-1, 5, 2))
+    return pose_routing(model.domain_weights([crop for crop, _ in found]), yaw)
 
 
 def pose_text(routing: dict[str, Any]) -> str:

@@ -46,11 +46,11 @@ def trace(model: FaceModel, flip: bool = True) -> ExportedProgram:
     """The model, on the CPU, in float32 and eval mode, as an exported program with a dynamic batch."""
     if model.config.dtype != "fp32" or model.training:
         raise ValueError("trace takes a model in float32 and eval mode")
-    model.use_ops(ops)  # another program has none of our kernels
+    model.use_ops(ops)  # other programs do not have our kernels
     embedder = Embedder(model, flip).eval()
     example = torch.zeros(2, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
     with _quiet(), torch.no_grad():
-        embedder(example)  # einops looks for its backends once, which is no part of the model
+        embedder(example)  # at its first call, einops looks for its backends, which must not be traced
         return torch.export.export(
             embedder, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=True
         )
@@ -107,7 +107,7 @@ def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporters' remarks on themselves."""
+    """Silences the exporters' warnings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Our adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors. The way back is from_peft.py.
+"""Our adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors. from_peft.py reads such folders.
 
 PEFT's LoRA is y = x Wᵀ + b + s · x Aᵀ Bᵀ with s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora: our formula
 for one domain. Its names differ, and transformers' models split our fused qkv (O = 3 D) into three layers: each gets A

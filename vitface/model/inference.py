@@ -1,4 +1,4 @@
-"""A face model at work: crops -> embeddings, domain weights, attention; and the same function by cheaper operations.
+"""Inference: crops -> embeddings, domain weights, attention; and a faster model that computes the same function.
 
 Letters: B images, S input side, P patch, N tokens, D width, E embedding, K domains; a crop is 112 pixels wide.
 """
@@ -66,7 +66,7 @@ def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | N
 
 @torch.no_grad()
 def route_crops(model: FaceModel, crops: Crops) -> Tensor:
-    """Crops as for `embed_crops` -> its domain weights, ones (B, 1) for plain LoRA; without the pass for embeddings."""
+    """Crops as for `embed_crops` -> domain weights (B, K), without embedding them; ones (B, 1) for plain LoRA."""
     weights, _ = model.route(model.tokens(_pixels(model, crops)))
     return torch.ones(len(crops), 1) if weights is None else weights
 
@@ -81,7 +81,7 @@ def attend_crops(model: FaceModel, crops: Crops, block: int = -1) -> Tensor:
 
 
 def _pixels(model: FaceModel, crops: Crops) -> Tensor:
-    """The crops on the model's device, once it is sure that they are crops and the model is in eval mode."""
+    """The crops on the model's device; checks that they are crops and that the model is in eval mode."""
     if model.training:
         raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
     if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
@@ -91,7 +91,7 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
 
 @torch.no_grad()
 def prepare_inference(model: FaceModel) -> FaceModel:
-    """The model itself, which from now on can only embed and route: it can be neither trained nor saved.
+    """Makes the model faster and returns it; from now on it can embed and route, but not be trained or saved.
 
     LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale goes into the layer before it,
     residuals are added inside the products, the stem becomes one convolution of the crop, and on the CPU each weight is
@@ -176,7 +176,7 @@ class FoldedStem(nn.Module):
 
 @torch.no_grad()
 def fold_stem(model: FaceModel) -> FoldedStem | None:
-    """None where a patch is no whole number of the crop's pixels wide, as at 518 px."""
+    """The stem of `model`; None where a patch is not a whole number of the crop's pixels wide, as at 518 px."""
     patch, side = model.config.vit.patch_size, model.config.image_size
     stride, rest = divmod(patch * CROP_SIZE, side)
     if rest:

@@ -1,7 +1,7 @@
-"""Backbone files: one safetensors file each, with every setting needed to run it.
+"""Backbone files: one safetensors file for each backbone, with every setting needed to run it.
 
-It holds our state-dict names at the native grid, and the settings (`ViTConfig`) and origin as JSON in its metadata.
-Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
+A file has tensors with our state-dict names at the native grid; its metadata has the settings (`ViTConfig`) and the
+origin, as JSON. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not read here: weights/ converts them.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ BACKBONE_FORMAT = "vitface-backbone-1"
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
     """A ViT in float32 and eval mode for square images of `image_size` pixels.
 
-    `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises as a
-    pure function of the name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens (B, N, D), CLS first.
-    `vit.config` holds its settings, those of the file where there is one.
+    `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises the
+    weights, always to the same values for one name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens
+    (B, N, D), CLS first. `vit.config` holds its settings, those of the file where there is one.
     """
     name = backbone_name(name)
     if weights == "random":
@@ -55,11 +55,11 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
 def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
     """Resamples the patch part of `pos_embed`, (1, 1 + g², D) -> (1, 1 + grid², D), bicubic, in float32 at least.
 
-    Rules, each the one its weights were published with:
+    Each rule is the one that some weights were published with:
     "scale_offset"   Meta's DINOv2: by the scale factor (grid + 0.1) / g, no antialias (`interpolate_offset`)
     "size"           to the size, no antialias (transformers; our choice for CLIP, which has none of its own)
     "size_antialias" to the size, with antialias (timm)
-    A grid equal to the native one returns the table untouched.
+    If `grid` is the native grid, the table is returned as it is.
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     native = round(patches.shape[1] ** 0.5)
@@ -90,7 +90,7 @@ def find_backbone(name: str) -> Path:
 
 
 def backbone_files(name: str) -> list[Path]:
-    """Every NAME.safetensors there is in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
+    """Every existing NAME.safetensors in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
     packaged = importlib.import_module("vitface.weights").__path__  # of a clone also weights/ at its top
     folders = [Path("weights"), cache_home(), *packaged]
     return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]

@@ -1,8 +1,8 @@
 """Face models on disk: each has every setting needed to run it, and is checked when it is loaded.
 
 A face model is a checkpoint directory: what was trained (adapters, router, head), its `FaceConfig`, and a manifest of
-SHA-256 sums. The frozen backbone stays in its own file, found again by its SHA-256. A checkpoint lies in a run's
-`checkpoints/`, or is a folder of its own (a bundle: published, imported or merged) that has its thresholds with it.
+SHA-256 sums. The frozen backbone stays in its own file, which is found by its SHA-256. A checkpoint is in a run's
+`checkpoints/`, or it is a bundle, a folder of its own that was published, imported or merged, with its thresholds.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A face model on disk whose files are whole, and what they record of it.
+    """A face model on disk, whose files are undamaged, and what is recorded about it.
 
     `path` is what the user named; `folder` holds the model files, which `manifest` describes; `run` is the run
     directory around it, None for a bundle. `settings` are those of the run, {} without one; `calibration` is that of
@@ -105,7 +105,7 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
     """The checkpoint that `path` names: a run directory (its best), one step directory of it, a bundle, or a repository
     `owner/name` (`owner/name@revision`) on the Hugging Face Hub.
 
-    CheckpointError if it is none, if a file is missing or damaged, or if the settings are no model's.
+    CheckpointError if `path` is none of these, if a file is missing or damaged, or if no model can have the settings.
     """
     path = Path(path)
     folder = hub.download(path) if not path.exists() and hub.is_repository(path) else path
@@ -113,7 +113,7 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
         folder = folder / "checkpoints" / "best"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is neither a run directory nor a checkpoint; train one with vitface train")
-    folder = folder.resolve()  # a run that is still training may point `best` elsewhere at any time
+    folder = folder.resolve()  # a run that is still training may change the link `best` at any time
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     settings = {} if run is None else read_config(run)
@@ -122,7 +122,7 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
 
 
 def is_checkpoint(path: Path) -> bool:
-    """True for a checkpoint directory, whole or not; False for a run."""
+    """True for a checkpoint directory, even a damaged one; False for a run."""
     return (path / MANIFEST_FILE).is_file()
 
 

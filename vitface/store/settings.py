@@ -1,4 +1,4 @@
-"""Settings on disk: those and the epochs of a run; those of a model file, as `ViTConfig` and `FaceConfig`.
+"""Settings on disk: those of a run, with its epochs, and those of a model file, as `ViTConfig` and `FaceConfig`.
 
 Files may come from strangers: a value that no model can have is refused before anything is built from it.
 """

@@ -38,7 +38,7 @@ def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_fault(tensors: dict[str, Tensor], expected: dict[str, Tensor], exact_dtype: bool) -> str | None:
-    """The first tensor that is missing, unknown, not finite, or of another shape or kind of dtype; None if none is."""
+    """The first tensor that is missing, unknown, not finite, or of a wrong shape or dtype; None if all are right."""
     for key in sorted(expected.keys() ^ tensors.keys()):
         return f"{'missing' if key in expected else 'unknown'} tensor {key}"
     for key, tensor in tensors.items():

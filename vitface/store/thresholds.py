@@ -19,7 +19,7 @@ FARS = (1e-2, 1e-3, 1e-4)  # the false accept rates that are calibrated and repo
 def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
     """Reads {"pairs", "thresholds"} of the model with this SHA-256 from a folder's file, its numbers alone.
 
-    None if there is no file, if it is of another model, or if it has no threshold. CheckpointError if it is damaged.
+    None if there is no file, or if it is another model's or has no threshold. CheckpointError if it is damaged.
     """
     path = folder / THRESHOLDS_FILE
     try:
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def far_in_words(self) -> str:
-        """In how many pairs of different people one is accepted."""
+        """The false accept rate of the threshold, also as one in how many pairs."""
         if self.far is not None:
             return f"FAR {self.far:g}: 1 in {round(1 / self.far):,} pairs of different people passes for the same"
         return "no threshold was calibrated" if self.threshold is None else "your own threshold, its FAR is not known"
