@@ -310,12 +310,12 @@ def test_hostile_files_are_refused_at_no_cost(tmp_path, name):
     path = tmp_path / "evil.bin"
     path.write_bytes(HOSTILE[name])
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DataError, match="evil"):
         read_bin(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - began < 1 and peak < 8 << 20
+    assert time.process_time() - began < 1 and peak < 8 << 20
 
 
 @pytest.mark.parametrize(
@@ -371,10 +371,10 @@ def test_an_image_named_many_times_is_not_copied():
 
 
 def test_opcodes_are_bounded():
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DataError, match=r"at byte 1187\d\d\d is one too many"):
         parse_bin(b"](" + b"\x88" * 3_000_000, "x")
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
 
 
 def test_images_are_bounded():

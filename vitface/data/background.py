@@ -1,4 +1,4 @@
-"""Work that processes or a thread do ahead of its use; the results arrive in order."""
+"""Work that other processes or a thread do in advance; the results arrive in order."""
 
 import signal
 from collections import deque
@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitface.errors import VitfaceError
 
-AHEAD = 3  # items that the thread works ahead
+AHEAD = 3  # items that the thread finishes before they are asked for
 
 
 class _Task(Dataset):
-    """An item -> `work(item)`, or the error, which the parent raises."""
+    """An item -> `work(item)`, or its error, which the parent process raises."""
 
     def __init__(self, work: Callable[[Any], Any]):
         self.work = work
@@ -32,7 +32,7 @@ def in_processes(
 ) -> Iterator[Any]:
     """Yields `work(item)` of each item, from `num_workers` processes (0: this one); `work` must be picklable.
 
-    Arrays arrive as tensors. The VitfaceError of an item is raised in its turn.
+    Arrays arrive as tensors. The VitfaceError of an item is raised where its result would come.
     """
     loader = DataLoader(
         _Task(work),
@@ -50,7 +50,7 @@ def in_processes(
 
 
 def in_thread(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yields `work(item)` of each item; one thread works AHEAD items ahead. An error is raised in its item's turn."""
+    """Yields `work(item)` of each item; a thread works AHEAD items ahead, errors are raised in their order."""
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(work, item) for item in items[:AHEAD])
         for item in items[AHEAD:]:

@@ -29,8 +29,8 @@ MAX_PIXELS = 4096 * 4096
 MAX_FILE_BYTES = 64 << 20
 
 _MAGIC = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"BM", BmpImageFile))
-# Pillow warns about odd EXIF and APNG chunks only. Looking for their names first keeps the lock and the switching of
-# the process-wide warning filters away from ordinary crops.
+# Pillow warns only about odd EXIF and APNG chunks. Without these names in the data, the lock and the change of the
+# process-wide warning filters are not needed.
 _CAN_WARN = (b"Exif", b"eXIf", b"EXIF", b"acTL", b"Raw profile type")
 _warnings_lock = threading.Lock()
 
@@ -45,7 +45,7 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
             return _decode(data)
     except ImageError as error:
         raise ImageError(f"{where}: {error}") from None
-    except Exception as error:  # the decoder met hostile bytes: it raises at least eight unrelated types
+    except Exception as error:  # for damaged bytes, decoders raise at least eight unrelated types
         raise ImageError(f"{where}: damaged image ({type(error).__name__}: {str(error)[:120]})") from None
 
 
@@ -55,7 +55,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; ImageError gives the reason why not."""
+    """The bytes of a regular file of at most `limit` bytes; ImageError with the reason if it is not one."""
     try:
         status = os.stat(path)  # before open(), which would wait for ever on a FIFO
         if not stat.S_ISREG(status.st_mode):
@@ -110,8 +110,8 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def _open(data: bytes) -> Image.Image:
-    # The plugin is chosen here and not by Image.open, which warns about size before it can be asked and would hand a
-    # JPEG to the multi-picture reader.
+    # The plugin is chosen here and not by Image.open, which warns about the size before it returns and would open
+    # some JPEG files with the multi-picture reader.
     for magic, plugin in _MAGIC:
         if data.startswith(magic):
             return plugin(BytesIO(data))
@@ -140,7 +140,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is optional: its damage need not concern the pixels
+    except Exception:  # EXIF is optional: the pixels are good even if it is damaged
         return image
 
 

@@ -1,5 +1,5 @@
-"""Batches of training images: the order is a pure function of (seed, epoch), so any number of workers gives the same
-batches, and a resumed run continues in the middle of an epoch."""
+"""Batches of training images. Their order is a pure function of (seed, epoch), so any number of workers gives the same
+batches, and a resumed run can continue in the middle of an epoch."""
 
 import functools
 import hashlib

@@ -19,7 +19,7 @@ def to_float(images: Tensor) -> Tensor:
 def resize(images: Tensor, side: int, rule: str) -> Tensor:
     """(B, 3, H, W) -> (B, 3, side, side), "bicubic" or "bilinear", without antialias; the same size passes untouched.
 
-    Bicubic may leave [0, 1] by its overshoot; it is not clipped, so the map stays linear.
+    Bicubic values may be slightly outside [0, 1]; they are not clipped, so the function stays linear.
     """
     if images.shape[-2:] == (side, side):
         return images

@@ -1,4 +1,4 @@
-"""A contact sheet of training images, as they are stored and as the model sees them."""
+"""A contact sheet of training images, as they are stored and after augmentation."""
 
 import numpy as np
 import torch

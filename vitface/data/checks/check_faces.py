@@ -1,4 +1,4 @@
-"""Checks by a trained model: it recognises training people in a benchmark on other photos, under other names.
+"""A check by a trained model: it finds training people in a benchmark, even on other photos and under other names.
 
 Letters: C people, M images of the benchmark, E embedding.
 """
@@ -15,8 +15,8 @@ from vitface.data.checks.check_people import TrainingSet
 from vitface.data.checks.findings import Finding, finds
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
-IMAGES_PER_PERSON = 10  # more add little to a person's mean
-MIN_PEOPLE = 40  # fewer do not show how similar strangers are
+IMAGES_PER_PERSON = 10  # more images hardly change a person's mean
+MIN_PEOPLE = 40  # fewer are not enough to measure how similar strangers are
 FALSE_ALARMS = 0.01  # people expected above the threshold where nobody is in both sets
 CHUNK = 256
 
@@ -84,7 +84,7 @@ def _moments(rows: np.ndarray, cohort: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def check_faces(faces: Faces, bench: Benchmark) -> list[Finding]:
-    """Finds people whose mean embedding is nearer to an image of the benchmark than strangers come."""
+    """Finds people whose mean embedding is nearer to an image of the benchmark than a stranger's would be."""
     if len(faces.people) < MIN_PEOPLE or not bench.scan.usable.any():
         return []
     usable = np.flatnonzero(bench.scan.usable)
@@ -108,7 +108,7 @@ def recognised_people(benchmark: str, named: list[str], count: int) -> str | Non
 
 @finds(
     "note",
-    "the lower that share, the more shared people this model misses; one that was trained on them flatters itself",
+    "the lower that share, the more shared people this model misses; a model that was trained on them looks too good",
 )
 def recognition(benchmark: str, named: list[str], threshold: float, own: np.ndarray) -> str:
     reached = (own > threshold).mean() if len(own) else 0
@@ -121,7 +121,7 @@ def recognition(benchmark: str, named: list[str], threshold: float, own: np.ndar
 def stranger_threshold(best: np.ndarray) -> float:
     """The score that FALSE_ALARMS of C strangers are expected to exceed, given the largest score (C,) of each.
 
-    That score follows a Gumbel distribution, whose quartiles a few people in both sets do not move.
+    That score follows a Gumbel distribution; a few people who are in both sets hardly change its quartiles.
     """
     lower, median, upper = np.quantile(best, (0.25, 0.5, 0.75))
     scale = (upper - lower) / (math.log(math.log(4)) - math.log(math.log(4 / 3)))
@@ -129,7 +129,7 @@ def stranger_threshold(best: np.ndarray) -> float:
 
 
 def embed_all(embed: Embed, read: Callable[[int], np.ndarray], indices: np.ndarray, what: str) -> np.ndarray:
-    """Embeds the crops that `read` gives for `indices`, which are read as they are needed: float32 (n, E)."""
+    """Embeds the crops that `read` gives for `indices`, a batch at a time: float32 (n, E)."""
     batches = [indices[at : at + CHUNK].tolist() for at in range(0, len(indices), CHUNK)]
     bar = tqdm(batches, what, unit="batch", leave=False, dynamic_ncols=True)
     return np.concatenate([embed(np.stack([read(i) for i in batch])) for batch in bar])

@@ -6,7 +6,7 @@ from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import Scan, dark_spots
 from vitface.data.images import CROP_SIZE
 
-MIN_IMAGES = 32  # fewer have no mean face
+MIN_IMAGES = 32  # the mean of fewer images does not look like a face
 ALIGNED = 0.5  # correlation of the mean face's dark spots with eyes and mouth; aligned sets have 0.7
 FLAT = 3.0  # grey levels
 # the dark spots of an aligned mean face (left eye, right eye, mouth): x, y and width in pixels, weight
@@ -39,12 +39,12 @@ def size(found: Scan) -> str | None:
 def flat(found: Scan) -> str | None:
     blank = found.usable & (found.contrast < FLAT)
     if blank.any():
-        return f"{blank.sum()} images show nothing, the first is number {np.argmax(blank)}"
+        return f"{blank.sum()} images are blank, the first is number {np.argmax(blank)}"
 
 
 @finds("error", "swap the channels where the set was written (OpenCV reads and writes BGR)")
 def swapped_channels(found: Scan) -> str | None:
-    """Skin is redder than blue, in every light that people are photographed in."""
+    """Skin is redder than blue in every usual light."""
     blue = np.mean(found.redness[found.usable] < 0) if found.usable.any() else 0
     if blue > 0.15:
         return f"{blue:.0%} of the images are bluer than red: they are BGR, not RGB"
@@ -52,7 +52,7 @@ def swapped_channels(found: Scan) -> str | None:
 
 @finds("error", "align the original photos with the template of the benchmarks: vitface align SRC OUT")
 def unaligned(found: Scan) -> str | None:
-    """Compares eyes and mouth of the mean face with the template's; where crops differ, the mean face has no eyes."""
+    """Compares the eyes and the mouth of the mean face, which only aligned crops have, with the template's."""
     if found.usable.sum() < MIN_IMAGES:
         return None
     spots = dark_spots(found.mean_face)

@@ -38,9 +38,9 @@ def unbalanced(data: Benchmark) -> str | None:
         return f"{same} same and {count - same} different pairs; every published set has as many of each"
 
 
-@finds("error", "write the labels again from the published list; accuracy barely shows this")
+@finds("error", "write the labels again from the published list; the accuracy hardly shows this")
 def shifted_labels(data: Benchmark) -> str | None:
-    """Labels in long blocks are all of one length, as LFW's 300; a shift cuts the first one."""
+    """Blocks of equal labels have one length, 300 in LFW; if the labels are shifted, the first block is shorter."""
     issame = data.pairs.issame
     edges = np.flatnonzero(np.diff(issame.astype(int))) + 1
     lengths = np.diff(np.concatenate([[0], edges, [len(issame)]]))
@@ -52,7 +52,7 @@ def shifted_labels(data: Benchmark) -> str | None:
 
 @finds("error", "write pairs and labels again, together, from the published list")
 def contradictions(data: Benchmark) -> str | None:
-    """Finds different pairs whose two images are one person's, according to a chain of same pairs."""
+    """Finds different pairs whose two images show one person, according to a chain of same pairs."""
     parent = np.arange(data.rows.max() + 1)
     _, group = np.unique(data.scan.digests, return_inverse=True)  # equal crops are one image
     pairs = group[data.rows].reshape(-1, 2)

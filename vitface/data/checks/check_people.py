@@ -42,7 +42,7 @@ def check_training(data: TrainingSet) -> list[Finding]:
     return [*check_images(data.scan), *(finding for check in checks for finding in check(data))]
 
 
-@finds("warning", "they teach little; remove them, or add images")
+@finds("warning", "the model learns little from one image; remove these people, or add images")
 def one_image(data: TrainingSet) -> str | None:
     alone = np.bincount(data.samples.labels) == 1
     if alone.any():
@@ -61,7 +61,7 @@ def duplicated_people(data: TrainingSet) -> str | None:
 
 @finds("note", "remove those that are with the wrong person")
 def copies(data: TrainingSet) -> str | None:
-    """Real sets have a few stray copies."""
+    """Real sets have a few copies, so this is only a note."""
     first, second = data.equal_crops
     if len(first):
         wrong = np.sum(first != second)
@@ -70,7 +70,7 @@ def copies(data: TrainingSet) -> str | None:
 
 @finds("error", "write images and labels again, together")
 def unrelated_labels(data: TrainingSet) -> str | None:
-    """Images of one person are more similar than those of different people, unless the labels are of other images."""
+    """Images of one person are more similar than those of different people, unless labels and images do not match."""
     patterns = data.scan.patterns
     labels = data.samples.labels[: len(patterns)]
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def unrelated_labels(data: TrainingSet) -> str | None:
 def slipped_labels(data: TrainingSet) -> str | None:
     """Compares each person's first and last image with that person's others and with the neighbour's.
 
-    If the labels of a sorted list slipped by one, one of the two images is the neighbour's.
+    If the labels of a sorted list are shifted by one, one of the two images is the neighbour's.
     """
     patterns = data.scan.patterns
     labels = data.samples.labels[: len(patterns)]
@@ -112,7 +112,7 @@ def slipped_labels(data: TrainingSet) -> str | None:
 
 @finds("error", "remove them from the training set (namesakes are possible, look first)")
 def people_in_benchmark(samples: Samples, pair_list: Path) -> str | None:
-    """Finds training people by their names, apart from case, spaces and _."""
+    """Finds training people by their names; case, spaces and _ do not matter."""
     listed = set(_spelled(pair_list.read_text(encoding="utf-8", errors="replace")).split())
     known = [name for name in samples.names if not name.isdigit() and _spelled(name).replace(" ", "") in listed]
     if known:

@@ -1,5 +1,5 @@
-"""Finds what is wrong with a data set: faults that have spoilt published results, such as swapped channels, crops of
-another alignment, labels that slipped, pairs in another order, people in training and test."""
+"""Finds what is wrong with a data set: faults that have made published results wrong, such as swapped channels, another
+alignment, shifted labels, pairs in another order, and people who are in both training and test."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ class Report:
 
 
 def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None = None) -> list[Report]:
-    """A report for each set at `path`: a training set, a .bin, or a folder of such.
+    """Returns a report for each set at `path`: a training set, a .bin file, or a folder of these.
 
     Training sets are also compared with the benchmarks among them and those of `against`: .bin files, or published pair
     lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
@@ -93,7 +93,7 @@ def _training_report(
     return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)
 
 
-@finds("error", "fix what is named, or get the set again")
+@finds("error", "fix what the message names, or get the set again")
 def unreadable(error: DataError) -> str:
     return str(error)
 
@@ -102,7 +102,7 @@ def check_between(train: TrainingSet, bench: Benchmark) -> list[Finding]:
     return [*trained_on_test(train, bench), *different_alignment(train, bench)]
 
 
-@finds("error", "remove these people from the training set; otherwise results on that benchmark mean nothing")
+@finds("error", "remove these people from the training set; otherwise results on that benchmark are too good")
 def trained_on_test(train: TrainingSet, bench: Benchmark) -> str | None:
     shared = np.isin(train.scan.digests, bench.scan.digests) & train.scan.usable
     if shared.any():
@@ -117,7 +117,7 @@ def different_alignment(train: TrainingSet, bench: Benchmark) -> str | None:
         return None
     similar = correlation(dark_spots(train.scan.mean_face), dark_spots(bench.scan.mean_face))
     if similar < SAME_ALIGNMENT:
-        return f"the mean faces of training and {bench.pairs.name} do not lie on each other (correlation {similar:.2f})"
+        return f"the mean faces of training and {bench.pairs.name} are aligned differently (correlation {similar:.2f})"
 
 
 def report_text(report: Report) -> str:

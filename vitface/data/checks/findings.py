@@ -13,7 +13,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` is wrong, in words and numbers, and what to `do`. A note is worth knowing, but sound sets have it too."""
+    """`what` is wrong, in words and numbers, and what to `do`. A note is no fault: correct sets have it too."""
 
     name: str
     severity: Severity

@@ -1,7 +1,7 @@
-"""Benchmarks from their official releases: photos and pair lists -> aligned crops, and their pairs in one .bin.
+"""Makes benchmarks of their official releases: photos and a pair list -> aligned crops, and the pairs in one .bin file.
 
-The pairs are written fold after fold, in each the same pairs first, as in LFW's own list: the ten contiguous folds of
-the field's protocol are then the published ones. A list without folds keeps its order.
+The pairs are written fold by fold, in each fold the same pairs first, as in LFW's own list. The ten contiguous folds of
+the usual protocol are then the published ones. A list without folds keeps its order.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, n
         read = read_pair_list(name, pairs, crops)
     except DataError as error:
         raise DataError(
-            f"{error}\nPhotos without a crop are in {crops / 'align.csv'}: write their landmarks into a copy of it and "
-            f"call this again with --landmarks COPY"
+            f"{error}\nPhotos without a crop are listed in {crops / 'align.csv'}: add their landmarks to a copy of it, "
+            f"and run this command again with --landmarks COPY"
         ) from None
     order = np.arange(len(read.issame)) if read.folds is None else np.lexsort((~read.issame, read.folds))
     images = [read.images[side] for pair in order.tolist() for side in (2 * pair, 2 * pair + 1)]
@@ -36,7 +36,7 @@ def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, n
 
 
 def _find(src: Path, relative: str, what: str) -> Path:
-    """The file whose path ends in `relative` below `src`, outside the aligned crops that some releases bring along."""
+    """The file whose path ends in `relative` below `src`, outside the aligned crops that some releases contain."""
     found = [path for path in src.rglob(Path(relative).name) if path.as_posix().endswith("/" + relative)]
     found = sorted((path for path in found if "aligned" not in path.as_posix()), key=lambda path: len(path.parts))
     if not found:

@@ -10,9 +10,9 @@ from vitface.errors import WeightsError
 from vitface.extras import require
 from vitface.files import cache_home
 
-MAX_SIDE = 1280  # larger photos are reduced to it; faces beyond 300 pixels are not what YuNet was trained on
+MAX_SIDE = 1280  # larger photos are reduced to it; YuNet was trained on faces up to 300 pixels
 MIN_SCORE, NMS_IOU, MAX_FACES = 0.6, 0.3, 100
-MIN_FACE = 32  # pixels; smaller faces have less to show than the crop has room for
+MIN_FACE = 32  # pixels; a smaller face has much less detail than a crop can show
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class FaceDetector:
         return {**self.__dict__, "_net": None}
 
     def detect(self, image: np.ndarray) -> list[Face]:
-        """The faces in a photo, uint8 (H, W, 3) RGB, the surest first."""
+        """The faces in a photo, uint8 (H, W, 3) RGB, the highest score first."""
         import cv2
 
         if self._net is None:
             cv2.setNumThreads(1)  # photos are spread over processes
-            cv2.utils.logging.setLogLevel(2)  # errors; OpenCV 5 warns of a choice of its own
+            cv2.utils.logging.setLogLevel(2)  # errors only; OpenCV 5 prints a warning about its own settings
             self._net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
         height, width = image.shape[:2]
         scale = min(1.0, MAX_SIDE / max(height, width))
@@ -60,7 +60,7 @@ class FaceDetector:
 
 
 def central_face(faces: list[Face], height: int, width: int) -> Face:
-    """The one the photo is of, large and near the middle: area minus twice the squared distance (InsightFace)."""
+    """The face that is large and near the middle: area minus twice its squared distance from there (InsightFace)."""
 
     def weight(face: Face) -> float:
         offset = face.box[:2] + face.box[2:] / 2 - np.array([width, height]) / 2

@@ -63,7 +63,7 @@ class Finder:
 
 
 def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> Counter[str]:
-    """Aligns every image below `src` into `out`, and counts the photos by status, those of earlier calls included.
+    """Aligns every image below `src` into `out`, and returns the number of photos by status, including earlier calls.
 
     DataError if there is no image. Photos that OUT/align.csv lists with a crop are not aligned again.
     """
@@ -93,12 +93,12 @@ def photos_in(src: Path) -> list[str]:
 
 
 def crop_path(out: Path, name: str) -> Path:
-    """The file of a photo's crop: JPEG and PNG keep their name, a.webp becomes a.webp.png."""
+    """The file of a photo's crop: JPEG and PNG files keep their name, a.webp becomes a.webp.png."""
     return out / (name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.png")
 
 
 def read_report(path: Path) -> dict[str, str]:
-    """{file: status} of the photos that have a crop according to an align.csv; an unfinished last line is cut off."""
+    """{file: status} of the photos that have a crop according to an align.csv; an unfinished last line is removed."""
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         return {}

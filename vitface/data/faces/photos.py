@@ -1,4 +1,4 @@
-"""A file, a Pillow image or an array that shows a face, aligned or not -> the crop that the models take."""
+"""A file, a Pillow image or an array that shows a face, aligned or not -> the crop that is a model's input."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class CropReader:
     `align` False: images are aligned crops; a square of another size is resized. True, or a FaceDetector: an image of
     exactly 112 x 112 pixels is a crop; in any other the face (the large one near the middle) is found and aligned.
 
-    ImageError names the image that is damaged, that shows no face or a tiny one, or that is no square crop. Where a
-    face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.
+    ImageError names an image that is damaged, shows no face or only a tiny one, or should be a square crop and is not.
+    Where a face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.
     """
 
     def __init__(self, align: bool | FaceDetector = False):

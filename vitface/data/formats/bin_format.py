@@ -91,7 +91,7 @@ class _Reader(_Unpickler):
         return _NAMES[f"{module} {name}"]
 
     def frame(self) -> None:
-        """Its length is only a hint for reading ahead, which the mapped file does not need."""
+        """Skips the length of a frame, a hint for reading ahead that is not needed here."""
         if int.from_bytes(self.file.read(8), "little") > self.size - self.file.tell():
             self.refuse("is longer than the file; download it again")
 

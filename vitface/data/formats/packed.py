@@ -28,7 +28,7 @@ class PackedSamples(Samples):
     """A packed folder as `Samples`; `gather` reads many at once.
 
     `source` is the identity of the samples that were packed, `skipped` lists the images that could not be decoded, and
-    why. Opening checks everything but the pixels; `verify` checks these too. DataError names what is damaged.
+    why. Opening checks all but the pixels; `verify` checks the pixels. DataError names what is damaged.
     """
 
     def __init__(self, path: str | Path):

@@ -30,13 +30,13 @@ from vitface.files import json_bytes, replace_file, sha256_bytes, write_synced
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
-SHARD = 256  # images; workers hand a shard over in shared memory, of which containers have little
+SHARD = 256  # images; workers return a shard in shared memory, which is small in containers
 CODECS = ("jpg", "libjpeg_turbo", "zlib", "webp")  # the pixels depend on their versions
 Source = RecordSamples | FolderSamples
 
 
 def pack(samples: Source, out: str | Path, num_workers: int = 0) -> PackedSamples:
-    """Packs `samples` into the folder `out`, or continues where an earlier call was stopped; one that is whole stays.
+    """Packs `samples` into the folder `out`, or continues where an earlier call was stopped; a complete one is kept.
 
     Images that cannot be decoded are skipped and listed in the manifest, with the people of whom none is left.
     DataError if `out` holds anything else, no image can be decoded, or the disk is too small.
@@ -52,7 +52,7 @@ def pack(samples: Source, out: str | Path, num_workers: int = 0) -> PackedSample
 
 
 def cached(samples: Source, cache: Path, num_workers: int, report: Callable[[str], None]) -> PackedSamples:
-    """`samples` packed in a folder of `cache`, anew if they changed or it is damaged; `report` prints a line."""
+    """`samples` packed in a folder of `cache`; packs again if they changed or it is damaged. `report` prints a line."""
     path = str(samples.path.resolve())
     out = cache / f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
     with _locked(out):

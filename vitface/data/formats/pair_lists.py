@@ -80,7 +80,7 @@ def _calfw_pairs(path: Path) -> list[Pair]:
     """CALFW's or CPLFW's list: two lines `file token` per pair; token 0 is a different pair, 1..10 a same pair's fold.
 
     The file has all same pairs first, so ten contiguous folds would each hold one class only. Same pairs go to the fold
-    of their token. Different pairs have none: they are dealt out in file order, one to each fold in turn.
+    of their token. Different pairs have none: they are distributed in file order, one to each fold after the other.
     """
     photos, tokens = [], []
     for where, line in _lines(path):
@@ -105,8 +105,8 @@ def _cfp_pairs(path: Path, kind: str) -> list[Pair]:
     """CFP's protocol, frontal-profile "FP" or frontal-frontal "FF"; Split/KIND/01..10 are the folds, same pairs first.
 
     A line `i,j` of a split is row i of Pair_list_F.txt and row j of Pair_list_P.txt for FP (both of F for FF). Paths in
-    these two lists are relative to their folder, Protocol. They may not leave the folder that holds it, in whose place
-    the crops are read.
+    these two lists are relative to their folder, Protocol. They must be inside the folder that contains
+    Protocol; the folder of the crops stands for that folder.
     """
     left = _cfp_photos(path.parent / "Pair_list_F.txt")
     right = _cfp_photos(path.parent / "Pair_list_P.txt") if kind == "FP" else left
@@ -159,7 +159,7 @@ PAIR_LISTS = {
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Each line of a text file, after the words by which a message calls it: ("FILE: line 1", text)."""
+    """Each line of a text file, after its name in messages: ("FILE: line 1", text)."""
     text = read_text(path).rstrip()
     if not text:
         raise DataError(f"{path}: empty file")
@@ -173,7 +173,7 @@ def _number(word: str, where: str) -> int:
 
 
 def _inside(relative: str, where: str, folder: str = "") -> str:
-    """A path relative to `folder` as one that is relative to the crops; DataError if it leaves their folder."""
+    """A path relative to `folder`, as a path in the folder of the crops; DataError if it is outside that folder."""
     photo = posixpath.normpath(posixpath.join(folder, relative))
     if photo.startswith(("/", "..")) or set(photo) & set("\0\\:"):
         raise DataError(f"{where} names {relative[:80]!r}, which is outside the folder of the images")

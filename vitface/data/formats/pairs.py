@@ -41,7 +41,7 @@ class VerificationSet:
 
     `folds` int64 (N,) numbers each pair's cross-validation fold from 0, or is None: ten contiguous folds in file
     order. `people` int64 (N, 2) numbers whom a pair shows, or is None where the source has no names. DataError if the
-    lengths disagree, there is no pair, or an image does not begin as one.
+    lengths disagree, there is no pair, or an image does not begin like JPEG or PNG.
     """
 
     name: str
@@ -70,7 +70,7 @@ class VerificationSet:
 def read_bin(path: str | Path) -> VerificationSet:
     """Reads an InsightFace .bin and executes nothing (see `bin_format`); an image that it repeats is one object.
 
-    DataError names the opcode and byte offset of what is not such a file.
+    DataError names the opcode and the byte where the file is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,6 +88,6 @@ def read_bin(path: str | Path) -> VerificationSet:
 
 
 def write_bin(path: str | Path, images: Sequence[bytes], issame: Iterable[bool]) -> None:
-    """Writes a .bin as InsightFace does; a broken write leaves the earlier file. DataError as VerificationSet."""
+    """Writes a .bin as InsightFace does; if writing fails, an earlier file stays. DataError as in VerificationSet."""
     checked = VerificationSet(Path(path).stem, list(images), np.array(list(issame), bool))
     replace_file(Path(path), pickle.dumps((checked.images, checked.issame.tolist()), protocol=4))

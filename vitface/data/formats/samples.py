@@ -123,8 +123,8 @@ class FolderSamples(Samples):
     """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
 
     Images end in .jpg, .jpeg, .png or .webp, in any case. Hidden entries, other files and deeper folders are ignored;
-    links are followed. DataError for a person without an image, a name that is not UTF-8, or an image's name on
-    something else than a file.
+    links are followed. DataError for a person without an image, a name that is not UTF-8, or an image's name
+    on something that is not a file.
     """
 
     def __init__(self, path: str | Path):
@@ -132,7 +132,7 @@ class FolderSamples(Samples):
         self.names = [entry.name for entry in _entries(self.path) if os.path.isdir(entry.path)]
         if not self.names:
             raise DataError(
-                f"{self.path}: found neither train.rec nor a folder per person; images go to "
+                f"{self.path}: found neither train.rec nor a folder per person; put images into "
                 f"{self.path / 'PERSON' / 'IMAGE.jpg'}, or {_DEMO}"
             )
         people = [_image_names(self.path / name) for name in self.names]

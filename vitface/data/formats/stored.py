@@ -1,4 +1,4 @@
-"""What every source of images is to training, evaluation and checks."""
+"""The base classes of all sources of images: training, evaluation and checks read images through them."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class Images:
         raise NotImplementedError
 
     def where(self, index: int) -> str:
-        """What messages call the image."""
+        """The image's name in messages."""
         raise NotImplementedError
 
     def read(self, index: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The camera and the drawing surface of the procedural faces: rays that meet ellipsoids in closed form.
 
 Head frame: x to image right, y up, z towards the viewer, the head about one unit in radius. Camera frame: U, V and W in
-the same directions; a ray is all W of one (U, V). Boxes are (rows, columns) slices of the image.
+the same directions; a ray is the line of all W at one (U, V). Boxes are (rows, columns) slices of the image.
 """
 
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ AXIS = (((np.arange(SIDE) + 0.5) / SIDE * 2 - 1) * HALF_VIEW).astype(np.float32)
 
 
 class Canvas:
-    """The camera, the colour planes and the depth of what is seen so far; every `paint` covers by a soft mask."""
+    """The camera, the colour planes and the depth of what is seen so far; `paint` covers them by a soft mask."""
 
     def __init__(self, yaw: float, m: SimpleNamespace):
         yaw, nod, roll = np.radians([yaw, 5 * m.pitch, 6 * m.roll])
@@ -72,7 +72,7 @@ def meet(canvas: Canvas, shape: dict[str, tuple]) -> dict[str, tuple]:
     """The rays' meeting with each ellipsoid: its box, front depth, back depth and coverage inside that box.
 
     With o + W d the ray in the ellipsoid's own unit-sphere frame, depth solves |d|² W² + 2 (o·d) W + |o|² - 1 = 0.
-    Outside the outline the front depth falls away steeply but continuously, which is what smooth unions need.
+    Outside the outline the front depth falls steeply but continuously, as smooth unions need it.
     """
     centre, axes, tilt = (np.array(column, float) for column in zip(*shape.values(), strict=True))
     own = np.tile(np.eye(3), (len(tilt), 1, 1))

@@ -198,8 +198,8 @@ def render_scenes(
     (3), the head-frame position of the surface (3) and one, all of them zero where there is no head.
 
     Each argument is (B,) or a scalar for all. `people` identity numbers; `yaw` degrees in [-90, 90], positive towards
-    image right; `age` in [0, 1]; `light` in [-1, 1], the side the lamp stands on (negative left) and how harsh and dim
-    it is; `seed` whole numbers that decide everything else.
+    image right; `age` in [0, 1]; `light` in [-1, 1], the side of the lamp (negative left) and how
+    strong and dim its light is; `seed` whole numbers that decide everything else.
     """
     columns = np.broadcast_arrays(*(np.atleast_1d(column) for column in (people, yaw, age, light, seed)))
     count = len(columns[0])

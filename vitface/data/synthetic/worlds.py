@@ -1,9 +1,9 @@
 """Procedural faces with known identity, pose, age and light: the data that needs no download.
 
 A photo's factors are a pure function of (seed, person, image number); render.py draws them. There are two worlds, of
-three domains each, and the photos of a person take them in turn. In "synthetic" a domain makes a photo hard: "pose" (a
-face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong lamp from one side). In "synthetic_shift" a domain
-is another kind of picture of a mild face: "plain", "negative" and "upside_down". The people to pretrain, train and test
+three domains each, to which the photos of a person belong by turns. In "synthetic" a domain makes a photo hard: "pose"
+(a face turned by 50 to 90 degrees), "age" (old), "light" (a dim, strong lamp from one side). In "synthetic_shift" a
+domain shows an easy face in another way: "plain", "negative" and "upside_down". The people to pretrain, train and test
 on have disjoint numbers.
 """
 
@@ -54,7 +54,7 @@ class SyntheticSamples(Samples):
     """`num_people` people from identity number `first_person` on, `images_per_person` photos each, rendered when read.
 
     `labels` int64 (n,) in [0, num_people), `names` the identity numbers, `domains` int64 (n,) indices into
-    SYNTHETIC[world], taken in turn. DataError for a count below one.
+    SYNTHETIC[world], by turns. DataError for a count below one.
     """
 
     domains: np.ndarray
