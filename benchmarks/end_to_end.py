@@ -20,7 +20,7 @@ import torch
 from data import jpeg_folder
 from timing import machine, synchronise
 
-from vitface.commands.flags import add_settings
+from vitface.commands.parser import add_settings
 from vitface.config import resolve
 from vitface.data.formats.packing import pack
 from vitface.training.batches import Batch, rank_batches

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vitface.__main__ import main
 from vitface.commands.experiments import RECORDED
-from vitface.commands.flags import add_settings
+from vitface.commands.parser import add_settings
 from vitface.config import (
     EXPERIMENTS,
     VIT_PRESETS,
@@ -207,7 +207,7 @@ def test_the_help_has_groups_defaults_and_presets(monkeypatch, capsys):
 
 
 def test_flags_and_their_help_need_neither_torch_nor_numpy():
-    code = "import sys, vitface.commands.flags; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, vitface.commands.parser; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -1,7 +1,7 @@
 """Every choice as data: the backbones, a face model's settings, a training run, the recorded experiments.
 
 A run's configuration is one flat frozen dataclass, and each of its fields is a flag of `vitface train` (see
-`vitface.commands.flags`). A flag that is given wins over the preset that `--exp` names, the preset over the default.
+`vitface.commands.parser`). A flag that is given wins over the preset that `--exp` names, the preset over the default.
 """
 
 import dataclasses

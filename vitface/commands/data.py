@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
-from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared
+from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, print_result
 from vitface.errors import ConfigError, DataError
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
@@ -48,8 +47,7 @@ def _check_flags(parser: CommandParser) -> None:
     parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help=unseen)
     model = "trained run whose model looks for training people's faces in the benchmarks, too"
     parser.add_argument("--checkpoint", type=Path, metavar="RUN", help=model)
-    add_shared(parser, "--weights", "--device", "--num-workers")
-    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    add_shared(parser, "--weights", "--device", "--num-workers", "--json")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -61,10 +59,7 @@ def _check(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--against {file}: no such file")
     embed = load_model(arguments)[0].embed if arguments.checkpoint else None
     reports = check(arguments.path, arguments.against, arguments.num_workers, embed)
-    if arguments.json:
-        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
-    else:
-        print("\n".join(map(report_text, reports)))
+    print_result(arguments, list(map(dataclasses.asdict, reports)), "\n".join(map(report_text, reports)))
     return int(any(report.problems for report in reports))
 
 

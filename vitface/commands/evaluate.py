@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
-from vitface.config import VIT_ALIASES, VIT_PRESETS, backbone_name
+from vitface.config import VIT_PRESETS, backbone_name
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS
 
@@ -38,9 +38,7 @@ def add_flags(parser: CommandParser) -> None:
     add("--output", type=output_file, metavar="FILE.html", help="also write a report, one page that needs no network")
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=output_file, metavar="FILE", help="also write the results there")
-    add_shared(parser, *MODEL_FLAGS)
-    add("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="evaluate this frozen backbone instead of a run")
-    add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
+    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size")
 
 
 def run(arguments: argparse.Namespace) -> int:

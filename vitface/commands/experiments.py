@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser
+from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
 from vitface.errors import VitfaceError
 from vitface.markdown import put_between_markers, table
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
-    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the table there, between two markers")
+    add_shared(parser, "--docs")
 
 
 def experiments_markdown(runs: Path) -> str:

@@ -1,11 +1,16 @@
-"""The parser of every command, and the flags that several of them share."""
+"""The parser of every command, and the flags that several of them share; among them the settings of a training run."""
 
 import argparse
+import dataclasses
+import json
 import os
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+from vitface.config import VIT_ALIASES, VIT_PRESETS, TrainConfig, to_flag
 from vitface.errors import did_you_mean
 
 
@@ -54,6 +59,8 @@ def new_path(text: str) -> Path:
 SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/"),
     "--weights": dict(metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"),
+    "--backbone": dict(choices=[*VIT_ALIASES, *VIT_PRESETS], help="this frozen backbone, without a trained head"),
+    "--image-size": dict(type=int, help="input side in pixels, with --backbone only (default: 224)"),
     "--device": dict(default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)"),
     "--align": dict(
         action=argparse.BooleanOptionalAction,
@@ -66,6 +73,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--num-workers": dict(type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"),
     "--far": dict(type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated"),
     "--threshold": dict(type=float, metavar="COSINE", help="your own threshold, from -1 to 1"),
+    "--docs": dict(type=Path, metavar="FILE.md", help="also put the table there, between two markers"),
+    "--json": dict(action="store_true", help="print the result as JSON"),  # see `print_result`
 }
 MODEL_FLAGS = ("--checkpoint", "--weights", "--device")  # see `inputs.load_model`
 PHOTO_FLAGS = ("--align", "--detector")  # see `inputs.crop_reader`
@@ -77,3 +86,34 @@ def add_shared(parser: argparse._ActionsContainer, *flags: str) -> None:
     """Adds some of the SHARED flags to a parser, or to a group of its flags."""
     for flag in flags:
         parser.add_argument(flag, **SHARED[flag])
+
+
+def print_result(arguments: argparse.Namespace, result: Any, text: str) -> None:
+    """Prints the `result` of a command as JSON if --json is given, otherwise as `text`."""
+    print(json.dumps(result, indent=1) if arguments.json else text)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each field of `TrainConfig`, in its groups; a bool gets --x and --no-x, a Literal its choices.
+
+    A flag that is not given leaves no attribute in the parsed arguments.
+    """
+    hints, group = typing.get_type_hints(TrainConfig), parser.add_argument_group("settings")
+    for item in dataclasses.fields(TrainConfig):
+        if item.metadata["group"]:
+            group = parser.add_argument_group(item.metadata["group"])
+        default = "on" if item.default is True else item.default
+        text = item.metadata["help"] + ("" if default is None or default is False else f" (default: {default})")
+        options = _options(hints[item.name])
+        group.add_argument(to_flag(item.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+
+
+def _options(hint: Any) -> dict[str, Any]:
+    """Returns argparse's options for the type of a field."""
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    return {"type": hint, "metavar": hint.__name__.upper()}

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vitface.commands.flags import add_settings
-from vitface.commands.parser import CommandParser
+from vitface.commands.parser import CommandParser, add_settings, add_shared
 from vitface.config import resolve, to_flag
 from vitface.errors import ConfigError
 from vitface.markdown import put_between_markers
@@ -31,9 +30,9 @@ def add_flags(parser: CommandParser) -> None:
     parser.usage = "vitface study NAME [flags]"
     add = parser.add_argument
     add("name", choices=STUDIES, help="which study; the flags of train change its settings")
-    add("--docs", type=Path, metavar="FILE.md", help="also put the table there, between two markers")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
     add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
+    add_shared(parser, "--docs")
     add_settings(parser)
 
 

@@ -2,8 +2,7 @@
 
 import argparse
 
-from vitface.commands.flags import add_settings
-from vitface.commands.parser import CommandParser
+from vitface.commands.parser import CommandParser, add_settings
 from vitface.config import EXPERIMENTS
 
 PRESETS = "\n".join(f"  --exp {name:<14} {preset.text}" for name, preset in EXPERIMENTS.items())

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from vitface.commands.parser import CommandParser, add_shared
-from vitface.config import VIT_ALIASES, VIT_PRESETS
 from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -22,9 +21,8 @@ def add_flags(parser: CommandParser) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="the new face model, for vitface.load")
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--into", type=Path, metavar="CHECKPOINT", help="face model whose adapters are replaced")
-    base.add_argument("--backbone", choices=[*VIT_ALIASES, *VIT_PRESETS], help="frozen backbone, without a head")
-    add_shared(parser, "--weights")
-    add("--image-size", type=int, help="input side in pixels, with --backbone only (default: 224)")
+    add_shared(base, "--backbone")
+    add_shared(parser, "--weights", "--image-size")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from vitface.commands.parser import CommandParser
+from vitface.commands.parser import CommandParser, add_shared, print_result
 
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
@@ -19,7 +18,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "path", type=Path, nargs="?", metavar="CHECKPOINT", help="run, checkpoint, backbone file or gallery"
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    add_shared(parser, "--json")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -71,4 +70,4 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.commands.inputs import newest_run
 
     found = describe(arguments.path or newest_run())
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(_lines(found)))
+    print_result(arguments, found, "\n".join(_lines(found)))

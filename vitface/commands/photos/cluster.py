@@ -3,10 +3,9 @@
 import argparse
 import csv
 import io
-import json
 from pathlib import Path
 
-from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file
+from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file, print_result
 from vitface.errors import ConfigError
 from vitface.files import replace_file
 
@@ -26,7 +25,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
     parser.add_argument("--out", type=output_file, metavar="CSV", help="also write the columns name,cluster there")
-    parser.add_argument("--json", action="store_true", help="print {cluster: names} as JSON")
+    add_shared(parser, "--json")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("name", "cluster"), *zip(gallery.names, groups, strict=True)])
         replace_file(arguments.out, text.getvalue().encode())
-    print(json.dumps(dict(enumerate(members)), indent=1) if arguments.json else _text(members, threshold))
+    print_result(arguments, dict(enumerate(members)), _text(members, threshold))
 
 
 def _text(members: list[list[str]], threshold: float) -> str:

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, print_result
 
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
@@ -23,8 +22,7 @@ the same command continues a stopped run and adds new photos. In Python:
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="FOLDER", help="folder of images, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
-    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--num-workers")
-    parser.add_argument("--json", action="store_true", help="print the numbers of images as JSON")
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--num-workers", "--json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,11 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     model, checkpoint = load_model(arguments)
     settings = Settings(checkpoint.sha256, arguments.align, checkpoint.thresholds)
     done = embed_folder(model, arguments.src, arguments.out, settings, crops, arguments.num_workers)
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(done), indent=1))
-    else:
-        print(f"{arguments.out}: {done.total:,} images, {done.new:,} of them new, {len(done.skipped):,} skipped")
-        print(f"next: vitface search {arguments.out} PHOTO, or cluster {arguments.out}")
+    counts = f"{done.total:,} images, {done.new:,} of them new, {len(done.skipped):,} skipped"
+    text = f"{arguments.out}: {counts}\nnext: vitface search {arguments.out} PHOTO, or cluster {arguments.out}"
+    print_result(arguments, dataclasses.asdict(done), text)
     for why in done.skipped:
         print(f"skipped {why}", file=sys.stderr)
     return 1 if done.skipped else 0

@@ -1,10 +1,9 @@
 """Draw a face, the attention of CLS on it, and its domain weights."""
 
 import argparse
-import json
 from pathlib import Path
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, output_file
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, output_file, print_result
 from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -20,8 +19,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("photo", type=Path, metavar="PHOTO", help="a photo, or an aligned crop")
     parser.add_argument("-o", "--out", type=output_file, required=True, metavar="PNG", help="the picture")
     parser.add_argument("--block", type=int, default=-1, help="block whose attention is shown (default: the last)")
-    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS)
-    parser.add_argument("--json", action="store_true", help="print the domain weights and the attention as JSON")
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,13 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--block must be 0 to {depth - 1}, or -1 for the last, not {arguments.block}")
     picture, attention, weights = explanation(model, crop, arguments.block)
     picture.save(arguments.out, "PNG")
-    if arguments.json:
-        print(json.dumps({"domain_weights": weights.tolist(), "attention": attention.tolist()}))
-        return
-    print(f"wrote {arguments.out}")
-    if len(weights) == 1:
-        print("plain LoRA: there are no domains")
-    else:
-        print("domain weights: " + ", ".join(f"{weight:.3f}" for weight in weights))
+    domains = f"domain weights: {', '.join(f'{weight:.3f}' for weight in weights)}"
+    text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
     if model.config.head == "patches":
-        print('the head "patches" reads every patch; the picture shows the attention of CLS alone')
+        text += '\nthe head "patches" reads every patch; the picture shows the attention of CLS alone'
+    print_result(arguments, {"domain_weights": weights.tolist(), "attention": attention.tolist()}, text)

@@ -1,11 +1,10 @@
 """Who in a gallery is most like these photos? Exit code 1: for some photo, nobody reaches the threshold."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
 from vitface.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many to show (default: 5)")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
-    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS)
-    parser.add_argument("--json", action="store_true", help="print the matches as JSON")
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,10 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     threshold, _ = threshold_of(arguments, model.thresholds)
     found = gallery.search(model.embed(images), arguments.top)
     answers = list(zip(arguments.photos, found, strict=True))
-    if arguments.json:
-        print(json.dumps([_entry(photo, matches, threshold) for photo, matches in answers]))
-    else:
-        print("\n".join(_text(photo, matches, threshold) for photo, matches in answers))
+    text = "\n".join(_text(photo, matches, threshold) for photo, matches in answers)
+    print_result(arguments, [_entry(photo, matches, threshold) for photo, matches in answers], text)
     return int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 

@@ -1,11 +1,10 @@
 """Do two photos show the same person? Exit code 0: the same; 1: different people; 2: no answer."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared
+from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
 
 EXAMPLES = """examples:
   vitface verify A.jpg B.jpg                       by the newest run in runs/
@@ -21,8 +20,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("first", type=Path, metavar="A", help="a photo, or an aligned crop")
     parser.add_argument("second", type=Path, metavar="B", help="the other one")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
-    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS)
-    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,11 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, checkpoint = load_model(arguments)
     rows = model.embed(images)
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
-    if arguments.json:
-        fields = ("score", "threshold", "far", "far_in_words", "same")
-        print(json.dumps({**{name: getattr(verdict, name) for name in fields}, "checkpoint": str(checkpoint.path)}))
-    else:
-        print(verdict)
+    fields = {name: getattr(verdict, name) for name in ("score", "threshold", "far", "far_in_words", "same")}
+    print_result(arguments, {**fields, "checkpoint": str(checkpoint.path)}, str(verdict))
     if verdict.same is None:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2
