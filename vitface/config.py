@@ -143,7 +143,7 @@ class TrainConfig:
     image_size: int = flag(224, "input side in pixels, a multiple of the patch", least=1, most=MAX_IMAGE_SIZE)
     train_patch_embed: bool = flag(False, "also train the patch convolution, as the recorded experiments did")
     head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
-    head_levels: int = flag(1, "depths, evenly spaced, whose tokens the head patches reads; 1: the last block", least=1)
+    head_levels: int = flag(1, "how many blocks, evenly spaced, the head patches reads; 1: the last block", least=1)
     embedding_dim: int = flag(512, "size of the embedding", least=1, most=MAX_SIZE)
 
     lora_rank: int = flag(16, "rank of an adapter", group="adapters", least=1, most=MAX_SIZE)
@@ -152,9 +152,9 @@ class TrainConfig:
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a router")
     num_domains: int = flag(3, "DA-LoRA's adapters per layer", least=1, most=MAX_SIZE)
     router_depth: int = flag(3, "frozen blocks that the router looks through", least=1)
-    gate_temperature: float = flag(1.0, "of the router's softmax; below 1 an image uses fewer adapters", above=0)
+    gate_temperature: float = flag(1.0, "router's softmax temperature; below 1 an image uses fewer adapters", above=0)
     balance_loss_weight: float = flag(0.01, "weight of the loss that keeps all domains in use", least=0)
-    domain_labels: str | None = flag(None, "CSV with columns image, domain; none: not even synthetic faces have any")
+    domain_labels: str | None = flag(None, "CSV with columns image, domain; none: no labels, not even synthetic ones")
 
     train_data: str = flag(
         "data/casia-webface", "RecordIO, packed or a folder per person; synthetic, synthetic_shift", group="data"
@@ -170,7 +170,7 @@ class TrainConfig:
     margin: float = flag(0.35, "margin m", least=0)
     scale: float = flag(64.0, "scale s of the cosines", above=0)
     partial_fc: float | None = flag(
-        None, "cut the identity matrix over the GPUs; the share of other people a step sees, 1: all", above=0, most=1
+        None, "split the identity matrix over the GPUs; share of the other people in a step, 1: all", above=0, most=1
     )
 
     epochs: int = flag(20, "passes over the data", group="optimisation", least=1)

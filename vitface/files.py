@@ -87,7 +87,7 @@ def replace_link(link: Path, target: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Inside, a folder to write synced files to. At the end it gets the name `path`, which another folder then loses.
+    """Inside, a folder to write synced files to. At the end it is renamed to `path`, in place of a folder there.
 
     After a failure nothing is left of it.
     """

@@ -293,5 +293,6 @@ def test_draw_writes_the_faces_that_the_demo_sees(tmp_path, capsys):
     assert files == [f"person-{p:02d}/{i:03d}.jpg" for p in (1, 2) for i in (1, 2, 3)]
     drawn = SyntheticSamples(2, 3).read(4)
     assert np.abs(read_image(tmp_path / "faces" / files[4]).astype(int) - drawn).mean() < 5  # JPEG
-    code, _, err = call(capsys, *command)
-    assert code == 2 and "exists already" in err
+    with pytest.raises(SystemExit) as stop:
+        call(capsys, *command)
+    assert stop.value.code == 2 and "faces exists; name one that does not" in capsys.readouterr().err

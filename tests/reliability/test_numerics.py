@@ -11,7 +11,7 @@ from tiny import fingerprint, settings, use_tiny
 
 from vitface.errors import exit_code
 from vitface.training import loop
-from vitface.training.collapse import alarms
+from vitface.training.holdout import alarms
 from vitface.training.non_finite import NonFiniteError
 from vitface.training.run import run
 

@@ -154,7 +154,7 @@ def stop_after(count):
 )
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back_with_every_tensor(tmp_path, monkeypatch, sharded):
     """Each part is stopped after 3 steps by a signal to its last rank; what the next one loads, it saves the same."""
-    monkeypatch.setattr("vitface.training.ranks.identity_files.BLOCK", 3)
+    monkeypatch.setattr("vitface.training.ranks.identities.BLOCK", 3)
     changes = {**LINEAR, **sharded, "epochs": 3}
     run_dir = tmp_path / "run"
     for part, world in enumerate((1, 2, 4, 1), 1):
@@ -264,16 +264,9 @@ def ended(folder, world, act, lost=()):
 def test_without_agreement_an_infinity_on_one_rank_would_part_them(tmp_path):
     """The control: each rank judges its own shard by itself, and the ranks go on with other adapters."""
 
-    def alone(faults):
-        return rank()
-
     def act(number):
         poisoned(1, 3, "shard")
-        non_finite.first_fault, non_finite.broadcast, step.on_any_rank = (
-            alone,
-            lambda value, source=0: value,
-            lambda flag: flag,
-        )
+        non_finite.all_gather, step.on_any_rank = lambda value: [value], lambda flag: flag
         parallel.sum_over_ranks = lambda x: x  # in the norm of the gradient; the shards' loss has its own
         with process_group("cpu", 10):
             trainer = Trainer(setup.resolve_choices(settings(tmp_path, **LINEAR, partial_fc=1.0)), None)

@@ -233,7 +233,7 @@ def trained(run_dir, monkeypatch, changes, switch, writes):
         trainer = Trainer(config, run_dir if writes else None)
         trainer.fit(RunLog(run_dir, config) if writes else None)
     assert trainer.state.progress.step == STEPS
-    tensors = {**trainer.model.state_dict(), **run_state.training_tensors(trainer.margin, trainer.optimizer)}
+    tensors = {**trainer.model.state_dict(), **trainer.state.tensors()}
     return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in tensors.items()})).hexdigest()
 
 

@@ -12,7 +12,7 @@ from vitface.metrics import roc
 from vitface.recogniser import Recogniser
 from vitface.store.faces import open_checkpoint
 from vitface.training import holdout, setup
-from vitface.training.holdout import all_pairs, embed_held_out, thresholds_text
+from vitface.training.holdout import all_pairs, embed_held_out
 
 
 def test_scores_of_all_pairs():
@@ -44,8 +44,13 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     assert written["pairs"] == {"same": 16 * 10, "different": 80 * 79 // 2 - 160}
     assert written["model"] == open_checkpoint(tmp_path / "run").sha256
     assert "needs 30,000 different pairs, there are 3,000" in written["thresholds"]["0.001"]["refused"]
-    assert thresholds_text(written) in printed
-    assert thresholds_text(written) in (tmp_path / "run" / "results.md").read_text()
+    kept = written["thresholds"]["0.01"]
+    text = (
+        "thresholds on the cosine, from 160 same and 3,000 different pairs held out\n"
+        f"  FAR 0.01: {kept['threshold']:.4f}, accepts {100 * kept['tar']:.2f} % of same pairs\n"
+        "  FAR 0.001: not enough pairs (FAR=0.001 needs 30,000 different pairs, there are 3,000)\n"
+    )
+    assert text in printed and text in (tmp_path / "run" / "results.md").read_text()
     checkpoint = open_checkpoint(tmp_path / "run")
     model = Recogniser.from_checkpoint(checkpoint)
     assert list(model.thresholds) == [0.01]

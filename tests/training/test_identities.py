@@ -17,11 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from vitface.errors import CheckpointError
 from vitface.model.margin import MarginLoss, make_margin
-from vitface.training.ranks import identities, identity_files
+from vitface.training.ranks import identities
 from vitface.training.ranks.identities import ShardedMargin, class_range, initial_rows
 from vitface.training.ranks.parallel import Shard, clip_gradients
 from vitface.training.ranks.process_group import process_group, rank, world_size
 from vitface.training.runs.checkpoint import save_checkpoint, verify_step
+from vitface.training.runs.state import start_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 DIM, SCALE = 16, 64.0
@@ -281,7 +282,7 @@ def trained_head(people, rate):
 
 
 def write(run_dir, step, head, optimizer):
-    files = identity_files.identity_files(head, optimizer)
+    files = identities.identity_files(head, optimizer)
     if rank() == 0:
         save_checkpoint(run_dir, step, {}, {}, {}, {}, False, files)
     for _ in files:
@@ -297,7 +298,7 @@ def contents(run_dir, step):
 @pytest.mark.parametrize("people", [7, 50])
 def test_a_checkpoint_holds_ranges_of_classes_and_loads_at_any_number_of_ranks(tmp_path, monkeypatch, people, rate):
     """1 -> 2 -> 3 -> 4 -> 1 ranks: what each saves is, bit for bit, what it loaded. A file has 3 classes here."""
-    monkeypatch.setattr(identity_files, "BLOCK", 3)
+    monkeypatch.setattr(identities, "BLOCK", 3)
     write(tmp_path, 1, *trained_head(people, rate))
     expected = contents(tmp_path, 1)
     assert len(expected) == -(-people // 3)
@@ -305,9 +306,10 @@ def test_a_checkpoint_holds_ranges_of_classes_and_loads_at_any_number_of_ranks(t
     def load_and_save(step, sample_rate=rate):
         head = ShardedMargin(make_margin("adaface", 0.35), people, DIM, SCALE, sample_rate=sample_rate)
         optimizer = torch.optim.AdamW([head.weight], lr=0.1)
+        start_moments(optimizer)
         folder = tmp_path / "checkpoints" / f"step-{step}"
         verify_step(folder)
-        head.load_rows(optimizer, identity_files.read_identities(folder, head))
+        identities.load_identities(folder, head, optimizer)
         write(tmp_path, step + 1, head, optimizer)
 
     for step, world in enumerate((2, 3, 4), 1):
@@ -331,7 +333,7 @@ def _first(name):
 
 
 def test_a_damaged_missing_or_foreign_file_of_identities_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity_files, "BLOCK", 3)
+    monkeypatch.setattr(identities, "BLOCK", 3)
     head, optimizer = trained_head(7, 1.0)
     write(tmp_path, 1, head, optimizer)
     step = tmp_path / "checkpoints" / "step-1"
@@ -344,13 +346,16 @@ def test_a_damaged_missing_or_foreign_file_of_identities_is_named(tmp_path, monk
     with pytest.raises(CheckpointError, match=r"no identities-3-6\.safetensors"):
         verify_step(step)
     with pytest.raises(CheckpointError, match="does not hold the 7 identities of this run, in files without gaps"):
-        identity_files.read_identities(step, head)
+        identities.load_identities(step, head, optimizer)
     other = ShardedMargin(make_margin("adaface", 0.35), 8, DIM, SCALE)
     file.write_bytes(whole_file)
     with pytest.raises(CheckpointError, match="does not hold the 8 identities"):
-        identity_files.read_identities(step, other)
+        identities.load_identities(step, other, optimizer)
+    narrow = ShardedMargin(make_margin("adaface", 0.35), 7, 8, SCALE)
+    optimizer = torch.optim.AdamW([narrow.weight])
+    start_moments(optimizer)
     with pytest.raises(CheckpointError, match=r"weight is not finite float32 of 3 x 8"):
-        identity_files.read_identities(step, ShardedMargin(make_margin("adaface", 0.35), 7, 8, SCALE))
+        identities.load_identities(step, narrow, optimizer)
 
 
 def test_identities_that_are_not_finite_are_not_saved(tmp_path):

@@ -130,7 +130,7 @@ def test_messages():
         assert agree(False, []) == (False, [])
         barrier("here")
         check_same({"lr": 0.1, "data": "x"})
-        with pytest.raises(ConfigError, match=r"rank 2 has other data than rank 0: z+\.\.\. instead of x; every rank"):
+        with pytest.raises(ConfigError, match="rank 2 has other data than rank 0: z+ instead of x; every rank"):
             check_same({"lr": 0.1, "data": "z" * 99 if number == 2 else "x"})
 
     all_well(3, act)

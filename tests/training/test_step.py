@@ -6,7 +6,7 @@ import torch
 from vitface.config import resolve
 from vitface.training import loss_scale
 from vitface.training.loss_scale import GROWTH, START, LossScale
-from vitface.training.non_finite import NonFiniteError, non_finite_error
+from vitface.training.non_finite import NonFiniteError, diagnose, non_finite_error
 from vitface.training.step import make_optimizer, set_rates, update
 
 CPU = torch.device("cpu")
@@ -45,9 +45,13 @@ def test_a_bad_step_changes_nothing(make, scaled, slopes):
     assert outcome.bad == 1 and outcome.loss == loss and not outcome.norm.isfinite()
     for value, kept in zip([weight.detach(), *optimizer.state[weight].values()], before, strict=True):
         assert torch.equal(value, kept)
-    message = f"^loss {loss.item()}, gradient norm {outcome.norm.item()}: stopped before the update"
+    modules = torch.nn.ModuleDict({"loss": torch.nn.ParameterList([weight])})
+    where = {"step": 2, "skipped_before": 0}
+    found = diagnose(where, torch.zeros(1), {"loss": loss.item()}, outcome.norm.item(), modules)
+    assert found["fault"] == "gradient"
+    message = f"^step 2: loss {loss.item()}, gradient norm {outcome.norm.item()}: stopped before the update"
     with pytest.raises(NonFiniteError, match=message):
-        raise non_finite_error(loss.item(), outcome.norm.item(), [weight])
+        raise non_finite_error(found, None)
 
 
 def test_a_loss_that_is_not_finite_is_bad_though_its_gradient_is():

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, print_result
+from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, print_result
 from vitface.errors import ConfigError, DataError
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
@@ -105,7 +105,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _draw_flags(parser: CommandParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("out", type=new_path, metavar="OUT", help="a new folder")
     parser.add_argument("--people", type=int, default=5, help="how many (default: 5)")
     parser.add_argument("--images", type=int, default=60, help="of each (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="chooses their photos (default: 0)")
@@ -115,8 +115,6 @@ def _draw(arguments: argparse.Namespace) -> None:
     from vitface.data.faces.folder import write_crop
     from vitface.data.synthetic.worlds import SyntheticSamples
 
-    if arguments.out.exists():
-        raise DataError(f"{arguments.out} exists already; choose a new folder")
     samples = SyntheticSamples(arguments.people, arguments.images, arguments.seed)
     for i in range(len(samples)):
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"

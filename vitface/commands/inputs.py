@@ -16,7 +16,7 @@ from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
     "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "
-    "(FAR 0.01 takes 3,000 pairs of different people); or pass your own --threshold COSINE"
+    "(FAR 0.01 needs 3,000 pairs of different people); or pass your own --threshold COSINE"
 )
 
 

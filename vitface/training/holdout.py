@@ -1,10 +1,8 @@
-"""The held-out people, on whom a run is not trained: they decide its best epoch and its thresholds.
+"""The held-out people, on whom a run is not trained: they decide its best epoch, its alarms and its thresholds.
 
 A threshold is for the cosine of two embeddings of `Recogniser.embed`: the same person if it is >= the threshold. The
 file is the run's thresholds.json (see `vitface.store.thresholds`).
 """
-
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +20,9 @@ from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import rank
 
 HOLDOUT_IMAGES = 2000
+COLLAPSED = 0.99  # mean cosine of different images above which embeddings have collapsed,
+USELESS = 0.7  # if the AUC is below this as well: an offset that all embeddings share does no harm
+UNUSED = 0.01  # mean weight of a domain below which it is unused, as a fraction of the even share 1 / K
 
 
 def embed_held_out(
@@ -46,40 +47,52 @@ def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, n
     return (embeddings @ embeddings.T)[first, second], people[first] == people[second]
 
 
+def alarms(embeddings: np.ndarray, auc: float, gates: np.ndarray | None) -> dict[str, str]:
+    """Unit-norm embeddings (n, E), the AUC of their pairs, and domain weights (n, K) or None -> {alarm: sentence}.
+
+    They find a run whose losses are finite, but which no longer learns. A sentence has the likely cause and what to
+    change; {} if all is well. The embeddings must be of eval mode: in train mode, the head's batch norm spreads even
+    constant ones.
+    """
+    found, n = {}, len(embeddings)
+    cosine = (np.square(embeddings.sum(axis=0, dtype=np.float64)).sum() - n) / (n * (n - 1))
+    if cosine > COLLAPSED and auc < USELESS:
+        found["collapse"] = (
+            f"the embeddings are nearly constant (mean cosine {cosine:.4f} between held-out images, AUC {auc:.3f}); "
+            f"likely causes: --lr or --identity-lr too high, or a --margin too hard for so early an epoch"
+        )
+    if gates is not None:
+        usage = gates.mean(axis=0, dtype=np.float64)
+        dead = np.flatnonzero(usage < UNUSED / len(usage))
+        if len(dead):
+            found["dead router"] = (
+                f"domain {', '.join(map(str, dead))} of {len(usage)} gets almost no image (mean gates "
+                f"{', '.join(f'{share:.4f}' for share in usage)}); its adapter no longer learns; "
+                f"raise --balance-loss-weight or lower --num-domains"
+            )
+    return found
+
+
 def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> str:
-    """Writes the thresholds of a run's checkpoint, whose model is `model`; returns them in words."""
+    """Writes the thresholds of a run's checkpoint, whose model is `model`; returns them in words, a line per FAR."""
     assert checkpoint.run is not None
     if not len(data.split.held_out):
         return "thresholds: none, nobody was held out"
     embeddings, _, people = embed_held_out(model, data.samples, data.split.held_out, flip=True)
     score, issame = all_pairs(embeddings, people)
+    same, different = int(issame.sum()), int((~issame).sum())
     thresholds: dict[str, dict[str, float | str]] = {}
+    lines = [f"thresholds on the cosine, from {same:,} same and {different:,} different pairs held out"]
     for far in FARS:
         try:
             threshold, tar = far_threshold(score, issame, far)
             thresholds[f"{far:g}"] = {"threshold": threshold, "tar": tar}
+            lines.append(f"  FAR {far:g}: {threshold:.4f}, accepts {100 * tar:.2f} % of same pairs")
         except EvaluationError as error:
             thresholds[f"{far:g}"] = {"refused": str(error)}
-    written = {
-        "model": checkpoint.sha256,
-        "pairs": {"same": int(issame.sum()), "different": int((~issame).sum())},
-        "thresholds": thresholds,
-    }
+            lines.append(f"  FAR {far:g}: not enough pairs ({error})")
+    pairs = {"same": same, "different": different}
     if rank() == 0:
+        written = {"model": checkpoint.sha256, "pairs": pairs, "thresholds": thresholds}
         replace_file(checkpoint.run / THRESHOLDS_FILE, json_bytes(written))
-    return thresholds_text(written)
-
-
-def thresholds_text(written: dict[str, Any]) -> str:
-    """The thresholds in words, a line per FAR."""
-    pairs = written["pairs"]
-    lines = [
-        f"thresholds on the cosine, from {pairs['same']:,} same and {pairs['different']:,} different pairs held out"
-    ]
-    for far, entry in written["thresholds"].items():
-        lines.append(
-            f"  FAR {far}: not enough pairs ({entry['refused']})"
-            if "refused" in entry
-            else f"  FAR {far}: {entry['threshold']:.4f}, accepts {100 * entry['tar']:.2f} % of same pairs"
-        )
     return "\n".join(lines)

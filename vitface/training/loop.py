@@ -19,17 +19,16 @@ from vitface.config import TrainConfig
 from vitface.metrics import auc
 from vitface.training import setup
 from vitface.training.batches import Batch, rank_batches
-from vitface.training.collapse import alarms
-from vitface.training.holdout import all_pairs, embed_held_out
+from vitface.training.holdout import alarms, all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
-from vitface.training.non_finite import NonFiniteError, diagnose, keep_diagnosis, may_skip, non_finite_error
+from vitface.training.non_finite import NonFiniteError, diagnose, may_skip, non_finite_error
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
 from vitface.training.ranks.process_group import agree, check_same, rank, world_size
 from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
-from vitface.training.runs.resume import is_finished, settings_of, state_to_resume
+from vitface.training.runs.resume import settings_of, state_to_resume
 from vitface.training.runs.state import TrainingState
 from vitface.training.step import make_optimizer, schedule, set_rates, total_loss, update
 
@@ -170,15 +169,12 @@ class Trainer:
 
     def _non_finite(self, images: Tensor, losses: dict[str, float], norm: float) -> NonFiniteError:
         """The error after a step that was not taken, with a diagnosis in the run's folder."""
-        progress = self.state.progress
-        error = non_finite_error(losses["loss"], norm, self.trained, progress.skipped_in_a_row)
-        if self.run_dir is None:
-            return error
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        progress, rate = self.state.progress, float(self.optimizer.param_groups[0]["lr"])
         where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": self.config.seed, "lr": rate}
+        where["skipped_before"] = progress.skipped_in_a_row
         modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
-        found = diagnose({**where, "reason": str(error)}, images, losses, modules)
-        return keep_diagnosis(self.run_dir / "non_finite.json", error, found)
+        path = self.run_dir and self.run_dir / "non_finite.json"
+        return non_finite_error(diagnose(where, images, losses, norm, modules), path)
 
     def _log_step(self, log: RunLog, rate: float, norm: float, losses: dict[str, float]) -> None:
         progress = self.state.progress
@@ -235,6 +231,6 @@ class Trainer:
         data = self.data.split.fingerprint()
         written, changed = state_to_resume(checkpoint, self.config, self.model.config, data)
         self.state.restore(checkpoint, written)
-        self.state.progress.finished = is_finished(self.config, written)
+        self.state.progress.finished = False  # changed settings may ask for more epochs than it had
         if changed:
             self.state.progress.restart_epoch()

@@ -41,13 +41,3 @@ class LossScale:
         grown = (self.held == GROWTH).float()
         self.scale.mul_((1 - skipped / 2) * (1 + grown))  # arithmetic: torch.where would copy its numbers to the device
         self.held.mul_(1 - grown)
-
-    def state(self) -> dict[str, float]:
-        """The values for a checkpoint; empty unless enabled."""
-        return {"scale": self.scale.item(), "held": self.held.item()} if self.enabled else {}
-
-    def load(self, state: dict[str, float]) -> None:
-        """Loads the values of a checkpoint; one of a run that was not in fp16 has none, and the scale starts anew."""
-        if self.enabled and state:
-            self.scale.fill_(state["scale"])
-            self.held.fill_(state["held"])

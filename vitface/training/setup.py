@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from vitface.training.step import total_loss
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
 DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, grad_accum=1)
 DRY_RUN |= dict(holdout_people=0, patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False)
-T = TypeVar("T")
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
@@ -59,7 +58,7 @@ def open_inputs(config: TrainConfig) -> Samples:
     """
     problems: list[str] = []
 
-    def attempt(step: Callable[[], T]) -> T | None:
+    def attempt(step: Callable[[], Any]) -> Any:
         try:
             return step()
         except VitfaceError as error:
@@ -69,7 +68,7 @@ def open_inputs(config: TrainConfig) -> Samples:
     attempt(lambda: require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name))))
     attempt(lambda: final_benchmarks(config))
     samples = attempt(lambda: read_samples(config))
-    if problems or samples is None:
+    if problems:
         raise ConfigError("\n\n".join(problems))
     if isinstance(samples, PackedSamples):
         samples.verify()
@@ -121,9 +120,9 @@ def open_data(config: TrainConfig) -> TrainingData:
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
-    """The benchmarks of the evaluation at the end; ConfigError if --val-data names no folder, unless by default."""
+    """The benchmarks of the evaluation at the end; ConfigError if --val-data names no folder, except the default."""
     if config.val_data not in (None, TrainConfig.val_data) and not Path(config.val_data).is_dir():
-        raise ConfigError(f"--val-data {config.val_data} is no folder; name the one of lfw.bin, cfp_fp.bin, ...")
+        raise ConfigError(f"--val-data {config.val_data} is no folder; name the folder of lfw.bin, cfp_fp.bin, ...")
     real = available(config.val_data) if config.val_data else []
     return [config.train_data, *real] if config.train_data in SYNTHETIC else real
 

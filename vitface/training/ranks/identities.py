@@ -5,26 +5,39 @@ embeddings of all ranks. It computes logits in chunks of classes, forward and ag
 parameters and gradients does not grow with C. With `sample_rate` below 1, a step uses the prototypes of the people in
 it and of a share of the others, drawn as a function of (seed, step, class): the same ones for any number of ranks.
 
+In a checkpoint there is a file per range of classes, the same ones for any number of ranks. The file
+identities-FIRST-END.safetensors holds "weight", "exp_avg" and "exp_avg_sq" of the classes [FIRST, END), each
+(END - FIRST, E). Rank 0 writes them, one range in memory at a time. To resume, each rank reads its own classes from
+whichever files they are in.
+
 Letters: W ranks, b images of a rank, B = W · b images of all ranks, E embedding, C identities, c those of a rank.
 """
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitface.data.counter import uniform
+from vitface.errors import CheckpointError
 from vitface.model.margin import EPS
+from vitface.store.tensors import tensor_bytes
 from vitface.training.ranks.parallel import Shard, gather_rows, sum_over_ranks
 from vitface.training.ranks.process_group import rank, world_size
 
 CHUNK = 2048  # classes whose logits exist at a time
 BLOCK = 1 << 16  # classes that are initialised at a time, and identities in a file of a checkpoint
-LOWEST = -1e30  # the largest of no logits; finite, so that differences of two are too
+LOWEST = -1e30  # the largest logit where there is none; finite, so that a difference of two is finite
 DRAWS = 4  # first key of the random numbers that draw classes
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ROWS = ("weight", *MOMENTS)
 
 
 def class_range(num_identities: int, number: int, count: int) -> tuple[int, int]:
@@ -166,19 +179,10 @@ class ShardedMargin(nn.Module):
         self.drawn, self.weight.data = None, self.weight.data[:0]
 
     def rows(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """{"weight", "exp_avg", "exp_avg_sq"}, each (c, E): all of this rank's prototypes and their moments."""
+        """{"weight", "exp_avg", "exp_avg_sq"}, each (c, E): this rank's prototypes and their moments, not copies."""
         if self.sample_rate < 1:
-            return {name: self.get_buffer(f"all_{name}") for name in ("weight", *MOMENTS)}
+            return {name: self.get_buffer(f"all_{name}") for name in ROWS}
         return {"weight": self.weight.data, **{name: optimizer.state[self.weight][name] for name in MOMENTS}}
-
-    def load_rows(self, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor]) -> None:
-        """Loads the result of `rows`."""
-        if self.sample_rate < 1:
-            for name, tensor in rows.items():
-                self.get_buffer(f"all_{name}").copy_(tensor)
-            return
-        self.weight.data.copy_(rows["weight"])
-        optimizer.state[self.weight].update({name: rows[name].to(self.weight.device) for name in MOMENTS})
 
 
 def initial_rows(num_identities: int, embedding_dim: int, seed: int, first: int, end: int) -> Tensor:
@@ -190,3 +194,59 @@ def initial_rows(num_identities: int, embedding_dim: int, seed: int, first: int,
         if low < high:
             rows[low - first : high - first] = block[low - start : high - start] * 0.01
     return rows
+
+
+def identity_files(margin: ShardedMargin, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, bytes]]:
+    """(name, contents) of each file, for rank 0 to write. All ranks must exhaust it together, to send their rows.
+
+    CheckpointError for values that are not finite.
+    """
+    rows = margin.rows(optimizer)
+    for first in range(0, margin.num_identities, BLOCK):
+        end = min(first + BLOCK, margin.num_identities)
+        tensors = {name: _collect(rows[name], margin.first, first, end) for name in ROWS}
+        for name, tensor in tensors.items():
+            if rank() == 0 and not tensor.isfinite().all():
+                what = f"{name} of the identities {first} to {end}"
+                raise CheckpointError(f"this step was not saved: {what} has NaN or infinite values")
+        yield f"identities-{first}-{end}.safetensors", tensor_bytes(tensors) if rank() == 0 else b""
+
+
+def _collect(rows: Tensor, start: int, first: int, end: int) -> Tensor:
+    """This rank's rows, of the classes from `start` -> rows [first, end) of all ranks (END - FIRST, E), on rank 0."""
+    block = torch.zeros(end - first, rows.shape[1])
+    low, high = max(start, first), min(start + len(rows), end)
+    if low < high:
+        block[low - first : high - first] = rows[low - start : high - start]
+    if world_size() > 1:  # a row is zero on all ranks but one; as integers, a sum changes no bit of it
+        dist.reduce(block.view(torch.int32), 0)
+    return block
+
+
+def load_identities(step: Path, margin: ShardedMargin, optimizer: torch.optim.Optimizer) -> None:
+    """Loads this rank's rows from a verified step directory.
+
+    CheckpointError unless the directory holds each class once, of this size and finite.
+    """
+    names = ((re.fullmatch(r"identities-(\d+)-(\d+)\.safetensors", path.name), path) for path in step.iterdir())
+    ranges = sorted((int(match[1]), int(match[2]), path) for match, path in names if match)
+    borders, end = [0, *(stop for _, stop, _ in ranges)], margin.num_identities
+    if [start for start, _, _ in ranges] != borders[:-1] or borders[-1] != end:
+        raise CheckpointError(f"{step} does not hold the {end:,} identities of this run, in files without gaps")
+    own = margin.rows(optimizer)
+    for start, stop, path in ranges:
+        low, high = max(start, margin.first), min(stop, margin.end)
+        if low < high:
+            for name, rows in _read_slice(path, low - start, high - start).items():
+                place = own[name][low - margin.first : high - margin.first]
+                if rows.shape != place.shape or rows.dtype != torch.float32 or not rows.isfinite().all():
+                    raise CheckpointError(f"{path}: {name} is not finite float32 of {stop - start} x {place.shape[1]}")
+                place.copy_(rows)
+
+
+def _read_slice(path: Path, first: int, end: int) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name)[first:end] for name in ROWS}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None

@@ -100,13 +100,10 @@ class BatchNormOverRanks(nn.BatchNorm1d):
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
-    """Replaces every BatchNorm1d of `model` by one over all ranks, with the same parameters and buffers."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm1d:
-                over_ranks = BatchNormOverRanks(child.num_features, child.eps, child.momentum, child.affine)
-                over_ranks.__dict__.update(child.__dict__)
-                setattr(parent, name, over_ranks)
+    """Makes every BatchNorm1d of `model` one over all ranks."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm1d:
+            module.__class__ = BatchNormOverRanks
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from vitface.errors import ConfigError, RankError, VitfaceError
 HEARTBEAT = 1.0  # seconds between two of them
 RANK_TIMEOUT = 600.0  # seconds
 ADVICE = "start all ranks again with --resume auto (torchrun --max-restarts does)"
-T = TypeVar("T")
 _watch: "_Watch | None" = None  # of the process group there is
 
 
@@ -135,15 +134,12 @@ class _Watch:
         self.store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: other calls may be waiting
         self.store.set_timeout(datetime.timedelta(seconds=2 * HEARTBEAT))
         self.stopped = threading.Event()
-        self.store.set(f"heartbeat/{number}", "0")
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
-        count = 0
         with suppress(RuntimeError):  # the store ends with its host
             while not self.stopped.wait(HEARTBEAT):
-                count += 1
-                self.store.set(f"heartbeat/{self.number}", str(count))
+                self.store.add(f"heartbeat/{self.number}", 1)
 
     def report(self, error: BaseException) -> None:
         """Stores this rank's error for the others; an empty text if it fails because of another rank."""
@@ -170,14 +166,17 @@ class _Watch:
 
     def missing(self) -> RankError | None:
         """Names the ranks that stored an error, or else those without a heartbeat."""
-        before = {other: self._read(f"heartbeat/{other}") for other in self.others}
+        before = {other: self.store.add(f"heartbeat/{other}", 0) for other in self.others}
         time.sleep(3 * HEARTBEAT)
-        errors = {other: self._read(f"error/{other}") for other in self.others}
-        failed = [f"rank {other} stopped: {text}" for other, text in errors.items() if text]
+        failed, lost = [], []
+        for other in self.others:
+            if self.store.check([f"error/{other}"]):
+                text = self.store.get(f"error/{other}").decode()
+                failed += [f"rank {other} stopped: {text}"] if text else []
+            elif before[other] == self.store.add(f"heartbeat/{other}", 0):
+                lost.append(str(other))
         if failed:
             return RankError("; ".join(failed))
-        silent = [other for other in self.others if before[other] == self._read(f"heartbeat/{other}")]
-        lost = [str(other) for other in silent if not self.store.check([f"error/{other}"])]
         if lost:
             return RankError(f"rank {', '.join(lost)} was lost (killed, stopped, or its machine is gone); {ADVICE}")
         return None
@@ -193,9 +192,6 @@ class _Watch:
             if found is not None:
                 raise found
 
-    def _read(self, key: str) -> str:
-        return self.store.get(key).decode() if self.store.check([key]) else ""
-
 
 def all_gather(value: Any) -> list[Any]:
     """Every rank's JSON value, in the order of the ranks, on every rank."""
@@ -210,7 +206,7 @@ def all_gather(value: Any) -> list[Any]:
     return [json.loads(bytes(each[: int(size)].tolist())) for each, size in zip(padded, sizes, strict=True)]
 
 
-def broadcast(value: T, source: int = 0) -> T:
+def broadcast(value: Any, source: int = 0) -> Any:
     """The JSON value of rank `source`, on every rank; it is also a barrier."""
     return all_gather(value if rank() == source else None)[source]
 
@@ -237,11 +233,6 @@ def check_same(facts: dict[str, Any]) -> None:
         for other, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):
                 raise ConfigError(
-                    f"rank {other} has other {name} than rank 0: {_short(theirs.get(name))} instead of "
-                    f"{_short(everyone[0].get(name))}; every rank needs the same command, files and versions"
+                    f"rank {other} has other {name} than rank 0: {theirs.get(name)} instead of "
+                    f"{everyone[0].get(name)}; every rank needs the same command, files and versions"
                 )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,7 +10,7 @@ step-N/
   training.safetensors  identity matrix and optimiser moments; never shared: the identity matrix is biometric data
   training.json         counters, the settings and the data it was trained with
   identities-*          with --partial-fc: the identity matrix by ranges of classes (see `identity_files`)
-  manifest.json         step, sizes and SHA-256 of the files, SHA-256 of the settings, versions, and its own SHA-256
+  manifest.json         step, sizes and SHA-256 of the files, versions, and its own SHA-256
 """
 
 import json
@@ -48,7 +48,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoints/step-N`, points `last` (and `best`) at it and deletes all but the newest two and the best.
 
-    `more_files` are read one at a time, and not at all if the step is there already. CheckpointError, with the earlier
+    `more_files` are read one at a time. A checkpoint of that step is replaced. CheckpointError, with the earlier
     checkpoints unchanged, if a tensor is not finite or the operating system refuses.
     """
     for name, tensor in (*model_tensors.items(), *training_tensors.items()):
@@ -56,19 +56,15 @@ def save_checkpoint(
             raise CheckpointError(f"step {step} was not saved: {name} has NaN or infinite values")
     parent = run_dir / "checkpoints"
     final = parent / f"step-{step}"
-    settings_sha256 = sha256_bytes(json_bytes(training_state.get("settings", {})))
     try:
         _remove_leftovers(parent)
-        there = _sealed(final)
-        # with the same settings, the same files would be written again
-        if there is None or there["settings_sha256"] != settings_sha256:
-            files = {
-                "model.safetensors": tensor_bytes(model_tensors),
-                "training.safetensors": tensor_bytes(training_tensors),
-                "model.json": json_bytes(model_settings),
-                "training.json": json_bytes(training_state),
-            }
-            _write_step(final, step, settings_sha256, chain(files.items(), more_files))
+        files = {
+            "model.safetensors": tensor_bytes(model_tensors),
+            "training.safetensors": tensor_bytes(training_tensors),
+            "model.json": json_bytes(model_settings),
+            "training.json": json_bytes(training_state),
+        }
+        _write_step(final, step, chain(files.items(), more_files))
         link_checkpoint(final, is_best)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"step {step} could not be saved: {error or 'out of memory'}") from error
@@ -76,19 +72,15 @@ def save_checkpoint(
     return final
 
 
-def _write_step(final: Path, step: int, settings_sha256: str, files: Iterable[tuple[str, bytes]]) -> None:
-    """Writes the files and their manifest; a damaged checkpoint of that step, or one of other settings, is replaced."""
-    manifest: dict[str, Any] = {
-        "step": step,
-        "vitface_version": __version__,
-        "torch_version": str(torch.__version__),
-        "settings_sha256": settings_sha256,
-        "files": {},
-    }
+def _write_step(final: Path, step: int, files: Iterable[tuple[str, bytes]]) -> None:
+    """Writes the files, and their manifest after them."""
+    sealed = {}
     with new_folder(final) as folder:
         for name, data in files:
             write_synced(folder / name, data)
-            manifest["files"][name] = {"size": len(data), "sha256": sha256_bytes(data)}
+            sealed[name] = {"size": len(data), "sha256": sha256_bytes(data)}
+        versions = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
+        manifest = {"step": step, **versions, "files": sealed}
         write_synced(folder / MANIFEST_FILE, json_bytes({**manifest, "seal": sha256_bytes(json_bytes(manifest))}))
 
 
@@ -125,11 +117,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """
     directories = step_directories(run_dir)
     for path in directories:
-        try:
-            verify_step(path)
+        fault = _fault(path)
+        if fault is None:
             return path
-        except (CheckpointError, OSError) as error:
-            print(f"passed over: {error}")
+        print(f"passed over: {fault}")
     if directories:
         raise CheckpointError(f"no checkpoint in {run_dir} is whole; start afresh in another --save-dir")
     return None
@@ -140,22 +131,19 @@ def load_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "training.json").read_text(encoding="utf-8"))
 
 
-def _sealed(path: Path) -> dict[str, Any] | None:
-    """The manifest of a step directory, None unless it is whole."""
+def _fault(path: Path) -> str | None:
     try:
-        return verify_step(path)
-    except (CheckpointError, OSError):
-        return None
+        verify_step(path)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Removes what a killed process left of a checkpoint that it was writing or deleting."""
-    for pattern in (".partial-*", ".deleted-*"):
-        for leftover in parent.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)  # a failure must not prevent saving
-    for link in parent.glob(".*.new"):
-        with suppress(OSError):
-            link.unlink()
+    """Removes what a killed process left of a checkpoint or a link that it was writing or deleting."""
+    for leftover in parent.glob(".*"):
+        with suppress(OSError):  # a failure must not prevent saving
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
 
 
 def _prune(parent: Path) -> None:
@@ -168,4 +156,4 @@ def _prune(parent: Path) -> None:
             except (OSError, MemoryError) as error:
                 warnings.warn(f"{path} could not be deleted: {error}", RuntimeWarning, stacklevel=3)
         elif whole < KEEP_LAST:
-            whole += _sealed(path) is not None
+            whole += _fault(path) is None

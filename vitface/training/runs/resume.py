@@ -39,7 +39,7 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     """The newest whole checkpoint of the run, or the one that --resume names; None to start afresh.
 
     CheckpointError if `run_dir` holds a run that is not to be resumed, or one that was trained with other settings:
-    with --allow-changed they continue from the newest step, because later ones of the old settings would be mistaken
+    with --allow-changed they continue from the newest step, because later steps, of the old settings, would be mistaken
     for theirs.
     """
     if config.resume is None:
@@ -64,7 +64,7 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
         )
     newest = step_directories(run_dir)[0].name
     if changes and newest != found.resolve().name:
-        raise CheckpointError(f"other settings can go on from the newest step only; move {newest} out of the way first")
+        raise CheckpointError(f"other settings continue from a run's newest step only; move {newest} out of the way")
     return found
 
 
