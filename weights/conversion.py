@@ -190,11 +190,12 @@ def _assign(path: Path, state: dict[str, Tensor], family: Family, prefix: str) -
     """({our name with its mark: the source's name}, how many each pattern dropped); WeightsError names any other."""
     assigned: dict[str, str] = {}
     dropped: Counter[str] = Counter()
+    targets = family.targets(state, prefix)
     for key in state:
         inside, bare = key.startswith(prefix), key.removeprefix(prefix)
         if bare in family.registers:
             raise WeightsError(f"{path} has register tokens ({key}); take the variant without registers")
-        target = family.target(bare) if inside else None
+        target = targets.get(key)
         unused = [p for p in (family.dropped if inside else family.outside) if fnmatchcase(bare, p)]
         if target is not None and target in assigned:
             raise WeightsError(f"{path}: {assigned[target]} and {key} are the same tensor under two names")

@@ -6,6 +6,7 @@
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +42,11 @@ class Family:
         abstract, index = _abstract(key)
         target = self.keys.get(abstract)
         return None if target is None else target.replace("{i}", index)
+
+    def targets(self, keys: Iterable[str], prefix: str) -> dict[str, str]:
+        """{key: `target` of it} for the keys with this prefix that the map has."""
+        found = {key: self.target(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
+        return {key: target for key, target in found.items() if target is not None}
 
     def source_names(self, target: str) -> list[str]:
         """The names, without prefix, that map to `target`, one of ours with its [q], [k] or [v]."""
@@ -160,17 +166,13 @@ def find_family(names: set[str]) -> tuple[Family, str] | None:
 
     transformers' DINOv2 and ViT share the CLS token's name: of several families, the one that knows most names counts.
     """
-
-    def known(match: tuple[Family, str]) -> int:
-        return sum(match[0].target(name.removeprefix(match[1])) is not None for name in names)
-
     matches = [
         (family, prefix)
         for family in FAMILIES
         for prefix in family.prefixes
         if prefix + family.source_names("cls_token")[0] in names
     ]
-    return max(matches, key=known, default=None)
+    return max(matches, key=lambda match: len(match[0].targets(names, match[1])), default=None)
 
 
 def transformers_family(backbone: str) -> Family:

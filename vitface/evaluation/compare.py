@@ -1,5 +1,6 @@
 """Tests whether B verifies better than A on the same pairs; the runs of each side differ only in the seed."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,10 @@ def compare(a: Side, b: Side) -> Comparison:
     if not names:
         command = "vitface evaluate --checkpoint RUN --bench NAME"
         raise EvaluationError(f"{a.name} and {b.name} have no benchmark in common; evaluate them with\n  {command}")
-    for name in names:
-        _check_same_pairs(name, [results[name] for results in every])
+    for name, results in itertools.product(names, every):
+        ours, theirs = every[0][name], results[name]
+        if not (np.array_equal(ours.issame, theirs.issame) and np.array_equal(ours.folds, theirs.folds)):
+            raise EvaluationError(f"{name}: the runs were not evaluated on the same pairs; use one file for all")
     first, second = ([[results[name] for results in side.results] for name in names] for side in (a, b))
     draws = difference_draws(first, second, matched=a.seeds == b.seeds)
     rows = []
@@ -112,13 +115,6 @@ def compare(a: Side, b: Side) -> Comparison:
         of_a, of_b = (float(np.mean([getattr(row, key) for row in rows])) for key in ("accuracy_a", "accuracy_b"))
         rows.append(Difference(f"average of {len(rows)}", of_a, of_b, of_b - of_a, interval(draws.mean(axis=0))))
     return Comparison(a.name, b.name, a.seeds, b.seeds, rows, verdict(a, b, rows[-1]))
-
-
-def _check_same_pairs(name: str, results: list[Verification]) -> None:
-    for other in results[1:]:
-        for ours, theirs in ((results[0].issame, other.issame), (results[0].folds, other.folds)):
-            if not np.array_equal(ours, theirs):
-                raise EvaluationError(f"{name}: the runs were not evaluated on the same pairs; use one file for all")
 
 
 def verdict(a: Side, b: Side, row: Difference) -> str:

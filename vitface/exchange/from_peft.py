@@ -123,9 +123,14 @@ def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: Vi
     _check_targets(path, settings.get("target_modules"), list(modules))
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
     layers: dict[str, Parts] = {}
-    names = _name(list(modules), backbone)
+    layouts = [
+        family.targets([f"{module}.weight" for module in modules], prefix)
+        for family in (META_TIMM, transformers_family(backbone))
+        for prefix in family.prefixes
+    ]
+    names = max(layouts, key=len)  # the layout that knows most modules
     for module, (a, b) in modules.items():
-        layer, _, mark = names.get(module, "").partition(".weight")
+        layer, _, mark = names.get(f"{module}.weight", "").partition(".weight")
         if f"{layer}.weight" not in shapes or not layer.endswith(tuple(f".{name}" for name in TARGETS["attn+mlp"])):
             raise ExchangeError(f"{path}: {module} is no layer to adapt in a {backbone} of timm or transformers")
         if mark in layers.setdefault(layer, {}):
@@ -155,16 +160,6 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     if not modules:
         raise ExchangeError(f"{path} holds no adapter")
     return {module: (sides["A"], sides["B"]) for module, sides in modules.items()}
-
-
-def _name(modules: list[str], backbone: str) -> dict[str, str]:
-    """{module: our tensor with its mark, "" if there is none}, in the layout that knows most of the modules."""
-    layouts = [
-        {m: family.target(f"{m.removeprefix(prefix)}.weight") or "" for m in modules if m.startswith(prefix)}
-        for family in (META_TIMM, transformers_family(backbone))
-        for prefix in family.prefixes
-    ]
-    return max(layouts, key=lambda names: sum(map(bool, names.values())))
 
 
 def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:
