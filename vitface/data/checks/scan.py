@@ -30,7 +30,9 @@ class Scan:
     redness: np.ndarray  # (n,) mean of R minus mean of B, in 0..255
     contrast: np.ndarray  # (n,) standard deviation of the grey values
     mean_face: np.ndarray  # (112, 112) grey
-    patterns: np.ndarray  # (min(n, limit), 784) unit-norm local contrast of the first `limit` images
+    # (min(n, limit), 784): local contrast of the first `limit` images minus its mean, at unit norm, so that the product
+    # of two is a similarity
+    patterns: np.ndarray
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -42,23 +44,15 @@ class Scan:
 
 def scan(images: Images, num_workers: int, limit: int) -> Scan:
     """Reads every image once; patterns are kept of the first `limit`."""
-    work = functools.partial(_scan_chunk, images, limit)
-    parts = []
-    with tqdm(desc="reading", total=len(images), unit="img", leave=False, dynamic_ncols=True) as bar:
-        for part in in_processes(work, range(0, len(images), CHUNK), num_workers):
-            parts.append([list(part[0]), *map(np.asarray, part[1:])])
-            bar.update(len(part[2]))
-    damaged, digests, sizes, redness, contrast, grey_sums, patterns = zip(*parts, strict=True)
-    sizes = np.concatenate(sizes)
-    return Scan(
-        [why for some in damaged for why in some],
-        np.concatenate(digests),
-        sizes,
-        np.concatenate(redness),
-        np.concatenate(contrast),
-        np.sum(grey_sums, axis=0) / max(np.count_nonzero(sizes[:, 0]), 1),
-        _comparable(np.concatenate(patterns)),
-    )
+    work, starts = functools.partial(_scan_chunk, images, limit), range(0, len(images), CHUNK)
+    parts = in_processes(work, starts, num_workers)
+    bar = tqdm(parts, "reading", len(starts), unit="img", unit_scale=CHUNK, leave=False, dynamic_ncols=True)
+    damaged, *columns = zip(*bar, strict=True)
+    digests, sizes, redness, contrast, grey, patterns = (np.concatenate([*map(np.asarray, x)]) for x in columns)
+    mean_face = grey.sum(axis=0) / max(np.count_nonzero(sizes[:, 0]), 1)
+    patterns = patterns - patterns.mean(0)
+    patterns /= np.linalg.norm(patterns, axis=1, keepdims=True) + 1e-9
+    return Scan([why for some in damaged for why in some], digests, sizes, redness, contrast, mean_face, patterns)
 
 
 def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
@@ -75,7 +69,7 @@ def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
     red, _, blue = (crops.reshape(len(crops), -1, 3).sum(1, dtype=np.uint32) / CROP_SIZE**2).T
     grey = crops @ LUMA
     patterns = local_contrast(grey[: max(limit - start, 0)])
-    return damaged, digests, sizes, red - blue, grey.std((1, 2)), grey.sum(0, dtype=np.float64), patterns
+    return damaged, digests, sizes, red - blue, grey.std((1, 2)), grey.sum(0, dtype=np.float64)[None], patterns
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:
@@ -85,14 +79,6 @@ def local_contrast(grey: np.ndarray) -> np.ndarray:
     above = small - _blurred(small, 3)
     deviation = np.sqrt(np.maximum(_blurred(above**2, 3), 0))  # running sums may round below zero
     return (above / (deviation + 4)).reshape(len(grey), -1).astype(np.float32)
-
-
-def _comparable(patterns: np.ndarray) -> np.ndarray:
-    """Differences from the mean face at unit norm, so that a product of two is a similarity."""
-    if len(patterns):
-        patterns = patterns - patterns.mean(0)
-        patterns /= np.linalg.norm(patterns, axis=1, keepdims=True) + 1e-9
-    return patterns
 
 
 def dark_spots(mean_face: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ labels.npy      int64 (n,)
 manifest.json   counts, names, skipped images, source, decoder versions, SHA-256 of the labels and of every shard
 """
 
-import hashlib
 import io
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vitface.data.formats.stored import Samples
 from vitface.data.images import CROP_SIZE
 from vitface.errors import DataError
+from vitface.files import sha256_bytes
 
 FORMAT = "vitface packed 1"
 CROP_SHAPE = (CROP_SIZE, CROP_SIZE, 3)
@@ -45,7 +46,7 @@ class PackedSamples(Samples):
             self.source: str = manifest["source"]["identity"]
             self.skipped: list[str] = manifest["skipped"]
             self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
-            whole = hashlib.sha256(labels).hexdigest() == manifest["labels_sha256"]
+            whole = sha256_bytes(labels) == manifest["labels_sha256"]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None
         except (KeyError, TypeError, ValueError):
@@ -75,17 +76,12 @@ class PackedSamples(Samples):
 
     def verify(self) -> None:
         """DataError unless every image is bit for bit the one that was packed."""
-        ends = np.cumsum([count for count, _ in self._shards])
-        images = self._images()
-
-        def is_whole(shard: int) -> bool:
-            count, sha256 = self._shards[shard]
-            return hashlib.sha256(images[ends[shard] - count : ends[shard]].data).hexdigest() == sha256
-
-        shards = range(len(self._shards))
+        edges = np.cumsum([0, *(count for count, _ in self._shards)])
+        shards = [self._images()[start:end].data for start, end in itertools.pairwise(edges)]
         with ThreadPoolExecutor() as pool:
-            for shard, whole in enumerate(tqdm(pool.map(is_whole, shards), "checking", len(shards), leave=False)):
-                if not whole:
+            digests = pool.map(sha256_bytes, shards)
+            for shard, digest in enumerate(tqdm(digests, "checking", len(shards), leave=False)):
+                if digest != self._shards[shard][1]:
                     raise DataError(f"{self.path / 'images.uint8'} is damaged in shard {shard}; pack the set again")
 
     def _images(self) -> np.ndarray:

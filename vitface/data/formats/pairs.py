@@ -1,6 +1,5 @@
 """Verification sets: pairs of faces, each labelled as the same person or not; InsightFace's .bin files of them."""
 
-import os
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,12 +75,11 @@ def read_bin(path: str | Path) -> VerificationSet:
     if not path.is_file():
         raise DataError(f"{path}: no such file; a verification set is a .bin file such as lfw.bin")
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not 1 <= size <= MAX_BIN_BYTES:
-                raise DataError(f"{path}: {size} bytes, a verification set has 1 to {MAX_BIN_BYTES}")
-            with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                images, issame = parse_bin(data, str(path))
+        size = path.stat().st_size
+        if not 1 <= size <= MAX_BIN_BYTES:
+            raise DataError(f"{path}: {size} bytes, a verification set has 1 to {MAX_BIN_BYTES}")
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            images, issame = parse_bin(data, str(path))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     return VerificationSet(path.stem, images, np.array(issame, bool))

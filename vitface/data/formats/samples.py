@@ -7,6 +7,7 @@ decoded when it is read. Samples can be handed to DataLoader workers: their pick
 import csv
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -187,10 +188,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from None
     for entry in entries:
-        try:
-            entry.name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not UTF-8; rename it") from None
+        if re.search("[\ud800-\udfff]", entry.name):  # how Python reads other bytes
+            raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not UTF-8; rename it")
     return entries
 
 
