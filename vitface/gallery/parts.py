@@ -94,31 +94,27 @@ def part_files(path: Path) -> list[Path]:
     return sorted(path.glob("part-*.safetensors"))
 
 
-def read_parts(path: Path) -> Iterator[tuple[list[str], Tensor]]:
-    """(names, embeddings float32 (n, E)) of each part, in order; DataError for a part that is damaged."""
-    return (_read_part(file) for file in part_files(path))
-
-
 def read_names(path: Path) -> list[str]:
     """The names of all parts, in order, without reading the embeddings; DataError for a damaged part."""
-    return [name for file in part_files(path) for name in _read_part(file, rows=False)[0]]
+    return [name for names, _ in read_parts(path, rows=False) for name in names]
 
 
-def _read_part(file: Path, rows: bool = True) -> tuple[list[str], Tensor]:
-    """(names, embeddings); without `rows`, the embeddings are not read and there are none."""
-    try:
-        with safe_open(file, "pt") as part:
-            metadata = part.metadata() or {}
-            if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
-                raise ValueError("not a part of a gallery")
-            names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("its names are not a list of strings")
-            shape = tuple(stored.get_shape())
-            if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
-                raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
-            embeddings = stored[:] if rows else torch.empty(0, shape[1])
-            _check_norms(embeddings)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
-    return names, embeddings
+def read_parts(path: Path, rows: bool = True) -> Iterator[tuple[list[str], Tensor]]:
+    """(names, embeddings float32 (n, E), none without `rows`) of each part, in order; DataError for a damaged one."""
+    for file in part_files(path):
+        try:
+            with safe_open(file, "pt") as part:
+                metadata = part.metadata() or {}
+                if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
+                    raise ValueError("not a part of a gallery")
+                names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError("its names are not a list of strings")
+                shape = tuple(stored.get_shape())
+                if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
+                    raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
+                embeddings = stored[:] if rows else torch.empty(0, shape[1])
+                _check_norms(embeddings)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
+        yield names, embeddings
