@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.config import VIT_PRESETS, backbone_name
+from vitface.data.faces.detect import FaceDetector
+from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
-from vitface.evaluation.benchmarks import BENCHMARKS
+from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
+from vitface.evaluation.report import results_json, results_table
+from vitface.evaluation.scores import keep_scores
 
 if TYPE_CHECKING:
     from vitface.recogniser import Recogniser
@@ -76,10 +80,7 @@ def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint |
 
 def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
     """Prints the results, adds them to the run's scores, and writes --json and --output."""
-    from vitface.evaluation.benchmarks import evaluate_all
     from vitface.evaluation.page import report_page
-    from vitface.evaluation.report import results_json, results_table
-    from vitface.evaluation.scores import keep_scores
 
     if arguments.routing:
         check_routing(model, arguments.bench)
@@ -106,8 +107,6 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
 
 def benchmark_names(bench: str, data_dir: Path) -> list[str]:
     """The benchmarks that --bench names. For 'all', it prints those that have no file."""
-    from vitface.evaluation.benchmarks import available, benchmark_path
-
     if bench != "all":
         return [bench]
     names = available(data_dir)
@@ -121,9 +120,6 @@ def benchmark_names(bench: str, data_dir: Path) -> list[str]:
 
 def check_routing(model: "Recogniser", bench: str) -> None:
     """ConfigError, before anything is evaluated, without a router or the detector that real benchmarks need."""
-    from vitface.data.faces.detect import FaceDetector
-    from vitface.data.synthetic.worlds import SYNTHETIC
-
     if model.config.num_domains == 1:
         raise ConfigError("--routing is for DA-LoRA; this model has no router")
     if bench not in SYNTHETIC:
@@ -132,9 +128,6 @@ def check_routing(model: "Recogniser", bench: str) -> None:
 
 def route(model: "Recogniser", names: list[str], data_dir: Path) -> dict[str, dict]:
     """Prints and returns the router's weights: on procedural faces, and by pose on images of real benchmarks."""
-    from vitface.data.faces.detect import FaceDetector
-    from vitface.data.synthetic.worlds import SYNTHETIC
-    from vitface.evaluation.benchmarks import read_benchmark
     from vitface.evaluation.routing import benchmark_routing, pose_text, routing_text, synthetic_routing
 
     world = next((name for name in names if name in SYNTHETIC), "synthetic")

@@ -8,6 +8,7 @@ from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
 from vitface.errors import VitfaceError
 from vitface.markdown import put_between_markers, table
+from vitface.store.settings import read_config
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 RECORDED = {  # accuracies in % as they were written down, and what was trainable; of the others nothing is known
@@ -33,8 +34,6 @@ def add_flags(parser: CommandParser) -> None:
 
 def experiments_markdown(runs: Path) -> str:
     """The table: for each experiment the recorded result, and the results of every run of it in `runs`."""
-    from vitface.store.settings import read_config
-
     head = ("experiment", "", "trainable parameters", *RECORDED_ON, "settings that differ")
     rows = []
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
@@ -51,7 +50,6 @@ def _cells(run: Path) -> list[str]:
     from vitface.evaluation.compare import read_run
     from vitface.model.counts import parameter_counts
     from vitface.store.faces import meta_model, open_checkpoint
-    from vitface.store.settings import read_config
 
     try:
         trainable = f"{parameter_counts(meta_model(open_checkpoint(run).config))['all'][1]:,}"

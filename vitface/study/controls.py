@@ -1,7 +1,7 @@
 """The controls of DA-LoRA: routers that do not choose by the image.
 
-Each changes a face model in place, before it is trained and again before it is evaluated. Compared with them, DA-LoRA
-shows how much it gains from the choice, and how much from its number of parameters.
+Each changes a face model in place, before it is trained and again before it is evaluated. The comparison with them
+shows how much DA-LoRA gains from the choice, and how much from its number of parameters.
 """
 
 import torch

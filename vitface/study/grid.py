@@ -84,7 +84,7 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
 
 
 def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -> None:
-    """Evaluates a model that no run trained, unless that is done; EvaluationError if a benchmark cannot be judged."""
+    """Evaluates a model that no run trained, once; EvaluationError if a benchmark cannot be judged."""
     if (cell / SCORES).is_file():
         return
     recogniser = Recogniser(model).to(resolve_choices(config).device)
@@ -119,7 +119,7 @@ def variant_row(side: Side, cells: list[Path], against: Comparison | None) -> di
         "variant": side.name,
         "adapter_parameters": adapter_parameters(cells[0], with_router=side.name not in FIXED_GATES),
         "accuracy": {name: float(np.mean(values)) for name, values in accuracies.items()},
-        "deviation": {name: float(np.std(row, ddof=1)) for name, row in accuracies.items() if len(row) > 1},
+        "deviation": {name: float(np.std(values, ddof=1)) for name, values in accuracies.items() if len(values) > 1},
     }
     if against is not None:
         row |= {"dalora_minus_this": against.rows[-1].difference, "interval": against.rows[-1].interval}

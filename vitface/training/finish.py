@@ -56,8 +56,8 @@ def finish(
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """The table, and under it every alarm and failure."""
-    table = [results_table(evaluation.results)] if evaluation.results else []
-    return "\n".join([*table, *(f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures))])
+    lines = [results_table(evaluation.results)] if evaluation.results else []
+    return "\n".join([*lines, *(f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures))])
 
 
 def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:

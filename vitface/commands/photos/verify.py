@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
+from vitface.store.thresholds import Verdict
 
 EXAMPLES = """examples:
   vitface verify A.jpg B.jpg                       by the newest run in runs/
@@ -25,7 +26,6 @@ def add_flags(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, threshold_of
-    from vitface.store.thresholds import Verdict
 
     crops = crop_reader(arguments)
     images = [crops(path) for path in (arguments.first, arguments.second)]  # before the model, which takes longer

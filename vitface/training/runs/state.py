@@ -94,7 +94,7 @@ class TrainingState:
         self.progress = Progress(**written["progress"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the model, not copies of them, without a sharded identity matrix.
+        """The tensors themselves, not copies, of all but the model and a sharded identity matrix.
 
         Names: margin.NAME; optimizer.I.MOMENT of the I-th parameter in the order of its groups; loss_scale.NAME.
         """
