@@ -244,7 +244,7 @@ def test_annotated_faults_name_the_line(tmp_path, line):
         read_pair_list("agedb_30", tmp_path / "list.txt", tmp_path)
 
 
-def test_a_photo_without_a_crop_says_how_to_mend_it(tmp_path, capsys):
+def test_a_photo_without_a_crop_says_how_to_fix_it(tmp_path, capsys):
     marks = release(tmp_path / "src", ["A/A_0001.jpg", "A/A_0002.jpg", "B/B_0001.jpg"])
     (tmp_path / "marks.csv").write_text("\n".join(marks.splitlines()[:-1]) + "\n")
     (tmp_path / "src" / "pairs.txt").write_text("1\t1\nA\t1\t2\nA\t1\tB\t1\n")
@@ -252,5 +252,5 @@ def test_a_photo_without_a_crop_says_how_to_mend_it(tmp_path, capsys):
     assert vitface.__main__.main([*command, "--landmarks", str(tmp_path / "marks.csv")]) == 2
     error = capsys.readouterr().err
     assert "B_0001.jpg" in error and "--landmarks COPY" in error
-    (tmp_path / "marks.csv").write_text(marks)  # mended: the other crops are not made again
+    (tmp_path / "marks.csv").write_text(marks)  # fixed: the other crops are not made again
     assert built(tmp_path, "lfw") == [(0, 1, True), (0, 2, False)]
