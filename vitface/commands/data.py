@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, print_result
+from vitface.config import TrainConfig
 from vitface.errors import ConfigError, DataError
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
@@ -120,7 +121,8 @@ def _draw(arguments: argparse.Namespace) -> None:
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
-    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112")
+    held_out = " --holdout-people 0" if arguments.people <= TrainConfig.holdout_people else ""
+    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112{held_out}")
 
 
 ACTIONS = {

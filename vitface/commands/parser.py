@@ -93,8 +93,10 @@ def print_result(arguments: argparse.Namespace, result: Any, text: str) -> None:
     print(json.dumps(result, indent=1) if arguments.json else text)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each field of `TrainConfig`, in its groups; a bool gets --x and --no-x, a Literal its choices.
+def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """Adds one flag for each field of `TrainConfig`, in its groups, but none for those `without`.
+
+    A bool gets --x and --no-x, a Literal its choices.
 
     A flag that is not given leaves no attribute in the parsed arguments.
     """
@@ -102,6 +104,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for item in dataclasses.fields(TrainConfig):
         if item.metadata["group"]:
             group = parser.add_argument_group(item.metadata["group"])
+        if item.name in without:
+            continue
         default = "on" if item.default is True else item.default
         text = item.metadata["help"] + ("" if default is None or default is False else f" (default: {default})")
         options = _options(hints[item.name])

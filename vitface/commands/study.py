@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitface.commands.parser import CommandParser, add_settings, add_shared
-from vitface.config import resolve, to_flag
-from vitface.errors import ConfigError
+from vitface.config import resolve
 from vitface.markdown import put_between_markers
 
 STUDIES: dict[str, dict[str, Any]] = {
@@ -33,18 +32,14 @@ def add_flags(parser: CommandParser) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
     add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
     add_shared(parser, "--docs")
-    add_settings(parser)
+    add_settings(parser, without=SET_BY_THE_STUDY)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs a study; ConfigError for a flag of train that the study sets itself."""
     from vitface.study.grid import chosen_variants, run_study
 
     given = vars(arguments)
     name, seeds, chosen, docs = (given.pop(key) for key in ("name", "seeds", "chosen", "docs"))
-    for key in SET_BY_THE_STUDY:
-        if key in given:
-            raise ConfigError(f"a study sets {to_flag(key)} itself{', from --seeds' if key == 'seed' else ''}")
     folder = Path(given.pop("save_dir", None) or Path("studies") / name)
     command = shlex.join(["vitface", "study", *sys.argv[2:]])
     base = resolve({**STUDIES[name], **given})

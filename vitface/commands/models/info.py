@@ -48,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
         "settings": settings,
         "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
         "thresholds": {f"{far:g}": threshold for far, threshold in checkpoint.thresholds.items()},
-        "last_epoch": epochs[-1] if epochs else None,
+        "last_epoch": {name: value for name, value in epochs[-1].items() if value} if epochs else None,
     }
 
 
