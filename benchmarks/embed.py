@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from vitface.config import FaceConfig
 from vitface.device import DTYPES
+from vitface.kernels import fused
 from vitface.model import ops
-from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.face import FaceModel
 from vitface.model.inference import prepare_inference
 from vitface.model.vit import ViT
 
@@ -49,7 +50,7 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType
 
 
 def ours(args: argparse.Namespace, dtype: str, prepared: bool, vit: ViT, images: Tensor) -> Embed:
-    model = our_model(vit, args, dtype, fastest_ops(args.device))
+    model = our_model(vit, args, dtype, fused)
     if prepared:
         prepare_inference(model)
     return torch.no_grad()(lambda: model(images)[0])

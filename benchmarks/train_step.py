@@ -33,7 +33,7 @@ from vitface.config import FaceConfig
 from vitface.device import DTYPES
 from vitface.kernels import fused
 from vitface.model import ops
-from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.face import FaceModel
 from vitface.model.lora import adapted_linears
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.vit import ViT
@@ -232,15 +232,15 @@ def domain_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, t
 
 def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     """Ours, the formulas, and the peers, each in every dtype."""
-    fastest, found = fastest_ops(args.device), {}
+    found = {}
     for dtype in args.dtypes:
         builds: dict[str, tuple[str, tuple[str, ...], Build]] = {}
         for suffix, mode in modes(args, tuned=False).items():
-            build = functools.partial(ours, args, dtype, fastest, mode is not None)
+            build = functools.partial(ours, args, dtype, fused, mode is not None)
             builds[f"vitface, {dtype}{suffix}"] = "vitface", (), build
-        other = ops if fastest is fused else fused
-        name = "the formulas" if other is ops else "the fused operations"
-        builds[f"{name}, {dtype}"] = "reference", (), functools.partial(ours, args, dtype, other, False)
+        for suffix, mode in modes(args, tuned=False).items():
+            build = functools.partial(ours, args, dtype, ops, mode is not None)
+            builds[f"the formulas, {dtype}{suffix}"] = "reference", (), build
         builds |= (lora_peers if args.adapter == "lora" else domain_peers)(args, dtype)
         for name, (group, needs, build) in builds.items():
             found[name] = Contestant(group, dtype, functools.partial(checked_step, args, dtype, build), needs)

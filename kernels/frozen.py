@@ -1,10 +1,11 @@
-"""Frozen layers without an adapter: the linear map, and the MLP with a backward pass of its own.
+"""Frozen layers without an adapter: the linear map, and for the CPU an MLP with a backward pass of its own.
 
     u = x W1ᵀ + b1    h = act(u)    y = h W2ᵀ + b2
     dh = dy W2        du = dh ⊙ act'(u), in the memory of dh        dx = du W1
 
 Only u is kept for the backward pass. Autograd keeps u too, writes dh and du to two places, and computes four gradients
-that nobody needs. On the CPU the bias is added inside oneDNN's product.
+that nobody needs. The bias is added inside oneDNN's product. Other devices get the formulas, which `torch.compile` can
+fuse with what stands around them.
 
 Letters: I in, O out, D width.
 """
@@ -18,7 +19,7 @@ from vitface.kernels.onednn import gelu_product, product
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The contract of `vitface.model.ops.linear`. The product is torch's own where a gradient is asked for."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     return (_linear if torch.compiler.is_compiling() else product)(x, weight, bias)
 
@@ -42,6 +43,8 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> 
     """The contract of `vitface.model.ops.mlp`; ValueError if a weight or bias asks for a gradient."""
     if any(parameter.requires_grad for parameter in (w1, b1, w2, b2)):
         raise ValueError("the fused MLP is for frozen weights; use the reference operations to train it")
+    if x.device.type != "cpu":
+        return F.linear(activate(F.linear(x, w1, b1), act), w2, b2)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _mlp(x, w1, b1, w2, b2, act)[0]
     return product(hidden(x, w1, b1, act), w2, b2)

@@ -1,4 +1,4 @@
-"""The adapted linear layer as one operator, forward and backward (README.md has the algebra).
+"""The adapted linear layer as one operator, forward and backward, for the CPU (README.md has the algebra).
 
 Forward, where g repeats an image's gate R times along the columns, times the scaling:
 
@@ -32,14 +32,18 @@ def lora_linear(
     gate: Tensor | None = None,
 ) -> Tensor:
     """The contract of `vitface.model.ops.lora_linear`; ValueError if `weight` or `bias` asks for a gradient."""
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("the fused layer is for frozen weights; use the reference operations to train weight or bias")
-    if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or len(lora_a) % gate.shape[1]):
-        raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {len(lora_a)}")
+    check(x, weight, bias, lora_a, gate)
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
     rows = x.reshape(-1, x.shape[-1])
     y, _ = (_lora_linear if traced else forward)(rows, weight, bias, lora_a, lora_b, scaling, gate)
     return y.view(*x.shape[:-1], -1)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, gate: Tensor | None) -> None:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("the fused layer is for frozen weights; use the reference operations to train weight or bias")
+    if gate is not None and (gate.dim() != 2 or len(gate) != len(x) or len(lora_a) % gate.shape[1]):
+        raise ValueError(f"gate {tuple(gate.shape)} must be (B, K) with B = {len(x)} and K dividing {len(lora_a)}")
 
 
 def forward(
@@ -54,7 +58,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x (M, I) -> y (M, O) plus `residual` (M, O), and xa (M, K·R); autograd sees nothing of it."""
     xa = F.linear(x, lora_a.to(x.dtype))
-    return product(x, weight, bias, residual).addmm_(_gated(xa, gate, scaling), lora_b.to(x.dtype).t()), xa
+    return product(x, weight, bias, residual).addmm_(gated(xa, gate, scaling), lora_b.to(x.dtype).t()), xa
 
 
 @torch.library.custom_op("vitface::lora_linear", mutates_args=())
@@ -89,10 +93,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (M, O) -> dx (M, I), dA, dB and dgate in the dtypes of x, A, B and gate; empty where not needed."""
     dgated = dy @ lora_b.to(dy.dtype)
-    dxa, gated = _gated(dgated, gate, scaling), _gated(xa, gate, scaling)
-    dgate = dy.new_empty(0) if gate is None else _dgate(dgated, xa, gate, scaling)
+    dxa, weighted = gated(dgated, gate, scaling), gated(xa, gate, scaling)
+    dgate = dy.new_empty(0) if gate is None else gate_gradient(dgated, xa, gate, scaling)
     dx = (dy @ weight).addmm_(dxa, lora_a.to(dy.dtype)) if needs_dx else dy.new_empty(0)
-    return dx, (dxa.t() @ x).to(lora_a.dtype), (dy.t() @ gated).to(lora_b.dtype), dgate
+    return dx, (dxa.t() @ x).to(lora_a.dtype), (dy.t() @ weighted).to(lora_b.dtype), dgate
 
 
 @_backward.register_fake
@@ -102,8 +106,8 @@ def _(dy, x, weight, lora_a, lora_b, scaling, gate, xa, needs_dx):
     return dx, torch.empty_like(lora_a), torch.empty_like(lora_b), dgate
 
 
-def _gated(xa: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
-    """xa (M, K·R) times the scaling and the gate (B, K) of each row's image."""
+def gated(xa: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
+    """xa ⊙ g: xa (M, K·R) times the scaling and the gate (B, K) of each row's image."""
     if gate is None:
         return xa * scaling
     images, domains = gate.shape
@@ -111,7 +115,8 @@ def _gated(xa: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
     return (xa.view(images, -1, xa.shape[1]) * per_column[:, None]).view_as(xa)
 
 
-def _dgate(dgated: Tensor, xa: Tensor, gate: Tensor, scaling: float) -> Tensor:
+def gate_gradient(dgated: Tensor, xa: Tensor, gate: Tensor, scaling: float) -> Tensor:
+    """dgate (B, K), in the dtype of the gate."""
     images, domains = gate.shape
     per_column = (dgated * xa).view(images, -1, xa.shape[1]).sum(1, dtype=gate.dtype)
     return per_column.view(images, domains, -1).sum(2) * scaling

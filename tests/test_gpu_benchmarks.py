@@ -60,7 +60,7 @@ def test_the_count_is_that_of_torch(domains, head, targets):
     model = FaceModel(vit, config).eval()
     model.use_ops(ops)
     model.head = torch.nn.Identity()
-    model.use_router(None if domains == 1 else _Constant(domains))
+    model.router = None if domains == 1 else _Constant(domains)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the only one whose operations torch counts
         model(torch.zeros(1, 3, 32, 32))

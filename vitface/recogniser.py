@@ -12,7 +12,7 @@ from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.device import inference_dtype
-from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import Verdict, choose_threshold
@@ -61,7 +61,7 @@ class Recogniser:
 
     def to(self, device: str | torch.device) -> "Recogniser":
         """Moves the model; returns itself."""
-        self.model.to(device).use_ops(fastest_ops(torch.device(device)))
+        self.model.to(device)
         return self
 
     def prepare(self) -> "Recogniser":

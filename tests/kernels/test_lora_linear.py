@@ -1,4 +1,7 @@
-"""The fused layer against float64, beside the eager reference in the same dtype, for outputs and every gradient."""
+"""The fused layer against float64, beside the eager reference in the same dtype, for outputs and every gradient.
+
+Both forms, the CPU's and the GPU's, run here on the CPU.
+"""
 
 import pytest
 import torch
@@ -6,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from precision import assert_as_precise, poison
 
-from vitface.kernels import fused
+from vitface.kernels import concatenated, fused
 from vitface.kernels.lora_linear import _backward, _lora_linear, forward
 from vitface.model import ops
 
+both = pytest.mark.parametrize("module", [fused, concatenated], ids=["cpu", "gpu"])
 cases = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 4),
@@ -58,20 +62,22 @@ def results(tensors, dtype, module, contiguous=True):
 
 @given(cases)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_is_at_most_twice_that_of_eager(dtype, case):
+@both
+def test_error_is_at_most_twice_that_of_eager(module, dtype, case):
     tensors = [None if t is None else t.to(dtype).double() for t in draw(case)]
     exact = results(tensors, torch.float64, ops)
     eager = results(tensors, dtype, ops)
-    ours = results(tensors, dtype, fused, case["contiguous"])
+    ours = results(tensors, dtype, module, case["contiguous"])
     sizes = results([None if t is None else t.abs() for t in tensors], torch.float64, ops)
     for name in exact:
         assert_as_precise(name, exact[name], sizes[name], eager[name], ours[name], dtype)
 
 
 @given(cases)
-def test_float64_is_the_reference(case):
+@both
+def test_float64_is_the_reference(module, case):
     tensors = draw(case)
-    want, got = (results(tensors, torch.float64, module) for module in (ops, fused))
+    want, got = (results(tensors, torch.float64, each) for each in (ops, module))
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -79,11 +85,13 @@ SMALL = {"batch": 2, "tokens": 3, "inputs": 5, "outputs": 4, "rank": 2, "bias": 
 
 
 @pytest.mark.parametrize("domains", [None, 1, 3])
-def test_gradcheck(domains):
-    x, weight, bias, a, b, gate, _ = draw({**SMALL, "domains": domains})
+@pytest.mark.parametrize("outputs", [4, 9])  # narrower and wider than x, which has 5
+@both
+def test_gradcheck(module, outputs, domains):
+    x, weight, bias, a, b, gate, _ = draw({**SMALL, "outputs": outputs, "domains": domains})
     asked = [t.requires_grad_() for t in (x, a, b, gate) if t is not None]
     assert torch.autograd.gradcheck(
-        lambda x, *rest: fused.lora_linear(x, weight, bias, *rest[:2], 0.7, *rest[2:]), asked
+        lambda x, *rest: module.lora_linear(x, weight, bias, *rest[:2], 0.7, *rest[2:]), asked
     )
 
 
@@ -100,13 +108,15 @@ def test_opcheck(domains):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, inside inductor
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # and inside dynamo
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_equals_eager(backend):
-    x, weight, bias, a, b, gate, dy = draw({**SMALL, "domains": 3})
+@both
+def test_compiled_equals_eager(module, backend):
+    x, weight, bias, a, b, gate, dy = draw({**SMALL, "outputs": 9, "domains": 3})
     asked = [t.requires_grad_() for t in (x, a, b, gate)]
 
     def layer(x, a, b, gate):
-        return torch.nn.functional.gelu(fused.lora_linear(2 * x, weight, bias, a, b, 0.7, gate))
+        return torch.nn.functional.gelu(module.lora_linear(2 * x, weight, bias, a, b, 0.7, gate))
 
     y, compiled = layer(*asked), torch.compile(layer, backend=backend, fullgraph=True)(*asked)
     torch.testing.assert_close(compiled, y, rtol=0, atol=1e-12)
@@ -120,7 +130,8 @@ def test_nothing_read_from_fresh_memory(monkeypatch):
     assert all(t.isfinite().all() for t in results(tensors, torch.float32, fused).values())
 
 
-def test_saves_the_input_and_the_bottleneck_only():
+@both
+def test_saves_the_input_and_the_bottleneck_only(module):
     """No tensor as wide as the output, and nothing K times: x and xa, beside parameters and gate."""
     x, weight, bias, a, b, gate, _ = draw({**SMALL, "tokens": 50, "outputs": 33, "domains": 8})
     parameters = {t.data_ptr() for t in (weight, bias, a, b, gate)}
@@ -128,20 +139,21 @@ def test_saves_the_input_and_the_bottleneck_only():
     for t in (x, a, b, gate):
         t.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused.lora_linear(x, weight, bias, a, b, 0.7, gate)
+        module.lora_linear(x, weight, bias, a, b, 0.7, gate)
     kept = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in parameters)
     assert kept == sorted([(100, 5), (100, 8 * SMALL["rank"])])
 
 
-def test_frozen_inputs_get_no_gradient_and_what_cannot_run_is_refused():
+@both
+def test_frozen_inputs_get_no_gradient_and_what_cannot_run_is_refused(module):
     x, weight, bias, a, b, gate, dy = draw({**SMALL, "domains": 2})
-    fused.lora_linear(x, weight, bias, a.requires_grad_(), b.requires_grad_(), 1.0).backward(dy)
+    module.lora_linear(x, weight, bias, a.requires_grad_(), b.requires_grad_(), 1.0).backward(dy)
     assert a.grad is not None and x.grad is None and weight.grad is None
     for wrong in (gate[:1], gate[:, :1].repeat(1, 3), gate[0]):
         with pytest.raises(ValueError, match="must be"):
-            fused.lora_linear(x, weight, bias, a, b, 1.0, wrong)
+            module.lora_linear(x, weight, bias, a, b, 1.0, wrong)
     with pytest.raises(ValueError, match="frozen"):
-        fused.lora_linear(x, weight.requires_grad_(), bias, a, b, 1.0)
+        module.lora_linear(x, weight.requires_grad_(), bias, a, b, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -154,3 +166,13 @@ def test_a_residual_is_added_and_left_alone(dtype):
     rounding = 4 * torch.finfo(dtype).eps * want.abs().max()
     torch.testing.assert_close(y, want, rtol=0, atol=float(rounding))
     assert torch.equal(residual, before)
+
+
+def test_each_device_gets_its_form(monkeypatch):
+    called = []
+    monkeypatch.setattr(concatenated, "lora_linear", lambda x, *rest: called.append(x.device.type) or x)
+    x, weight, bias, a, b, gate, _ = draw({**SMALL, "outputs": 5, "domains": 3})
+    fused.lora_linear(x, weight, bias, a, b, 0.7, gate)
+    assert called == []
+    fused.lora_linear(x.to("meta"), weight, bias, a, b, 0.7, gate)
+    assert called == ["meta"]

@@ -123,15 +123,11 @@ class FaceModel(nn.Module):
                 self.router = Router(dim, config.num_domains, depth, config.gate_temperature)
             self.head = make_head(config)
         vit.keep_queries(self.head.num_queries)
-        self.use_ops(fastest_ops(vit.pos_embed.device))
+        self.use_ops(fused)
 
     def use_ops(self, module: ModuleType) -> None:
         """All layers run the operations of `module` from now on (see `vitface.model.ops.use_ops`)."""
         ops.use_ops(self.vit, module)
-
-    def use_router(self, router: nn.Module) -> None:
-        """`router` decides from now on: (tokens, blocks) -> (weights, logits), as `Router`."""
-        self.router = router
 
     def use_stem(self, stem: nn.Module | None) -> None:
         """`stem` makes the patch embeddings of crops from now on (see `vitface.model.inference`)."""
@@ -160,13 +156,3 @@ class FaceModel(nn.Module):
         """float (B, 3, H, W) in [0, 1] -> the input of `forward`, (B, 3, S, S)."""
         vit = self.config.vit
         return normalise(resize(images, self.config.image_size, self.config.resize), vit.mean, vit.std)
-
-
-def fastest_ops(device: torch.device) -> ModuleType:
-    """The module of operations for a device: the fused ones on the CPU, where they were measured, else the reference.
-
-    On a GPU nobody has measured the fused ones yet (kernels/README.md, "On CUDA").
-    """
-    if device.type != "cpu":
-        return ops
-    return fused

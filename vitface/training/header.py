@@ -6,7 +6,7 @@ import textwrap
 from vitface.config import differences
 from vitface.device import dtype_note
 from vitface.model.counts import parameter_counts
-from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.face import FaceModel
 from vitface.training import setup
 from vitface.training.loop import Trainer
 from vitface.training.ranks.process_group import world_size
@@ -24,7 +24,6 @@ def header(trainer: Trainer) -> str:
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     face = trainer.model.config
     dtype = dtype_note(face.dtype, trainer.device, face.vit.embed_dim)
-    layers = fastest_ops(trainer.device).__name__.rsplit(".", 1)[-1].replace("ops", "reference")
     parts = f" in passes of {data.micro_batch}" if config.grad_accum > 1 or ranks else ""
     return "\n".join(
         [
@@ -33,7 +32,7 @@ def header(trainer: Trainer) -> str:
             f"{len(split.held_out):,} images of other people held out"
             f"{', with domain labels' if data.domains is not None else ''}",
             f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
-            f"device: {config.device}, {dtype}; layers: {layers}{ranks}{parts}",
+            f"device: {config.device}, {dtype}{ranks}{parts}",
             parameter_table(trainer.model, trainer.margin),
             f"memory: {trainer.memory}",
             f"estimated time: {seconds * steps_left / 60:.1f} min for {steps_left:,} steps "

@@ -22,7 +22,7 @@ from vitface.errors import ConfigError, DataError, VitfaceError
 from vitface.evaluation.benchmarks import available
 from vitface.extras import require
 from vitface.files import cache_home
-from vitface.model.face import FaceModel, fastest_ops
+from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.training.batches import Batch, TrainingData, micro_batch_size
@@ -138,7 +138,6 @@ def build_model(config: TrainConfig, num_people: int, change: Change | None = No
     settings = {field.name: flags[field.name] for field in dataclasses.fields(FaceConfig) if field.name in flags}
     settings |= dict(backbone=name, weights_sha256=weights_sha256(name, config.weights), vit=vit.config)
     model = FaceModel(vit, FaceConfig(**{**settings, "num_domains": domains}), config.seed).to(config.device)
-    model.use_ops(fastest_ops(torch.device(config.device)))
     if change is not None:
         change(model)
     sizes = (num_people, config.embedding_dim, config.scale, config.seed)
