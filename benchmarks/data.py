@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitface.config import IMAGENET_MEAN, IMAGENET_STD, resolve
-from vitface.data.augment import uniforms
+from vitface.data.augment import plan, uniforms
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import pack
 from vitface.data.formats.samples import FolderSamples, load_samples
@@ -109,7 +109,10 @@ def wait_share(packed: PackedSamples) -> float:
         asked = time.perf_counter()
         where, images = next(batches)
         waited += time.perf_counter() - asked
-        inputs, labels = training_input(model, images, uniforms(0, 0, where), config.augment), packed.labels[where]
+        inputs, labels = (
+            training_input(model, images, plan(uniforms(0, 0, where)), config.augment),
+            packed.labels[where],
+        )
         loss = total_loss(model, margin, Batch(inputs, torch.from_numpy(labels), None, labels), config)["loss"]
         update(optimizer, loss, trained, config.clip_grad, scale)
         optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from timing import machine, synchronise
 from vitface.commands.parser import add_settings
 from vitface.config import resolve
 from vitface.data.formats.packing import pack
-from vitface.training.batches import Batch, rank_batches
+from vitface.training.batches import Ahead, Batch, rank_batches
 from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices
 
@@ -32,7 +32,7 @@ TURNS, WARM_UP = 10, 5
 DEFAULTS = dict(weights="random", val_data=None, holdout_people=0, epochs=1)
 
 
-def endless(trainer: Trainer) -> Iterator[Batch]:
+def endless(trainer: Trainer) -> Generator[Batch]:
     """Epoch after epoch, as the loop reads them."""
     for epoch in itertools.count():
         yield from rank_batches(trainer.config, trainer.data, trainer.model, epoch, range(trainer.data.steps_per_epoch))
@@ -40,8 +40,9 @@ def endless(trainer: Trainer) -> Iterator[Batch]:
 
 def measure(trainer: Trainer, seconds: float) -> tuple[list[float], list[float]]:
     """img/s of each turn: on the loader's batches, on one batch."""
-    loaded = endless(trainer)
-    fixed = itertools.repeat(next(loaded))
+    loaded = Ahead(endless(trainer), trainer.device)
+    first = next(loaded)
+    fixed = Ahead((first for _ in itertools.count()), trainer.device)
     for batches in (loaded, fixed):
         for _ in range(WARM_UP):
             trainer._step(batches)
@@ -52,7 +53,7 @@ def measure(trainer: Trainer, seconds: float) -> tuple[list[float], list[float]]
     return rates
 
 
-def turn(trainer: Trainer, batches: Iterator[Batch], seconds: float) -> float:
+def turn(trainer: Trainer, batches: Ahead, seconds: float) -> float:
     """img/s of as many steps as begin within `seconds`."""
     synchronise()
     started, steps = time.perf_counter(), 0

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitface.data.augment import NUM_UNIFORMS, augment, uniforms
+from vitface.data import augment as module
+from vitface.data.augment import NUM_UNIFORMS, plan, uniforms
 from vitface.data.preprocess import normalise, resize, to_float
+
+
+def augment(images, u, policy):
+    return module.augment(images, plan(u), policy)
 
 
 def faces(count=4, seed=0):
@@ -132,3 +139,44 @@ def columns_from(images, start):
     """102 columns from a fractional position on, linearly interpolated."""
     low = int(start)
     return torch.lerp(images[..., low : low + 102], images[..., low + 1 : low + 103], start - low)
+
+
+def one_after_the_other(image, u):
+    """The policy "strong" for one image (3, H, H) and its 19 uniforms, in float64, effect by effect."""
+    image, side = image.double()[None], image.shape[-1]
+    cos, sin = math.cos((2 * u[1] - 1) * math.radians(5)), math.sin((2 * u[1] - 1) * math.radians(5))
+    zoom, mirror = 1 + (2 * u[2] - 1) * 0.06, -1 if u[0] < 0.5 else 1
+    x, y = (2 * u[3] - 1) * 0.08, (2 * u[4] - 1) * 0.08
+    theta = torch.tensor([[[cos * zoom * mirror, -sin * zoom, x], [sin * zoom * mirror, cos * zoom, y]]]).double()
+    image = F.grid_sample(image, F.affine_grid(theta, [1, 3, side, side], align_corners=False), align_corners=False)
+    if u[5] < 0.2:
+        low = (24, 32, 48, 64, 88)[int(u[6] * 5)]
+        small = F.interpolate(image, size=(low, low), mode="bilinear", antialias=True)
+        image = F.interpolate(small, size=(side, side), mode="bilinear")
+    luma = torch.tensor([0.299, 0.587, 0.114]).double().view(1, 3, 1, 1)
+    if u[7] < 0.8:
+        brightness, contrast, saturation = (1 + (2 * value - 1) * 0.5 for value in u[8:11])
+        image = image * brightness
+        image = torch.lerp((image * luma).sum(1).mean().expand_as(image), image, contrast)
+        image = torch.lerp((image * luma).sum(1, keepdim=True).expand_as(image), image, saturation)
+    image = image.clamp(0, 1)[0]
+    centre = (np.arange(side) + 0.5) / side
+
+    def square(size, x, y):
+        inside = [(centre >= at * (1 - size)) & (centre < at * (1 - size) + size) for at in (x, y)]
+        return torch.from_numpy(inside[1][:, None] & inside[0])
+
+    if u[11] < 0.2:
+        image = image * square(math.sqrt(0.2 + 0.8 * u[12]), u[13], u[14])
+    if u[15] < 0.25:
+        image = image * ~square(0.2 + 0.2 * u[16], u[17], u[18])
+    return image
+
+
+def test_strong_is_its_effects_one_after_the_other():
+    images, u = to_float(faces(1)).expand(120, -1, -1, -1), uniforms(3, 1, np.arange(120))
+    found = augment(images, u, "strong")
+    exact = torch.stack([one_after_the_other(*each) for each in zip(images, u.double().tolist(), strict=True)])
+    off = (found - exact).abs()
+    assert off.mean() < 1e-5 and (off > 1e-3).float().mean() < 2e-4  # but for the borders of windows, which round
+    assert {int((row[5] < 0.2) * (1 + row[6] * 5)) for row in u.tolist()} == {0, 1, 2, 3, 4, 5}

@@ -1,10 +1,14 @@
 """The update: what it does with numbers that are not finite, and fp16's scaled loss."""
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 
 from vitface.config import resolve
 from vitface.training import loss_scale
+from vitface.training.batches import Ahead, Batch
 from vitface.training.loss_scale import GROWTH, START, LossScale
 from vitface.training.non_finite import NonFiniteError, diagnose, non_finite_error
 from vitface.training.step import make_optimizer, set_rates, update
@@ -125,3 +129,58 @@ def test_learning_rates_are_a_factor_of_their_peaks():
         set_rates(optimizer, factor)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([1e-3 * factor, 1e-3 * factor, 1e-2 * factor])
+
+
+class Queued:
+    """A tensor that notes the streams that use it."""
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+def test_the_next_batch_is_prepared_on_a_stream_of_its_own(monkeypatch):
+    """With stand-ins for CUDA's streams; on a CPU nothing is read before it is asked for."""
+    made, current = [], ["main"]
+
+    def batches():
+        for number in range(3):
+            made.append((number, current[-1]))
+            yield Batch(Queued(), Queued(), None, np.array([number]))
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+    class Main:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, stream):
+            self.waited_for.append(stream)
+
+    @contextlib.contextmanager
+    def use(stream):
+        current.append("side")
+        yield
+        current.pop()
+
+    main = Main()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    ahead = Ahead(batches(), torch.device("cuda:0"))
+    first = next(ahead)
+    assert made == [(0, "side")] and first.people == [0] and main.waited_for == [ahead.stream]
+    assert first.images.streams == first.labels.streams == [main]
+    ahead.prepare()
+    ahead.prepare()
+    assert made == [(0, "side"), (1, "side")]
+    assert [batch.people[0] for batch in ahead] == [1, 2]
+    ahead.prepare()
+    made.clear()
+    plain = Ahead(batches(), CPU)
+    plain.prepare()
+    assert made == [] and next(plain).people == [0] and made == [(0, "main")]

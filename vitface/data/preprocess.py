@@ -3,6 +3,8 @@
 Everything is batched on the tensor's own device. Letters: B images, H W pixels, S input side.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,7 +15,8 @@ def to_float(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 1]."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}")
-    return rearrange(images, "b h w c -> b c h w").float().div_(255)
+    channels_first = rearrange(images, "b h w c -> b c h w")
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def resize(images: Tensor, side: int, rule: str) -> Tensor:
@@ -28,5 +31,13 @@ def resize(images: Tensor, side: int, rule: str) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(x - mean) / std per RGB channel, images in [0, 1]."""
-    shape = (1, 3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    scale, offset = _scale_and_offset(mean, std, images.device)
+    return torch.addcmul(offset, images, scale)
+
+
+@functools.cache
+def _scale_and_offset(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 / std and -mean / std, (3, 1, 1) each; kept, since a copy to a GPU would wait for it."""
+    scale = 1 / torch.tensor(std, dtype=torch.float64)
+    offset = -torch.tensor(mean, dtype=torch.float64) * scale
+    return scale.float().view(3, 1, 1).to(device), offset.float().view(3, 1, 1).to(device)

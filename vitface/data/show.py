@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from vitface.data.augment import augment, uniforms
+from vitface.data.augment import augment, plan, uniforms
 from vitface.data.formats.stored import Samples
 from vitface.data.preprocess import resize, to_float
 from vitface.errors import ConfigError
@@ -22,7 +22,7 @@ def contact_sheet(samples: Samples, count: int, policy: str, epochs: int, side: 
         raise ConfigError("a sheet needs at least one image, one epoch and a side of one pixel")
     indices = np.sort(np.random.default_rng([seed, 4]).permutation(len(samples))[:count])
     pixels = to_float(torch.from_numpy(np.stack([samples.read(int(i)) for i in indices])))
-    columns = [pixels, *(augment(pixels, uniforms(seed, epoch, indices), policy) for epoch in range(epochs))]
+    columns = [pixels, *(augment(pixels, plan(uniforms(seed, epoch, indices)), policy) for epoch in range(epochs))]
     shown = torch.stack([resize(column, side, "bicubic") for column in columns]).clamp(0, 1)
     cells = rearrange(shown.mul(255).round().byte(), "columns rows c h w -> rows columns h w c").numpy()
     sheet = Image.new("RGB", (len(columns) * (side + GAP) - GAP, len(indices) * (side + GAP + CAPTION)), "white")

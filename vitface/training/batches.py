@@ -5,7 +5,8 @@ equal parts, rank after rank, and each rank's part into its micro-batches: two r
 micro-batches. Letters: b images of a micro-batch, S input side.
 """
 
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitface.config import TrainConfig
-from vitface.data.augment import augment, uniforms
+from vitface.data.augment import augment, plan, uniforms
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
@@ -63,14 +64,50 @@ def rank_batches(
     positions = [part for step in parts for part in step]
     batches = read_batches(data.samples, split.indices, positions, config.num_workers, device.type == "cuda")
     for number, (where, crops) in enumerate(batches):
-        u = uniforms(config.seed, epoch, split.indices[where])
-        images = training_input(model, crops.to(device, non_blocking=True), u, config.augment)
-        labels = torch.from_numpy(split.labels[where]).to(device)
-        domains = data.domains
-        known = None if domains is None else torch.from_numpy(domains[split.indices[where]]).to(device)
-        yield Batch(images, labels, known, split.labels[whole[number // config.grad_accum]])
+        indices = split.indices[where]
+        planned = _to(device, plan(uniforms(config.seed, epoch, indices)))
+        images = training_input(model, crops.to(device, non_blocking=True), planned, config.augment)
+        labels = _to(device, torch.from_numpy(split.labels[where]))
+        domains = None if data.domains is None else _to(device, torch.from_numpy(data.domains[indices]))
+        yield Batch(images, labels, domains, split.labels[whole[number // config.grad_accum]])
 
 
-def training_input(model: FaceModel, crops: Tensor, u: Tensor, policy: str) -> Tensor:
-    """Crops, uint8 (b, 112, 112, 3) -> input of the model: augmented by `policy` with `u`, resized, normalised."""
-    return model.preprocess(augment(to_float(crops), u, policy))
+def _to(device: torch.device, small: Tensor) -> Tensor:
+    """A tensor of the host on the device; not waited for."""
+    return small if device.type == "cpu" else small.pin_memory().to(device, non_blocking=True)
+
+
+def training_input(model: FaceModel, crops: Tensor, planned: Tensor, policy: str) -> Tensor:
+    """Crops, uint8 (b, 112, 112, 3) -> input of the model: augmented by `policy` as `planned`, resized, normalised."""
+    return model.preprocess(augment(to_float(crops), planned, policy))
+
+
+class Ahead(Iterator[Batch]):
+    """Batches whose next one can be prepared while the device works: on a GPU on a stream of its own."""
+
+    def __init__(self, batches: Generator[Batch], device: torch.device):
+        self.batches = batches
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.prepared: list[Batch] = []
+
+    def prepare(self) -> None:
+        """Queues the work for the next batch, on a GPU; at the end there is none."""
+        if self.stream is not None and not self.prepared:
+            with torch.cuda.stream(self.stream):
+                self.prepared = list(itertools.islice(self.batches, 1))
+
+    def __next__(self) -> Batch:
+        if self.stream is None:
+            return next(self.batches)
+        self.prepare()
+        if not self.prepared:
+            raise StopIteration
+        batch, stream = self.prepared.pop(), torch.cuda.current_stream(self.stream.device)
+        stream.wait_stream(self.stream)
+        for tensor in (batch.images, batch.labels, batch.domains):
+            if tensor is not None:
+                tensor.record_stream(stream)
+        return batch
+
+    def close(self) -> None:
+        self.batches.close()

@@ -8,7 +8,6 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from vitface.config import TrainConfig
 from vitface.metrics import auc
 from vitface.training import setup
-from vitface.training.batches import Batch, rank_batches
+from vitface.training.batches import Ahead, Batch, rank_batches
 from vitface.training.holdout import alarms, all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
@@ -111,11 +110,11 @@ class Trainer:
                 if stopped or (config.save_every and progress.step % config.save_every == 0):
                     return
 
-    def _batches(self) -> Generator[Batch]:
+    def _batches(self) -> Ahead:
         """The rest of the current epoch."""
         progress = self.state.progress
         steps = range(progress.steps_into_epoch, self.data.steps_per_epoch)
-        return rank_batches(self.config, self.data, self.model, progress.epoch, steps)
+        return Ahead(rank_batches(self.config, self.data, self.model, progress.epoch, steps), self.device)
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -129,10 +128,10 @@ class Trainer:
             disable=rank() > 0,
         )
 
-    def _step(self, batches: Generator[Batch]) -> tuple[float, dict[str, float]]:
+    def _step(self, batches: Ahead) -> tuple[float, dict[str, float]]:
         """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean losses.
 
-        It waits for the device once, at the end.
+        It waits for the device once, when the next batch is on its way.
         """
         progress, count = self.state.progress, self.config.grad_accum
         results: dict[str, Tensor] = {}
@@ -143,6 +142,7 @@ class Trainer:
             results = self._micro_step(batch, results, last=part == count - 1)
         if self.sampled is not None:
             self.sampled.put_back(self.optimizer)
+        batches.prepare()
         losses = dict(zip(results, torch.stack([*results.values()]).tolist(), strict=True))
         norm, bad = losses.pop("grad_norm"), losses.pop("bad")
         if bad and not (self.loss_scale.enabled and may_skip(losses["loss"], progress.skipped_in_a_row)):
