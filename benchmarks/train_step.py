@@ -125,10 +125,11 @@ def our_model(vit: ViT, args: argparse.Namespace, dtype: str, module: ModuleType
 Build = Callable[[ViT], Learner]  # from a backbone, which a learner may not change
 
 
-def ours(args: argparse.Namespace, dtype: str, module: ModuleType, compiled: bool, vit: ViT) -> Learner:
+def ours(args: argparse.Namespace, dtype: str, module: ModuleType, mode: str | None, vit: ViT) -> Learner:
+    """`mode` is torch.compile's, None for eager."""
     model = our_model(vit, args, dtype, module)
     layers = adapted_linears(model.vit)
-    call = torch.compile(model) if compiled else model
+    call = _compiled(model, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Learner(lambda images: call(images)[0], trained, lambda path: layers[path].lora_b.grad)
 
@@ -186,13 +187,11 @@ def _compiled(model: nn.Module, mode: str | None) -> Callable[[Tensor], Tensor]:
 
 
 def modes(args: argparse.Namespace, tuned: bool) -> dict[str, str | None]:
-    """The ways to call a model: eager, compiled, and on a GPU an expert's CUDA graphs."""
-    found: dict[str, str | None] = {"": None}
-    if args.compiled:
-        found[", compiled"] = "default"
-        if tuned and args.device.type == "cuda":
-            found = {", compiled with CUDA graphs": "reduce-overhead"}
-    return found
+    """The ways to call a model: eager, compiled, and for ours and tuned peers on a GPU compiled with CUDA graphs."""
+    graphs: dict[str, str | None] = {", CUDA graphs": "reduce-overhead"} if args.device.type == "cuda" else {}
+    if not args.compiled:
+        return {"": None}
+    return {"": None, ", compiled": "default", **(graphs if tuned else {})}
 
 
 def lora_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, tuple[str, ...], Build]]:
@@ -235,11 +234,11 @@ def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     found = {}
     for dtype in args.dtypes:
         builds: dict[str, tuple[str, tuple[str, ...], Build]] = {}
-        for suffix, mode in modes(args, tuned=False).items():
-            build = functools.partial(ours, args, dtype, fused, mode is not None)
+        for suffix, mode in modes(args, tuned=True).items():
+            build = functools.partial(ours, args, dtype, fused, mode)
             builds[f"vitface, {dtype}{suffix}"] = "vitface", (), build
         for suffix, mode in modes(args, tuned=False).items():
-            build = functools.partial(ours, args, dtype, ops, mode is not None)
+            build = functools.partial(ours, args, dtype, ops, mode)
             builds[f"the formulas, {dtype}{suffix}"] = "reference", (), build
         builds |= (lora_peers if args.adapter == "lora" else domain_peers)(args, dtype)
         for name, (group, needs, build) in builds.items():
@@ -253,7 +252,7 @@ def checked_step(args: argparse.Namespace, dtype: str, build: Build) -> TrainSte
     images, vit = inputs(args)
     labels = torch.randint(PEOPLE, (args.batch_size,), generator=torch.Generator().manual_seed(1)).to(args.device)
     step = TrainStep(build(vit), images, labels)
-    exact = TrainStep(ours(args, "fp32", ops, False, vit), images, labels)
+    exact = TrainStep(ours(args, "fp32", ops, None, vit), images, labels)
     loss, want_loss = step.backward(), exact.backward()
     off = 0.0
     for path in ("blocks.0.attn.qkv", f"blocks.{len(vit.blocks) - 1}.attn.proj"):
