@@ -107,3 +107,12 @@ def test_a_model_trained_in_bf16_is_used_in_what_is_fast_here(tmp_path, monkeypa
     assert "dtype: fp32, 1.6x the speed of bf16 on this processor; trained in bf16" in capsys.readouterr().err
     assert main([*explain, str(tiny_run)]) == 0
     assert "dtype" not in capsys.readouterr().err
+
+
+def test_a_named_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device.resolve_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+    device.resolve_device("cpu")
+    assert chosen == [torch.device("cuda:1")]

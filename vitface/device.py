@@ -31,6 +31,8 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cpu":
         _keep_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)  # for what asks for the current one, as kernels in Triton do
     return device
 
 

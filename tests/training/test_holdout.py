@@ -52,7 +52,7 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     )
     assert text in printed and text in (tmp_path / "run" / "results.md").read_text()
     checkpoint = open_checkpoint(tmp_path / "run")
-    model = Recogniser.from_checkpoint(checkpoint)
+    model = Recogniser.from_checkpoint(checkpoint).prepare()  # as the commands use it
     assert list(model.thresholds) == [0.01]
     seen = []
     with monkeypatch.context() as patch:

@@ -87,7 +87,7 @@ def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -
     """Evaluates a model that no run trained, once; EvaluationError if a benchmark cannot be judged."""
     if (cell / SCORES).is_file():
         return
-    recogniser = Recogniser(model).to(resolve_choices(config).device)
+    recogniser = Recogniser(model).to(resolve_choices(config).device).prepare()
     evaluation = evaluate_all(recogniser.embed, names, config.val_data or "")
     if evaluation.failures:
         raise EvaluationError("; ".join(evaluation.failures))

@@ -32,14 +32,15 @@ def finish(
     broadcast(None)  # until rank 0 has written the last checkpoint
     names = final_benchmarks(config)
     checkpoint = open_checkpoint(run_dir, config.weights)
-    adapted = Recogniser.from_checkpoint(checkpoint).to(config.device)
+    adapted = Recogniser.from_checkpoint(checkpoint, config.device)
     if change is not None:
         change(adapted.model)
+    adapted.prepare()
     thresholds = calibrate(data, checkpoint, adapted.model)
     models = {ADAPTED: adapted}
     if with_frozen:
         frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
-        models = {FROZEN: Recogniser(frozen).to(config.device), **models}
+        models = {FROZEN: Recogniser(frozen).to(config.device).prepare(), **models}
     sections = {}
     for title, model in models.items() if names else ():
         sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)

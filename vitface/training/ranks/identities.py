@@ -59,9 +59,8 @@ class _Columns(torch.autograd.Function):
         for first in range(0, len(weight), CHUNK):
             cosine = unit @ F.normalize(weight[first : first + CHUNK], eps=EPS).T  # (B, chunk)
             mine, column = _inside(columns, first, cosine.shape[1])
-            own[mine] = cosine[mine, column]
-            logits = cosine.mul_(scale)
-            logits[mine, column] = -torch.inf
+            own = torch.where(mine, cosine.gather(1, column)[:, 0], own)
+            logits = _put(cosine.mul_(scale), column, mine, -torch.inf)
             higher = torch.maximum(peak, logits.amax(1))
             total.mul_((peak - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
             peak = higher
@@ -82,7 +81,7 @@ class _Columns(torch.autograd.Function):
             d_cosine = (unit @ direction.T).mul_(ctx.scale).sub_(peak[:, None]).exp_()
             d_cosine.mul_((ctx.scale * d_total)[:, None])
             mine, column = _inside(columns, first, len(rows))
-            d_cosine[mine, column] = d_own[mine]
+            _put(d_cosine, column, mine, d_own)
             d_unit.addmm_(d_cosine, direction)
             d_rows = d_cosine.T @ unit
             along = (d_rows * direction).sum(1, keepdim=True).where(length > EPS, 0)  # no gradient along a unit vector
@@ -91,9 +90,16 @@ class _Columns(torch.autograd.Function):
 
 
 def _inside(columns: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """The images whose own class is in a chunk, and the column of the chunk."""
-    mine = torch.nonzero((columns >= first) & (columns < first + count)).squeeze(1)
-    return mine, columns[mine] - first
+    """Whether an image's own class is in a chunk, bool (B,), and its column there, (B, 1); of the others any column.
+
+    Nothing here depends on values, so a GPU is not waited for.
+    """
+    return (columns >= first) & (columns < first + count), (columns - first).clamp(0, count - 1)[:, None]
+
+
+def _put(matrix: Tensor, column: Tensor, mine: Tensor, values: Tensor | float) -> Tensor:
+    """`values` (B,) into the rows that are `mine`, each into its `column`; in place."""
+    return matrix.scatter_(1, column, torch.where(mine, values, matrix.gather(1, column)[:, 0])[:, None])
 
 
 class ShardedMargin(nn.Module):
