@@ -31,13 +31,15 @@ def resize(images: Tensor, side: int, rule: str) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(x - mean) / std per RGB channel, images in [0, 1]."""
-    scale, offset = _scale_and_offset(mean, std, images.device)
+    scale, offset = _scale_and_offset(mean, std, images.device, images.dtype)
     return torch.addcmul(offset, images, scale)
 
 
 @functools.cache
-def _scale_and_offset(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_offset(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """1 / std and -mean / std, (3, 1, 1) each; kept, since a copy to a GPU would wait for it."""
     scale = 1 / torch.tensor(std, dtype=torch.float64)
     offset = -torch.tensor(mean, dtype=torch.float64) * scale
-    return scale.float().view(3, 1, 1).to(device), offset.float().view(3, 1, 1).to(device)
+    return scale.to(device, dtype).view(3, 1, 1), offset.to(device, dtype).view(3, 1, 1)
