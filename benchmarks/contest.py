@@ -25,14 +25,14 @@ from timing import seconds, synchronise
 
 WARMUP, HEAT, FINALISTS = 2, 3, 2
 PACKAGES = {"timm": "timm", "transformers": "transformers", "peft": "peft"}
-PACKAGES |= {"openvino": "openvino", "onnxruntime": "onnx onnxruntime"}
+PACKAGES |= {"openvino": "openvino", "onnxruntime": "onnx onnxruntime", "triton": "triton"}
 
 
 @dataclass(frozen=True)
 class Contestant:
     """`build` compares a contestant with the reference and returns a function that makes one repetition."""
 
-    group: str  # vitface, reference, peers, tuned_peers, runtimes
+    group: str  # vitface, packed, reference, peers, tuned_peers, runtimes
     dtype: str
     build: Callable[[], Callable[[], object]]
     needs: tuple[str, ...] = ()  # modules

@@ -134,6 +134,13 @@ def ours(args: argparse.Namespace, dtype: str, module: ModuleType, mode: str | N
     return Learner(lambda images: call(images)[0], trained, lambda path: layers[path].lora_b.grad)
 
 
+def ours_packed(args: argparse.Namespace, dtype: str, vit: ViT) -> Learner:
+    """The fused operations with attention in Triton, compiled."""
+    from vitface.kernels import fused_packed  # it needs triton
+
+    return ours(args, dtype, fused_packed, "default", vit)
+
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How a peer is trained: its backbone and products in `dtype`; with `cast`, PEFT keeps the adapters in float32."""
@@ -237,6 +244,9 @@ def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
         for suffix, mode in modes(args, tuned=True).items():
             build = functools.partial(ours, args, dtype, fused, mode)
             builds[f"vitface, {dtype}{suffix}"] = "vitface", (), build
+        if args.device.type == "cuda" and args.compiled and dtype != "fp32":  # a group of its own: it may fail
+            build = functools.partial(ours_packed, args, dtype)
+            builds[f"vitface, packed attention, {dtype}, compiled"] = "packed", ("triton",), build
         for suffix, mode in modes(args, tuned=False).items():
             build = functools.partial(ours, args, dtype, ops, mode)
             builds[f"the formulas, {dtype}{suffix}"] = "reference", (), build

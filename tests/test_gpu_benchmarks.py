@@ -173,6 +173,15 @@ def test_contestants_take_turns_in_processes_of_their_own(tmp_path, capsys):
         contest.hold([str(script)], {"broken": entrant("vitface")}, images=4, repetitions=1)
 
 
+def test_packed_attention_is_timed_on_cuda_only():
+    args = train_step.arguments(["--device", "cpu", "--dtypes", "fp32", "bf16", "--peers", "none"])
+    assert not [name for name in train_step.contestants(args) if "packed" in name]
+    args.device = torch.device("cuda")
+    assert [name for name in train_step.contestants(args) if "packed" in name] == [
+        "vitface, packed attention, bf16, compiled"
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_both_benchmarks_of_a_sweep(capsys, monkeypatch, dtype):
