@@ -14,8 +14,17 @@ LOG2E = tl.constexpr(1.4426950408889634)  # probabilities are powers of two: exp
 
 
 @triton.jit
-def forward(qkv, out, lse, N: tl.constexpr, Q: tl.constexpr, nh: tl.constexpr, hd: tl.constexpr,
-            OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def forward(
+    qkv,
+    out,
+    lse,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    nh: tl.constexpr,
+    hd: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """For each image and head, a program for the class token's query and one for each tile of other queries."""
     D: tl.constexpr = nh * hd
     tiles: tl.constexpr = 1 + (Q - 1 + OWN - 1) // OWN
@@ -30,8 +39,19 @@ def forward(qkv, out, lse, N: tl.constexpr, Q: tl.constexpr, nh: tl.constexpr, h
 
 
 @triton.jit
-def backward(qkv, out, lse, dout, dqkv, N: tl.constexpr, Q: tl.constexpr, nh: tl.constexpr, hd: tl.constexpr,
-             OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def backward(
+    qkv,
+    out,
+    lse,
+    dout,
+    dqkv,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    nh: tl.constexpr,
+    hd: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """For each image and head, a program for the class token, one for each tile of other keys, one for each of queries.
 
     Each computes P again and writes what nobody else does, after one sum in one order: no atomics.
@@ -71,8 +91,18 @@ def _forward_cls(q, o, lse, N: tl.constexpr, D: tl.constexpr, hd: tl.constexpr, 
 
 
 @triton.jit
-def _forward_queries(q, o, lse, first_query, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, hd: tl.constexpr,
-                     OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def _forward_queries(
+    q,
+    o,
+    lse,
+    first_query,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    hd: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     scale: tl.constexpr = hd**-0.5 * LOG2E
     queries = _load(q + 3 * D, first_query, Q - 1, 3 * D, OWN, hd)
     most = _times(queries, _row(q + D, hd)) * scale
@@ -92,8 +122,9 @@ def _forward_queries(q, o, lse, first_query, N: tl.constexpr, Q: tl.constexpr, D
 
 
 @triton.jit
-def _backward_cls(q, o, do, lse, dq, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, hd: tl.constexpr,
-                  STEP: tl.constexpr):  # fmt: skip
+def _backward_cls(
+    q, o, do, lse, dq, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, hd: tl.constexpr, STEP: tl.constexpr
+):
     """The class token's dq, from all keys, and its dk and dv, from all queries."""
     scale: tl.constexpr = hd**-0.5
     k0, v0 = _row(q + D, hd), _row(q + 2 * D, hd)
@@ -117,8 +148,20 @@ def _backward_cls(q, o, do, lse, dq, N: tl.constexpr, Q: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _backward_keys(q, o, do, lse, dq, first_key, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, hd: tl.constexpr,
-                   OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def _backward_keys(
+    q,
+    o,
+    do,
+    lse,
+    dq,
+    first_key,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    hd: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """dk and dv of a tile of keys, from all queries; zeros as dq of those of its tokens that are no queries."""
     scale: tl.constexpr = hd**-0.5
     k, v = _load_pair(q + 4 * D, first_key, N, D, OWN, hd)
@@ -141,8 +184,20 @@ def _backward_keys(q, o, do, lse, dq, first_key, N: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
-def _backward_queries(q, o, do, lse, dq, first_query, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr,
-                      hd: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def _backward_queries(
+    q,
+    o,
+    do,
+    lse,
+    dq,
+    first_query,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    hd: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """dq of a tile of queries, from all keys."""
     scale: tl.constexpr = hd**-0.5
     queries, douts, sums, delta = _load_queries(q, o, do, lse, first_query, Q, D, OWN, hd)
@@ -213,8 +268,16 @@ def _load(base, first, rows: tl.constexpr, stride: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _store(base, first, tile, start: tl.constexpr, stop: tl.constexpr, stride: tl.constexpr,
-           BLOCK: tl.constexpr, hd: tl.constexpr):  # fmt: skip
+def _store(
+    base,
+    first,
+    tile,
+    start: tl.constexpr,
+    stop: tl.constexpr,
+    stride: tl.constexpr,
+    BLOCK: tl.constexpr,
+    hd: tl.constexpr,
+):
     """Those rows of `tile` (BLOCK, hd), which are rows `first` and on, that are from `start` on and before `stop`."""
     offs = first + tl.arange(0, BLOCK)
     pointers = base + offs[:, None] * stride + tl.arange(0, hd)[None, :]

@@ -5,8 +5,10 @@ Each command is a module: its docstring and EXAMPLES are its help, `add_flags(pa
 """
 
 import importlib
+import importlib.util
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from vitface.commands.parser import CommandParser
@@ -30,16 +32,21 @@ def load_command(name: str) -> tuple[ModuleType, CommandParser]:
 
 
 def usage() -> str:
-    """The list of commands: of each one its first example, and the beginning of its description."""
+    """The list of commands: of each one its first example, and the beginning of its description.
+
+    Their sources are read, not imported: some need numpy as soon as they are.
+    """
     lines = ["usage: vitface COMMAND ...   (vitface COMMAND --help has its flags and examples; --version)"]
     for title, (_, names) in GROUPS.items():
         lines += ["", f"{title}:"]
         for name in names:
-            module, _ = load_command(name)
-            example = re.search(rf"^  (vitface {name}\b.*?)(   |$)", module.EXAMPLES, re.MULTILINE)
-            about = re.match(r"[^.:?]+\??", module.__doc__ or "")
+            module = importlib.util.find_spec(COMMANDS[name])
+            assert module and module.origin
+            source = Path(module.origin).read_text(encoding="utf-8")
+            example = re.search(rf"^  (vitface {name}\b.*?)(   |$)", source, re.MULTILINE)
+            about = re.match(r'"""([^.:?]+\??)', source)
             assert example and about
-            lines.append(f"  {example[1]:<53}  {about[0]}")
+            lines.append(f"  {example[1]:<53}  {about[1]}")
     return "\n".join(lines)
 
 
