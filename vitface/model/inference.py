@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import vitface.kernels.frozen as frozen
+import vitface.kernels.fused as fused
 import vitface.kernels.lora_linear as lora_linear
 import vitface.kernels.onednn as onednn
 from vitface.data.images import CROP_SIZE
@@ -98,6 +99,7 @@ def prepare_inference(model: FaceModel) -> FaceModel:
     laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, to the dtype that they had.
     """
     model.eval().requires_grad_(False)
+    model.use_ops(fused)  # the formulas cannot read a weight in the layout of oneDNN
     dtype = model.vit.pos_embed.dtype
     linears = [module for module in model.vit.modules() if isinstance(module, Linear)]
     for layer in linears:
