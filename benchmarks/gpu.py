@@ -81,15 +81,12 @@ ROWS = (
 )
 
 
-def measure(row: Row, device: str, seconds: float) -> dict:
+def measure(row: Row, seconds: float) -> dict:
     """The last line of a benchmark, or {"passed": its last line} of the tests, or {"error": why there is neither}."""
-    command = list(row.command) + (["--device", device] if row.command[0].endswith((".py",)) else [])
-    if row.command[0].endswith("attention.py"):
-        command = list(row.command)  # it knows no other device
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": seconds}
     try:
-        done = subprocess.run([sys.executable, *command], **how)
+        done = subprocess.run([sys.executable, *row.command], **how)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {seconds:.0f} s, when the time was over"}
     lines = done.stdout.strip().splitlines() or [""]
@@ -97,7 +94,10 @@ def measure(row: Row, device: str, seconds: float) -> dict:
         last = (done.stderr.strip().splitlines() or lines)[-1]
         return {"error": f"exit code {done.returncode}: {last[:300]}"}
     print("\n".join(lines), flush=True)
-    return {"passed": lines[-1]} if row.command[0] == "-m" else json.loads(lines[-1])
+    try:
+        return {"passed": lines[-1]} if row.command[0] == "-m" else json.loads(lines[-1])
+    except json.JSONDecodeError:
+        return {"error": f"its last line is not JSON: {lines[-1][:300]}"}
 
 
 def cell(found: dict) -> str:
@@ -118,10 +118,9 @@ def cell(found: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="10, or 30 for all of it (default: 10)")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="also write the JSON there, after each row")
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         print("torch finds no CUDA device here", file=sys.stderr)
         return 2
     end, found = time.monotonic() + 60 * args.minutes, {}
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             found[row.title] = {"error": "left out; the time was over"}
         else:
             print(f"\n== {row.title}: python {' '.join(row.command)}", flush=True)
-            found[row.title] = measure(row, args.device, left)
+            found[row.title] = measure(row, left)
         if args.out is not None:
             args.out.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n", encoding="utf-8")
     print(f"\n{machine()}\n\n| | command | aim | measured |\n|---|---|---|---|")

@@ -9,6 +9,7 @@ torch 2.13. The last line is JSON.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -32,6 +33,11 @@ VIEWS = (
     "prim.device",
     "aten.as_strided",
 )
+OPERATIONS = {
+    "formulas": "vitface.model.ops",
+    "fused": "vitface.kernels.fused",
+    "packed": "vitface.kernels.fused_packed",
+}
 H100: dict[str, Any] = dict(major=9, minor=0, warp_size=32, multi_processor_count=132)
 H100 |= dict(regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
 
@@ -90,8 +96,6 @@ def pretend() -> None:
 def face_model(args: argparse.Namespace) -> torch.nn.Module:
     """The model of vitface, its tensors on the fake device and without values."""
     from vitface.config import VIT_PRESETS, FaceConfig, backbone_name
-    from vitface.kernels import fused
-    from vitface.model import ops
     from vitface.model.face import FaceModel
     from vitface.model.vit import ViT
 
@@ -104,7 +108,7 @@ def face_model(args: argparse.Namespace) -> torch.nn.Module:
     )
     with torch.device("cuda"):
         model = FaceModel(ViT(config.vit, 224), config).train()
-    model.use_ops(ops if args.formulas else fused)
+    model.use_ops(importlib.import_module(OPERATIONS[args.operations]))
     return model
 
 
@@ -277,7 +281,7 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=1, help="1: LoRA (the default); more: DA-LoRA")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--head", default="linear")
-    parser.add_argument("--formulas", action="store_true", help="the operations of vitface.model.ops")
+    parser.add_argument("--operations", choices=OPERATIONS, default="fused", help="of the layers (default: fused)")
     args = parser.parse_args()
     if "VITFACE_FAKE_CUDA" not in os.environ:
         with_a_fake_device()
