@@ -21,8 +21,8 @@ import pytest
 PAGE = """\
 # Files, folders and machines as people have them
 
-Each row is an input that a test in `tests/compatibility` builds, as small as it can be, and what vitface does with it. Most come
-from public reports about programs for this work. The page is made from the tests: `python tests/compatibility/cases.py`.
+Each row is an input that a test in `tests/compatibility` builds, as small as it can be, and what vitface does with it.
+Most come from public reports about programs for this work. Made from the tests: `python tests/compatibility/cases.py`.
 """
 
 
