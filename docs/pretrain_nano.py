@@ -89,7 +89,8 @@ def pretrain(config: ViTConfig, num_images: int, seed: int) -> tuple[ViT, nn.Lin
     first_people = range(PRETRAIN_PEOPLE.start, PRETRAIN_PEOPLE.start + steps * BATCH_SIZE, BATCH_SIZE)
     batches = in_processes(functools.partial(draw_batch, seed), first_people, num_workers=1)
     bar = tqdm(batches, total=steps, unit="batch", mininterval=1)
-    for step, (images, numbers, truth) in enumerate(bar):
+    for step, batch in enumerate(bar):
+        images, numbers, truth = map(torch.from_numpy, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / steps)
         tokens = vit(normalise(to_float(images), config.mean, config.std))

@@ -164,7 +164,7 @@ class TrainConfig:
     max_samples: int | None = flag(None, "train on at most this many images", least=1)
     augment: Literal["none", "flip", "strong"] = flag("strong", "random changes to training images")
     pack: bool = flag(True, "decode the images once, into $VITFACE_HOME, not in every epoch", bookkeeping=True)
-    num_workers: int = flag(2, "processes that decode images", least=0, bookkeeping=True)
+    num_workers: int = flag(2, "processes that decode images", least=0, most=1024, bookkeeping=True)
 
     loss: Literal["cosface", "arcface", "adaface"] = flag("cosface", "margin softmax", group="loss")
     margin: float = flag(0.35, "margin m", least=0)

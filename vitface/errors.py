@@ -37,6 +37,10 @@ class EvaluationError(VitfaceError):
     """Scores or labels that cannot be evaluated; the message has the likely cause."""
 
 
+class WorkerError(VitfaceError):
+    """A process that decodes images was killed or could not be started; the message says what to change."""
+
+
 class RankError(VitfaceError):
     """Another rank failed, was killed or did not answer; the message names it."""
 

@@ -24,8 +24,11 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Looks for unknown flags first: argparse would rather complain of the required one that was misspelt."""
-        words, known = list(args or ()), self._option_string_actions
+        """Looks for unknown flags first: argparse would rather complain of the required one that was misspelt.
+
+        It expands ~ where the shell leaves it, as in --save-dir=~/runs.
+        """
+        words, known = [*map(_expand_home, args or ())], self._option_string_actions
         if self._subparsers is None:  # a parser with subcommands has no flags of its own
             for word in words[: words.index("--") if "--" in words else None]:
                 flag = word.partition("=")[0]
@@ -38,6 +41,19 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\nsee {self.prog} --help\n")
+
+
+def _expand_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{os.path.expanduser(value)}"
+
+
+def worker_count(text: str) -> int:
+    """An argument's `type`: a number of processes, as `TrainConfig.num_workers`."""
+    bounds = TrainConfig.__dataclass_fields__["num_workers"].metadata["bounds"]
+    if not text.lstrip("-").isdigit() or int(text) not in bounds:
+        raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+    return int(text)
 
 
 def output_file(text: str) -> Path:
@@ -70,7 +86,7 @@ SHARED: dict[str, dict[str, Any]] = {
     ),
     "--detector": dict(type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one"),
     "--landmarks": dict(type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector"),
-    "--num-workers": dict(type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"),
+    "--num-workers": dict(type=worker_count, default=os.cpu_count() or 1, help="processes (default: all cores)"),
     "--far": dict(type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated"),
     "--threshold": dict(type=float, metavar="COSINE", help="your own threshold, from -1 to 1"),
     "--docs": dict(type=Path, metavar="FILE.md", help="also put the table there, between two markers"),

@@ -68,7 +68,10 @@ def read_batches(
     if isinstance(samples, PackedSamples):
         batches = in_thread(functools.partial(_gather, samples, indices, pinned), positions)
     else:
-        batches = in_processes(functools.partial(_decode, samples, indices), positions, num_workers, pinned)
+        decoded = map(
+            torch.from_numpy, in_processes(functools.partial(_decode, samples, indices), positions, num_workers)
+        )
+        batches = (images.pin_memory() if pinned else images for images in decoded)
     yield from zip(positions, batches, strict=True)
 
 

@@ -30,7 +30,7 @@ from vitface.files import json_bytes, replace_file, sha256_bytes, write_synced
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
-SHARD = 256  # images; workers return a shard in shared memory, which is small in containers
+SHARD = 256  # images; each worker holds one in memory
 CODECS = ("jpg", "libjpeg_turbo", "zlib", "webp")  # the pixels depend on their versions
 Source = RecordSamples | FolderSamples
 
@@ -143,7 +143,6 @@ def _decode_rest(samples: Source, first: int, num_workers: int) -> Iterator[tupl
     rest = range(first, -(-len(samples) // SHARD))
     with tqdm(desc="packing", total=len(samples), initial=first * SHARD, unit="img", dynamic_ncols=True) as bar:
         for crops, skipped in in_processes(functools.partial(_decode, samples), rest, num_workers):
-            crops = crops.numpy()
             bar.update(len(crops) + len(skipped))
             yield crops, {"images": len(crops), "sha256": hashlib.sha256(crops).hexdigest(), "skipped": skipped}
 

@@ -1,7 +1,7 @@
 """Training samples: InsightFace RecordIO folders, image folders and packed folders, with one interface, `Samples`.
 
 Opening checks everything that can be checked without decoding an image (offsets, headers, labels, names); an image is
-decoded when it is read. Samples can be handed to DataLoader workers: their pickle holds names and numbers only.
+decoded when it is read. Samples can be handed to worker processes: their pickle holds names and numbers only.
 """
 
 import csv
