@@ -14,7 +14,7 @@ from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
 from vitface.evaluation.report import results_json, results_table
-from vitface.evaluation.scores import keep_scores
+from vitface.evaluation.scores import benchmark_of, keep_scores
 
 if TYPE_CHECKING:
     from vitface.recogniser import Recogniser
@@ -145,7 +145,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
     wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
-    results = [{name: result for name, result in read_run(run).items() if name in wanted} for run in runs]
+    results = [{name: result for name, result in read_run(run).items() if benchmark_of(name) in wanted} for run in runs]
     first, *others = group_runs(runs, results)
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(comparison_text(comparison) for comparison in comparisons))

@@ -46,8 +46,12 @@ def experiments_markdown(runs: Path) -> str:
 
 
 def _cells(run: Path) -> list[str]:
-    """Cells of one run: trainable parameters, the accuracy on each benchmark, settings that differ."""
+    """Cells of one run: trainable parameters, the accuracy on each benchmark, settings that differ.
+
+    A benchmark has several accuracies if the run was evaluated on several files of its name.
+    """
     from vitface.evaluation.compare import read_run
+    from vitface.evaluation.scores import benchmark_of
     from vitface.model.counts import parameter_counts
     from vitface.store.faces import meta_model, open_checkpoint
 
@@ -56,12 +60,15 @@ def _cells(run: Path) -> list[str]:
         results = read_run(run)
     except VitfaceError:  # it is not finished
         trainable, results = "", {}
-    scored = [
-        f"{100 * results[bench].accuracy:.2f} ± {100 * results[bench].std:.2f}" if bench in results else "not evaluated"
+    scored = {
+        bench: [result for name, result in results.items() if benchmark_of(name) == bench] for bench in RECORDED_ON
+    }
+    accuracies = [
+        "; ".join(f"{100 * found.accuracy:.2f} ± {100 * found.std:.2f}" for found in scored[bench]) or "not evaluated"
         for bench in RECORDED_ON
     ]
     differ = {name: value for name, value in differences(read_config(run)).items() if name not in BOOKKEEPING}
-    return [trainable, *scored, ", ".join(f"`{to_flag(name)} {value}`" for name, value in differ.items())]
+    return [trainable, *accuracies, ", ".join(f"`{to_flag(name)} {value}`" for name, value in differ.items())]
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was pub
 crops under the published names (see `pair_lists`). "synthetic" and "synthetic_shift" are drawn and need no file.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
+from vitface.files import sha256_bytes
 
 BATCH_SIZE = 128
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
@@ -82,21 +84,23 @@ def evaluate_benchmark(
     DataError as for `read_benchmark`, EvaluationError if nothing can be computed from the embeddings.
     """
     if name in SYNTHETIC:
-        images, people = _synthetic_benchmark(name)
+        images, people, data = _synthetic_benchmark(name)
         rows = _embed_all(embed, images.__getitem__, len(images), in_turns)
         first, second, folds, alarms, issame = rows[::2], rows[1::2], None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
         first, second = embed_pairs(embed, pairs, in_turns)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
+        data = pairs.sha256()
     check_embeddings(np.concatenate([first, second]))
-    result = verify(pair_distance(first, second), issame, folds, people)
+    result = dataclasses.replace(verify(pair_distance(first, second), issame, folds, people), data=data)
     return result, [*alarms, *order_alarms(name, first, second, issame)]
 
 
 @functools.cache
-def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray]:
-    return synthetic_pairs(BENCHMARKS[world].pairs, world=world)
+def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray, str]:
+    images, people = synthetic_pairs(BENCHMARKS[world].pairs, world=world)
+    return images, people, sha256_bytes(images.tobytes())
 
 
 def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Tests whether B verifies better than A on the same pairs; the runs of each side differ only in the seed."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vitface.config import BOOKKEEPING
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.scores import SCORES, load_scores
+from vitface.evaluation.scores import SCORES, benchmark_of, labelled, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
 from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_config
@@ -59,9 +59,13 @@ class Comparison:
 
 def read_run(run: Path) -> dict[str, Verification]:
     """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
+    trained, again = (run / "checkpoints").is_dir(), f"vitface evaluate --checkpoint {run} --bench all"
+    if not (run / SCORES).is_file():
+        advice = f"it was not evaluated yet; do it with\n  {again}" if trained else "it is no run; name run directories"
+        raise CheckpointError(f"{run} has no scores ({SCORES} is missing): {advice}")
     results, model = load_scores(run / SCORES)
-    if (run / "checkpoints").is_dir() and model != open_checkpoint(run).sha256:
-        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint: evaluate the run again")
+    if trained and model != open_checkpoint(run).sha256:
+        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint; evaluate it again with\n  {again}")
     return results
 
 
@@ -94,9 +98,8 @@ def compare(a: Side, b: Side) -> Comparison:
     Synthetic benchmarks count only if there are no others. EvaluationError if the runs have no benchmark in common, or
     if their pairs differ.
     """
-    every = [*a.results, *b.results]
-    names = [name for name in a.results[0] if all(name in results for results in every)]
-    names = [name for name in names if name not in SYNTHETIC] or names
+    every = on_common_data([*a.results, *b.results])
+    names = [name for name in every[0] if benchmark_of(name) not in SYNTHETIC] or list(every[0])
     if not names:
         command = "vitface evaluate --checkpoint RUN --bench NAME"
         raise EvaluationError(f"{a.name} and {b.name} have no benchmark in common; evaluate them with\n  {command}")
@@ -104,7 +107,8 @@ def compare(a: Side, b: Side) -> Comparison:
         ours, theirs = every[0][name], results[name]
         if not (np.array_equal(ours.issame, theirs.issame) and np.array_equal(ours.folds, theirs.folds)):
             raise EvaluationError(f"{name}: the runs were not evaluated on the same pairs; use one file for all")
-    first, second = ([[results[name] for results in side.results] for name in names] for side in (a, b))
+    sides = every[: len(a.results)], every[len(a.results) :]
+    first, second = ([[results[name] for results in side] for name in names] for side in sides)
     draws = difference_draws(first, second, matched=a.seeds == b.seeds)
     rows = []
     for name, of_a, of_b, drawn in zip(names, first, second, draws, strict=True):
@@ -115,6 +119,24 @@ def compare(a: Side, b: Side) -> Comparison:
         of_a, of_b = (float(np.mean([getattr(row, key) for row in rows])) for key in ("accuracy_a", "accuracy_b"))
         rows.append(Difference(f"average of {len(rows)}", of_a, of_b, of_b - of_a, interval(draws.mean(axis=0))))
     return Comparison(a.name, b.name, a.seeds, b.seeds, rows, verdict(a, b, rows[-1]))
+
+
+def on_common_data(runs: Sequence[Mapping[str, Verification]]) -> list[dict[str, Verification]]:
+    """Of each run's results those on pairs that all runs were evaluated on.
+
+    EvaluationError if all runs have a benchmark, but from different files.
+    """
+    found = [{(benchmark_of(label), result.data): result for label, result in run.items()} for run in runs]
+    shared = [key for key in found[0] if all(key in run for run in found)]
+    for name in dict.fromkeys(name for name, _ in found[0]):
+        files = [sorted({data[:8] or "unknown" for other, data in run if other == name}) for run in found]
+        if all(files) and name not in dict(shared):
+            seen = ", ".join(dict.fromkeys(data for run in files for data in run))
+            raise EvaluationError(
+                f"{name}: the runs were evaluated on different files of that name (SHA-256 {seen}); evaluate them on "
+                f"one\n  vitface evaluate --checkpoint RUN --bench {name} --data-dir FOLDER"
+            )
+    return [labelled((name, run[name, data]) for name, data in shared) for run in found]
 
 
 def verdict(a: Side, b: Side, row: Difference) -> str:

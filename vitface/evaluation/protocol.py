@@ -31,6 +31,7 @@ class Verification:
     distance: np.ndarray  # (M,) float64
     issame: np.ndarray  # bool (M,)
     people: np.ndarray | None = None  # (M, 2) the two people of each pair, where names are known
+    data: str = ""  # the SHA-256 of the images and pairs (see `VerificationSet.sha256`)
 
 
 def check_embeddings(rows: np.ndarray) -> None:

@@ -45,7 +45,7 @@ def _tar(result: Verification, far: float) -> float | None:
 
 
 def results_json(results: Results) -> dict[str, dict]:
-    """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs"}}.
+    """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs", "data"}}.
 
     "identity_interval" is None where the pairs' people are not known; a TAR is None where there are too few different
     pairs.
@@ -60,6 +60,7 @@ def results_json(results: Results) -> dict[str, dict]:
             "eer": result.eer,
             "tar_at_far": {f"{far:g}": _tar(result, far) for far in FARS},
             "pairs": len(result.correct),
+            "data": result.data,
         }
         for name, result in results.items()
     }

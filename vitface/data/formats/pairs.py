@@ -1,5 +1,6 @@
 """Verification sets: pairs of faces, each labelled as the same person or not; InsightFace's .bin files of them."""
 
+import hashlib
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from vitface.data.formats.bin_format import MAX_PAIRS, parse_bin
 from vitface.data.formats.stored import Images
 from vitface.data.images import decode_image
 from vitface.errors import DataError
-from vitface.files import replace_file
+from vitface.files import replace_file, sha256_bytes
 
 MAX_BIN_BYTES = 2 << 30
 _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
@@ -58,6 +59,12 @@ class VerificationSet:
         for i, image in enumerate(self.images):
             if not image.startswith(_MAGICS):
                 raise DataError(f"{self.name}: image {i} is neither JPEG nor PNG (it begins with {image[:8]!r})")
+
+    def sha256(self) -> str:
+        """The SHA-256 of the images, the labels and the folds: it identifies the set, whatever file it came in."""
+        digest = hashlib.sha256(b"".join(sha256_bytes(image).encode() for image in self.images))
+        digest.update(self.issame.tobytes() + (b"" if self.folds is None else self.folds.astype("<i8").tobytes()))
+        return digest.hexdigest()
 
     def distinct(self) -> tuple[EncodedImages, np.ndarray]:
         """(the images, each once; which of them `images[i]` is, int64 (2 N,)): an image may occur in several pairs."""
