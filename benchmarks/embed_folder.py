@@ -19,8 +19,9 @@ import numpy as np
 from timing import interleave, machine
 
 from vitface.config import FaceConfig, backbone_name
-from vitface.data.faces.folder import photos_in, write_crop
+from vitface.data.faces.folder import write_crop
 from vitface.data.faces.photos import CropReader
+from vitface.data.folders import find_images
 from vitface.data.images import read_image, to_crop
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
@@ -40,7 +41,7 @@ def write_folder(source: Path | None, count: int, folder: Path) -> None:
         samples = SyntheticSamples(DRAWN // 8, 8)
         crops = [samples.read(i) for i in range(min(DRAWN, count))]
     else:
-        crops = [to_crop(read_image(source / name), name) for name in photos_in(source)[:count]]
+        crops = [to_crop(read_image(source / name), name) for name in find_images(source).images[:count]]
     for i in range(count):
         write_crop(folder / f"{i:06d}.jpg", crops[i % len(crops)])
 
@@ -74,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, number = Path(temporary) / "faces", iter(range(1000))
         write_folder(arguments.source, arguments.images, folder)
-        images = np.stack([read_image(folder / name) for name in photos_in(folder)])
+        images = np.stack([read_image(folder / name) for name in find_images(folder).images])
 
         def from_folder() -> Path:
             out = Path(temporary) / f"gallery-{next(number)}"

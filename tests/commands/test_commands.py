@@ -181,7 +181,7 @@ def test_explain(faces, tiny_run, tmp_path, capsys):
         (["verify", "A", "A", "--threshold", "45"], "--threshold is a cosine, from -1 to 1, not 45"),
         (["verify", "A", "A", "--detector", "x.onnx", "--no-align"], "leave one of them out"),
         (["verify", "A", "A", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (["embed", "nowhere", "people"], "nowhere holds no image"),
+        (["embed", "nowhere", "people"], "nowhere does not exist"),
         (["embed", "faces", "faces"], "is not empty"),
         (["search", "faces", "A"], "faces is not a gallery; make one with vitface embed"),
         (["search", "faces", "A", "--top", "0"], "--top must be at least 1"),

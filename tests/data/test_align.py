@@ -140,7 +140,7 @@ def test_a_broken_run_is_continued(tmp_path):
     whole = report.read_text()
     report.write_text(whole[:-30])  # in the middle of the last line
     crop_path(tmp_path / "out", "b/3.jpg").unlink()
-    assert align_folder(tmp_path / "src", tmp_path / "out", finder) == {"ok": 4}
+    assert align_folder(tmp_path / "src", tmp_path / "out", finder).statuses == {"ok": 4}
     assert report.read_text() == whole and crop_path(tmp_path / "out", "b/3.jpg").is_file()
 
 

@@ -388,8 +388,6 @@ def broken(kind):
         match kind:
             case "fifo":
                 os.mkfifo(path)
-            case "folder":
-                path.mkdir()
             case "dangling":
                 path.symlink_to(root / "nowhere")
             case "loop":
@@ -399,10 +397,8 @@ def broken(kind):
 
 
 FOLDER_FAULTS = {
-    **{kind: (broken(kind), "2.jpg: not a regular file") for kind in ("fifo", "folder", "dangling", "loop")},
     "empty person": (lambda root: (root / "bob").mkdir(), "bob: no image of this person"),
     "person without images": (lambda root: (root / "bob" / "raw").mkdir(parents=True), "bob: no image of this person"),
-    "not UTF-8": (lambda root: os.mkdir(os.fsencode(root) + b"/\xff\xfe"), "is not UTF-8"),
 }
 
 
@@ -413,6 +409,23 @@ def test_folder_faults_are_named(tmp_path, fault):
     plant(root)
     with pytest.raises(DataError, match=message):
         FolderSamples(root)
+
+
+LEFT_OUT = {
+    **dict.fromkeys(("dangling", "loop"), "left out 1: ann/2.jpg: a link to nothing"),
+    "fifo": "left out 1: ann/2.jpg: not a regular file",
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_what_a_folder_leaves_out_is_noted(tmp_path, kind):
+    root = folder_set(tmp_path / "set", {"ann": ["1.png"]})
+    broken(kind)(root)
+    os.mkdir(os.fsencode(root) + b"/Jos\xe9")
+    samples = FolderSamples(root)
+    assert samples.image_names() == ["ann/1.png"] and samples.names == ["ann"]
+    notes = ["left out 1: Jos\\xe9: the name is not UTF-8; rename it", LEFT_OUT[kind]]
+    assert list(samples.notes) == notes
 
 
 def test_a_damaged_file_is_named_when_read(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.folder import Finder, read_landmarks
 from vitface.data.faces.photos import CropReader
+from vitface.data.folders import some
 from vitface.device import dtype_note, resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.recogniser import Recogniser
@@ -67,3 +68,11 @@ def threshold_of(arguments: argparse.Namespace, thresholds: Mapping[float, float
     if not -1 <= arguments.threshold <= 1:
         raise ConfigError(f"--threshold is a cosine, from -1 to 1, not {arguments.threshold:g}")
     return arguments.threshold, None
+
+
+def print_gone(arguments: argparse.Namespace, gone: list[str]) -> None:
+    """Says which photos of OUT are not in SRC any more, and whether --prune deleted what OUT had of them."""
+    if not gone:
+        return
+    done = "deleted" if arguments.prune else f"{arguments.out} still has them, --prune deletes them"
+    print(f"gone from {arguments.src}: {some(gone)}: {done}", file=sys.stderr)

@@ -84,6 +84,7 @@ SHARED: dict[str, dict[str, Any]] = {
         help="find and align the face in every image that is not 112 x 112 pixels, which is what aligned crops are; "
         "--no-align: all images are crops",
     ),
+    "--prune": dict(action="store_true", help="delete what OUT has of photos that are no longer there"),
     "--detector": dict(type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one"),
     "--landmarks": dict(type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector"),
     "--num-workers": dict(type=worker_count, default=os.cpu_count() or 1, help="processes (default: all cores)"),

@@ -1,12 +1,16 @@
 """Bytes or a path -> uint8 (H, W, 3) RGB, safely decoded.
 
-JPEG, PNG, WebP and BMP only, at most 4096 x 4096 pixels, both judged from the header before anything is decoded. A
-damaged or truncated file is an ImageError.
+JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, JPEG 2000, AVIF and, with pillow-heif, HEIC; a JPEG of at most 200 million pixels,
+JPEG 2000 of 4096 x 4096, others of 8192 x 8192: both are judged from the header before anything is decoded. What has
+more than 4096 x 4096 pixels is reduced by a whole number; a JPEG is decoded at that size. A damaged or truncated file
+is an ImageError.
 
 EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit values lose their low byte; alpha is composited
-on mid-grey (128); an animation gives its first frame; an ICC profile is ignored.
+on mid-grey (128); an animation or a TIFF of several pages gives its first; an ICC profile is ignored.
 """
 
+import importlib.util
+import math
 import os
 import stat
 import threading
@@ -15,30 +19,61 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vitface.errors import DataError, ImageError
 
 CROP_SIZE = 112
 MIN_SIDE = 16
-MAX_PIXELS = 4096 * 4096
-MAX_FILE_BYTES = 64 << 20
+MAX_PIXELS = 4096 * 4096  # of an image in memory
+LARGEST, LARGEST_JPEG = 8192 * 8192, 200_000_000  # of an image in a file
+MAX_FILE_BYTES = 256 << 20
+NEEDS_HEIF = "HEIC needs a package: pip install pillow-heif"
+NEEDS_AVIF = "AVIF needs Pillow 11.3 or later: pip install -U pillow"
 
-_MAGIC = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"BM", BmpImageFile))
-# Pillow warns only about odd EXIF and APNG chunks. Without these names in the data, the lock and the change of the
-# process-wide warning filters are not needed.
+_COMMON = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"BM", BmpImageFile))
+_MAGIC = (
+    *_COMMON,
+    *((magic, TiffImageFile) for magic in (b"II*\0", b"MM\0*")),
+    *((magic, GifImageFile) for magic in (b"GIF87a", b"GIF89a")),
+    *((b"P%d" % kind + space, PpmImageFile) for kind in range(1, 7) for space in (b"\n", b" ", b"\r", b"\t")),
+    *((magic, Jpeg2KImageFile) for magic in (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")),
+)
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+# Of these formats, Pillow warns only about odd EXIF and APNG chunks. Without these names in the data, the lock and the
+# change of the process-wide warning filters are not needed.
+_QUIET = (*(magic for magic, _ in _COMMON), b"RIFF")
 _CAN_WARN = (b"Exif", b"eXIf", b"EXIF", b"acTL", b"Raw profile type")
 _warnings_lock = threading.Lock()
 
 
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """Encoded bytes -> uint8 (H, W, 3) RGB; ImageError, which begins with `where`, for anything else."""
+    return _decode_safely(data, where)[0]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file -> uint8 (H, W, 3) RGB; ImageError if it is missing, not a regular file, too large or damaged."""
+    return read_photo(path)[0]
+
+
+def read_photo(path: str | Path) -> tuple[np.ndarray, int]:
+    """`read_image`, and by how much it was reduced: the file has that many pixels for each one, in both directions."""
+    return _decode_safely(read_file(path), str(path))
+
+
+def _decode_safely(data: bytes, where: str) -> tuple[np.ndarray, int]:
     try:
-        if not any(name in data for name in _CAN_WARN):
+        if data.startswith(_QUIET) and not any(name in data for name in _CAN_WARN):
             return _decode(data)
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,11 +82,6 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
         raise ImageError(f"{where}: {error}") from None
     except Exception as error:  # for damaged bytes, decoders raise at least eight unrelated types
         raise ImageError(f"{where}: damaged image ({type(error).__name__}: {str(error)[:120]})") from None
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file -> uint8 (H, W, 3) RGB; ImageError if it is missing, not a regular file, too large or damaged."""
-    return decode_image(read_file(path), str(path))
 
 
 def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
@@ -95,13 +125,39 @@ def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
     return np.array(Image.fromarray(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC))
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes) -> tuple[np.ndarray, int]:
+    """The pixels, and by how much they were reduced."""
     image = _open(data)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
+    _check_size(image)
+    reduction = math.isqrt((width * height - 1) // MAX_PIXELS) + 1
+    if reduction > 1 and isinstance(image, JpegImageFile):
+        reduction = 1 << (reduction - 1).bit_length()  # 2, 4 or 8
+        image.draft(None, (max(width // reduction, 1), max(height // reduction, 1)))
+        if image.size != (-(-width // reduction), -(-height // reduction)):
+            raise ImageError(f"{width} x {height} pixels cannot be reduced; save it smaller")
+        return to_array(image), reduction
     image.load()
-    return to_array(image)
+    if reduction == 1:
+        return to_array(image), 1
+    reducible = image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else _to_rgb(image)
+    return to_array(reducible.reduce(reduction)), reduction
+
+
+def _check_size(image: ImageFile) -> None:
+    """ImageError if an image that was opened, but not decoded, is too large."""
+    limit = LARGEST_JPEG if isinstance(image, JpegImageFile) else LARGEST
+    limit = MAX_PIXELS if isinstance(image, Jpeg2KImageFile) else limit  # its decoder takes 12 bytes a pixel
+    width, height = image.size
+    if isinstance(image, TiffImageFile):  # whose tiles are decoded whole
+        tile = [int(image.tag_v2.get(tag, 0)) for tag in (322, 323)]
+        width, height = max(width, tile[0]), max(height, tile[1])
+    if width * height > limit:
+        raise ImageError(_too_many(width, height, limit))
+
+
+def _too_many(width: int, height: int, limit: int) -> str:
+    return f"{width} x {height} pixels, at most {limit:,} are accepted (JPEG: {LARGEST_JPEG:,}); save it smaller"
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -109,7 +165,7 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.array(_to_rgb(_upright(image)))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile:
     # The plugin is chosen here and not by Image.open, which warns about the size before it returns and would open
     # some JPEG files with the multi-picture reader.
     for magic, plugin in _MAGIC:
@@ -118,7 +174,29 @@ def _open(data: bytes) -> Image.Image:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         _check_webp_canvas(data)
         return WebPImageFile(BytesIO(data))
-    raise ImageError(f"not a JPEG, PNG, WebP or BMP image (it begins with {data[:8]!r})" if data else "empty file")
+    if data[4:8] == b"ftyp":
+        return _open_ftyp(data)
+    formats = "JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, JPEG 2000, AVIF or HEIC"
+    raise ImageError(f"not a {formats} image (it begins with {data[:8]!r})" if data else "empty file")
+
+
+def _open_ftyp(data: bytes) -> ImageFile:
+    """AVIF and HEIC, told apart by the brands of their first box."""
+    box = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+    brands = {box[at : at + 4] for at in range(0, len(box), 4) if at != 4}
+    if brands & {b"avif", b"avis"}:
+        if not features.check("avif"):
+            raise ImageError(NEEDS_AVIF)
+        from PIL.AvifImagePlugin import AvifImageFile
+
+        return AvifImageFile(BytesIO(data))
+    if brands & _HEIF_BRANDS:
+        if importlib.util.find_spec("pillow_heif") is None:
+            raise ImageError(NEEDS_HEIF)
+        from pillow_heif import HeifImageFile
+
+        return HeifImageFile(BytesIO(data))
+    raise ImageError("a video, or a format that is not read; save a photo as JPEG or PNG")
 
 
 def _check_webp_canvas(data: bytes) -> None:
@@ -131,8 +209,8 @@ def _check_webp_canvas(data: bytes) -> None:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} are accepted")
+    if width * height > LARGEST:
+        raise ImageError(_too_many(width, height, LARGEST))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,9 +12,8 @@ import torch
 from tqdm import tqdm
 
 from vitface.data.background import in_processes
-from vitface.data.faces.folder import photos_in
 from vitface.data.faces.photos import CropReader
-from vitface.data.formats.samples import IMAGE_SUFFIXES
+from vitface.data.folders import some_images
 from vitface.data.images import CROP_SIZE
 from vitface.errors import DataError, ImageError
 from vitface.files import make_folder
@@ -46,9 +45,7 @@ def embed_folder(
     PART_SECONDS and at the end, also after an error or Ctrl-C. DataError if there is no image, or if `out` was made by
     another model or with another alignment.
     """
-    names = photos_in(src)
-    if not names:
-        raise DataError(f"{src} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
+    names = some_images(src).images
     if not is_gallery(out):
         parts.check_new(out)
     make_folder(out.absolute())

@@ -9,26 +9,28 @@ EXAMPLES = """examples:
   vitface fetch yunet                      the detector, once
   vitface align photos aligned                     photos/PERSON/1.jpg -> aligned/PERSON/1.jpg
   vitface align photos aligned --landmarks mine.csv
+  vitface align photos aligned --prune             also deletes the crops of photos that are gone
 
-OUT/align.csv has the result for each photo: ok; several (the large one near the middle was taken); tiny, none, damaged
-(no crop). --landmarks takes a file with the same columns, so you can correct landmarks in a copy. A second call
-continues with the photos that have no crop yet.
+OUT/align.csv has the result for each photo, and why: ok; several (the large one near the middle was taken); tiny, none,
+damaged, left out (no crop). --landmarks takes a file with the same columns, so you can correct landmarks in a copy. A
+second call continues with the photos that have no crop yet, or were replaced.
 """
 
 
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of photos, at any depth")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the crops, under the same names")
-    add_shared(parser, *FINDER_FLAGS)
+    add_shared(parser, "--prune", *FINDER_FLAGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import make_finder
+    from vitface.commands.inputs import make_finder, print_gone
     from vitface.data.faces.detect import MIN_FACE
     from vitface.data.faces.folder import align_folder, summary
 
     finder, out = make_finder(arguments, MIN_FACE), arguments.out
-    statuses = align_folder(arguments.src, out, finder, arguments.num_workers)
-    print("\n".join(summary(statuses)))
+    done = align_folder(arguments.src, out, finder, arguments.num_workers, arguments.prune)
+    print("\n".join(summary(done)))
+    print_gone(arguments, done.gone)
     print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: vitface data check {out}")
-    return 0 if statuses["ok"] + statuses["several"] else 1
+    return 0 if done.statuses["ok"] + done.statuses["several"] else 1

@@ -1,5 +1,6 @@
 """Faces and their five landmarks in a photo, by OpenCV's YuNet (Wu et al. 2023)."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from vitface.errors import WeightsError
 from vitface.extras import require
 from vitface.files import cache_home
 
-MAX_SIDE = 1280  # larger photos are reduced to it; YuNet was trained on faces up to 300 pixels
+MAX_SIDE, MIN_SIDE = 1280, 256  # the sides at which photos are searched; YuNet was trained on faces up to 300 pixels
 MIN_SCORE, NMS_IOU, MAX_FACES = 0.6, 0.3, 100
 MIN_FACE = 32  # pixels; a smaller face has much less detail than a crop can show
 
@@ -42,21 +43,45 @@ class FaceDetector:
         return {**self.__dict__, "_net": None}
 
     def detect(self, image: np.ndarray) -> list[Face]:
-        """The faces in a photo, uint8 (H, W, 3) RGB, the highest score first."""
+        """The faces in a photo, uint8 (H, W, 3) RGB, the highest score first.
+
+        The photo is searched at its size, but at most MAX_SIDE, then at halves of that down to MIN_SIDE, where the
+        faces are found that were too large before.
+        """
+        bgr, longest, found, faces = np.ascontiguousarray(image[..., ::-1]), max(image.shape[:2]), [], []
+        side = min(longest, MAX_SIDE)
+        while not found or side >= MIN_SIDE:
+            found.append(self._detect_at(bgr, side / longest))
+            side //= 2
+        for face in sorted(itertools.chain(*found), key=lambda face: -face.score):
+            if not any(_overlap(face.box, other.box) for other in faces):
+                faces.append(face)
+        return faces
+
+    def _detect_at(self, bgr: np.ndarray, scale: float) -> list[Face]:
         import cv2
 
         if self._net is None:
             cv2.setNumThreads(1)  # photos are spread over processes
             cv2.utils.logging.setLogLevel(2)  # errors only; OpenCV 5 prints a warning about its own settings
             self._net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
-        height, width = image.shape[:2]
-        scale = min(1.0, MAX_SIDE / max(height, width))
+        height, width = bgr.shape[:2]
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
-        bgr = np.ascontiguousarray(image[..., ::-1])
         self._net.setInputSize(size)
         _, found = self._net.detect(bgr if scale == 1 else cv2.resize(bgr, size, interpolation=cv2.INTER_AREA))
         rows = [] if found is None else found.astype(np.float64)
         return [Face(row[:4] / scale, row[4:14].reshape(5, 2) / scale, float(row[14])) for row in rows]
+
+
+def no_usable_face(faces: list[Face], image: np.ndarray, min_face: float = MIN_FACE) -> str:
+    """Why no crop can be made of a photo, uint8 (H, W, 3), with these faces; "" if the central one can be used."""
+    height, width = image.shape[:2]
+    if not faces:
+        small = min(height, width) < 3 * MIN_FACE
+        advice = "take a larger photo" if small else "take one that shows it whole, upright and from the front"
+        return f"no face found in {width} x {height} pixels; {advice}"
+    side = min(central_face(faces, height, width).box[2:])
+    return "" if side >= min_face else f"the face is {side:.0f} pixels wide, less than {MIN_FACE}; take a larger photo"
 
 
 def central_face(faces: list[Face], height: int, width: int) -> Face:
@@ -67,3 +92,10 @@ def central_face(faces: list[Face], height: int, width: int) -> Face:
         return float(face.box[2] * face.box[3] - 2 * (offset**2).sum())
 
     return max(faces, key=weight)
+
+
+def _overlap(box: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two boxes x, y, width, height are of one face: their common part is NMS_IOU of all that they cover."""
+    sides = np.minimum(box[:2] + box[2:], other[:2] + other[2:]) - np.maximum(box[:2], other[:2])
+    common = float(sides.clip(0).prod())
+    return common > NMS_IOU * float(box[2:].prod() + other[2:].prod() - common)

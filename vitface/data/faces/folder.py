@@ -1,10 +1,12 @@
 """A folder of photos -> their aligned crops, under the same names.
 
-OUT/align.csv lists the status of each photo: ok; several (the large face near the middle was taken); tiny, none,
-damaged (no crop).
+OUT/align.csv lists the status of each photo, and why: ok; several (the large face near the middle was taken); tiny,
+none, damaged, left out (no crop).
 """
 
+import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import os
@@ -19,28 +21,43 @@ from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face
-from vitface.data.formats.samples import IMAGE_SUFFIXES
-from vitface.data.images import read_image, read_text
+from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face
+from vitface.data.folders import left_out_lines, some, some_images, stamp
+from vitface.data.images import read_photo, read_text
 from vitface.errors import DataError, ImageError
+from vitface.files import replace_file
 
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
-COLUMNS = ["file", "status", "faces", *POINTS]
+COLUMNS = ["file", "status", "faces", *POINTS, "reason", "stamp"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The line of a photo in align.csv; `landmarks` (5, 2) where a face was found."""
+    """The line of a photo in align.csv; `landmarks` (5, 2) where a face was found, in pixels of the file, turned by its
+    EXIF; `stamp` tells whether the file was replaced since."""
 
     file: str
     status: str
-    faces: int
+    faces: int = 0
     landmarks: np.ndarray | None = None
+    reason: str = ""
+    stamp: str = ""
 
     def cells(self) -> list[str]:
         points = [""] * 10 if self.landmarks is None else [f"{value:.2f}" for value in self.landmarks.ravel()]
-        return [self.file, self.status, str(self.faces), *points]
+        return [self.file, self.status, str(self.faces), *points, self.reason, self.stamp]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The number of photos by status, those of earlier calls included; the photos that were replaced since and aligned
+    again; those that are gone since; and the files that were left out, {reason: names}."""
+
+    statuses: Counter[str]
+    changed: list[str]
+    gone: list[str]
+    left_out: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -51,45 +68,50 @@ class Finder:
     detector: FaceDetector | None = None
     min_face: float = 0
 
-    def find(self, name: str, image: np.ndarray) -> Row:
+    def find(self, name: str, image: np.ndarray, reduction: int = 1) -> Row:
+        """The line of a photo, its landmarks in pixels of `image`, uint8 (H, W, 3); the file has `reduction` times as
+        many in each direction."""
         if name in self.landmarks:
-            return Row(name, "ok", 1, self.landmarks[name])
+            return Row(name, "ok", 1, (self.landmarks[name] + 0.5) / reduction - 0.5)
         faces = [] if self.detector is None else self.detector.detect(image)
         if not faces:
-            return Row(name, "none", 0)
+            why = no_usable_face([], image) if self.detector else "it is not in the file of --landmarks"
+            return Row(name, "none", reason=why)
         face = central_face(faces, *image.shape[:2])
-        status = "tiny" if min(face.box[2:]) < self.min_face else "ok" if len(faces) == 1 else "several"
-        return Row(name, status, len(faces), face.landmarks)
+        if why := no_usable_face(faces, image, self.min_face):
+            return Row(name, "tiny", len(faces), face.landmarks, why)
+        status, why = ("ok", "") if len(faces) == 1 else ("several", "the large face near the middle was taken")
+        return Row(name, status, len(faces), face.landmarks, why)
 
 
-def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0) -> Counter[str]:
-    """Aligns every image below `src` into `out`, and returns the number of photos by status, including earlier calls.
+def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, prune: bool = False) -> Aligned:
+    """Aligns every image below `src` into `out`; DataError if there is no image.
 
-    DataError if there is no image. Photos that OUT/align.csv lists with a crop are not aligned again.
+    Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced. With `prune`, the
+    crops of photos that are gone are deleted.
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
-    names = photos_in(src)
-    if not names:
-        raise DataError(f"{src} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
+    found = some_images(src)
     out.mkdir(parents=True, exist_ok=True)
-    known = read_report(out / "align.csv")
+    names, known = found.images, read_report(out / "align.csv")
+    gone = found.gone(known)
+    changed = [name for name in names if name in known and known[name]["stamp"] != stamp(src / name)]
+    for name in [*changed, *(gone if prune else ())]:
+        remove_crop(out, name)
+        del known[name]
     rest = [name for name in names if name not in known]
+    statuses = Counter(known[name]["status"] for name in names if name in known)
+    left_out = [Row(name, "left out", reason=why) for why, files in found.left_out.items() for name in files]
     rows = in_processes(functools.partial(_align_photo, src, out, finder), rest, num_workers)
-    statuses = Counter(known[name] for name in names if name in known)
     bar = tqdm(rows, "aligning", len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
+    _write_report(out / "align.csv", known, left_out)
     with open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
         for row in bar:
             csv.writer(file, lineterminator="\n").writerow(row.cells())
             file.flush()
             statuses[row.status] += 1
-    return statuses
-
-
-def photos_in(src: Path) -> list[str]:
-    """Paths of the images below `src`, relative to it, sorted."""
-    found = (path for path in src.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path.relative_to(src).as_posix() for path in found)
+    return Aligned(statuses, changed, gone, dict(found.left_out))
 
 
 def crop_path(out: Path, name: str) -> Path:
@@ -97,19 +119,32 @@ def crop_path(out: Path, name: str) -> Path:
     return out / (name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.png")
 
 
-def read_report(path: Path) -> dict[str, str]:
-    """{file: status} of the photos that have a crop according to an align.csv; an unfinished last line is removed."""
+def remove_crop(out: Path, name: str) -> None:
+    """Deletes the crop of a photo, and the folders that are empty without it."""
+    path = crop_path(out, name)
+    path.unlink(missing_ok=True)
+    for folder in path.relative_to(out).parents[:-1]:
+        with contextlib.suppress(OSError):  # not empty
+            (out / folder).rmdir()
+
+
+def read_report(path: Path) -> dict[str, dict[str, str]]:
+    """{file: its line} of the photos that have a crop according to an align.csv, without an unfinished last line."""
     if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         return {}
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    rows = csv.DictReader(io.StringIO(whole))
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     if rows.fieldnames != COLUMNS:
-        raise DataError(f"{path} is not the report of an alignment; choose another folder")
-    return {row["file"]: row["status"] for row in rows if row["status"] in CROPPED}
+        raise DataError(f"{path} is not the report of an alignment by this version; choose another folder")
+    return {row["file"]: row for row in rows if row["status"] in CROPPED}
+
+
+def _write_report(path: Path, known: dict[str, dict[str, str]], left_out: list[Row]) -> None:
+    """An align.csv of the photos that have a crop, and of the files that were left out."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([COLUMNS, *(row.values() for row in known.values()), *(row.cells() for row in left_out)])
+    replace_file(path, text.getvalue().encode())
 
 
 def read_landmarks(path: Path) -> dict[str, np.ndarray]:
@@ -134,15 +169,17 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
 
 def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
     """Writes the crop of a photo, and returns its line of align.csv."""
+    made_of, reduction = stamp(src / name), 1
     try:
-        image = read_image(src / name)
-        row = finder.find(name, image)
+        image, reduction = read_photo(src / name)
+        row = finder.find(name, image, reduction)
         if row.status in CROPPED:
             assert row.landmarks is not None
             write_crop(crop_path(out, name), align_face(image, row.landmarks))
-        return row
-    except ImageError:
-        return Row(name, "damaged", 0)
+    except ImageError as error:
+        row = Row(name, "damaged", reason=str(error).removeprefix(f"{src / name}: "))
+    landmarks = None if row.landmarks is None else (row.landmarks + 0.5) * reduction - 0.5
+    return dataclasses.replace(row, landmarks=landmarks, stamp=made_of)
 
 
 def write_crop(path: Path, crop: np.ndarray) -> None:
@@ -154,8 +191,8 @@ def write_crop(path: Path, crop: np.ndarray) -> None:
     os.replace(partial, path)
 
 
-def summary(statuses: Counter[str]) -> Iterator[str]:
-    """A line for each status that occurs."""
+def summary(done: Aligned) -> Iterator[str]:
+    """A line for each status that occurs, and for what was replaced or left out."""
     words = {
         "ok": "with one face",
         "several": "with several faces: the large one near the middle was taken",
@@ -163,4 +200,7 @@ def summary(statuses: Counter[str]) -> Iterator[str]:
         "tiny": f"whose face is smaller than {MIN_FACE} pixels: no crop",
         "damaged": "that cannot be read: no crop",
     }
-    return (f"{statuses[status]:>8,} photos {text}" for status, text in words.items() if statuses[status])
+    yield from (f"{done.statuses[status]:>8,} photos {text}" for status, text in words.items() if done.statuses[status])
+    if done.changed:
+        yield f"{len(done.changed):>8,} of them were replaced since, and aligned again: {some(done.changed)}"
+    yield from left_out_lines(done.left_out)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face
+from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face
 from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
 from vitface.errors import ImageError
 
@@ -38,10 +38,6 @@ class CropReader:
         if self.detector is None:
             self.detector = FaceDetector()
         faces = self.detector.detect(pixels)
-        if not faces:
-            raise ImageError(f"{where}: no face found; take a photo that shows it larger, upright and from the front")
-        face = central_face(faces, *pixels.shape[:2])
-        side = min(face.box[2:])
-        if side < MIN_FACE:
-            raise ImageError(f"{where}: the face is {side:.0f} pixels wide, less than {MIN_FACE}; take a larger photo")
-        return align_face(pixels, face.landmarks)
+        if why := no_usable_face(faces, pixels):
+            raise ImageError(f"{where}: {why}")
+        return align_face(pixels, central_face(faces, *pixels.shape[:2]).landmarks)

@@ -7,20 +7,19 @@ decoded when it is read. Samples can be handed to worker processes: their pickle
 import csv
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
 
+from vitface.data.folders import left_out_lines, list_folder
 from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.recordio import image_records, read_index, read_labels, read_record
 from vitface.data.formats.stored import Samples
 from vitface.data.images import decode_image, read_image
 from vitface.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 RECORD_FILES = ("train.rec", "train.idx", "property")
 _DEMO = "to try training without data:\n  vitface train --exp demo"
 
@@ -123,22 +122,27 @@ def _whole_labels(labels: np.ndarray, keys: np.ndarray, num_classes: int, where:
 class FolderSamples(Samples):
     """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
 
-    Images end in .jpg, .jpeg, .png or .webp, in any case. Hidden entries, other files and deeper folders are ignored;
-    links are followed. DataError for a person without an image, a name that is not UTF-8, or an image's name
-    on something that is not a file.
+    `vitface.data.folders` tells what is an image; `notes` name what it left out. Deeper folders are ignored. DataError
+    for a person without an image.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.names = [entry.name for entry in _entries(self.path) if os.path.isdir(entry.path)]
+        self.names = (top := list_folder(self.path)).folders
         if not self.names:
             raise DataError(
                 f"{self.path}: found neither train.rec nor a folder per person; put images into "
                 f"{self.path / 'PERSON' / 'IMAGE.jpg'}, or {_DEMO}"
             )
-        people = [_image_names(self.path / name) for name in self.names]
-        self._images = [f"{name}/{file}" for name, files in zip(self.names, people, strict=True) for file in files]
-        self.labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
+        people = [list_folder(self.path / name) for name in self.names]
+        for name, person in zip(self.names, people, strict=True):
+            if not person.images:
+                why = "".join(f"; {line}" for line in left_out_lines(person.left_out)) or "; remove it, or add images"
+                raise DataError(f"{self.path / name}: no image of this person{why}")
+            top.add(f"{name}/", person)
+        self._images = [name for name in top.images if "/" in name]
+        self.labels = np.repeat(np.arange(len(people)), [len(person.images) for person in people])
+        self.notes = list(left_out_lines(top.left_out))
 
     def identity(self) -> str:
         return _identity(self.path, self._images)
@@ -179,28 +183,3 @@ def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
     if missing:
         raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")
     return np.unique([domain_of[name] for name in image_names], return_inverse=True)[1].astype(np.int64)
-
-
-def _entries(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from None
-    for entry in entries:
-        if re.search("[\ud800-\udfff]", entry.name):  # how Python reads other bytes
-            raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not UTF-8; rename it")
-    return entries
-
-
-def _image_names(folder: Path) -> list[str]:
-    names = []
-    for entry in _entries(folder):
-        if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-            continue
-        if not entry.is_file(follow_symlinks=False) and not os.path.isfile(entry.path):
-            raise DataError(f"{entry.path}: not a regular file; remove it or replace it by an image")
-        names.append(entry.name)
-    if not names:
-        raise DataError(f"{folder}: no image of this person; remove it, or add {', '.join(IMAGE_SUFFIXES)} files")
-    return names
