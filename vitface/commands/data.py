@@ -1,4 +1,4 @@
-"""Check, pack, build and show training data and benchmarks."""
+"""Check, pack, index, build and show training data and benchmarks."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   vitface data check data                         everything in the folder; exit code 1 if something is wrong
   vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
   vitface data pack data/casia-webface data/casia-packed
+  vitface data index data/casia-webface           train.idx is missing or cut: made again from train.rec
   vitface data build cplfw downloads/cplfw data
   vitface data show data/casia-webface --augment strong --out sheet.png
   vitface data draw faces --people 5 --images 60  drawn faces, to try commands on
@@ -33,6 +34,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     samples = load_samples(arguments.src)
     if isinstance(samples, PackedSamples):
         raise DataError(f"{arguments.src} is packed already; train on it with --train-data {arguments.src}")
+    print("".join(f"{note}\n" for note in samples.notes), end="")
     packed = pack(samples, arguments.out, arguments.num_workers)
     print(f"{arguments.out}: {len(packed):,} images of {len(packed.names):,} people, {len(packed.skipped)} skipped")
     for why in packed.skipped[:10]:
@@ -40,6 +42,16 @@ def _pack(arguments: argparse.Namespace) -> None:
     if packed.skipped[10:]:
         print(f"  and {len(packed.skipped) - 10} more, listed in {arguments.out / 'manifest.json'}")
     print(f"next: vitface train --train-data {arguments.out}")
+
+
+def _index_flags(parser: CommandParser) -> None:
+    parser.add_argument("set", type=Path, metavar="SET", help="folder with train.rec")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from vitface.data.formats.record_set import rebuild_index
+
+    print(rebuild_index(arguments.set))
 
 
 def _check_flags(parser: CommandParser) -> None:
@@ -127,6 +139,7 @@ def _draw(arguments: argparse.Namespace) -> None:
 
 ACTIONS = {
     "pack": (_pack, _pack_flags, "decode a training set once, into a folder that training maps into memory"),
+    "index": (_index, _index_flags, "make train.idx of an InsightFace set again, from train.rec"),
     "check": (_check, _check_flags, "what is wrong with training sets and benchmarks; exit code 1 if anything is"),
     "build": (_build, _build_flags, "a benchmark's .bin from its official release: photos and pair list"),
     "show": (_show, _show_flags, "draw what the model sees of a training set, before and after augmentation"),

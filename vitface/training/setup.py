@@ -70,6 +70,7 @@ def open_inputs(config: TrainConfig) -> Samples:
     samples = attempt(lambda: read_samples(config))
     if problems:
         raise ConfigError("\n\n".join(problems))
+    print("".join(f"{note}\n" for note in samples.notes), end="")
     if isinstance(samples, PackedSamples):
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):

@@ -83,7 +83,8 @@ def _training_report(
         samples.verify()
         kind = "packed"
     data = scan_training(samples, num_workers)
-    findings = check_training(data)
+    findings = [Finding("source", "note", note, "nothing, if you expect that") for note in samples.notes]
+    findings += check_training(data)
     faces = Faces(data, embed) if embed else None
     for bench in benchmarks:
         findings += check_between(data, bench)

@@ -1,5 +1,9 @@
 """The base classes of all sources of images: training, evaluation and checks read images through them."""
 
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 import numpy as np
 
 from vitface.data.images import to_crop
@@ -26,11 +30,22 @@ class Images:
 
 class Samples(Images):
     """n aligned faces of C people: `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C
-    people, by label; `domains` int64 (n,), None where the source has no domain labels (see `read_domains`)."""
+    people, by label; `domains` int64 (n,), None where the source has no domain labels (see `read_domains`); `notes`
+    what the user should be told of the source, a line each."""
 
     labels: np.ndarray
     names: list[str]
     domains: np.ndarray | None = None
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def file_identity(folder: Path, names: Iterable[str]) -> str:
+    """A hash of the files' names, sizes and times, which changes when the set does."""
+    digest = hashlib.sha256()
+    for name in names:
+        status = (folder / name).stat()
+        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
