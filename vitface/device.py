@@ -59,6 +59,15 @@ def inference_dtype(trained: Dtype, device: torch.device, width: int) -> Dtype:
     return "fp32" if lead_of_fp32(trained, width) > MUCH_FASTER else trained
 
 
+def evaluation_dtype(trained: Dtype, device: torch.device) -> Dtype:
+    """The dtype to evaluate a model in: that of training, "fp32" on a CPU that has no products in that dtype.
+
+    Unlike `inference_dtype` it measures nothing, so a model has the same figures in every process.
+    """
+    served = device.type != "cpu" or onednn.serves(torch.ones(1, 1, dtype=DTYPES[trained]))
+    return trained if served else "fp32"
+
+
 def dtype_note(dtype: Dtype, device: torch.device, width: int) -> str:
     """Describes a dtype with what was measured: "fp32, 1.6x the speed of bf16 on this processor"."""
     other: Dtype = "bf16" if dtype == "fp32" else "fp32"

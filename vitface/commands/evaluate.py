@@ -4,15 +4,16 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
-from vitface.config import VIT_PRESETS, backbone_name
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
+from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import benchmark_of, keep_scores
 
@@ -55,41 +56,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
     """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
-    from vitface.commands.inputs import load_model
-    from vitface.device import resolve_device, resolve_dtype
-    from vitface.recogniser import Recogniser
-    from vitface.store.faces import frozen_face
+    from vitface.commands.inputs import newest_run
+    from vitface.device import resolve_device
+    from vitface.evaluation.judging import judged, judged_frozen
+    from vitface.store.faces import open_checkpoint
     from vitface.study.controls import shuffled_gate
 
     if arguments.backbone is None:
         if arguments.image_size is not None:
             raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
-        model, checkpoint = load_model(arguments)
-        if arguments.gate:
-            shuffled_gate(model.model)
-        return model, checkpoint
+        checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
+        control = shuffled_gate if arguments.gate else None
+        return judged(checkpoint, resolve_device(arguments.device), control), checkpoint
     if arguments.gate:
         raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
-    device, width = resolve_device(arguments.device), VIT_PRESETS[backbone_name(arguments.backbone)].embed_dim
-    dtype = resolve_dtype("auto", device, width)
-    model = frozen_face(arguments.backbone, arguments.weights, arguments.image_size or 224, dtype)
-    return Recogniser(model).to(device).prepare(), None
+    device = resolve_device(arguments.device)
+    return judged_frozen(arguments.backbone, arguments.weights, arguments.image_size or 224, device), None
 
 
 def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
     """Prints the results, adds them to the run's scores, and writes --json and --output."""
+    from vitface.evaluation.judging import evaluate_frozen
     from vitface.evaluation.page import report_page
 
     if arguments.routing:
         check_routing(model, arguments.bench)
     run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
-    evaluation = evaluate_all(model.embed, benchmark_names(arguments.bench, data_dir), data_dir)
+    names = benchmark_names(arguments.bench, data_dir)
+    evaluation = evaluate_all(model.embed, names, data_dir) if checkpoint else evaluate_frozen(model, names, data_dir)
     if evaluation.results:
         print(results_table(evaluation.results))
-        if checkpoint and run and checkpoint.is_best and not arguments.gate:
-            keep_scores(run, evaluation.results, checkpoint.sha256)
+    if evaluation.kept:
+        print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
+    if checkpoint and run and evaluation.results and checkpoint.is_best and not arguments.gate:
+        try_to_keep(run, evaluation.results, checkpoint.sha256)
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
@@ -103,6 +105,15 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     if problems:
         print("\n".join(problems), file=sys.stderr)
     return 2 if evaluation.failures else 0
+
+
+def try_to_keep(run: Path, results: Mapping[str, Verification], model: str) -> None:
+    """`keep_scores`; where the run cannot be written to, a warning."""
+    try:
+        keep_scores(run, results, model)
+    except OSError as error:
+        reason = f"{run} cannot be written to ({error.strerror})"
+        print(f"warning: {reason}, so the scores were not kept there for --compare", file=sys.stderr)
 
 
 def benchmark_names(bench: str, data_dir: Path) -> list[str]:

@@ -6,7 +6,7 @@ crops under the published names (see `pair_lists`). "synthetic" and "synthetic_s
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,11 @@ def evaluate_benchmark(
     return result, [*alarms, *order_alarms(name, first, second, issame)]
 
 
+def pairs_sha256(name: str, data_dir: str | Path) -> str:
+    """The SHA-256 of a benchmark's pairs, `Verification.data`; the errors of `read_benchmark`."""
+    return _synthetic_benchmark(name)[2] if name in SYNTHETIC else read_benchmark(name, data_dir).sha256()
+
+
 @functools.cache
 def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray, str]:
     images, people = synthetic_pairs(BENCHMARKS[world].pairs, world=world)
@@ -120,11 +125,15 @@ def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_t
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by benchmark; `alarms` are about implausible sets or results, `failures` about those without a result."""
+    """Results by benchmark; `alarms` are about implausible sets or results, `failures` about those without a result.
+
+    `kept` names the benchmarks whose results are those of an earlier evaluation.
+    """
 
     results: dict[str, Verification]
     alarms: list[str]
     failures: list[str]
+    kept: Sequence[str] = ()
 
 
 def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path, in_turns: InTurns = in_order) -> Evaluation:

@@ -7,25 +7,26 @@ and each DA-LoRA run with its gate shuffled. The table is in FOLDER/study.md and
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-from vitface.config import Dtype, TrainConfig
+from vitface.config import TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read_run
+from vitface.evaluation.judging import judged, judged_frozen
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
 from vitface.files import json_bytes, replace_file
 from vitface.markdown import table
 from vitface.model.counts import parameter_counts
-from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser, load
-from vitface.store.faces import frozen_face, meta_model, open_checkpoint
+from vitface.store.faces import meta_model, open_checkpoint
 from vitface.study.controls import CONTROLS, shuffled_gate
 from vitface.training.run import run
 from vitface.training.setup import final_benchmarks, resolve_choices
@@ -65,6 +66,7 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
     names = final_benchmarks(base)
     if not names:
         raise ConfigError("a study needs a benchmark to compare on: name the folder of lfw.bin, ... with --val-data")
+    device = torch.device(resolve_choices(base).device)
     for done, seed in enumerate(seeds, 1):
         for variant, changes in grid.items():
             cell = folder / f"{variant}-s{seed}"
@@ -73,22 +75,20 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
             control = CONTROLS.get(variant)
             run(config, with_frozen=False, change=control and functools.partial(control, seed=seed))
             if variant == "dalora":
-                model = open_checkpoint(cell, base.weights).load()
-                shuffled_gate(model)
-                judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", model, config, names)
+                shuffled = functools.partial(judged, open_checkpoint(cell, base.weights), device, shuffled_gate)
+                judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", shuffled, config, names)
         if done == 1:
-            dtype = cast(Dtype, resolve_choices(base).dtype)  # "auto" is resolved by now
-            judge(folder / FROZEN, frozen_face(base.backbone, base.weights, base.image_size, dtype), base, names)
+            frozen = functools.partial(judged_frozen, base.backbone, base.weights, base.image_size, device)
+            judge(folder / FROZEN, frozen, base, names)
         write_table(base, list(grid), seeds[:done], folder, command)
         print(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
 
 
-def judge(cell: Path, model: FaceModel, config: TrainConfig, names: list[str]) -> None:
+def judge(cell: Path, make: Callable[[], Recogniser], config: TrainConfig, names: list[str]) -> None:
     """Evaluates a model that no run trained, once; EvaluationError if a benchmark cannot be judged."""
     if (cell / SCORES).is_file():
         return
-    recogniser = Recogniser(model).to(resolve_choices(config).device).prepare()
-    evaluation = evaluate_all(recogniser.embed, names, config.val_data or "")
+    evaluation = evaluate_all(make().embed, names, config.val_data or "")
     if evaluation.failures:
         raise EvaluationError("; ".join(evaluation.failures))
     cell.mkdir(parents=True, exist_ok=True)

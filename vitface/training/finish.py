@@ -3,14 +3,16 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from vitface.config import TrainConfig
 from vitface.evaluation.benchmarks import Evaluation, evaluate_all
+from vitface.evaluation.judging import evaluate_frozen, judged, judged_frozen
 from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import replace_file
 from vitface.markdown import table
-from vitface.recogniser import Recogniser
-from vitface.store.faces import frozen_face, open_checkpoint
+from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_epochs
 from vitface.training.batches import TrainingData
 from vitface.training.holdout import calibrate
@@ -32,19 +34,17 @@ def finish(
     broadcast(None)  # until rank 0 has written the last checkpoint
     names = final_benchmarks(config)
     checkpoint = open_checkpoint(run_dir, config.weights)
-    adapted = Recogniser.from_checkpoint(checkpoint, config.device)
-    if change is not None:
-        change(adapted.model)
-    adapted.prepare()
+    device = torch.device(config.device)
+    adapted = judged(checkpoint, device, change)
     thresholds = calibrate(data, checkpoint, adapted.model)
-    models = {ADAPTED: adapted}
-    if with_frozen:
-        frozen = frozen_face(config.backbone, config.weights, config.image_size, adapted.config.dtype)
-        models = {FROZEN: Recogniser(frozen).to(config.device).prepare(), **models}
-    sections = {}
-    for title, model in models.items() if names else ():
-        sections[title] = evaluate_all(model.embed, names, config.val_data or "", in_turns)
-        print0(f"\n{title}\n{evaluation_text(sections[title])}")
+    data_dir, sections = config.val_data or "", {}
+    if names and with_frozen:
+        frozen = judged_frozen(config.backbone, config.weights, config.image_size, device)
+        sections[FROZEN] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast)
+        print0(f"\n{FROZEN}\n{evaluation_text(sections[FROZEN])}")
+    if names:
+        sections[ADAPTED] = evaluate_all(adapted.embed, names, data_dir, in_turns)
+        print0(f"\n{ADAPTED}\n{evaluation_text(sections[ADAPTED])}")
     if rank() > 0:
         return
     if names:
@@ -56,8 +56,9 @@ def finish(
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """The table, and under it every alarm and failure."""
+    """The table, and under it what is to be known about it: every alarm and failure."""
     lines = [results_table(evaluation.results)] if evaluation.results else []
+    lines += [f"kept from an earlier evaluation: {', '.join(evaluation.kept)}"] if evaluation.kept else []
     return "\n".join([*lines, *(f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures))])
 
 
