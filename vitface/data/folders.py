@@ -28,6 +28,7 @@ SYSTEM_FOLDERS = {  # of macOS' archives, network storage and Windows
     *("__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"),
     *("system volume information", "lost+found", "thumbnails", "thumbs", "_thumbs"),
 }
+HARMLESS = "a folder of the system, or of thumbnails", "a link to a folder that it is in"
 SHOWN = 3
 
 
@@ -124,7 +125,7 @@ def _collect(root: Path, below: str, above: tuple[tuple[int, int], ...], total: 
     try:
         status = os.stat(root / below)
         if (status.st_dev, status.st_ino) in above:
-            total.left_out["a link to a folder that it is in"].append(below.rstrip("/"))
+            total.left_out[HARMLESS[1]].append(below.rstrip("/"))
             return
         found = list_folder(root / below)
     except (OSError, DataError) as error:
@@ -146,7 +147,7 @@ def _why_not(entry: os.DirEntry) -> str | None:
     if re.search("[\ud800-\udfff]", name):  # how Python reads other bytes
         return "the name is not UTF-8; rename it"
     if _is_folder(entry):
-        return "a folder of the system, or of thumbnails" if name in SYSTEM_FOLDERS else None
+        return HARMLESS[0] if name in SYSTEM_FOLDERS else None
     if image := IMAGE.search(name):
         return _not_a_file(entry) or _codec_lacking(image[1])
     if unread := UNREAD.search(name):

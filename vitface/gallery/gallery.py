@@ -72,6 +72,15 @@ class Gallery:
             self.names.extend(names[:count])
             names, rows = names[count:], rows[count:]
 
+    def remove(self, name: str) -> int:
+        """Removes the rows of a name, and returns how many there were."""
+        kept = [i for i, other in enumerate(self.names) if other != name]
+        removed, names, rows = len(self) - len(kept), [self.names[i] for i in kept], self.embeddings[kept]
+        if removed:
+            self.names, self._blocks = [], []
+            self.add(names, rows)
+        return removed
+
     def search(self, queries: np.ndarray | Tensor, k: int = 5) -> list[list[Match]]:
         """The k rows most similar to each query (Q, E), the best first; all N where there are fewer than k."""
         scores, rows = self.top_k(queries, k)
@@ -116,7 +125,7 @@ class Gallery:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Gallery":
         """The gallery in a folder that `save` or `vitface embed` wrote; DataError for anything else."""
         settings, gallery = read_settings(Path(path)), None
-        for names, rows in read_parts(Path(path)):
+        for names, rows, _ in read_parts(Path(path)):
             gallery = gallery or cls(rows.shape[1], settings, device)
             if rows.shape[1] != gallery.embedding_dim:
                 raise DataError(f"{path} mixes embeddings of {gallery.embedding_dim} and of {rows.shape[1]} numbers")

@@ -1,23 +1,26 @@
 """A gallery on disk: a folder of parts that can grow; each part is written whole or not at all.
 
 gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine}}
-part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has the n names, as JSON
+part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has, as JSON, the n names and, where they
+                         are those of files, n pairs: a stamp (size and time) and the SHA-256 of the file
 
-Reading a gallery executes nothing in it. Embeddings of faces are biometric data, and rows are named: keep it private.
+Rows are removed by writing another part in place of theirs. Reading a gallery executes nothing in it. Embeddings of
+faces are biometric data, and rows are named: keep it private.
 """
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import DataError
-from vitface.files import json_bytes, make_folder, replace_file
+from vitface.files import json_bytes, make_folder, replace_file, sync_folder
 from vitface.store.tensors import tensor_bytes
 
 FORMAT = "vitface-gallery-1"
@@ -75,13 +78,43 @@ def read_settings(path: Path) -> Settings:
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 
 
-def write_part(path: Path, names: Sequence[str], embeddings: Tensor) -> None:
+class Part(NamedTuple):
+    """n rows: names, embeddings float32 (n, E), and (stamp, SHA-256) of the files, ("", "") where there was none."""
+
+    names: list[str]
+    embeddings: Tensor
+    files: list[tuple[str, str]]
+
+
+def write_part(
+    path: Path, names: Sequence[str], embeddings: Tensor, files: Sequence[tuple[str, str]] | None = None
+) -> None:
     """Adds a part to a gallery, whole or not at all: embeddings float32 (n, E), unit norm, and their n names."""
-    _check_norms(embeddings)
-    metadata = {"format": FORMAT, "names": json.dumps(list(names))}
     numbered = (path / f"part-{number:06d}.safetensors" for number in itertools.count(len(part_files(path))))
     free = next(file for file in numbered if not file.exists())
-    replace_file(free, tensor_bytes({"embeddings": embeddings}, metadata))
+    _write(free, Part(list(names), embeddings, list(files or [("", "")] * len(names))))
+
+
+def _write(file: Path, part: Part) -> None:
+    _check_norms(part.embeddings)
+    metadata = {"format": FORMAT, "names": json.dumps(part.names)}
+    if any(stamp for stamp, _ in part.files):
+        metadata["files"] = json.dumps(part.files)
+    replace_file(file, tensor_bytes({"embeddings": part.embeddings}, metadata))
+
+
+def remove_rows(path: Path, names: Collection[str]) -> None:
+    """Removes the rows of these names from the disk; after a stop, of each part all rows or none."""
+    for leftover in path.glob(".part-*.part"):  # of a process that was killed
+        leftover.unlink()
+    for file in part_files(path) if names else ():
+        kept = [i for i, name in enumerate(read_part(file, rows=False).names) if name not in names]
+        part = read_part(file, rows=bool(kept))
+        if not kept:
+            file.unlink()
+        elif len(kept) < len(part.names):
+            _write(file, Part([part.names[i] for i in kept], part.embeddings[kept], [part.files[i] for i in kept]))
+    sync_folder(path)
 
 
 def _check_norms(embeddings: Tensor) -> None:
@@ -96,25 +129,33 @@ def part_files(path: Path) -> list[Path]:
 
 def read_names(path: Path) -> list[str]:
     """The names of all parts, in order, without reading the embeddings; DataError for a damaged part."""
-    return [name for names, _ in read_parts(path, rows=False) for name in names]
+    return [name for part in read_parts(path, rows=False) for name in part.names]
 
 
-def read_parts(path: Path, rows: bool = True) -> Iterator[tuple[list[str], Tensor]]:
-    """(names, embeddings float32 (n, E), none without `rows`) of each part, in order; DataError for a damaged one."""
-    for file in part_files(path):
-        try:
-            with safe_open(file, "pt") as part:
-                metadata = part.metadata() or {}
-                if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
-                    raise ValueError("not a part of a gallery")
-                names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                    raise ValueError("its names are not a list of strings")
-                shape = tuple(stored.get_shape())
-                if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
-                    raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
-                embeddings = stored[:] if rows else torch.empty(0, shape[1])
-                _check_norms(embeddings)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
-        yield names, embeddings
+def read_parts(path: Path, rows: bool = True) -> Iterator[Part]:
+    """The parts in order, see `read_part`."""
+    return (read_part(file, rows) for file in part_files(path))
+
+
+def read_part(file: Path, rows: bool = True) -> Part:
+    """A part, without `rows` with no embeddings; DataError if it is damaged."""
+    try:
+        with safe_open(file, "pt") as part:
+            metadata = part.metadata() or {}
+            if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
+                raise ValueError("not a part of a gallery")
+            names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("its names are not a list of strings")
+            files = json.loads(metadata["files"]) if "files" in metadata else [("", "")] * len(names)
+            files = [(str(stamp), str(digest)) for stamp, digest in files]
+            shape = tuple(stored.get_shape())
+            if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
+                raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
+            if len(files) != len(names):
+                raise ValueError(f"{len(names)} names, but {len(files)} files")
+            embeddings = stored[:] if rows else torch.empty(0, shape[1])
+            _check_norms(embeddings)
+            return Part(names, embeddings, files)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None

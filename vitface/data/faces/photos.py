@@ -1,5 +1,6 @@
-"""A file, a Pillow image or an array that shows a face, aligned or not -> the crop that is a model's input."""
+"""A file, its bytes, a Pillow image or an array that shows a face, aligned or not -> the crop that a model takes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,10 @@ from PIL import Image
 
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face
-from vitface.data.images import CROP_SIZE, read_image, to_array, to_crop
-from vitface.errors import ImageError
+from vitface.data.images import CROP_SIZE, decode_image, read_image, to_array, to_crop
+from vitface.errors import ConfigError, ImageError, WeightsError
 
-Photo = str | Path | Image.Image | np.ndarray
+Photo = str | Path | bytes | Image.Image | np.ndarray
 
 
 class CropReader:
@@ -18,26 +19,52 @@ class CropReader:
 
     `align` False: images are aligned crops; a square of another size is resized. True, or a FaceDetector: an image of
     exactly 112 x 112 pixels is a crop; in any other the face (the large one near the middle) is found and aligned.
+    None: True, but for arrays False, as a program that has an array knows what is in it.
 
-    ImageError names an image that is damaged, shows no face or only a tiny one, or should be a square crop and is not.
-    Where a face has to be found: ConfigError without OpenCV, WeightsError without the detector's file.
+    ImageError names an image (by `where`, default: its path) that is damaged, shows no face or only a tiny one, or
+    should be a square crop and is not; TypeError for anything but an image. Where a face has to be found: ConfigError
+    without OpenCV, WeightsError without the detector's file.
     """
 
-    def __init__(self, align: bool | FaceDetector = False):
-        self.align = bool(align)
+    def __init__(self, align: bool | FaceDetector | None = False):
+        self.arrays, self.others = bool(align), align is None or bool(align)
         self.detector = align if isinstance(align, FaceDetector) else None
 
-    def __call__(self, image: Photo) -> np.ndarray:
-        where = str(image) if isinstance(image, str | Path) else "image"
-        if isinstance(image, Image.Image):
-            pixels = to_array(image)
-        else:
-            pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        if not self.align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
+    def __call__(self, image: Photo, where: str | None = None) -> np.ndarray:
+        where = where or (str(image) if isinstance(image, str | Path) else "image")
+        pixels = _pixels(image, where)
+        align = self.arrays if isinstance(image, np.ndarray) else self.others
+        if not align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
             return to_crop(pixels, where)
         if self.detector is None:
-            self.detector = FaceDetector()
+            self.detector = _detector(pixels, where)
         faces = self.detector.detect(pixels)
         if why := no_usable_face(faces, pixels):
             raise ImageError(f"{where}: {why}")
         return align_face(pixels, central_face(faces, *pixels.shape[:2]).landmarks)
+
+
+def _pixels(image: Photo, where: str) -> np.ndarray:
+    """uint8 (H, W, 3) of a photo; arrays are as they are."""
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, Image.Image):
+        return to_array(image)
+    if isinstance(image, bytes | bytearray):
+        return decode_image(bytes(image), where)
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    kind = type(image).__name__
+    raise TypeError(f"an image is a path, bytes, a PIL image or an array, uint8 (H, W, 3) RGB, not {kind}")
+
+
+def _detector(pixels: np.ndarray, where: str) -> FaceDetector:
+    """The detector; where there is none, the error says which image needs it."""
+    try:
+        return FaceDetector()
+    except (ConfigError, WeightsError) as error:
+        size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise type(error)(
+            f"{where} has {size} pixels and is no 112 x 112 crop: its face has to be found. {error}\n"
+            "If it is an aligned crop of another size: --no-align, in Python align=False"
+        ) from None
