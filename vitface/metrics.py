@@ -30,6 +30,14 @@ def auc(score: np.ndarray, issame: np.ndarray) -> float:
     return float((ranks[issame].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+def auc_deviation(score: np.ndarray, issame: np.ndarray) -> float:
+    """AUC minus one half, in standard deviations of a random AUC (Mann and Whitney); 0 for one class only."""
+    same, different = int(issame.sum()), int((~issame).sum())
+    if not same or not different:
+        return 0.0
+    return (auc(score, issame) - 0.5) / ((same + different + 1) / (12 * same * different)) ** 0.5
+
+
 def roc(score: np.ndarray, issame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(FAR, TAR, threshold), FAR and TAR rising from "accept nothing"; a pair is accepted if its score >= threshold."""
     order = np.argsort(-score, kind="stable")

@@ -8,6 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from drawn import IMAGES, PEOPLE, drawn_faces, jpeg
 from PIL import Image
 
 import vitface.__main__
@@ -20,8 +21,6 @@ from vitface.data.checks.scan import dark_spots, local_contrast
 from vitface.data.formats.pairs import VerificationSet, read_bin, write_bin
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import ImageError
-
-PEOPLE, IMAGES = 50, 8
 
 
 class Crops:
@@ -45,38 +44,8 @@ class Crops:
     read = image
 
 
-def smooth(rng, cells, strength):
-    noise = rng.normal(0, strength, (cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(noise).resize((112, 112), Image.Resampling.BICUBIC))
-
-
-@cache
-def drawn_faces(seed=0, people=PEOPLE, images=IMAGES):
-    """(people x images, 112, 112, 3): skin, each person's own texture, eyes and mouth at the template's places."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:112, 0:112]
-    face = np.full((112, 112), 170.0)
-    for x, y, width, depth in ((38.3, 51.7, 6, 90), (73.5, 51.5, 6, 90), (56, 92, 10, 60)):
-        face -= depth * np.exp(-(((columns - x) / width) ** 2) / 2 - ((rows - y) / 4) ** 2 / 2)
-    crops = []
-    for _ in range(people):
-        own = face + smooth(rng, 9, 14)
-        for _ in range(images):
-            grey = own + smooth(rng, 9, 12) + rng.normal(0, 12)
-            crops.append(np.clip(np.stack([grey + 20, grey, grey - 25], -1), 0, 255).astype(np.uint8))
-    faces = np.stack(crops)
-    faces.flags.writeable = False  # tests share them
-    return faces
-
-
 def drawn_set(seed=0, people=PEOPLE):
     return Crops(drawn_faces(seed, people), np.repeat(np.arange(people), IMAGES))
-
-
-def jpeg(crop):
-    out = BytesIO()
-    Image.fromarray(crop).save(out, "JPEG", quality=95)
-    return out.getvalue()
 
 
 @cache
@@ -162,7 +131,7 @@ TRAINING_FAULTS = {
     "160 pixels": (partial(every_crop, resized), "size", "400 images are not 112 x 112 but, for example, 160 x 160"),
     "not square": (partial(every_crop, partial(resized, width=96, height=112)), "damaged", "96 x 112 pixels is not a"),
     "damaged": (partial(put, 7, None), "damaged", "1 images cannot be used, the first: crop 7"),
-    "blank": (partial(put, 7, np.full((112, 112, 3), 30, np.uint8)), "flat", "the first is number 7"),
+    "blank": (partial(put, 7, np.full((112, 112, 3), 30, np.uint8)), "flat", "the first is crop 7"),
     "one image": (one_image_of, "one_image", "1 people have one image only, the first is 'person 3'"),
     "one person twice": (second_folder_of_a_person, "duplicated_people", "'person 0' and 'person 0, again'"),
     "shuffled labels": (shuffled_labels, "unrelated_labels", "AUC 0."),

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, print_result
@@ -27,6 +28,7 @@ def _pack_flags(parser: CommandParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
+    from vitface.data.checks.check_images import size_alarm
     from vitface.data.formats.packed import PackedSamples
     from vitface.data.formats.packing import pack
     from vitface.data.formats.samples import load_samples
@@ -35,6 +37,8 @@ def _pack(arguments: argparse.Namespace) -> None:
     if isinstance(samples, PackedSamples):
         raise DataError(f"{arguments.src} is packed already; train on it with --train-data {arguments.src}")
     print("".join(f"{note}\n" for note in samples.notes), end="")
+    if alarm := size_alarm(samples, str(arguments.src)):
+        print(f"ALARM {alarm}", file=sys.stderr)
     packed = pack(samples, arguments.out, arguments.num_workers)
     print(f"{arguments.out}: {len(packed):,} images of {len(packed.names):,} people, {len(packed.skipped)} skipped")
     for why in packed.skipped[:10]:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vitface.data.checks.check_images import size_alarm
 from vitface.data.formats.pairs import VerificationSet
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.protocol import Verification, contiguous_folds
-from vitface.metrics import auc
+from vitface.metrics import auc, auc_deviation
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
 DISJOINT_FOLDS = ("lfw", "cfp_ff", "cfp_fp")  # a person, hence an image, is in one fold only
@@ -41,8 +42,8 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
     """Alarms from the images and labels alone, without a model."""
     folds = contiguous_folds(len(pairs.issame)) if pairs.folds is None else pairs.folds
-    alarms = []
-    _, rows = pairs.distinct()
+    images, rows = pairs.distinct()
+    alarms = list(filter(None, [size_alarm(images, name)]))
     twins, wrong = (int(np.sum((rows[::2] == rows[1::2]) & kind)) for kind in (pairs.issame, ~pairs.issame))
     if wrong:
         alarms.append(f"{name}: {wrong} different pairs show one image twice: labels are shifted against the pairs")
@@ -66,11 +67,9 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
 def judge(name: str, result: Verification) -> list[str]:
     """Alarms; EvaluationError, with the likely cause, if a pipeline without mistakes cannot have this result."""
     cause = label_fault(result.distance, result.issame)
-    if result.auc < 0.5:
-        cause = cause or f"{chance_cause(result.issame)}, or a distance is used as a similarity"
-        raise EvaluationError(f"{name}: AUC {result.auc:.4f} is below chance: {cause}")
     if cause:
-        raise EvaluationError(f"{name}: AUC {result.auc:.4f}, but {cause}")
+        said = " is below chance:" if auc_deviation(-result.distance, result.issame) < SURE else ", but"
+        raise EvaluationError(f"{name}: AUC {result.auc:.4f}{said} {cause}")
     if result.auc < 0.55:
         return [f"{name}: AUC {result.auc:.4f} is chance level: {chance_cause(result.issame)}"]
     return []
@@ -82,24 +81,16 @@ def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
     Each other reading of the labels is tested on the pairs where it differs, by the rank statistic of Mann and Whitney.
     Of several likely readings, the one with the best AUC is named.
     """
-    readings = {"the labels are inverted (1 means different, or True was written as 0)": ~issame}
+    readings = {"the labels are inverted (1 means different), or a distance is used as a similarity": ~issame}
     for shift in SHIFTS:
         way = "later" if shift < 0 else "earlier"
         readings[f"the labels are shifted against the pairs: they come {abs(shift)} {way}"] = np.roll(issame, shift)
     likely = [
         (auc(-distance, labels), text)
         for text, labels in readings.items()
-        if rank_deviation(distance[labels != issame], issame[labels != issame]) < SURE
+        if auc_deviation(-distance[labels != issame], issame[labels != issame]) < SURE
     ]
     return max(likely)[1] if likely else None
-
-
-def rank_deviation(distance: np.ndarray, issame: np.ndarray) -> float:
-    """AUC minus one half, in standard deviations of a random AUC; 0 where there is only one class."""
-    same, different = int(issame.sum()), int((~issame).sum())
-    if not same or not different:
-        return 0.0
-    return (auc(-distance, issame) - 0.5) / ((same + different + 1) / (12 * same * different)) ** 0.5
 
 
 def chance_cause(issame: np.ndarray) -> str:
@@ -115,6 +106,6 @@ def order_alarms(name: str, first: np.ndarray, second: np.ndarray, issame: np.nd
     cosine = (first * second).sum(axis=1)
     late = (second[:-1] * first[1:]).sum(axis=1)
     for labels in (issame[:-1], issame[1:]):
-        if auc(late, labels) > auc(cosine, issame) + 0.1 and rank_deviation(-late, labels) > -SURE:
+        if auc(late, labels) > auc(cosine, issame) + 0.1 and auc_deviation(late, labels) > -SURE:
             yield f"{name}: the image order is off by one: image 2i+1 belongs with 2i+2, not with 2i"
             return

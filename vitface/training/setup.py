@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
+from vitface.data.checks.check_images import size_alarm
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import cached
 from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples, read_domains
@@ -29,7 +30,7 @@ from vitface.training.batches import Batch, TrainingData, micro_batch_size
 from vitface.training.memory import kept_buffers
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import gather_rows
-from vitface.training.ranks.process_group import barrier, launched, local_device
+from vitface.training.ranks.process_group import barrier, launched, local_device, print0
 from vitface.training.runs.state import Margin
 from vitface.training.step import total_loss
 
@@ -71,6 +72,8 @@ def open_inputs(config: TrainConfig) -> Samples:
     if problems:
         raise ConfigError("\n\n".join(problems))
     print("".join(f"{note}\n" for note in samples.notes), end="")
+    if isinstance(samples, RecordSamples | FolderSamples) and (alarm := size_alarm(samples, str(samples.path))):
+        print0(f"ALARM {alarm}")
     if isinstance(samples, PackedSamples):
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):

@@ -8,7 +8,9 @@ from vitface.data.checks.check_images import check_images
 from vitface.data.checks.findings import MIN_PAIRS, Finding, finds
 from vitface.data.checks.scan import Scan, scan
 from vitface.data.formats.pairs import EncodedImages, VerificationSet
-from vitface.metrics import auc
+from vitface.metrics import auc, auc_deviation
+
+SURE = 3.0  # standard deviations of a random AUC
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Benchmark:
 
 def scan_benchmark(pairs: VerificationSet, num_workers: int) -> Benchmark:
     images, rows = pairs.distinct()
-    return Benchmark(pairs, images, rows, scan(images, num_workers, len(images)))
+    return Benchmark(pairs, images, rows, scan(images, num_workers, np.arange(len(images))))
 
 
 def check_benchmark(data: Benchmark) -> list[Finding]:
@@ -88,7 +90,8 @@ def unrelated_labels(data: Benchmark) -> str | None:
     issame = data.pairs.issame
     if min(issame.sum(), (~issame).sum()) < MIN_PAIRS:
         return None
-    score = auc(np.einsum("ij,ij->i", *(data.scan.patterns[data.rows[side::2]] for side in (0, 1))), issame)
-    fault = "the labels are inverted" if score < 0.45 else "the labels are in another order than the pairs"
+    similarity = np.einsum("ij,ij->i", *(data.scan.patterns[data.rows[side::2]] for side in (0, 1)))
+    score, inverted = auc(similarity, issame), auc_deviation(similarity, issame) < -SURE
+    fault = "the labels are inverted" if inverted else "the labels are in another order than the pairs"
     if score < 0.55:
         return f"the similarity of pixels does not fit the labels (AUC {score:.2f}, on LFW 0.73): {fault}"

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.checks.check_images import check_images
-from vitface.data.checks.findings import MIN_PAIRS, Finding, finds
+from vitface.data.checks.findings import MIN_PAIRS, Finding, What, finds
 from vitface.data.checks.scan import Scan, scan
 from vitface.data.formats.stored import Samples
 from vitface.metrics import auc
 
-PATTERN_LIMIT = 6000  # images whose patterns are compared
+PATTERN_LIMIT = 20_000  # images whose patterns are compared, 3 kB each
+PER_PERSON = 5  # of them at least: the first, the last and some between
+MIN_BORDERS = 30  # between people, from which a slip is seen
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,36 @@ class TrainingSet:
 
     @cached_property
     def equal_crops(self) -> tuple[np.ndarray, np.ndarray]:
-        """The labels (n,), (n,) of each crop that equals another bit for bit, and of that other one."""
+        """Each image (n,) whose crop equals another's bit for bit, and that other image (n,)."""
         labels, usable = self.samples.labels, np.flatnonzero(self.scan.usable)
         _, group = np.unique(self.scan.digests[usable], return_inverse=True)
         order = np.lexsort((labels[usable], group))
         again = np.flatnonzero(np.diff(group[order]) == 0)
-        return labels[usable][order][again], labels[usable][order][again + 1]
+        return usable[order][again], usable[order][again + 1]
 
 
 def scan_training(samples: Samples, num_workers: int) -> TrainingSet:
-    return TrainingSet(samples, scan(samples, num_workers, PATTERN_LIMIT))
+    return TrainingSet(samples, scan(samples, num_workers, images_to_compare(_in_file_order(samples.labels))))
+
+
+def _in_file_order(labels: np.ndarray) -> np.ndarray:
+    """`labels` (n,) with the people numbered in the order of their first images."""
+    _, first, person = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[person]
+
+
+def images_to_compare(labels: np.ndarray) -> np.ndarray:
+    """At most PATTERN_LIMIT images (m,), rising, from everywhere in a set with `labels` (n,): of each person the first,
+    the last and as many between; of people that are too many, pairs of neighbours."""
+    order, people = np.argsort(labels, kind="stable"), int(labels.max()) + 1
+    starts = np.searchsorted(labels[order], np.arange(people + 1))
+    chosen = np.arange(people)
+    if people * PER_PERSON > PATTERN_LIMIT:
+        pairs = PATTERN_LIMIT // (2 * PER_PERSON)
+        chosen = np.unique(np.linspace(0, people - 2, pairs).astype(int)[:, None] + [0, 1])
+    each = PATTERN_LIMIT // len(chosen)
+    spread = [np.linspace(starts[p], starts[p + 1] - 1, min(each, starts[p + 1] - starts[p])) for p in chosen]
+    return np.sort(order[np.concatenate(spread).astype(int)])
 
 
 def check_training(data: TrainingSet) -> list[Finding]:
@@ -51,7 +73,7 @@ def one_image(data: TrainingSet) -> str | None:
 
 @finds("error", "merge them: they are one person under two labels")
 def duplicated_people(data: TrainingSet) -> str | None:
-    first, second = data.equal_crops
+    first, second = (data.samples.labels[images] for images in data.equal_crops)
     counts, shared = np.bincount(data.samples.labels), Counter(zip(first.tolist(), second.tolist(), strict=True))
     doubled = [pair for pair, n in shared.items() if pair[0] != pair[1] and 2 * n >= min(counts[list(pair)])]
     if doubled:
@@ -60,19 +82,20 @@ def duplicated_people(data: TrainingSet) -> str | None:
 
 
 @finds("note", "remove those that are with the wrong person")
-def copies(data: TrainingSet) -> str | None:
+def copies(data: TrainingSet) -> What:
     """Real sets have a few copies, so this is only a note."""
     first, second = data.equal_crops
     if len(first):
-        wrong = np.sum(first != second)
-        return f"{len(first)} images are copies of others, {wrong} of them under another person's label"
+        wrong = np.flatnonzero(data.samples.labels[first] != data.samples.labels[second])
+        what = f"{len(first)} images are copies of others, {len(wrong)} of them under another person's label"
+        where = data.samples.where
+        return what, [f"{where(int(first[i]))} = {where(int(second[i]))}" for i in wrong]
 
 
 @finds("error", "write images and labels again, together")
 def unrelated_labels(data: TrainingSet) -> str | None:
     """Images of one person are more similar than those of different people, unless labels and images do not match."""
-    patterns = data.scan.patterns
-    labels = data.samples.labels[: len(patterns)]
+    patterns, labels = data.scan.patterns, data.samples.labels[data.scan.compared]
     rng = np.random.default_rng(0)
     order = np.lexsort((rng.random(len(patterns)), labels))
     same = np.column_stack([order[:-1], order[1:]])
@@ -89,25 +112,41 @@ def unrelated_labels(data: TrainingSet) -> str | None:
 
 
 @finds("error", "write images and labels again, together; a header record counted as an image is the usual cause")
-def slipped_labels(data: TrainingSet) -> str | None:
+def slipped_labels(data: TrainingSet) -> What:
     """Compares each person's first and last image with that person's others and with the neighbour's.
 
-    If the labels of a sorted list are shifted by one, one of the two images is the neighbour's.
+    If the labels of a sorted list are shifted by one, from some person on, one of the two is the neighbour's.
     """
-    patterns = data.scan.patterns
-    labels = data.samples.labels[: len(patterns)]
-    starts = np.flatnonzero(np.diff(labels, prepend=-1))
-    if len(starts) != len(np.unique(labels)):
-        return None
-    margins: dict[str, list[float]] = {"first": [], "last": []}
-    people = [patterns[begin:end] for begin, end in itertools.pairwise(starts)]
-    for before, own, after in zip(people, people[1:], people[2:], strict=False):
-        if min(len(before), len(own), len(after)) >= 4:
-            for which, image, neighbour in (("first", own[0], before), ("last", own[-1], after)):
-                margins[which].append(float((own[1:-1] @ image).mean() - (neighbour[1:-1] @ image).mean()))
-    for which, margin in margins.items():
-        if len(margin) >= 30 and np.mean(margin) < -4 * np.std(margin) / np.sqrt(len(margin)):
-            return f"the {which} image of a person usually shows the neighbour in the list: the labels are shifted"
+    compared, patterns = data.scan.compared, data.scan.patterns
+    numbers = _in_file_order(data.samples.labels)
+    if (np.diff(numbers) < 0).any():
+        return None  # a person's images are not one after the other
+    labels = numbers[compared]
+    starts = np.flatnonzero(np.diff(labels, prepend=-1, append=-1))
+    people = [slice(begin, end) for begin, end in itertools.pairwise(starts)]
+    margins: dict[str, list[tuple[float, int]]] = {"first": [], "last": []}
+    for one, two in itertools.pairwise(people):
+        before, after = patterns[one], patterns[two]
+        if labels[two.start] - labels[one.start] == 1 and min(len(before), len(after)) >= 4:
+            nearer = before[1:-1].mean(0) - after[1:-1].mean(0)
+            margins["first"].append((float(-nearer @ after[0]), int(compared[two.start])))
+            margins["last"].append((float(nearer @ before[-1]), int(compared[one.stop - 1])))
+    for which, found in margins.items():
+        margin, images = (np.array(column) for column in zip(*found, strict=True)) if found else ([], [])
+        begin, end = _lowest_part(np.asarray(margin))
+        part = margin[begin:end]
+        if len(part) >= MIN_BORDERS and np.mean(part) < -4 * np.std(part) / np.sqrt(len(part)):
+            where = [data.samples.where(int(images[i])) for i in (begin, end - 1)]
+            what = f"the {which} image of a person usually shows the neighbour in the list: the labels are shifted"
+            return f"{what}, from about {where[0]} to {where[1]}"
+
+
+def _lowest_part(margins: np.ndarray) -> tuple[int, int]:
+    """(begin, end) of the slice of the lowest sum."""
+    sums = np.concatenate([[0.0], np.cumsum(margins)])
+    falls = sums - np.maximum.accumulate(sums)
+    end = int(np.argmin(falls))
+    return int(np.argmax(sums[: end + 1])), end
 
 
 @finds("error", "remove them from the training set (namesakes are possible, look first)")

@@ -1,6 +1,8 @@
 """Finds what is wrong with a data set: faults that have made published results wrong, such as swapped channels, another
 alignment, shifted labels, pairs in another order, and people who are in both training and test."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +12,16 @@ from vitface.data.checks.check_faces import Embed, Faces, check_faces
 from vitface.data.checks.check_images import MIN_IMAGES
 from vitface.data.checks.check_pairs import Benchmark, check_benchmark, scan_benchmark
 from vitface.data.checks.check_people import TrainingSet, check_training, people_in_benchmark, scan_training
+from vitface.data.checks.find_sets import find_sets
 from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import dark_spots
-from vitface.data.formats.packed import PackedSamples, is_packed
-from vitface.data.formats.pairs import read_bin
+from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.pair_lists import read_pair_list
+from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.formats.samples import RecordSamples, load_samples
 from vitface.errors import DataError
 
+SHOWN = 5  # files of a finding
 SAME_ALIGNMENT = 0.8  # correlation of two sets' dark spots; sets with the same alignment have 0.9
 
 
@@ -35,43 +40,38 @@ class Report:
 
 
 def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None = None) -> list[Report]:
-    """Returns a report for each set at `path`: a training set, a .bin file, or a folder of these.
+    """Returns a report for each set at `path`, a set or a folder of sets, and for what was not checked there.
 
     Training sets are also compared with the benchmarks among them and those of `against`: .bin files, or published pair
     lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
     """
-    trainings, files = sets_at(path)
+    found = find_sets(path)
     lists = [file for file in against if file.suffix != ".bin"]
+    sources: dict[str, Callable[[], VerificationSet]] = {}
+    for file in [*found.bins, *(file for file in against if file.suffix == ".bin")]:
+        sources[str(file)] = functools.partial(read_bin, file)
+    for name, file, crops in found.pair_lists:
+        sources[f"{file} ({name})"] = functools.partial(read_pair_list, name, file, crops)
     reports, benchmarks = [], []
-    for file in dict.fromkeys([*files, *(file for file in against if file.suffix == ".bin")]):
+    for where, read in sources.items():
         try:
-            benchmarks.append(scan_benchmark(read_bin(file), num_workers))
-            reports.append(_benchmark_report(file, benchmarks[-1]))
+            benchmarks.append(scan_benchmark(read(), num_workers))
+            reports.append(_benchmark_report(where, benchmarks[-1]))
         except DataError as error:
-            reports.append(Report(str(file), "unreadable", {}, unreadable(error)))
-    for folder in trainings:
+            reports.append(Report(where, "unreadable", {}, unreadable(error)))
+    for folder in found.trainings:
         try:
             reports.append(_training_report(folder, benchmarks, lists, num_workers, embed))
         except DataError as error:
             reports.append(Report(str(folder), "unreadable", {}, unreadable(error)))
-    return reports
+    reports += [Report(str(where), "not checked", {}, not_checked(why)) for where, why in found.unchecked.items()]
+    return [*reports, *(Report(str(folder), "no set", {}, no_image(folder)) for folder in found.empty)]
 
 
-def sets_at(path: Path) -> tuple[list[Path], list[Path]]:
-    """(training sets, .bin files) at or, one level deep, in `path`; a folder that holds neither is a training set."""
-    if path.suffix == ".bin" and not path.is_dir():
-        return [], [path]
-    if (path / "train.rec").exists() or is_packed(path):
-        return [path], []
-    benchmarks = sorted(path.glob("*.bin"))
-    trainings = sorted(folder for folder in path.glob("*/") if (folder / "train.rec").exists() or is_packed(folder))
-    return (trainings, benchmarks) if trainings or benchmarks else ([path], [])
-
-
-def _benchmark_report(path: Path, bench: Benchmark) -> Report:
+def _benchmark_report(where: str, bench: Benchmark) -> Report:
     pairs, same = len(bench.pairs.issame), int(bench.pairs.issame.sum())
     counts = {"pairs": pairs, "same": same, "different": pairs - same, "images": len(bench.scan)}
-    return Report(str(path), "verification set (.bin)", counts, check_benchmark(bench))
+    return Report(where, "verification set", counts, check_benchmark(bench))
 
 
 def _training_report(
@@ -97,6 +97,16 @@ def _training_report(
 @finds("error", "fix what the message names, or get the set again")
 def unreadable(error: DataError) -> str:
     return str(error)
+
+
+@finds("warning", "unpack it, put images into folders SET/PERSON/IMAGE.jpg (docs/data.md), or move it elsewhere")
+def not_checked(why: str) -> str:
+    return why
+
+
+@finds("note", "nothing to do, unless you expected a set there")
+def no_image(folder: Path) -> str:
+    return f"no image and no set was found in {folder.name}"
 
 
 def check_between(train: TrainingSet, bench: Benchmark) -> list[Finding]:
@@ -125,9 +135,13 @@ def report_text(report: Report) -> str:
     """One line about the set, and below it what was found."""
     counts = ", ".join(f"{count:,} {what}" for what, count in report.counts.items())
     lines = [f"{report.path}: {report.format}{', ' if counts else ''}{counts}"]
-    if not report.problems:
+    if not report.problems and report.counts:
         lines.append("  nothing wrong was found")
     for finding in report.findings:
         head = "note" if finding.severity == "note" else f"{finding.severity.upper()} {finding.name}"
-        lines += [f"  {head}: {finding.what}", f"    {finding.do}"]
+        lines.append(f"  {head}: {finding.what}")
+        lines += [f"    {name}" for name in finding.files[:SHOWN]]
+        if finding.files[SHOWN:]:
+            lines.append(f"    and {len(finding.files) - SHOWN:,} more, which --json lists")
+        lines.append(f"    {finding.do}")
     return "\n".join(lines)

@@ -24,14 +24,15 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 class Scan:
     """`damaged` lists the images that cannot be used as crops, and why; their rows are blank."""
 
+    images: Images
     damaged: list[str]
     digests: np.ndarray  # (n,) bytes: equal for equal crops
     sizes: np.ndarray  # (n, 2) height and width as stored
-    redness: np.ndarray  # (n,) mean of R minus mean of B, in 0..255
+    redness: np.ndarray  # (n,) of the middle of the face: (R - B) / mean of R, G and B; skin has 0.2 to 0.7, grey 0
     contrast: np.ndarray  # (n,) standard deviation of the grey values
     mean_face: np.ndarray  # (112, 112) grey
-    # (min(n, limit), 784): local contrast of the first `limit` images minus its mean, at unit norm, so that the product
-    # of two is a similarity
+    compared: np.ndarray  # (m,) the images whose patterns are kept, rising
+    # (m, 784): their local contrast minus its mean, at unit norm, so that the product of two is a similarity
     patterns: np.ndarray
 
     def __len__(self) -> int:
@@ -41,10 +42,14 @@ class Scan:
     def usable(self) -> np.ndarray:
         return self.sizes[:, 0] > 0
 
+    def names(self, which: np.ndarray) -> list[str]:
+        """The names of the images that are true in `which` (n,), as messages have them."""
+        return [self.images.where(index) for index in np.flatnonzero(which).tolist()]
 
-def scan(images: Images, num_workers: int, limit: int) -> Scan:
-    """Reads every image once; patterns are kept of the first `limit`."""
-    work, starts = functools.partial(_scan_chunk, images, limit), range(0, len(images), CHUNK)
+
+def scan(images: Images, num_workers: int, compared: np.ndarray) -> Scan:
+    """Reads every image once; patterns are kept of the images `compared` (m,), rising indices."""
+    work, starts = functools.partial(_scan_chunk, images, compared), range(0, len(images), CHUNK)
     parts = in_processes(work, starts, num_workers)
     bar = tqdm(parts, "reading", len(starts), unit="img", unit_scale=CHUNK, leave=False, dynamic_ncols=True)
     damaged, *columns = zip(*bar, strict=True)
@@ -52,10 +57,11 @@ def scan(images: Images, num_workers: int, limit: int) -> Scan:
     mean_face = grey.sum(axis=0) / max(np.count_nonzero(sizes[:, 0]), 1)
     patterns = patterns - patterns.mean(0)
     patterns /= np.linalg.norm(patterns, axis=1, keepdims=True) + 1e-9
-    return Scan([why for some in damaged for why in some], digests, sizes, redness, contrast, mean_face, patterns)
+    why = [text for some in damaged for text in some]
+    return Scan(images, why, digests, sizes, redness, contrast, mean_face, compared, patterns)
 
 
-def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
+def _scan_chunk(images: Images, compared: np.ndarray, start: int) -> tuple:
     stop = min(start + CHUNK, len(images))
     damaged, sizes = [], np.zeros((stop - start, 2), np.int64)
     crops = np.zeros((stop - start, CROP_SIZE, CROP_SIZE, 3), np.uint8)
@@ -66,10 +72,11 @@ def _scan_chunk(images: Images, limit: int, start: int) -> tuple:
         except DataError as error:
             damaged.append(str(error))
     digests = np.array([hashlib.sha256(crop.data).digest()[:16] for crop in crops], "S16")
-    red, _, blue = (crops.reshape(len(crops), -1, 3).sum(1, dtype=np.uint32) / CROP_SIZE**2).T
+    red, green, blue = crops[:, 28:100, 28:84].mean((1, 2), dtype=np.float32).T
+    redness = 3 * (red - blue) / np.maximum(red + green + blue, 1)
     grey = crops @ LUMA
-    patterns = local_contrast(grey[: max(limit - start, 0)])
-    return damaged, digests, sizes, red - blue, grey.std((1, 2)), grey.sum(0, dtype=np.float64)[None], patterns
+    patterns = local_contrast(grey[compared[(compared >= start) & (compared < stop)] - start])
+    return damaged, digests, sizes, redness, grey.std((1, 2)), grey.sum(0, dtype=np.float64)[None], patterns
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:
@@ -78,7 +85,7 @@ def local_contrast(grey: np.ndarray) -> np.ndarray:
     small = grey.reshape(-1, PATTERN_SIDE, step, PATTERN_SIDE, step).mean((2, 4))
     above = small - _blurred(small, 3)
     deviation = np.sqrt(np.maximum(_blurred(above**2, 3), 0))  # running sums may round below zero
-    return (above / (deviation + 4)).reshape(len(grey), -1).astype(np.float32)
+    return (above / (deviation + 4)).reshape(len(grey), PATTERN_SIDE**2).astype(np.float32)
 
 
 def dark_spots(mean_face: np.ndarray) -> np.ndarray:
