@@ -3,7 +3,7 @@
 import vitface
 model = vitface.load("runs/a")                        # a run (its best checkpoint) or one checkpoint directory
 embeddings = model.embed(["a.jpg", "b.jpg"])          # float32 (2, E), unit norm
-verdict = model.verify("a.jpg", "b.jpg", align=True)  # photos: score, threshold, far, same
+verdict = model.verify("a.jpg", "b.jpg")                # photos or crops: score, threshold, far, same
 gallery = vitface.Gallery(model.config.embedding_dim)
 gallery.add(["a", "b"], embeddings)
 gallery.search(embeddings, k=2)                       # for each row: the most alike names, and their cosines

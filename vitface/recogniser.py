@@ -1,23 +1,28 @@
 """`vitface.load` and the `Recogniser` that it returns: a face model and the methods that an application needs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
+from vitface.data.images import CROP_SIZE
 from vitface.device import inference_dtype
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import Verdict, choose_threshold
 
-Images = np.ndarray | Tensor | Sequence[Photo]
+Images = np.ndarray | Tensor | Iterable[Photo]
+Align = bool | FaceDetector | None
 
 
 def load(
@@ -70,49 +75,69 @@ class Recogniser:
         return self
 
     def embed(
-        self, images: Images, flip: bool = True, batch_size: int | None = None, align: bool | FaceDetector = False
+        self, images: Images, flip: bool = True, batch_size: int | None = None, align: Align = None
     ) -> np.ndarray:
-        """Aligned faces -> float32 (B, E), unit norm: uint8 (B, 112, 112, 3) RGB, or a list of paths, PIL images or
-        uint8 (H, W, 3) arrays; square ones are resized.
+        """Images -> float32 (B, E), unit norm.
 
-        `align=True` is for photos: the face is found and aligned in every image that is not 112 x 112 pixels (see
-        `vitface.data.faces.photos.CropReader`). `flip` sums the embeddings of the image and its mirror image before
-        normalising, as the benchmarks' protocol does. `batch_size` is chosen for the device by default. ImageError
-        names a file that cannot be used.
+        `images` is an array or tensor, uint8 (B, 112, 112, 3) RGB, or any iterable of paths, encoded bytes, PIL images
+        and uint8 (H, W, 3) arrays, which is read batch by batch.
+
+        `align=None`, as the commands: in each path, bytes or PIL image that is not 112 x 112 pixels the face is found
+        and aligned; arrays are aligned faces, square ones are resized. True: also in arrays; a FaceDetector: by this
+        one; False: all are aligned faces (see `vitface.data.faces.photos.CropReader`).
+
+        `flip` sums the embeddings of the image and its mirror image before normalising, as the benchmarks' protocol
+        does. `batch_size` is chosen for the device by default. ImageError names an image that cannot be used, TypeError
+        what is none.
         """
         return embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
 
-    def verify(
-        self, first: Photo, second: Photo, far: float | None = None, align: bool | FaceDetector = False
-    ) -> Verdict:
-        """Do two images, each a path, PIL image or uint8 (H, W, 3), show the same person?
+    def verify(self, first: Photo, second: Photo, far: float | None = None, align: Align = None) -> Verdict:
+        """Do two images, each a path, bytes, PIL image or uint8 (H, W, 3), show the same person?
 
         `far` is one of the calibrated false accept rates, by default the lowest; ConfigError for any other. Without
         thresholds the verdict has a score but no answer: `threshold`, `far` and `same` are None. `align` and the other
-        errors are those of `embed`.
+        errors are those of `embed`; an array that is taken for an aligned face without being 112 x 112 is warned of.
         """
         threshold = choose_threshold(self.thresholds, far)
+        for image in (first, second):
+            if align is None and isinstance(image, np.ndarray) and image.shape[:1] == image.shape[1:2] != (CROP_SIZE,):
+                text = f"an array of {len(image)} x {len(image)} pixels is taken for an aligned face"
+                warnings.warn(f"{text}; align=True finds the face in it, align=False says that it is one", stacklevel=2)
         rows = self.embed([first, second], align=align)
         return Verdict(float(rows[0] @ rows[1]), *threshold)
 
-    def domain_weights(self, images: Images, batch_size: int | None = None) -> np.ndarray:
-        """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA."""
-        batches = self._batches(images, batch_size=batch_size)
+    def domain_weights(self, images: Images, batch_size: int | None = None, align: Align = None) -> np.ndarray:
+        """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA. `images`
+        and `align` are those of `embed`."""
+        batches = self._batches(images, align, batch_size=batch_size)
         rows = [route_crops(self.model, batch).cpu().numpy() for batch in batches]
         return np.concatenate(rows) if rows else np.zeros((0, self.config.num_domains), np.float32)
 
-    def attention(self, images: Images, block: int = -1) -> np.ndarray:
-        """The attention of CLS in one block of the adapted model: float32 (B, nh, g, g) over the patch grid."""
-        rows = [attend_crops(self.model, batch, block).cpu().numpy() for batch in self._batches(images)]
+    def attention(self, images: Images, block: int = -1, align: Align = None) -> np.ndarray:
+        """The attention of CLS in one block of the adapted model: float32 (B, nh, g, g) over the patch grid. `images`
+        and `align` are those of `embed`."""
+        rows = [attend_crops(self.model, batch, block).cpu().numpy() for batch in self._batches(images, align)]
         side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
         return np.concatenate(rows) if rows else np.zeros((0, heads, side, side), np.float32)
 
     def _batches(
-        self, images: Images, align: bool | FaceDetector = False, flip: bool = False, batch_size: int | None = None
+        self, images: Images, align: Align = None, flip: bool = False, batch_size: int | None = None
     ) -> Iterator[Crops]:
         """The images as crops, in batches."""
-        if isinstance(images, str | Path):
-            raise TypeError(f"images must be a list, even of one: [{str(images)!r}]")
         as_crop = CropReader(align)
-        for batch in split(self.model, images, flip, batch_size):
+        for batch in split(self.model, _several(images), flip, batch_size):
             yield batch if isinstance(batch, Tensor) else np.stack([as_crop(image) for image in batch])
+
+
+def _several(images: Images) -> Images:
+    """The images; TypeError for a single one, whose rows or bytes would be taken for images."""
+    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image)
+    if isinstance(images, np.ndarray | Tensor):
+        if images.ndim == 1 and isinstance(images, np.ndarray):
+            return images.tolist()  # of paths
+        single = images.ndim < 4
+    if single or not isinstance(images, Iterable):
+        kind = f"an array {tuple(images.shape)}" if isinstance(images, np.ndarray | Tensor) else type(images).__name__
+        raise TypeError(f"images must be a list, even of one: [image]; this is {kind}")
+    return images

@@ -4,6 +4,7 @@ Letters: B images, S input side, P patch, N tokens, D width, E embedding, K doma
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -58,11 +59,17 @@ def embed_batches(model: FaceModel, batches: Iterable[Crops], flip: bool = True)
 
 
 def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | None = None) -> Iterator[Any]:
-    """A list or array in batches of `batch_size`; by default as many as suit the model's device, half with `flip`."""
+    """An iterable or array in batches of `batch_size`; by default as many as suit the model's device, half with
+    `flip`."""
     usual = CPU_BATCH if model.vit.pos_embed.device.type == "cpu" else GPU_BATCH
     batch_size = batch_size or (usual // 2 if flip else usual)
-    for start in range(0, len(images), batch_size):
-        yield images[start : start + batch_size]
+    if isinstance(images, np.ndarray | Tensor):
+        for start in range(0, len(images), batch_size):
+            yield images[start : start + batch_size]
+        return
+    remaining = iter(images)
+    while batch := list(itertools.islice(remaining, batch_size)):
+        yield batch
 
 
 @torch.no_grad()
