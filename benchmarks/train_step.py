@@ -48,11 +48,13 @@ EXAMPLES = """examples:
 
 @dataclasses.dataclass
 class Learner:
-    """`forward` maps images to embeddings; `gradient` returns the gradient of layer `path`'s B in our layout."""
+    """`forward` maps images to embeddings; `gradient` returns the gradient of layer `path`'s B in our layout; `mode` is
+    torch.compile's, None for eager."""
 
     forward: Callable[[Tensor], Tensor]
     trained: list[nn.Parameter]
     gradient: Callable[[str], Tensor]
+    mode: str | None = None
     autocast: torch.dtype | None = None
     precision: str = "highest"  # of float32 matrix products
 
@@ -65,13 +67,18 @@ class TrainStep:
         self.margin = MarginLoss(make_margin("cosface", 0.35), PEOPLE, EMBEDDING, 64.0, seed=0).to(images.device)
         self.trained = [*learner.trained, self.margin.weight]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
+        mode = learner.mode  # model and margin are compiled as one graph, of every contestant
+        self.loss = self.eager_loss if mode is None else torch.compile(self.eager_loss, mode=mode)
+
+    def eager_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        low = self.learner.autocast
+        with torch.autocast(images.device.type, low, enabled=low is not None):
+            embedding = self.learner.forward(images)
+        return self.margin(embedding.float(), labels)
 
     def backward(self) -> Tensor:
         torch.set_float32_matmul_precision(self.learner.precision)
-        low = self.learner.autocast
-        with torch.autocast(self.images.device.type, low, enabled=low is not None):
-            embedding = self.learner.forward(self.images)
-        loss = self.margin(embedding.float(), self.labels)
+        loss = self.loss(self.images, self.labels)
         loss.backward()
         return loss.detach()
 
@@ -129,9 +136,8 @@ def ours(args: argparse.Namespace, dtype: str, module: ModuleType, mode: str | N
     """`mode` is torch.compile's, None for eager."""
     model = our_model(vit, args, dtype, module)
     layers = adapted_linears(model.vit)
-    call = _compiled(model, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Learner(lambda images: call(images)[0], trained, lambda path: layers[path].lora_b.grad)
+    return Learner(lambda images: model(images)[0], trained, lambda path: layers[path].lora_b.grad, mode)
 
 
 def ours_packed(args: argparse.Namespace, dtype: str, vit: ViT) -> Learner:
@@ -169,7 +175,7 @@ def with_peft_by(args: argparse.Namespace, kind: str, way: Way, mode: str | None
         return torch.cat([modules[name].lora_B["default"].weight.grad for name in names])
 
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    return Learner(_compiled(wrapped, mode), trained, gradient, way.autocast, way.precision)
+    return Learner(wrapped, trained, gradient, mode, way.autocast, way.precision)
 
 
 def domains_by_timm(
@@ -186,11 +192,7 @@ def domains_by_timm(
         b = layers[path].b
         return b.grad if isinstance(b, nn.Parameter) else torch.cat([part.grad for part in b], dim=1)
 
-    return Learner(_compiled(wrapped, mode), [p for p in wrapped.parameters() if p.requires_grad], gradient)
-
-
-def _compiled(model: nn.Module, mode: str | None) -> Callable[[Tensor], Tensor]:
-    return model if mode is None else torch.compile(model, mode=mode)
+    return Learner(wrapped, [p for p in wrapped.parameters() if p.requires_grad], gradient, mode)
 
 
 def modes(args: argparse.Namespace, tuned: bool) -> dict[str, str | None]:

@@ -193,7 +193,7 @@ class TrainConfig:
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", group="device", bookkeeping=True)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "precision of the frozen backbone, auto: the fastest")
-    compile: bool = flag(False, "torch.compile the model")
+    compile: bool = flag(False, "torch.compile model and loss, half a minute at the start; it needs a C++ compiler")
     memory_budget: float | None = flag(
         None, "GB that a step may take; blocks are recomputed until it fits", above=0, bookkeeping=True
     )

@@ -29,7 +29,7 @@ from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import settings_of, state_to_resume
 from vitface.training.runs.state import TrainingState
-from vitface.training.step import make_optimizer, schedule, set_rates, total_loss, update
+from vitface.training.step import compiled, make_optimizer, schedule, set_rates, total_loss, update
 
 LOG_EVERY = 10
 
@@ -53,8 +53,8 @@ class Trainer:
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.loss_scale = LossScale(config.dtype == "fp16", self.device)
         self.state = TrainingState(self.model, self.margin, self.optimizer, self.loss_scale)
-        compiled: torch.nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore
-        self.forward = replicate(compiled, self.device)
+        self.losses = compiled(total_loss, config)
+        self.forward = replicate(self.model, self.device)
         self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
         self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
         # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
@@ -156,7 +156,7 @@ class Trainer:
         if not earlier:
             self.optimizer.zero_grad(set_to_none=True)
         with accumulating(last, self.forward, self.margin_forward):
-            losses = total_loss(self.forward, self.margin_forward, batch, self.config)
+            losses = self.losses(self.forward, self.margin_forward, batch, self.config)
             losses = {name: loss / self.config.grad_accum + earlier.get(name, 0.0) for name, loss in losses.items()}
             results = {name: loss.detach() for name, loss in losses.items()}
             if not last:

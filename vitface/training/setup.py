@@ -32,7 +32,7 @@ from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import gather_rows
 from vitface.training.ranks.process_group import barrier, launched, local_device, print0
 from vitface.training.runs.state import Margin
-from vitface.training.step import total_loss
+from vitface.training.step import compiled, total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
 DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, grad_accum=1)
@@ -166,7 +166,7 @@ def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, conf
             margin.draw(0, batch.people)
         for _ in range(2):
             start = time.perf_counter()
-            total_loss(model, margin, batch, config)["loss"].backward()
+            compiled(total_loss, config)(model, margin, batch, config)["loss"].backward()
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
             seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """One training step: loss, gradients, clipping, update. And what the optimiser is given to work on."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,11 @@ def total_loss(model: nn.Module, margin: nn.Module, batch: Batch, config: TrainC
             losses["domain_loss"] = F.cross_entropy(logits, batch.domains)
             loss = loss + DOMAIN_LOSS_WEIGHT * losses["domain_loss"]
     return {"loss": loss, **losses}
+
+
+def compiled(losses: Callable, config: TrainConfig) -> Callable:
+    """`losses`, such as `total_loss`; with --compile by torch.compile, which makes one graph of model and margin."""
+    return torch.compile(losses) if config.compile else losses
 
 
 class Outcome(NamedTuple):
