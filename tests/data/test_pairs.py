@@ -35,7 +35,8 @@ def arrays(images, shape=(-1, 1)):
 
 
 def old_numpy(data):
-    return data.replace(b"numpy._core.", b"numpy.core.")
+    data = data.replace(b"\x13numpy._core.numeric", b"\x12numpy.core.numeric")
+    return data.replace(b"\x16numpy._core.multiarray", b"\x15numpy.core.multiarray").replace(b"._core.", b".core.")
 
 
 def python2(images, flags, quote="short"):
@@ -65,14 +66,24 @@ LEGAL = {
     **{f"bytes {p}": pickle.dumps((IMAGES, ISSAME), p) for p in range(6)},
     **{f"flags 0 and 1, {p}": pickle.dumps((IMAGES, [1, 0, 1]), p) for p in range(6)},
     **{f"numpy flags {p}": pickle.dumps((IMAGES, list(np.array(ISSAME))), p) for p in range(6)},
-    **{f"columns {p}": pickle.dumps((arrays(IMAGES), ISSAME), p) for p in range(5)},
-    **{f"rows {p}": pickle.dumps((arrays(IMAGES, -1), ISSAME), p) for p in range(5)},
+    **{f"columns {p}": pickle.dumps((arrays(IMAGES), ISSAME), p) for p in range(6)},
+    **{f"rows {p}": pickle.dumps((arrays(IMAGES, -1), ISSAME), p) for p in range(6)},
+    **{f"two lists {p}": pickle.dumps([IMAGES, ISSAME], p) for p in range(6)},
+    **{f"an array of flags {p}": pickle.dumps((IMAGES, np.array(ISSAME)), p) for p in range(6)},
+    **{f"whole numbers {p}": pickle.dumps((arrays(IMAGES), np.array([1, 0, 1])), p) for p in range(6)},
+    "read-only arrays": pickle.dumps((tuple(np.frombuffer(x, np.uint8) for x in IMAGES), ISSAME), 5),
+    **{f"bytearrays {p}": pickle.dumps((list(map(bytearray, IMAGES)), ISSAME), p) for p in range(6)},
+    "big-endian flags": pickle.dumps((IMAGES, np.array([1, 0, 1], ">i4")), 4),
+    "a list of int64": pickle.dumps((IMAGES, list(np.array([1, 0, 1]))), 5),
+    "decimal flags": pickle.dumps((IMAGES, np.array([1.0, 0.0, 1.0])), 5),
+    "columns of numpy 1, protocol 5": b"\x80\5" + old_numpy(pickle.dumps((arrays(IMAGES), np.array(ISSAME)), 5))[11:],
     "columns of numpy 1": old_numpy(pickle.dumps((arrays(IMAGES), list(np.array(ISSAME))), 3)),
     "python 2, protocol 0": python2(IMAGES, ISSAME, "repr"),
     "python 2, protocol 2": python2(IMAGES, ISSAME),
 }
 
 
+@pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")  # of pickle, for numpy 1's names
 @pytest.mark.parametrize("name", LEGAL)
 def test_legal_files_are_what_pickle_makes_of_them(tmp_path, name):
     (tmp_path / "tiny.bin").write_bytes(LEGAL[name])
@@ -108,7 +119,7 @@ def test_large_opcodes():
 )
 def test_any_images_round_trip(images, protocol, as_arrays):
     flags = [i % 2 == 0 for i in range(len(images) // 2)]
-    stored = arrays(images) if as_arrays and protocol < 5 else images
+    stored = arrays(images) if as_arrays else images
     assert parse_bin(pickle.dumps((stored, flags), protocol), "x") == (images, flags)
 
 
@@ -159,7 +170,7 @@ def test_nothing_is_executed(tmp_path, name):
     assert sentinel.exists()  # the payload is live
     sentinel.unlink()
     (tmp_path / "evil.bin").write_bytes(payload)
-    with pytest.raises(DataError, match=r"evil\.bin: opcode \w+ at byte \d+ "):
+    with pytest.raises(DataError, match=r"evil\.bin: .*nothing in .* was executed; .*found by \w+ at byte \d+"):
         read_bin(tmp_path / "evil.bin")
     assert not sentinel.exists()
 
@@ -182,6 +193,14 @@ def pair(images=b"C\4\xff\xd8\xff1C\4\xff\xd8\xff2", flags=b"\x88"):
 
 
 TEXT, SECOND = b"V\xff\xd8\xff1\n", b"C\4\xff\xd8\xff2"
+DTYPE_I8 = DTYPE_U1.replace(b"u1", b"i8")
+
+
+def buffer(raw=b"\x96\4\0\0\0\0\0\0\0\xff\xd8\xff1", dtype=DTYPE_U1, shape=b"K\4\x85", order=b"VC\n"):
+    """A set whose first image is an array as protocol 5 writes it."""
+    return pair(call("numpy._core.numeric", "_frombuffer", raw + dtype + shape + order) + SECOND)
+
+
 HOSTILE = {
     "empty": b"",
     "stop alone": b".",
@@ -277,7 +296,28 @@ HOSTILE = {
     "array of version 2": array(b"K\2(K\4t" + DTYPE_U1 + b"\x89C\4\xff\xd8\xff1"),
     "array of 4 x 2 in 4 bytes": array(b"K\1(K\4K\2t" + DTYPE_U1 + b"\x89C\4\xff\xd8\xff1"),
     "array built twice": pair(ARRAY + 2 * (b"(K\1(K\4t" + DTYPE_U1 + b"\x89C\4\xff\xd8\xff1tb") + SECOND),
-    "numpy column of protocol 5": pickle.dumps((arrays(IMAGES), ISSAME), 5),
+    "BYTEARRAY8 of 2^62": b"\x80\5](\x96" + struct.pack("<Q", 1 << 62) + JPEG,
+    "BYTEARRAY8 past the end": b"\x80\5](\x96" + struct.pack("<Q", 9 << 20) + b"x",
+    "BYTEARRAY8 cut": b"\x80\5](\x96\4\0",
+    "readonly buffer": b"\x80\5\x96" + struct.pack("<Q", 1) + b"x\x98.",
+    "buffer longer than its data": buffer(shape=b"J\0\xca\x9a;\x85"),
+    "buffer of huge sides": buffer(shape=b"(" + 4 * b"J\xff\xff\xff\x7f" + b"t"),
+    "buffer of a negative side": buffer(shape=b"J\xff\xff\xff\xffJ\xfc\xff\xff\xff\x86"),
+    "buffer of five sides": buffer(shape=b"(" + 4 * b"K\1" + b"K\4t"),
+    "buffer without a shape": buffer(shape=b"N"),
+    "buffer of objects": buffer(dtype=call("numpy", "dtype", b"X\2\0\0\0O8\x89\x88")),
+    "buffer without dtype": buffer(dtype=b"N"),
+    "buffer of text": buffer(raw=b"V\xff\xd8\xff1\n"),
+    "buffer of a name": buffer(raw=b"cnumpy\nndarray\n"),
+    "buffer in another order": buffer(order=b"VK\n"),
+    "buffer with a fifth argument": buffer(order=b"VC\nN"),
+    "buffer called by another name": pair(call("numpy._core.numeric", "frombuffer", b"C\1x") + SECOND),
+    "bytearray of text": pair(call("builtins", "bytearray", b"V\xff\xd8\xff1\nVlatin1\n") + SECOND),
+    "dtype of 8 bytes for a scalar of 1": pair(flags=call("numpy.core.multiarray", "scalar", DTYPE_I8 + b"C\1\1")),
+    "scalar of text": pair(flags=call("numpy.core.multiarray", "scalar", DTYPE_I8 + b"V12345678\n")),
+    "flags of 2 x 2": pickle.dumps((IMAGES[:4], np.ones((2, 2), bool)), 5),
+    "flags of 2": pickle.dumps((IMAGES[:4], np.array([2, 0])), 5),
+    "flags nan": pickle.dumps((IMAGES[:4], np.array([np.nan, 0])), 5),
     "odd images": pair(b"C\4\xff\xd8\xff1"),
     "no images": pair(b""),
     "no pairs": pair(b"", b""),
@@ -321,15 +361,15 @@ def test_hostile_files_are_refused_at_no_cost(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("memo bomb", "STOP at byte 6 ends something else"),  # one entry of a dict
-        ("BINBYTES8 of 2^40", "BINBYTES8 at byte 4 is damaged or cut short"),
+        ("memo bomb", r"holds nothing \(None\) .*STOP at byte 6"),  # one entry of a dict
+        ("BINBYTES8 of 2^40", "damaged or cut short .*BINBYTES8 at byte 4"),
         ("BINBYTES past the end", "cut short"),
-        ("marks a million deep", "MARK at byte 32250 is one too many"),
-        ("lists a million deep", "EMPTY_LIST at byte 63500 is one too many"),
-        ("tuples a million deep", "TUPLE1 at byte 32251 is one too many"),
-        ("tuple of 100,000", "ends something else"),
+        ("marks a million deep", "far more parts .*MARK at byte 32250"),
+        ("lists a million deep", "far more parts .*EMPTY_LIST at byte 63500"),
+        ("tuples a million deep", "far more parts .*TUPLE1 at byte 32251"),
+        ("tuple of 100,000", "holds a tuple of 100000"),
         ("string with one quote", "must be quoted"),
-        ("pop below a mark", "TUPLE1 at byte 2 is damaged or cut short .IndexError"),
+        ("pop below a mark", "damaged or cut short .IndexError.*TUPLE1 at byte 2"),
     ],
 )
 def test_bounds_are_met_where_they_are_crossed(name, message):
@@ -341,20 +381,25 @@ def test_the_fixtures_of_hostile_files_are_legal_without_the_fault():
     assert parse_bin(pair(), "x") == ([JPEG + b"1", JPEG + b"2"], [True])
     legal = array(b"K\1(K\4K\1t" + DTYPE_U1 + b"\x89C\4\xff\xd8\xff1")
     assert parse_bin(legal, "x") == ([JPEG + b"1", JPEG + b"2"], [True])
+    assert parse_bin(buffer(), "x") == ([JPEG + b"1", JPEG + b"2"], [True])
+    assert parse_bin(pair(flags=call("numpy.core.multiarray", "scalar", DTYPE_I8 + b"C\x08\1" + bytes(7))), "x")[1] == [
+        True
+    ]
     legal = pair(call("_codecs", "encode", TEXT + b"Vlatin1\n") + SECOND)
     assert parse_bin(legal, "x") == ([JPEG + b"1", JPEG + b"2"], [True])
 
 
 def test_opcodes_that_make_no_data_are_refused_at_once():
     refused = """
-    LONG LONG1 LONG4 FLOAT BINFLOAT BINUNICODE8 BYTEARRAY8 NEXT_BUFFER READONLY_BUFFER EMPTY_TUPLE EMPTY_DICT DICT
+    LONG LONG1 LONG4 FLOAT BINFLOAT BINUNICODE8 NEXT_BUFFER READONLY_BUFFER EMPTY_TUPLE EMPTY_DICT DICT
     SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET POP DUP POP_MARK EXT1 EXT2 EXT4 INST OBJ NEWOBJ NEWOBJ_EX
     PERSID BINPERSID
     """
     for opcode in pickletools.opcodes:
         with pytest.raises(DataError) as caught:
             parse_bin(opcode.code.encode("latin-1"), "x")
-        assert ("is not data; the file" in str(caught.value)) == (opcode.name in refused.split()), opcode.name
+        said = "which no verification set has; nothing in it was executed" in str(caught.value)
+        assert said == (opcode.name in refused.split()), opcode.name
 
 
 def test_an_image_named_many_times_is_not_copied():
@@ -364,7 +409,7 @@ def test_an_image_named_many_times_is_not_copied():
     again = b"c_codecs\nencode\n(h\0h\1tR"
     data = b"X" + struct.pack("<I", len(raw)) + raw + b"q\0Vlatin1\nq\1\x86q\2" + b"](" + again * 20_000 + b"e."
     tracemalloc.start()
-    with pytest.raises(DataError, match="REDUCE at byte 1310793 encodes more text than the file holds"):
+    with pytest.raises(DataError, match="encodes more text than it holds.*REDUCE at byte 1310793"):
         parse_bin(data, "x")
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
@@ -372,7 +417,7 @@ def test_an_image_named_many_times_is_not_copied():
 
 def test_opcodes_are_bounded():
     began = time.process_time()
-    with pytest.raises(DataError, match=r"at byte 1187\d\d\d is one too many"):
+    with pytest.raises(DataError, match=r"far more parts .*at byte 1187\d\d\d"):
         parse_bin(b"](" + b"\x88" * 3_000_000, "x")
     assert time.process_time() - began < 3
 
@@ -380,11 +425,13 @@ def test_opcodes_are_bounded():
 def test_images_are_bounded():
     big = JPEG + bytes((10 << 20) - 2)
     for protocol in (2, 4):
-        with pytest.raises(DataError, match="image 0 is not at most 10485760 bytes"):
+        with pytest.raises(DataError, match="image 0 has 10485761 bytes, at most 10485760"):
             parse_bin(pickle.dumps(([big, big], [True]), protocol), "x")
 
 
-@pytest.mark.parametrize("name", ["bytes 0", "bytes 2", "bytes 4", "columns 0", "columns 3", "python 2, protocol 0"])
+@pytest.mark.parametrize(
+    "name", ["bytes 0", "bytes 2", "bytes 4", "columns 0", "columns 3", "columns 5", "python 2, protocol 0"]
+)
 def test_truncation_at_every_byte(name):
     data = LEGAL[name]
     for size in range(0, len(data), max(1, len(data) // 300)):

@@ -87,7 +87,7 @@ NUMBERS = [struct.pack("<I", value) for value in (0, 1, 16, 0xFFFF, 0x7FFFFFFF, 
 OPCODES = [
     *b"cos\nsystem\n|(S'true'\ntR|Pid\n|c_codecs\nencode\n|cbuiltins\neval\n|h\0|q\0".split(b"|"),
     *b"\x8c\x05numpy\x8c\x07ndarray\x93|r\xff\xff\xff\x7f|B\xff\xff\xff\x7f|\x82\x01".split(b"|"),
-    *(opcode + b"\xff" * 8 for opcode in (b"\x8e", b"\x95")),
+    *(opcode + b"\xff" * 8 for opcode in (b"\x8e", b"\x95", b"\x96")),
     *(bytes([opcode]) for opcode in b"Rboi(tl]ea20.N\x81\x88\x93"),
 ]
 
@@ -99,7 +99,8 @@ def test_bin_files(ran, cases):
     columns = [np.frombuffer(image, np.uint8).reshape(-1, 1) for image in images]
     flags = ([True, False], [np.True_, np.False_])
     originals = [pickle.dumps((images, flags[p % 2]), protocol=p) for p in range(6)]
-    originals += [pickle.dumps((columns, flags[p % 2]), protocol=p) for p in range(5)]
+    originals += [pickle.dumps((columns, flags[p % 2]), protocol=p) for p in range(6)]
+    originals += [pickle.dumps([columns, np.array([1, 0])], protocol=p) for p in (2, 5)]
 
     def attempt(case):
         try:

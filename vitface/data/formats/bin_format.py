@@ -6,23 +6,28 @@ whose table of opcodes can be replaced. Only those opcodes are left that make li
 and booleans. A name becomes a member of `_Name`, and REDUCE and BUILD call nothing: they compute the values of the
 three calls that numpy and Python 3 write into such files.
 
-    _codecs.encode(text, "latin1")                               bytes in protocols 0-2
-    numpy[._core|.core].multiarray._reconstruct + state          an image as a uint8 array of one column
-    numpy[._core|.core].multiarray.scalar(dtype b1, byte)        a flag as np.bool_
+    _codecs.encode(text, "latin1"), bytearray(bytes)      bytes in protocols 0-2, a bytearray in 0-4
+    numpy[._core|.core].multiarray._reconstruct + state   an array, in protocols 0-4
+    numpy[._core|.core].numeric._frombuffer               an array, in protocol 5
+    numpy[._core|.core].multiarray.scalar(dtype, bytes)   a flag as np.bool_, np.int64, ...
 
-Every other opcode, name and form of arguments is refused, and the message names its byte. A hostile file costs time and
-memory in proportion to its size: no more is read than there is, the memo is a dict (an index of 2^31 costs one entry),
-the text encoded is no longer than the file, and the numbers of opcodes and of containers are bounded.
+An array stays the bytes it was stored as; only those of flags become numbers. Every other opcode, name and form of
+arguments is refused. A hostile file costs time and memory in proportion to its size: no more is read than there is, the
+memo is a dict (an index of 2^31 costs one entry), the text encoded is no longer than the file, and the numbers of
+opcodes and of containers are bounded.
 """
 
 import functools
 import io
+import math
 import pickletools
 from dataclasses import dataclass
 from enum import Enum
 from mmap import mmap
-from pickle import BUILD, FRAME, REDUCE, _Unpickler  # the unpickler in C has no table of opcodes
+from pickle import BUILD, BYTEARRAY8, FRAME, REDUCE, _Unpickler  # the unpickler in C has no table of opcodes
 from typing import Any, NoReturn
+
+import numpy as np
 
 from vitface.errors import DataError
 
@@ -36,23 +41,71 @@ BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE GLOBAL STA
 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET MEMOIZE
 """
 
-_Name = Enum("_Name", "ENCODE RECONSTRUCT SCALAR NDARRAY DTYPE UINT8 BOOL")  # the last two are what DTYPE makes
+_Name = Enum("_Name", "ENCODE BYTEARRAY RECONSTRUCT FROMBUFFER SCALAR NDARRAY DTYPE")
 _NAMES = {
     "_codecs encode": _Name.ENCODE,
-    "numpy.core.multiarray _reconstruct": _Name.RECONSTRUCT,
-    "numpy._core.multiarray _reconstruct": _Name.RECONSTRUCT,
-    "numpy.core.multiarray scalar": _Name.SCALAR,
-    "numpy._core.multiarray scalar": _Name.SCALAR,
+    "builtins bytearray": _Name.BYTEARRAY,
+    "__builtin__ bytearray": _Name.BYTEARRAY,
+    **{f"numpy.{core}.multiarray _reconstruct": _Name.RECONSTRUCT for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray scalar": _Name.SCALAR for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric _frombuffer": _Name.FROMBUFFER for core in ("core", "_core")},
     "numpy ndarray": _Name.NDARRAY,
     "numpy dtype": _Name.DTYPE,
+}
+_CODES = ("u1", "b1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")  # numpy's, of images and flags
+
+_HOW = (
+    "write it as pickle.dump((images, issame), file): 2 N images as JPEG or PNG bytes, N flags that are true or false"
+)
+_AGAIN = "get the file again"
+_OTHER_FILES = {  # what is often found under the name of a .bin: (what it is, what to do), by its first bytes
+    b"<": ("a web page", "the download failed or asked for a confirmation; get the file in a browser"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "run git lfs pull in its folder"),
+    b"PK\3\4": ("a zip archive (numpy.savez and torch.save write these, too)", f"unpack it, or {_HOW}"),
+    b"\x1f\x8b": ("compressed with gzip", "unpack it"),
+    b"BZh": ("compressed with bzip2", "unpack it"),
+    b"\xfd7zXZ\0": ("compressed with xz", "unpack it"),
+    b"Rar!": ("a RAR archive", "unpack it"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+    b"\x93NUMPY": ("numpy.save's file", _HOW),
+    b"\x0a\x23\xd7\xce": ("a RecordIO file, as train.rec is", "name its folder with --train-data"),
+    b"\xff\xd8\xff": ("one JPEG image", _HOW),
+    b"\x89PNG": ("one PNG image", _HOW),
+}
+_OBJECTS = {  # opcodes that people's files have in place of lists, images and flags
+    **dict.fromkeys(("EMPTY_DICT", "DICT"), "a dict"),
+    **dict.fromkeys(("EMPTY_SET", "FROZENSET"), "a set"),
+    **dict.fromkeys(("FLOAT", "BINFLOAT"), "a decimal number"),
+    **dict.fromkeys(("LONG", "LONG1", "LONG4"), "a very large number"),
+    "EMPTY_TUPLE": "an empty tuple",
 }
 
 
 @dataclass(eq=False)
+class _Dtype:
+    code: str
+    order: str = "|"
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.code[1:])
+
+    def values(self, data: bytes) -> list:
+        return np.frombuffer(data, np.dtype(self.order + self.code)).tolist()
+
+
+@dataclass(eq=False)
 class _Array:
-    """A uint8 array; `data` is None between its REDUCE and its BUILD."""
+    """`data` is None between its REDUCE and its BUILD."""
 
     data: bytes | None = None
+    shape: tuple[int, ...] = ()
+    dtype: _Dtype | None = None
+
+    @property
+    def flat(self) -> bool:
+        """Of one row or column."""
+        return self.data is not None and len(self.shape) in (1, 2) and self.shape[1:] in ((), (1,))
 
 
 def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
@@ -60,13 +113,17 @@ def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
 
     Images are not decoded; one that the file repeats by reference is one object. The two lengths are not compared.
     """
+    start = bytes(data[:200]).lstrip()
+    for beginning, (what, do) in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise DataError(f"{where} is no verification set but {what}; {do}")
     reader = _Reader(data, where)
     try:
         return reader.checked(reader.load())
     except DataError:
         raise
     except Exception as error:  # the unpickler raises many types, IndexError for a value that is not there and others
-        reader.refuse(f"is damaged or cut short ({type(error).__name__} {str(error)[:100]}); get the file again")
+        reader.refuse(f"the file is damaged or cut short ({type(error).__name__} {str(error)[:100]})", _AGAIN)
 
 
 class _Reader(_Unpickler):
@@ -82,18 +139,26 @@ class _Reader(_Unpickler):
         # real files have one opcode per 100 bytes or less
         self.max_opcodes, self.max_containers = 1_000_000 + self.size // 16, 1000 + self.size // 32
 
-    def refuse(self, why: str) -> NoReturn:
-        raise DataError(f"{self.where}: opcode {self.name} at byte {self.start} {why}")
+    def refuse(self, why: str, do: str = _HOW) -> NoReturn:
+        raise DataError(f"{self.where}: {why}; {do} (found by {self.name} at byte {self.start})")
 
     def find_class(self, module: str, name: str) -> _Name:
         if f"{module} {name}" not in _NAMES:
-            self.refuse(f"names {f'{module} {name}'[:80]!r}, which is not data; nothing in the file was executed")
+            named = f"{module}.{name}"[:80]
+            self.refuse(f"the file has an object of {named!r}, which is not data; nothing in the file was executed")
         return _NAMES[f"{module} {name}"]
 
     def frame(self) -> None:
         """Skips the length of a frame, a hint for reading ahead that is not needed here."""
         if int.from_bytes(self.file.read(8), "little") > self.size - self.file.tell():
-            self.refuse("is longer than the file; download it again")
+            self.refuse("the file was cut short", _AGAIN)
+
+    def bytearray8(self) -> None:
+        """Pushes bytes; the unpickler's own would allocate any length before it reads."""
+        length = int.from_bytes(self.file.read(8), "little")
+        if length > self.size - self.file.tell():
+            self.refuse("the file was cut short", _AGAIN)
+        self.stack.append(self.file.read(length))
 
     # In both patterns below, names and codes are text, or bytes where Python 2 wrote them.
 
@@ -103,43 +168,88 @@ class _Reader(_Unpickler):
             case _Name.ENCODE, str(text), "latin1":
                 self.encoded += len(text)
                 if self.encoded > self.size:
-                    self.refuse("encodes more text than the file holds")
+                    self.refuse("the file encodes more text than it holds")
                 self.stack.append(text.encode("latin-1"))
+            case _Name.BYTEARRAY, bytes(raw):
+                self.stack.append(raw)
             case _Name.RECONSTRUCT, _Name.NDARRAY, (0,), "b" | b"b":
                 self.stack.append(_Array())
-            case _Name.DTYPE, "u1" | b"u1", 0, 1:
-                self.stack.append(_Name.UINT8)
-            case _Name.DTYPE, "b1" | b"b1", 0, 1:
-                self.stack.append(_Name.BOOL)
-            case _Name.SCALAR, _Name.BOOL, (b"\0" | b"\1") as byte:
-                self.stack.append(byte == b"\1")
+            case _Name.FROMBUFFER, bytes(raw), _Dtype() as dtype, tuple(shape), "C" | "F":
+                self.stack.append(self.array(raw, shape, dtype))
+            case _Name.DTYPE, str() | bytes() as code, 0, 1 if _text(code) in _CODES:
+                self.stack.append(_Dtype(_text(code)))
+            case _Name.SCALAR, _Dtype() as dtype, bytes(raw) if len(raw) == dtype.itemsize:
+                self.stack.append(dtype.values(raw)[0])
             case _:
-                self.refuse("calls something in a form no verification set has; nothing in the file was executed")
+                self.refuse("the file has an object in a form no verification set has; nothing in it was executed")
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         match target, *(state if isinstance(state, tuple) else ()):
-            case _Name.UINT8 | _Name.BOOL, 3, "|" | b"|", None, None, None, -1, -1, 0:
-                pass
-            case _Array(None), 1, (size,) | (size, 1), _Name.UINT8, 0 | 1, bytes(raw) if size == len(raw):
-                target.data = raw
+            case _Dtype(), 3, "|" | "<" | ">" | b"|" | b"<" | b">" as order, None, None, None, -1, -1, 0:
+                target.order = _text(order)
+            case _Array(None), 1, tuple(shape), _Dtype() as dtype, 0 | 1, bytes(raw):
+                built = self.array(raw, shape, dtype)
+                target.data, target.shape, target.dtype = built.data, built.shape, built.dtype
             case _:
-                self.refuse("gives a state that is not one of a uint8 array of one column; nothing was executed")
+                self.refuse("the file has an object in a state no verification set has; nothing in it was executed")
+
+    def array(self, raw: bytes, shape: tuple, dtype: _Dtype) -> _Array:
+        if len(shape) > 4 or not all(isinstance(side, int) and side >= 0 for side in shape):
+            self.refuse("the file has an array of a shape no verification set has")
+        if math.prod(shape) * dtype.itemsize != len(raw):
+            self.refuse("the file has an array that is longer or shorter than its data", _AGAIN)
+        return _Array(raw, shape, dtype)
 
     def checked(self, whole: object) -> tuple[list[bytes], list[bool]]:
         """What STOP returned, as (images, flags)."""
         if self.stack or self.metastack or self.file.tell() != self.size:
-            self.refuse("ends the set with something left over")
-        if not isinstance(whole, tuple) or [type(part) for part in whole] != [list, list]:
-            self.refuse("ends something else than (images, flags)")
-        images: list = [image.data if isinstance(image, _Array) else image for image in whole[0]]
-        for i, image in enumerate(images):
-            if not isinstance(image, bytes) or len(image) > MAX_IMAGE_BYTES:
-                self.refuse(f"ends a set whose image {i} is not at most {MAX_IMAGE_BYTES} bytes")
-        for i, flag in enumerate(whole[1]):
-            if not isinstance(flag, int) or flag not in (0, 1):
-                self.refuse(f"ends a set whose flag {i} is neither true nor false")
-        return images, [bool(flag) for flag in whole[1]]
+            self.refuse("there is something left over behind the set", _AGAIN)
+        if not isinstance(whole, tuple | list) or len(whole) != 2:
+            self.refuse(f"the file holds {_describe(whole)} and not a pair of images and flags")
+        images, flags = whole
+        if isinstance(flags, _Array) and flags.flat:
+            assert flags.dtype and flags.data is not None
+            flags = flags.dtype.values(flags.data)
+        if not isinstance(images, list | tuple) or not isinstance(flags, list | tuple):
+            self.refuse(f"the images are {_describe(images)} and the flags {_describe(flags)}, not two lists")
+        encoded = [self.image(i, image) for i, image in enumerate(images)]
+        for i, flag in enumerate(flags):
+            if not isinstance(flag, int | float) or flag not in (0, 1):
+                value = repr(flag) if isinstance(flag, int | float) else _describe(flag)
+                self.refuse(f"flag {i} is {value}, neither true (one person) nor false (two people)")
+        return encoded, [bool(flag) for flag in flags]
+
+    def image(self, i: int, image: object) -> bytes:
+        if isinstance(image, _Array) and image.flat and image.dtype and image.dtype.code == "u1":
+            image = image.data
+        if not isinstance(image, bytes):
+            self.refuse(f"image {i} is {_describe(image)} and not the bytes of a JPEG or PNG file")
+        if len(image) > MAX_IMAGE_BYTES:
+            self.refuse(f"image {i} has {len(image)} bytes, at most {MAX_IMAGE_BYTES} are accepted")
+        return image
+
+
+def _text(code: str | bytes) -> str:
+    return code if isinstance(code, str) else code.decode("latin-1")
+
+
+def _describe(value: object) -> str:
+    """What a value is, for the person who wrote the file."""
+    match value:
+        case None:
+            return "nothing (None)"
+        case str():
+            return f"the text {value[:40]!r}"
+        case bool() | int() | float():
+            return f"the number {value}"
+        case list() | tuple():
+            return f"a {type(value).__name__} of {len(value)}"
+        case _Array(dtype=_Dtype(code=code)):
+            return f"an array of {' x '.join(map(str, value.shape)) or 'no'} values ({code})"
+        case bytes():
+            return f"{len(value)} bytes"
+    return "an unfinished object"
 
 
 def _step(code: int, reader: _Reader) -> None:
@@ -148,9 +258,10 @@ def _step(code: int, reader: _Reader) -> None:
     reader.opcodes += 1
     reader.containers += reader.name in _CONTAINERS
     if reader.opcodes > reader.max_opcodes or reader.containers > reader.max_containers:
-        reader.refuse("is one too many for a verification set of this size")
+        reader.refuse("the file has far more parts than a verification set of its size", _AGAIN)
     if code not in _ACTIONS:
-        reader.refuse("is not data; the file was not loaded and nothing in it was executed")
+        what = _OBJECTS.get(reader.name, "an object")
+        reader.refuse(f"the file holds {what}, which no verification set has; nothing in it was executed")
     _ACTIONS[code](reader)
 
 
@@ -159,6 +270,7 @@ _ACTIONS: dict[int, Any] = {
     REDUCE[0]: _Reader.reduce,
     BUILD[0]: _Reader.build,
     FRAME[0]: _Reader.frame,
+    BYTEARRAY8[0]: _Reader.bytearray8,
 }
 _TABLE: dict[int, Any] = {code: functools.partial(_step, code) for code in _OPCODES}
 _Reader.dispatch = _TABLE

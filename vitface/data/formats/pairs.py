@@ -76,7 +76,7 @@ class VerificationSet:
 def read_bin(path: str | Path) -> VerificationSet:
     """Reads an InsightFace .bin and executes nothing (see `bin_format`); an image that it repeats is one object.
 
-    DataError names the opcode and the byte where the file is wrong.
+    DataError says what the file holds instead of a set, or where it is damaged.
     """
     path = Path(path)
     if not path.is_file():
