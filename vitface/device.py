@@ -18,17 +18,31 @@ MUCH_FASTER = 1.25  # a smaller lead is noise, or lost in the rest of the work, 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def known_device(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA if there is one, else the CPU. ConfigError for any but a CPU or a CUDA GPU:
+    vitface was never run on others."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name} is none of cpu, cuda, cuda:1, ... and auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--device {name}: vitface runs on cpu and cuda, and was never tried on {device.type}; use cpu"
+        )
+    return device
+
+
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA if there is one, else the CPU. ConfigError if it cannot be used here.
+    """`known_device`, which was tried; ConfigError if it cannot be used here.
 
     On the CPU, freed memory stays with the process from now on.
     """
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = known_device(name)
     try:
-        (torch.zeros(1, device=name) + 1).item()
+        (torch.zeros(1, device=device) + 1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    device = torch.device(name)
+        gpus = f"torch finds {torch.cuda.device_count()} GPUs"
+        raise ConfigError(f"--device {name} cannot be used here, {gpus}: {str(error).splitlines()[0]}") from None
     if device.type == "cpu":
         _keep_freed_memory()
     elif device.type == "cuda":

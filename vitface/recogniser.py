@@ -15,7 +15,7 @@ from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
-from vitface.device import inference_dtype
+from vitface.device import inference_dtype, known_device
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
@@ -36,8 +36,10 @@ def load(
 
     `weights` names the frozen backbone's file; by default it is looked for where it was in training, then in the usual
     places. `dtype` is the precision of the frozen part; by default that of training, or "fp32" on a CPU on which that
-    is faster. CheckpointError if the checkpoint is damaged or does not fit the backbone.
+    is faster. CheckpointError if the checkpoint is damaged or does not fit the backbone; ConfigError for a `device`
+    that is neither a CPU nor a CUDA GPU.
     """
+    device = known_device(device)  # before anything is read
     return Recogniser.from_checkpoint(open_checkpoint(path, weights), device, dtype)
 
 
@@ -56,7 +58,7 @@ class Recogniser:
         cls, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: Dtype | None = None
     ) -> "Recogniser":
         """The model of an open checkpoint, see `load`."""
-        device, trained = torch.device(device), checkpoint.config
+        device, trained = known_device(device), checkpoint.config
         dtype = dtype or inference_dtype(trained.dtype, device, trained.vit.embed_dim)
         return cls(checkpoint.load(dtype), checkpoint.thresholds).to(device)
 
@@ -66,7 +68,7 @@ class Recogniser:
 
     def to(self, device: str | torch.device) -> "Recogniser":
         """Moves the model; returns itself."""
-        self.model.to(device)
+        self.model.to(known_device(device))
         return self
 
     def prepare(self) -> "Recogniser":

@@ -38,8 +38,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
 
     It prints the dtype to stderr if that is not the one the model was trained in.
     """
+    device = resolve_device(arguments.device)
     checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-    device, trained = resolve_device(arguments.device), checkpoint.config
+    trained = checkpoint.config
     model = Recogniser.from_checkpoint(checkpoint, device).prepare()
     if model.config.dtype != trained.dtype:
         note = dtype_note(model.config.dtype, device, trained.vit.embed_dim)

@@ -147,6 +147,7 @@ def _decode(data: bytes) -> tuple[np.ndarray, int]:
 def _check_size(image: ImageFile) -> None:
     """ImageError if an image that was opened, but not decoded, is too large."""
     limit = LARGEST_JPEG if isinstance(image, JpegImageFile) else LARGEST
+    limit //= 2 if "progressive" in image.info else 1  # which is held as a whole before it is reduced
     limit = MAX_PIXELS if isinstance(image, Jpeg2KImageFile) else limit  # its decoder takes 12 bytes a pixel
     width, height = image.size
     if isinstance(image, TiffImageFile):  # whose tiles are decoded whole
@@ -228,7 +229,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255
         grey = np.asarray(image)
-        shown = (grey.astype(np.uint32) >> 8).astype(np.uint8)
+        shown = (grey >> 8).astype(np.uint8)
         shown[grey == image.info.get("transparency", -1)] = 128
         return Image.fromarray(shown).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
