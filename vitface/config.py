@@ -189,7 +189,7 @@ class TrainConfig:
     save_every: int | None = flag(None, "also save a checkpoint after every so many steps", least=1, bookkeeping=True)
     wandb: bool = flag(False, "also log to Weights & Biases", bookkeeping=True)
     tensorboard: bool = flag(False, "also log for TensorBoard", bookkeeping=True)
-    dry_run: bool = flag(False, "two steps of 8 synthetic images, random weights; writes nothing")
+    dry_run: bool = flag(False, "two steps on synthetic faces with random weights; writes nothing")
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", group="device", bookkeeping=True)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "precision of the frozen backbone, auto: the fastest")

@@ -1,15 +1,21 @@
 """What a run says of itself: its figures, its plan, and what was chosen on whom."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from cases import case
+from PIL import Image
 
 from vitface import device
-from vitface.__main__ import main
+from vitface.__main__ import load_command, main
+from vitface.config import resolve
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import Benchmark
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.recogniser import Recogniser
 from vitface.training import setup
+from vitface.training.loop import Trainer
 
 KIND = "Truth of texts and numbers: runs"
 NANO = [
@@ -107,3 +113,88 @@ def test_the_frozen_backbone_is_evaluated_once(tmp_path, monkeypatch, capsys):
         file.write_bytes(b"torn")
     assert evaluate("--backbone", "vit_nano", "--image-size", "112") == 0
     assert len(seen) == 4
+
+
+@case("`--dry-run --batch-size 24 --grad-accum 2`", "plans and takes two steps with that very batch")
+def test_a_dry_run_has_the_batch_of_the_run(tmp_path, capsys):
+    flags = ("--batch-size", "24", "--grad-accum", "2", "--holdout-people", "0")
+    trainers = [
+        Trainer(setup.resolve_choices(resolve(vars(load_command("train")[1].parse_args([*NANO, *flags, *more])))), None)
+        for more in ([], ["--dry-run"])
+    ]
+    real, dry = (trainer.memory for trainer in trainers)
+    assert (dry.batch_size, dry.per_image) == (real.batch_size, real.per_image) and dry.batch_size == 12
+    capsys.readouterr()
+    assert main(["train", *NANO, *flags, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"memory: {dry}\n" in printed and "data: 48 images" in printed and "for 2 steps" in printed
+    assert "memory at its peak: " in printed and "each person of your data adds 0.1 kB" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["no-benchmarks"]
+
+
+@case("`--dry-run` with a batch of more images than the drawn people have", "more people are drawn")
+def test_a_dry_run_of_a_large_batch(capsys):
+    assert main(["train", *NANO, "--batch-size", "40", "--dry-run"]) == 0
+    assert "data: 80 images" in capsys.readouterr().out
+
+
+@case("an estimate of the time of a run with benchmarks", "counts their images, and those of held-out people")
+def test_the_estimate_has_the_evaluation(capsys):
+    assert train() == 0
+    printed = capsys.readouterr().out
+    # 80 images of the benchmark, twice each, by two models; 12 of held-out people for an epoch, twice for thresholds
+    assert "min for evaluating (356 images)" in printed
+
+
+@case("a cut `lfw.bin` in `--val-data`", "named before the first step, not after the last")
+def test_a_benchmark_that_cannot_be_read_is_named_first(tmp_path, capsys):
+    (tmp_path / "no-benchmarks" / "lfw.bin").write_bytes(b"cut")
+    assert train() == 0
+    before = capsys.readouterr().out.partition("epoch 1/1")[0]
+    assert "ALARM " in before and "lfw.bin" in before
+
+
+def results():
+    return Path("run/results.md").read_text()
+
+
+@case("`--holdout-people 0`", "results.md says that nobody was held out and the last epoch was taken")
+def test_nobody_was_to_be_held_out(capsys):
+    assert train("--holdout-people", "0") == 0
+    assert "Nobody was held out: the last epoch was taken." in results() and "held-out training" not in results()
+    assert "adapted, last epoch" in results() and "ALARM --holdout" not in capsys.readouterr().out
+
+
+def test_people_were_held_out():
+    assert train() == 0
+    assert "The best epoch was chosen on 3 held-out training people, never on a benchmark." in results()
+
+
+@pytest.mark.parametrize(
+    ("images", "said", "held_out"),
+    [
+        pytest.param(
+            [1] * 8, "--holdout-people 3: fewer than two people have two images, so nobody is held out", 0,
+            marks=case("three people to hold out, but one image of each", "an alarm; results.md: nobody was held out"),
+        ),
+        pytest.param(
+            [1] * 8 + [2], "--holdout-people 3: fewer than two people have two images, so nobody is held out", 0,
+            marks=case("three people to hold out, only one with two images", "an alarm, and nobody is held out"),
+        ),
+        pytest.param(
+            [1] * 8 + [2, 3], "--holdout-people 3: only 2 people have two images or more, so 2 were held out", 2,
+            marks=case("three people to hold out, only two with two images", "an alarm, and two are held out"),
+        ),
+    ],
+)  # fmt: skip
+def test_fewer_people_can_be_held_out_than_were_asked_for(images, said, held_out, tmp_path, capsys):
+    for person, count in enumerate(images):
+        folder = tmp_path / "people" / f"{person}"
+        folder.mkdir(parents=True)
+        for image in range(count):
+            pixels = np.random.default_rng([person, image]).integers(0, 256, (112, 112, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{image}.png")
+    assert train("--train-data", "people") == 0
+    assert f"ALARM {said}" in capsys.readouterr().out
+    chosen = f"chosen on {held_out} held-out" if held_out else "Nobody was held out: the last epoch was taken."
+    assert chosen in results()

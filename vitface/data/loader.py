@@ -32,13 +32,15 @@ class Split:
 
 
 def split_people(samples: Samples, holdout_people: int, max_samples: int | None, seed: int) -> Split:
-    """Holds out `holdout_people` people with at least two images, drawn by `seed`.
+    """Holds out `holdout_people` people with at least two images, drawn by `seed`, or as many as there are; none if
+    that is one, who would make no pair of different people.
 
     Of the others, at most `max_samples` images are drawn to train on. ConfigError unless at least two people are left.
     """
     rng = np.random.default_rng([seed, 1])
     counts = np.bincount(samples.labels)
     people = rng.permutation(np.flatnonzero(counts >= 2))[:holdout_people]
+    people = people if len(people) > 1 else people[:0]
     kept_aside = np.isin(samples.labels, people)
     indices = np.flatnonzero(~kept_aside)
     if max_samples is not None and max_samples < len(indices):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from vitface.config import FaceConfig
 from vitface.device import evaluation_dtype
 from vitface.errors import VitfaceError
 from vitface.evaluation.benchmarks import Evaluation, InTurns, evaluate_all, in_order, pairs_sha256
@@ -78,9 +79,17 @@ def _kept_file(model: Recogniser, name: str, data_dir: str | Path) -> Path | Non
         data = pairs_sha256(name, data_dir)
     except VitfaceError:
         return None
-    device = model.model.vit.pos_embed.device.type
-    about = [__version__, torch.__version__, device, name, data, dataclasses.asdict(model.config)]
+    return _file(model.config, model.model.vit.pos_embed.device, name, data)
+
+
+def _file(config: FaceConfig, device: torch.device, name: str, data: str) -> Path:
+    about = [__version__, torch.__version__, device.type, name, data, dataclasses.asdict(config)]
     return cache_home() / "frozen" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
+
+
+def is_kept(config: FaceConfig, device: torch.device, name: str, data: str) -> bool:
+    """Whether `evaluate_frozen` of a backbone with this `frozen_config` will take a benchmark's results from disk."""
+    return _file(config, device, name, data).is_file()
 
 
 def _read(file: Path | None) -> Verification | None:

@@ -18,6 +18,7 @@ from vitface.evaluation.scores import SCORES, load_scores
 from vitface.exchange.bundle import face_files, write_folder
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
+from vitface.store.settings import read_epochs
 from vitface.templates import render
 from vitface.version import __version__
 from vitface.weights.sources import SOURCES
@@ -73,6 +74,7 @@ def model_card(checkpoint: Checkpoint, repository: str, data: str, licence: str)
         research_only=RESEARCH_ONLY,
         results=results_json(results) if results and model == checkpoint.sha256 else {},
         thresholds=checkpoint.calibration,
+        held_out=any(row.get("holdout_auc") for row in (read_epochs(checkpoint.run) if checkpoint.run else ())),
         version=__version__,
     )
 

@@ -175,5 +175,12 @@ def frozen_face(
     """The frozen backbone as a face model: the embedding is the raw CLS token."""
     vit = load_backbone(name, weights, image_size)
     name, digest = backbone_name(name), weights_sha256(backbone_name(name), weights)
-    config = FaceConfig(name, digest, vit.config, image_size, embedding_dim=vit.config.embed_dim, dtype=dtype)
-    return FaceModel(vit, config).eval()
+    return FaceModel(vit, frozen_config(FaceConfig(name, digest, vit.config, image_size, dtype=dtype))).eval()
+
+
+def frozen_config(config: FaceConfig) -> FaceConfig:
+    """The settings of `frozen_face` for the backbone, the image size and the dtype of a model's settings."""
+    vit = config.vit
+    return FaceConfig(
+        config.backbone, config.weights_sha256, vit, config.image_size, embedding_dim=vit.embed_dim, dtype=config.dtype
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vitface.config import TrainConfig
@@ -21,7 +22,7 @@ from vitface.training.ranks.process_group import broadcast, print0, rank
 from vitface.training.setup import Change, final_benchmarks
 from vitface.version import __version__
 
-ADAPTED, FROZEN = "adapted, best epoch", "frozen backbone, raw CLS"
+FROZEN = "frozen backbone, raw CLS"
 
 
 def finish(
@@ -38,18 +39,20 @@ def finish(
     adapted = judged(checkpoint, device, change)
     thresholds = calibrate(data, checkpoint, adapted.model)
     data_dir, sections = config.val_data or "", {}
+    held_out = len(np.unique(data.samples.labels[data.split.held_out]))
+    title = "adapted, best epoch" if held_out else "adapted, last epoch"
     if names and with_frozen:
         frozen = judged_frozen(config.backbone, config.weights, config.image_size, device)
         sections[FROZEN] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast)
         print0(f"\n{FROZEN}\n{evaluation_text(sections[FROZEN])}")
     if names:
-        sections[ADAPTED] = evaluate_all(adapted.embed, names, data_dir, in_turns)
-        print0(f"\n{ADAPTED}\n{evaluation_text(sections[ADAPTED])}")
+        sections[title] = evaluate_all(adapted.embed, names, data_dir, in_turns)
+        print0(f"\n{title}\n{evaluation_text(sections[title])}")
     if rank() > 0:
         return
     if names:
-        keep_scores(run_dir, sections[ADAPTED].results, checkpoint.sha256)
-    replace_file(run_dir / "results.md", results_markdown(config, run_dir, sections, thresholds).encode())
+        keep_scores(run_dir, sections[title].results, checkpoint.sha256)
+    replace_file(run_dir / "results.md", results_markdown(config, run_dir, held_out, sections, thresholds).encode())
     bench = names[0] if names == [config.train_data] else "all"
     again = f"vitface evaluate --checkpoint {run_dir} --bench {bench}"
     print(f"\n{thresholds}\n\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
@@ -62,8 +65,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
     return "\n".join([*lines, *(f"ALARM {problem}" for problem in (*evaluation.alarms, *evaluation.failures))])
 
 
-def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Evaluation], thresholds: str) -> str:
-    """The run on one page: results, learning curve, settings."""
+def results_markdown(
+    config: TrainConfig, run_dir: Path, held_out: int, sections: dict[str, Evaluation], thresholds: str
+) -> str:
+    """The run on one page: results, learning curve, settings. `held_out` is how many people were."""
+    chosen = f"The best epoch was chosen on {held_out} held-out training people, never on a benchmark."
     epochs = read_epochs(run_dir)
     curve = [[row["epoch"], f"{float(row['loss']):.3f}", row["holdout_auc"][:6], row["img_per_s"]] for row in epochs]
     skipped = int(epochs[-1].get("skipped") or 0)  # of fp16 alone
@@ -71,7 +77,7 @@ def results_markdown(config: TrainConfig, run_dir: Path, sections: dict[str, Eva
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
     parts = [
         f"# {run_dir.name}",
-        f"vitface {__version__}. The best epoch was chosen on held-out training people, never on a benchmark.",
+        f"vitface {__version__}. {chosen if held_out else 'Nobody was held out: the last epoch was taken.'}",
         *(f"## {title}\n\n```\n{evaluation_text(evaluation)}\n```" for title, evaluation in sections.items()),
         f"## Thresholds\n\n```\n{thresholds}\n```",
         f"## Learning curve\n\n{table(('epoch', 'loss', 'held-out AUC', 'img/s'), curve)}{note}",

@@ -8,19 +8,20 @@ from vitface.device import dtype_note
 from vitface.model.counts import parameter_counts
 from vitface.model.face import FaceModel
 from vitface.training import setup
+from vitface.training.estimate import final_evaluation, seconds_per_image
+from vitface.training.holdout import HOLDOUT_IMAGES
 from vitface.training.loop import Trainer
 from vitface.training.ranks.process_group import world_size
 from vitface.training.runs.state import Margin
 
 
-def header(trainer: Trainer) -> str:
-    """Settings, data, machine, parameters, memory and estimated time."""
-    config, data, progress = trainer.config, trainer.data, trainer.state.progress
-    split, benchmarks = data.split, setup.final_benchmarks(config)
+def header(trainer: Trainer, with_frozen: bool) -> str:
+    """Settings, data, machine, parameters and estimated time; `with_frozen` as in `training.run.run`."""
+    config, data = trainer.config, trainer.data
+    split, benchmarks = data.split, [] if config.dry_run else setup.final_benchmarks(config)
+    nothing = "nothing, it is a dry run" if config.dry_run else "nothing, there is no benchmark in --val-data"
     preset = f"preset {config.exp}" if config.exp else "defaults"
     changed = ", ".join(f"{name} {value}" for name, value in differences(dataclasses.asdict(config)).items())
-    seconds = trainer.seconds_per_step
-    steps_left = trainer.total_steps - progress.step
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     face = trainer.model.config
     dtype = dtype_note(face.dtype, trainer.device, face.vit.embed_dim)
@@ -31,14 +32,24 @@ def header(trainer: Trainer) -> str:
             f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
             f"{len(split.held_out):,} images of other people held out"
             f"{', with domain labels' if data.domains is not None else ''}",
-            f"evaluated at the end on: {', '.join(benchmarks) or 'nothing, there is no benchmark in --val-data'}",
+            f"evaluated at the end on: {', '.join(benchmarks) or nothing}",
             f"device: {config.device}, {dtype}{ranks}{parts}",
             parameter_table(trainer.model, trainer.margin),
-            f"memory: {trainer.memory}",
-            f"estimated time: {seconds * steps_left / 60:.1f} min for {steps_left:,} steps "
-            f"({config.batch_size / seconds:,.0f} img/s before reading and augmenting)",
+            *time_left(trainer, benchmarks, with_frozen),
         ]
     )
+
+
+def time_left(trainer: Trainer, benchmarks: list[str], with_frozen: bool) -> list[str]:
+    """The estimated time of steps and evaluations, and an alarm for each benchmark that will fail."""
+    config, progress, held_out = trainer.config, trainer.state.progress, len(trainer.data.split.held_out)
+    steps_left, seconds = trainer.total_steps - progress.step, trainer.seconds_per_step
+    final = final_evaluation(trainer.model, benchmarks, config.val_data or "", with_frozen)
+    images = 2 * final.images + min(held_out, HOLDOUT_IMAGES) * (config.epochs - progress.epoch + 2)
+    training, judging = seconds * steps_left / 60, seconds_per_image(trainer.model) * images / 60 / world_size()
+    times = f"{training:.1f} min for {steps_left:,} steps ({config.batch_size / seconds:,.0f} img/s before reading and "
+    times += f"augmenting) and {judging:.1f} min for evaluating ({images:,} images)"
+    return [*(f"ALARM {problem}" for problem in final.problems), f"estimated time: {times}"]
 
 
 def parameter_table(model: FaceModel, margin: Margin) -> str:

@@ -18,13 +18,14 @@ from vitface.config import TrainConfig
 from vitface.metrics import auc
 from vitface.training import setup
 from vitface.training.batches import Ahead, Batch, rank_batches
+from vitface.training.estimate import seconds_per_step
 from vitface.training.holdout import alarms, all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
 from vitface.training.non_finite import NonFiniteError, diagnose, may_skip, non_finite_error
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
-from vitface.training.ranks.process_group import agree, check_same, rank, world_size
+from vitface.training.ranks.process_group import agree, check_same, print0, rank, world_size
 from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import settings_of, state_to_resume
@@ -47,6 +48,7 @@ class Trainer:
         self.model, self.margin = setup.build_model(config, self.data.split.num_people, change)
         self.memory = plan_memory(self.model, self.margin, self.data.micro_batch, config.memory_budget)
         self.model.vit.recompute(self.memory.recomputed)
+        print0(f"memory: {self.memory}")  # before the first pass, which may be too large
         if world_size() > 1:
             synchronise_batch_norms(self.model)
         self.optimizer = make_optimizer(self.model, self.margin, config)
@@ -58,7 +60,7 @@ class Trainer:
         self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
         self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
         # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
-        self.seconds_per_step = setup.seconds_per_step(self.forward, self.margin_forward, self.data.micro_batch, config)
+        self.seconds_per_step = seconds_per_step(self.forward, self.margin_forward, self.data.micro_batch, config)
         self.alarmed: set[str] = set()
 
     @property

@@ -10,6 +10,7 @@ saves its input alone and runs again in the backward pass. The arithmetic, with 
 The bytes that autograd saves are measured on two images, not modelled.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,18 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     fits = int((budget * GB - constant) / plan.per_image)
     advice = f"--batch-size {fits} would fit" if fits > 1 else "no batch size fits"
     raise ConfigError(f"--memory-budget {budget} is too little, a step needs {plan.total / GB:.2g} GB; {advice}")
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was in use so far, in words; on a CPU that of the whole process, libraries included."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / GB:.2g} GB on {device}"
+    if sys.platform == "win32":
+        return "not known on Windows"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak * (1 if sys.platform == 'darwin' else 1024) / GB:.2g} GB, Python and its libraries included"
 
 
 def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:

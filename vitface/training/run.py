@@ -14,6 +14,7 @@ from vitface.lock import folder_lock
 from vitface.training.finish import finish
 from vitface.training.header import header
 from vitface.training.loop import Trainer
+from vitface.training.memory import peak_memory
 from vitface.training.ranks.process_group import broadcast, print0, process_group, rank
 from vitface.training.runs.checkpoint import link_checkpoint, load_state, step_directories
 from vitface.training.runs.log import RunLog
@@ -33,15 +34,22 @@ def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = N
             config = dataclasses.replace(config, dtype=broadcast(config.dtype))  # each rank has measured its own
             if config.dry_run:
                 trainer = Trainer(config, None, change)
-                print0(header(trainer))
+                print0(header(trainer, with_frozen=False))
                 trainer.fit(None)
+                each = (
+                    f"each person of your data adds {16 * config.embedding_dim / 1000:.1f} kB for the identity matrix"
+                )
+                print0(f"memory at its peak: {peak_memory(trainer.device)}; {each}")
                 return None
             default = f"runs/{config.exp or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
             run_dir = Path(broadcast(config.save_dir or default))
             _run(config, run_dir, with_frozen, change)
             return run_dir
-    except torch.OutOfMemoryError:
-        raise ConfigError(f"out of memory on {config.device}: lower --batch-size (now {config.batch_size})") from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        smaller = f"lower --batch-size (now {config.batch_size}), raise --grad-accum or set --memory-budget"
+        raise ConfigError(f"out of memory on {config.device}: {smaller}") from None
 
 
 def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change | None) -> None:
@@ -62,7 +70,7 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
                 link_checkpoint(checkpoint, state["is_best"])  # a kill may have come before the links
         if not finished:
             trainer = trainer or Trainer(config, run_dir, change)
-            _train(trainer, run_dir, checkpoint)
+            _train(trainer, run_dir, checkpoint, with_frozen)
             data = trainer.data
         elif broadcast((run_dir / "results.md").is_file()):
             print0(f"{run_dir} is finished; evaluate it with\n  vitface evaluate --checkpoint {run_dir} --bench all")
@@ -79,14 +87,14 @@ def _to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None) -> None:
+def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen: bool) -> None:
     """Trains to the end; if training stops before it, prints what is saved."""
     if checkpoint is not None:
         trainer.restore(checkpoint)
         print0(f"resumed {checkpoint} at step {trainer.state.progress.step:,}")
     if rank() == 0:
         replace_file(run_dir / "config.json", json_bytes(dataclasses.asdict(trainer.config)))
-    print0(f"run directory: {run_dir}\n{header(trainer)}")
+    print0(f"run directory: {run_dir}\n{header(trainer, with_frozen)}")
     try:
         trainer.fit(RunLog(run_dir, trainer.config, trainer.state.progress.step) if rank() == 0 else None)
     except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):

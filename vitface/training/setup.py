@@ -1,14 +1,11 @@
 """The parts of a run, from its settings: what "auto" stands for, the training data, the model and its loss."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
 from vitface.data.checks.check_images import size_alarm
@@ -26,29 +23,29 @@ from vitface.files import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
-from vitface.training.batches import Batch, TrainingData, micro_batch_size
-from vitface.training.memory import kept_buffers
+from vitface.training.batches import TrainingData, micro_batch_size
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import gather_rows
-from vitface.training.ranks.process_group import barrier, launched, local_device, print0
+from vitface.training.ranks.process_group import barrier, local_device, print0
 from vitface.training.runs.state import Margin
-from vitface.training.step import compiled, total_loss
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
-DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, grad_accum=1)
-DRY_RUN |= dict(holdout_people=0, patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False)
+DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, holdout_people=0)
+DRY_RUN |= dict(patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False)
 
 
 def resolve_choices(config: TrainConfig) -> TrainConfig:
-    """Replaces every "auto" by its value on this machine, and a dry run's inputs by ones that need no files."""
+    """Replaces every "auto" by its value on this machine, and a dry run's inputs by ones that need no files.
+
+    Its batch stays: the plan and the two steps are those of the run.
+    """
     device = resolve_device(local_device(config.device))
     width = VIT_PRESETS[backbone_name(config.backbone)].embed_dim
     dtype = resolve_dtype(config.dtype, device, width)
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, weights=weights)
     if config.dry_run:
-        batch = min(config.batch_size, 8 * launched())
-        config = dataclasses.replace(config, **DRY_RUN, batch_size=batch, max_samples=2 * batch)
+        config = dataclasses.replace(config, **DRY_RUN, max_samples=2 * config.batch_size)
     return config
 
 
@@ -90,7 +87,9 @@ def read_samples(config: TrainConfig) -> Samples:
     if config.train_data in SYNTHETIC:
         if labelled:
             raise DataError("--domain-labels is for your own images; synthetic faces come with their domains")
-        return SyntheticSamples(SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
+        wanted = -(-(config.max_samples or 0) // SYNTHETIC_IMAGES) if config.dry_run else 0
+        people = max(SYNTHETIC_PEOPLE, wanted)
+        return SyntheticSamples(people, SYNTHETIC_IMAGES, config.seed, world=config.train_data)
     samples = load_samples(config.train_data)
     if labelled and config.use_dalora:
         if isinstance(samples, PackedSamples):
@@ -111,6 +110,9 @@ def open_data(config: TrainConfig) -> TrainingData:
     """
     samples = open_inputs(config)
     split = split_people(samples, config.holdout_people, config.max_samples, config.seed)
+    held_out = len(np.unique(samples.labels[split.held_out]))
+    if held_out < config.holdout_people:
+        print0(f"ALARM --holdout-people {config.holdout_people}: {held_out_text(held_out)}")
     barrier("inputs")  # one rank packs, which may take hours, while the others wait
     if len(split.indices) < config.batch_size:
         raise ConfigError(
@@ -121,6 +123,13 @@ def open_data(config: TrainConfig) -> TrainingData:
         domains = None
     steps = len(split.indices) // config.batch_size
     return TrainingData(samples, split, domains, steps, micro_batch_size(config))
+
+
+def held_out_text(people: int) -> str:
+    """What it means that so many people were held out, because no more have two images."""
+    if people:
+        return f"only {people} people have two images or more, so {people} were held out"
+    return "fewer than two people have two images, so nobody is held out: the last epoch counts, without a threshold"
 
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
@@ -150,28 +159,3 @@ def build_model(config: TrainConfig, num_people: int, change: Change | None = No
     else:
         margin = MarginLoss(make_margin(config.loss, config.margin, gather_rows), *sizes)
     return model.train(), margin.to(config.device)
-
-
-def seconds_per_step(model: nn.Module, margin: nn.Module, micro_batch: int, config: TrainConfig) -> float:
-    """Estimates a step's time from one forward and backward pass on blank images, after one to warm up.
-
-    The model and the loss are left as they were.
-    """
-    images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=config.device)
-    labels = torch.zeros(micro_batch, dtype=torch.long, device=config.device)
-    batch = Batch(images, labels, None, np.zeros(1, int))
-    seconds = 0.0
-    with kept_buffers(model, margin):
-        if isinstance(margin, ShardedMargin):
-            margin.draw(0, batch.people)
-        for _ in range(2):
-            start = time.perf_counter()
-            compiled(total_loss, config)(model, margin, batch, config)["loss"].backward()
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            seconds = time.perf_counter() - start
-        if isinstance(margin, ShardedMargin):
-            margin.put_back()
-    for module in (model, margin):
-        module.zero_grad(set_to_none=True)
-    return config.grad_accum * seconds
