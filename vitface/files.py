@@ -1,12 +1,14 @@
-"""Files that are whole or absent, also after a power loss.
+"""Files that are whole or absent, also after a power loss, and never written through a link.
 
 A file is fsynced before it gets its name, and its folder after that: a rename alone is atomic for other processes, but
-it guarantees nothing about the disk after a power loss.
+it guarantees nothing about the disk after a power loss. A folder from somebody else may hold links under any name that
+can be foreseen, so a file is created where nothing is, and then replaces a link as it would a file.
 """
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,9 +30,14 @@ def cache_home() -> Path:
     return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and waits until its contents are on the disk; its name is only there after `sync_folder`."""
-    with open(path, "wb") as file:
+def write_synced(path: Path, data: bytes, private: bool = False) -> None:
+    """Writes a new file and waits until its contents are on the disk; its name is only there after `sync_folder`.
+
+    A `private` one is for its owner alone. FileExistsError if there is a file or a link.
+    """
+    with open(path, "xb") as file:
+        if private:
+            os.chmod(path, 0o600)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -56,15 +63,26 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replaces a file: at any moment there is the old one or the new one, and after a failure the old one."""
-    partial = path.with_name(f".{path.name}.part")
+def replace_file(path: Path, data: bytes, private: bool = False) -> None:
+    """Replaces a file: at any moment there is the old one or the new one, and after a failure the old one.
+
+    Of several processes that do so at once, the last one wins. A `private` file is for its owner alone.
+    """
+    partial = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.part")
     try:
-        write_synced(partial, data)
+        write_synced(partial, data, private)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Writes where the user asked for it: into a device or a pipe such as /dev/stdout, else with `replace_file`."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+    else:
+        replace_file(path, data)
 
 
 def replace_link(link: Path, target: str) -> None:
@@ -94,7 +112,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{path.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        make_folder(partial)
+        make_folder(path.parent)
+        os.mkdir(partial)  # not through a link that somebody put there
         yield partial
         sync_folder(partial)
         if path.exists():

@@ -5,6 +5,7 @@ The operating system releases a lock when its process ends, however it ends, so 
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -39,13 +40,26 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
+def _open(path: Path) -> IO[str]:
+    """Opens a lock's file, or creates it; CheckpointError if a link, a pipe or the like is in its place."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    foreign = CheckpointError(f"{path} is a link or no regular file: nothing is written through it; remove it")
+    if path.is_symlink():
+        raise foreign
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise foreign
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Inside, this process has the lock FOLDER/.lock; CheckpointError names the process that has it already.
 
     A data loading worker that outlives its process does not hold it.
     """
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with _open(folder / ".lock") as file:
         if not _locked(file):
             file.seek(0)
             raise CheckpointError(
@@ -61,7 +75,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Inside, this process has the lock on the file `path`; it waits until no other process has it."""
-    with open(path, "w", encoding="utf-8") as file:
+    with _open(path) as file:
         while not _locked(file):
             time.sleep(0.1)
         yield

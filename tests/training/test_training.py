@@ -215,7 +215,7 @@ def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path, monkeypat
     command = ["--backbone", "vit_nano", "--weights", "random", "--image-size", "112", "--train-data", "synthetic"]
     command += ["--batch-size", "8", "--epochs", "1", "--holdout-people", "3", "--num-workers", "0", "--device", "cpu"]
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise OSError(28 if refused == "a full disk" else 30, refused)
 
     monkeypatch.setattr("vitface.training.runs.checkpoint.write_synced", refuse)

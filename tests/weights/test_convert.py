@@ -628,7 +628,7 @@ def test_an_existing_file_is_replaced_only_by_a_complete_one(monkeypatch, tmp_pa
         convert_file("dinov2_vits14", config, bad, out)
     assert out.read_bytes() == b"what was there"
 
-    def full_disk(path, data):
+    def full_disk(path, data, private):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

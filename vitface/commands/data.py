@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, print_result
+from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, output_file, print_result
 from vitface.config import TrainConfig
 from vitface.errors import ConfigError, DataError
 
@@ -101,7 +101,7 @@ def _build(arguments: argparse.Namespace) -> None:
 def _show_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("path", type=Path, metavar="PATH", help="training set")
-    add("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+    add("--out", type=output_file, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
     add("--augment", choices=["none", "flip", "strong"], default="strong", help="as in training (default: strong)")
     add("--count", type=int, default=8, help="images, a row each (default: 8)")
     add("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
@@ -111,13 +111,15 @@ def _show_flags(parser: CommandParser) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     from vitface.data.formats.samples import load_samples
+    from vitface.data.images import encode_image
     from vitface.data.show import contact_sheet
+    from vitface.files import write_output
 
     samples = load_samples(arguments.path)
     sheet = contact_sheet(
         samples, arguments.count, arguments.augment, arguments.epochs, arguments.image_size, arguments.seed
     )
-    sheet.save(arguments.out)
+    write_output(arguments.out, encode_image(sheet, "PNG"))
     print(f"wrote {arguments.out}: as stored, then as epochs 1 to {arguments.epochs} show it to the model")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path,
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import benchmark_of, keep_scores
+from vitface.files import json_bytes, write_output
 
 if TYPE_CHECKING:
     from vitface.recogniser import Recogniser
@@ -95,11 +95,11 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_output(arguments.json, json_bytes(written))
     if arguments.output:
         title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
         page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
-        arguments.output.write_text(page, encoding="utf-8")
+        write_output(arguments.output, page.encode())
         print(f"wrote {arguments.output}")
     problems = [f"ALARM {text}" for text in evaluation.alarms] + [f"error: {text}" for text in evaluation.failures]
     if problems:
@@ -162,5 +162,5 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     print("\n\n".join(comparison_text(comparison) for comparison in comparisons))
     if arguments.json:
         entries = [dataclasses.asdict(comparison) for comparison in comparisons]
-        arguments.json.write_text(json.dumps({"comparisons": entries}, indent=1) + "\n")
+        write_output(arguments.json, json_bytes({"comparisons": entries}))
     return 0

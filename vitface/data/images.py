@@ -56,6 +56,13 @@ _CAN_WARN = (b"Exif", b"eXIf", b"EXIF", b"acTL", b"Raw profile type")
 _warnings_lock = threading.Lock()
 
 
+def encode_image(image: np.ndarray | Image.Image, kind: str, **options: int) -> bytes:
+    """uint8 (H, W, 3) RGB, or a PIL image -> an image file of the `kind` "PNG" or "JPEG"; `options` are Pillow's."""
+    buffer = BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """Encoded bytes -> uint8 (H, W, 3) RGB; ImageError, which begins with `where`, for anything else."""
     return _decode_safely(data, where)[0]

@@ -1,12 +1,13 @@
 """The charts of report.html.j2 as numbers in SVG pixels, and its pictures as data URIs."""
 
 import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from vitface.data.images import encode_image
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 470, 24, 220  # the edges of the plot
 BOX = {"width": 480, "height": 260, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
@@ -61,9 +62,7 @@ def _chart(title: str, x_label: str, y_label: str, **marks: Any) -> Chart:
 
 def picture(pixels: np.ndarray, caption: str) -> tuple[str, str]:
     """(data URI of the PNG, caption) of uint8 (H, W, 3)."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", caption
+    return f"data:image/png;base64,{base64.b64encode(encode_image(pixels, 'PNG')).decode()}", caption
 
 
 def heat(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> 
         tensors[f"{stem}.issame"] = result.issame.astype(np.uint8)
         if result.people is not None:
             tensors[f"{stem}.people"] = result.people
-    replace_file(path, save(tensors, {"model": model}))
+    replace_file(path, save(tensors, {"model": model}), private=True)
 
 
 def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> None:

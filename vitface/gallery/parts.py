@@ -100,7 +100,7 @@ def _write(file: Path, part: Part) -> None:
     metadata = {"format": FORMAT, "names": json.dumps(part.names)}
     if any(stamp for stamp, _ in part.files):
         metadata["files"] = json.dumps(part.files)
-    replace_file(file, tensor_bytes({"embeddings": part.embeddings}, metadata))
+    replace_file(file, tensor_bytes({"embeddings": part.embeddings}, metadata), private=True)
 
 
 def remove_rows(path: Path, names: Collection[str]) -> None:

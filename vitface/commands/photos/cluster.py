@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file, print_result
 from vitface.errors import ConfigError
-from vitface.files import replace_file
+from vitface.files import write_output
 
 SHOWN, NAMES = 20, 4
 EXAMPLES = """examples:
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("name", "cluster"), *zip(gallery.names, groups, strict=True)])
-        replace_file(arguments.out, text.getvalue().encode())
+        write_output(arguments.out, text.getvalue().encode())
     print_result(arguments, dict(enumerate(members)), _text(members, threshold))
 
 

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, output_file, print_result
+from vitface.data.images import encode_image
 from vitface.errors import ConfigError
+from vitface.files import write_output
 
 EXAMPLES = """examples:
   vitface explain A.jpg -o out.png
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not -depth <= arguments.block < depth:
         raise ConfigError(f"--block must be 0 to {depth - 1}, or -1 for the last, not {arguments.block}")
     picture, attention, weights = explanation(model, crop, arguments.block)
-    picture.save(arguments.out, "PNG")
+    write_output(arguments.out, encode_image(picture, "PNG"))
     domains = f"domain weights: {', '.join(f'{weight:.3f}' for weight in weights)}"
     text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
     if model.config.head == "patches":

@@ -9,21 +9,19 @@ import csv
 import dataclasses
 import functools
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face
 from vitface.data.folders import left_out_lines, some, some_images, stamp
-from vitface.data.images import read_photo, read_text
+from vitface.data.images import encode_image, read_photo, read_text
 from vitface.errors import DataError, ImageError
 from vitface.files import replace_file
 
@@ -185,10 +183,8 @@ def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
 def write_crop(path: Path, crop: np.ndarray) -> None:
     """Writes JPEG at quality 95 with full colour, or PNG; a broken write leaves no file of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    kind = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
-    Image.fromarray(crop).save(partial, **kind)
-    os.replace(partial, path)
+    png = path.suffix.lower() == ".png"
+    replace_file(path, encode_image(crop, "PNG") if png else encode_image(crop, "JPEG", quality=95, subsampling=0))
 
 
 def summary(done: Aligned) -> Iterator[str]:

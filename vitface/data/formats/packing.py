@@ -26,7 +26,7 @@ from vitface.data.background import in_processes
 from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.errors import DataError
-from vitface.files import json_bytes, replace_file, sha256_bytes, write_synced
+from vitface.files import json_bytes, replace_file, sha256_bytes
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
@@ -110,6 +110,8 @@ def _remove(path: Path) -> None:
 def _resume(part: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The shards that an earlier call has packed, none if from another source; cuts both files back to these."""
     images, journal, entries = part / "images.uint8", part / "journal.jsonl", []
+    for leftover in part.glob(".*.part"):  # of a file that was being replaced
+        leftover.unlink()
     images.touch()
     journal.touch()
     with suppress(ValueError):  # the line that was being written
@@ -177,8 +179,8 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
         "labels_sha256": sha256_bytes(data.getvalue()),
         "shards": [{"images": shard["images"], "sha256": shard["sha256"]} for shard in shards],
     }
-    write_synced(part / "labels.npy", data.getvalue())
-    write_synced(part / "manifest.json", json_bytes(manifest))
+    replace_file(part / "labels.npy", data.getvalue())
+    replace_file(part / "manifest.json", json_bytes(manifest))
 
 
 def _locked(out: Path) -> AbstractContextManager[None]:

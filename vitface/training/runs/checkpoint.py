@@ -77,7 +77,7 @@ def _write_step(final: Path, step: int, files: Iterable[tuple[str, bytes]]) -> N
     sealed = {}
     with new_folder(final) as folder:
         for name, data in files:
-            write_synced(folder / name, data)
+            write_synced(folder / name, data, private=True)
             sealed[name] = {"size": len(data), "sha256": sha256_bytes(data)}
         versions = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
         manifest = {"step": step, **versions, "files": sealed}

@@ -1,0 +1,116 @@
+"""Folders from somebody else, with links where files are expected: nothing outside them is written."""
+
+import os
+import stat
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_recogniser
+
+from vitface.errors import CheckpointError
+from vitface.evaluation.protocol import verify
+from vitface.evaluation.scores import SCORES, keep_scores, load_scores
+from vitface.files import new_folder, replace_file, write_output, write_synced
+from vitface.gallery.gallery import Gallery
+from vitface.lock import folder_lock, waiting_lock
+
+
+@pytest.fixture
+def victim(tmp_path):
+    path = tmp_path / "authorized_keys"
+    path.write_text("mine")
+    yield path
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("lock", [lambda path: folder_lock(path.parent), waiting_lock])
+def test_a_lock_that_is_a_link_is_refused(victim, tmp_path, lock):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".lock").symlink_to(victim)
+    with pytest.raises(CheckpointError, match=r"\.lock is a link or no regular file"), lock(tmp_path / "set" / ".lock"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_at_once(tmp_path, kind):
+    os.mkfifo(tmp_path / ".lock") if kind == "pipe" else (tmp_path / ".lock").mkdir()
+    with pytest.raises((CheckpointError, IsADirectoryError), match=r"\.lock"), folder_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["scores", ".scores.part", ".scores..part"])
+def test_a_replaced_file_is_a_file_and_what_it_was_a_link_to_is_as_it_was(victim, tmp_path, name):
+    (tmp_path / name).symlink_to(victim)
+    replace_file(tmp_path / "scores", b"new")
+    assert (tmp_path / "scores").read_bytes() == b"new" and not (tmp_path / "scores").is_symlink()
+
+
+def test_a_new_file_is_not_written_through_a_link(victim, tmp_path):
+    (tmp_path / "step").symlink_to(victim)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("step", "dangling"):
+        with pytest.raises(FileExistsError):
+            write_synced(tmp_path / name, b"new")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_new_folder_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".partial-run").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "run") as folder:
+        write_synced(folder / "file", b"new")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_a_user_names_may_be_a_pipe_and_is_not_written_through_a_link(victim, tmp_path):
+    (tmp_path / "report.html").symlink_to(victim)
+    write_output(tmp_path / "report.html", b"page")
+    assert (tmp_path / "report.html").read_bytes() == b"page"
+    os.mkfifo(tmp_path / "pipe")
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    read: list[bytes] = []
+    reader.start()
+    write_output(tmp_path / "pipe", b"numbers")
+    reader.join(10)
+    assert read == [b"numbers"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_writers_of_one_file_lose_nothing(tmp_path):
+    """Three threads, each with its own results in one run; and a reader that never sees half a file."""
+    generator, failures = np.random.default_rng(0), []
+    issame = np.arange(40) % 2 == 0
+    results = {name: verify(generator.random(40), issame) for name in ("lfw", "cfp_fp", "agedb_30")}
+
+    def write(name):
+        try:
+            for _ in range(20):
+                keep_scores(tmp_path, {name: results[name]}, "model")
+                load_scores(tmp_path / SCORES)
+        except Exception as error:
+            failures.append(error)
+
+    pids = []
+    for name in results:  # processes, for a lock is the process's
+        pid = os.fork()
+        if pid == 0:
+            write(name)
+            os._exit(len(failures))
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    found, _ = load_scores(tmp_path / SCORES)
+    assert set(found) == set(results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".scores.lock", SCORES]
+
+
+def test_what_tells_of_people_is_for_its_owner_alone(tmp_path):
+    os.umask(0o022)
+    gallery = Gallery(4)
+    gallery.add(["anna"], torch.eye(4)[:1])
+    gallery.save(tmp_path / "people")
+    keep_scores(tmp_path, {"lfw": verify(np.arange(40.0), np.arange(40) < 20)}, tiny_recogniser().config.backbone)
+    private = [*(tmp_path / "people").glob("part-*"), tmp_path / SCORES]
+    assert len(private) == 2 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
+    replace_file(tmp_path / "public", b"")
+    assert stat.S_IMODE((tmp_path / "public").stat().st_mode) == 0o644
