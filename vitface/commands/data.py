@@ -139,8 +139,11 @@ def _draw(arguments: argparse.Namespace) -> None:
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
-    held_out = " --holdout-people 0" if arguments.people <= TrainConfig.holdout_people else ""
-    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112{held_out}")
+    others = arguments.people - TrainConfig.holdout_people
+    flags = "" if others > 0 else " --holdout-people 0"
+    images = arguments.images * (others if others > 0 else arguments.people)
+    flags += f" --batch-size {images}" if images < TrainConfig.batch_size else ""
+    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112{flags}")
 
 
 ACTIONS = {

@@ -76,6 +76,16 @@ def available(data_dir: str | Path) -> list[str]:
     return [name for name in BENCHMARKS if name not in SYNTHETIC and benchmark_path(name, data_dir).exists()]
 
 
+def next_command(checkpoint: Path, data_dir: str | Path | None, train_data: str | None = None) -> str:
+    """The command that evaluates a model on what there is; where there is no benchmark, the one that describes it."""
+    if data_dir and available(data_dir):
+        folder = "" if Path(data_dir) == Path("data") else f" --data-dir {data_dir}"
+        return f"vitface evaluate --checkpoint {checkpoint} --bench all{folder}"
+    if train_data in SYNTHETIC:
+        return f"vitface evaluate --checkpoint {checkpoint} --bench {train_data}"
+    return f"vitface info {checkpoint}"
+
+
 def evaluate_benchmark(
     embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order
 ) -> tuple[Verification, list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vitface.config import TrainConfig
-from vitface.evaluation.benchmarks import Evaluation, evaluate_all
+from vitface.evaluation.benchmarks import Evaluation, evaluate_all, next_command
 from vitface.evaluation.judging import evaluate_frozen, judged, judged_frozen
 from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
@@ -53,9 +53,8 @@ def finish(
     if names:
         keep_scores(run_dir, sections[title].results, checkpoint.sha256)
     replace_file(run_dir / "results.md", results_markdown(config, run_dir, held_out, sections, thresholds).encode())
-    bench = names[0] if names == [config.train_data] else "all"
-    again = f"vitface evaluate --checkpoint {run_dir} --bench {bench}"
-    print(f"\n{thresholds}\n\nwrote {run_dir}/results.md; evaluate again with\n  {again}")
+    again = next_command(run_dir, config.val_data, config.train_data)
+    print(f"\n{thresholds}\n\nwrote {run_dir}/results.md; next\n  {again}")
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

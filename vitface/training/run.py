@@ -9,6 +9,7 @@ import torch
 
 from vitface.config import TrainConfig
 from vitface.errors import ConfigError, VitfaceError
+from vitface.evaluation.benchmarks import next_command
 from vitface.files import json_bytes, make_folder, replace_file
 from vitface.lock import folder_lock
 from vitface.training.finish import finish
@@ -73,7 +74,8 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
             _train(trainer, run_dir, checkpoint, with_frozen)
             data = trainer.data
         elif broadcast((run_dir / "results.md").is_file()):
-            print0(f"{run_dir} is finished; evaluate it with\n  vitface evaluate --checkpoint {run_dir} --bench all")
+            again = next_command(run_dir, config.val_data, config.train_data)
+            print0(f"{run_dir} is finished, see its results.md; next\n  {again}")
             return
         else:
             data = open_data(config)

@@ -26,6 +26,7 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from vitface.evaluation.benchmarks import next_command
     from vitface.exchange.bundle import face_files, write_folder
     from vitface.exchange.from_peft import adapted_backbone, adapters_into
 
@@ -42,5 +43,5 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"wrote {arguments.out}: rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
         f"({config.lora_scaling}), {config.num_domains} domain{'s' * (config.num_domains > 1)}\n"
-        f"next: vitface evaluate --checkpoint {arguments.out} --bench all"
+        f"next: {next_command(arguments.out, 'data')}"
     )
