@@ -50,6 +50,7 @@ def test_onnx_runtime_computes_the_same(backbone, tmp_path, kind, monkeypatch, c
     assert export("onnx", "face.onnx") == 0
     assert "in ONNX Runtime" in capsys.readouterr().out
     data, model = (tmp_path / "face.onnx").read_bytes(), in_float32(run)
+    assert optional("onnx").load_from_string(data).ir_version == 8
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for count in (1, 2, 5, 32):
         outputs = session.run(None, {"images": faces(count)})
@@ -181,6 +182,12 @@ def test_what_is_there_is_not_overwritten(backbone, tmp_path, kind, capsys):
             export(kind, out)
         assert stop.value.code == 2 and f"argument --out: {message}" in capsys.readouterr().err
     assert (tmp_path / "there").read_text() == "mine"
+
+
+def test_a_layout_is_for_graphs(backbone, tmp_path, capsys):
+    trained(backbone, tmp_path)
+    assert export("merged", "merged", "--layout", "nchw") == 2
+    assert "--layout goes with --format onnx or torch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["export", "import-peft", "publish"])

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,27 +29,42 @@ from vitface.version import __version__
 
 MIN_COSINE = 0.99999  # between an exported graph's embeddings and the model's
 CHECKED_BATCHES = (1, 32)
+OPSET = 18  # the lowest that torch writes; it needs IR 8, which runtimes read since 2022
+Layout = Literal["nhwc", "nchw"]
 
 
 class Embedder(nn.Module):
-    """Aligned faces, uint8 (B, 112, 112, 3) RGB -> unit-norm embeddings (B, E); DA-LoRA: and domain weights (B, K)."""
+    """Aligned faces, uint8 (B, 112, 112, 3) RGB -> unit-norm embeddings (B, E); DA-LoRA: and domain weights (B, K).
 
-    def __init__(self, model: FaceModel, flip: bool):
+    "nchw", as InsightFace's models: float32 (B, 3, 112, 112) RGB, (pixel - 127.5) / 127.5 -> embeddings alone.
+    """
+
+    def __init__(self, model: FaceModel, flip: bool, layout: Layout):
         super().__init__()
-        self.model, self.flip = model, flip
+        self.model, self.flip, self.layout = model, flip, layout
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.layout == "nchw":
+            pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+            return (embed_crops(self.model, pixels.permute(0, 2, 3, 1), self.flip)[0],)
         embeddings, weights = embed_crops(self.model, images, self.flip)
         return (embeddings,) if weights is None else (embeddings, weights)
 
 
-def trace(model: FaceModel, flip: bool = True) -> ExportedProgram:
+def as_input(crops: np.ndarray, layout: Layout) -> np.ndarray:
+    """Aligned faces, uint8 (B, 112, 112, 3) RGB, as a graph of that layout takes them."""
+    if layout == "nhwc":
+        return crops
+    return np.ascontiguousarray(((crops.astype(np.float32) - 127.5) / 127.5).transpose(0, 3, 1, 2))
+
+
+def trace(model: FaceModel, flip: bool = True, layout: Layout = "nhwc") -> ExportedProgram:
     """The model, on the CPU, in float32 and eval mode, as an exported program with a dynamic batch."""
     if model.config.dtype != "fp32" or model.training:
         raise ValueError("trace takes a model in float32 and eval mode")
     model.use_ops(ops)  # other programs do not have our kernels
-    embedder = Embedder(model, flip).eval()
-    example = torch.zeros(2, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
+    embedder = Embedder(model, flip, layout).eval()
+    example = torch.from_numpy(as_input(np.zeros((2, CROP_SIZE, CROP_SIZE, 3), np.uint8), layout))
     with _quiet(), torch.no_grad():
         embedder(example)  # at its first call, einops looks for its backends, which must not be traced
         return torch.export.export(
@@ -63,31 +79,47 @@ def torch_bytes(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def onnx_bytes(program: ExportedProgram, model: Recogniser) -> bytes:
-    """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA, "domain_weights"; settings as metadata.
+def onnx_bytes(program: ExportedProgram, model: Recogniser, layout: Layout = "nhwc") -> bytes:
+    """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA in "nhwc", "domain_weights"; settings as
+    metadata.
 
-    It needs onnx and onnxscript.
+    Its IR version is the lowest that holds the graph. It needs onnx and onnxscript.
     """
-    outputs = ["embeddings", *(["domain_weights"] if model.config.num_domains > 1 else [])]
+    import onnx
+
+    gated = model.config.num_domains > 1 and layout == "nhwc"
+    outputs = ["embeddings", *(["domain_weights"] if gated else [])]
     with _quiet():
-        exported = torch.onnx.export(program, input_names=["images"], output_names=outputs, verbose=False)
+        exported = torch.onnx.export(
+            program, input_names=["images"], output_names=outputs, opset_version=OPSET, verbose=False
+        )
         assert exported is not None
-        exported.model.metadata_props["vitface"] = json.dumps(describe(model))
-        return exported.model_proto.SerializeToString()
+        exported.model.metadata_props["vitface"] = json.dumps(describe(model, layout))
+        proto = exported.model_proto
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")  # of IR 10; torch notes there from which line of which file a node is
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
 
 
-def describe(model: Recogniser) -> dict:
+def describe(model: Recogniser, layout: Layout = "nhwc") -> dict:
     """The graph's inputs, outputs and thresholds, for the file's metadata."""
+    taken = {
+        "nhwc": "uint8 RGB (B, 112, 112, 3)",
+        "nchw": "float32 RGB (B, 3, 112, 112), (pixel - 127.5) / 127.5",
+    }
     return {
         "vitface_version": __version__,
-        "images": "aligned faces, uint8 RGB (B, 112, 112, 3)",
+        "images": f"aligned faces, {taken[layout]}",
         "embeddings": f"float32 (B, {model.config.embedding_dim}), unit norm; the score of two is their dot product",
         "backbone": model.config.backbone,
         "thresholds": {f"{far:g}": threshold for far, threshold in model.thresholds.items()},
     }
 
 
-def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
+def check_onnx(data: bytes, model: Recogniser, flip: bool, layout: Layout = "nhwc") -> float:
     """The lowest cosine between ONNX Runtime's embeddings and the model's, on drawn faces in batches of 1 and 32.
 
     ExchangeError if it is below MIN_COSINE.
@@ -98,7 +130,7 @@ def check_onnx(data: bytes, model: Recogniser, flip: bool) -> float:
     faces = synthetic_pairs(max(CHECKED_BATCHES) // 2 + 1)[0]
     lowest = 1.0
     for batch in CHECKED_BATCHES:
-        found = np.asarray(session.run(["embeddings"], {"images": faces[:batch]})[0])
+        found = np.asarray(session.run(["embeddings"], {"images": as_input(faces[:batch], layout)})[0])
         lowest = min(lowest, float((found * model.embed(faces[:batch], flip=flip)).sum(axis=1).min()))
     if not lowest >= MIN_COSINE:
         raise ExchangeError(f"ONNX Runtime's embeddings differ (cosine {lowest:.6f}); nothing was written")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import CommandParser, add_shared, new_path
-from vitface.errors import ExchangeError
+from vitface.errors import ConfigError, ExchangeError
 from vitface.extras import require
 from vitface.files import replace_file
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
+  vitface export runs/a --format onnx --layout nchw --out face.onnx    as InsightFace's model files
   vitface export runs/a --format torch --out face.pt2          the same for torch.export.load
   vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
   vitface export runs/a --format peft-transformers --out adapter
@@ -30,6 +31,8 @@ def add_flags(parser: CommandParser) -> None:
     add("--out", type=new_path, required=True, help="file or folder that does not exist yet")
     add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")
     add("--no-flip", action="store_true", help="onnx, torch: embed without the mirror image; halves the work")
+    layout = "onnx, torch: nhwc (default) takes uint8 (B, 112, 112, 3); nchw float32 (B, 3, 112, 112) from -1 to 1, RGB"
+    add("--layout", choices=["nhwc", "nchw"], default="nhwc", help=layout)
     add_shared(parser, "--weights")
 
 
@@ -38,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.recogniser import Recogniser
     from vitface.store.faces import open_checkpoint
 
+    if arguments.layout != "nhwc" and arguments.format not in ("onnx", "torch"):
+        raise ConfigError("--layout goes with --format onnx or torch")
     if arguments.format == "onnx":
         require("--format onnx", "onnx", "onnxscript", "onnxruntime")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
@@ -54,15 +59,15 @@ def run(arguments: argparse.Namespace) -> None:
 def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:
     from vitface.exchange.onnx_graph import check_onnx, describe, onnx_bytes, torch_bytes, trace
 
-    flip = not arguments.no_flip
-    program = trace(model.model, flip)
+    flip, layout = not arguments.no_flip, arguments.layout
+    program = trace(model.model, flip, layout)
     if arguments.format == "torch":
         data, checked = torch_bytes(program), ""
     else:
-        data = onnx_bytes(program, model)
-        checked = f"; cosine with PyTorch at least {check_onnx(data, model, flip):.7f} in ONNX Runtime"
+        data = onnx_bytes(program, model, layout)
+        checked = f"; cosine with PyTorch at least {check_onnx(data, model, flip, layout):.7f} in ONNX Runtime"
     replace_file(arguments.out, data)
-    print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model)['images']}")
+    print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model, layout)['images']}")
 
 
 def _export_peft(model: "FaceModel", arguments: argparse.Namespace) -> None:
