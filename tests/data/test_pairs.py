@@ -555,7 +555,7 @@ def test_lfw_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("number", "line", "message"),
     [
-        (0, "2", "line 1 has ''"),
+        (0, "2", "line 1 has one number, as View 1 of LFW"),
         (0, "two 2", "line 1 has 'two'"),
         (0, "0 0", "promises 0 folds"),
         (0, "10 300", "promises 10 folds of 300 same and 300 different pairs, not 8"),
@@ -608,12 +608,12 @@ def test_calfw_pairs_balance_the_folds(tmp_path):
         ("a.jpg 1\nb.jpg 0\n", "line 2 and the one before are a pair, but have the tokens 1 and 0"),
         ("a.jpg 1\nb.jpg\n", "line 2 has ''"),
         ("a.jpg 1\nb.jpg x\n", "line 2 has 'x'"),
-        ("a.jpg 1\n\nb.jpg 1\n", "line 2 has ''"),
+        ("a.jpg 1\n\nb.jpg x\n", "line 3 has 'x'"),
         ("a.jpg 2\nb.jpg 2\n", r"tokens \[2\]"),
         ("a.jpg 0\nb.jpg 0\n", r"tokens \[\]"),
-        ("a.jpg 1\nc.jpg 1\n", "line 1 or 2 names an image that cannot be read: .*c.jpg"),
+        ("a.jpg 1\nc.jpg 1\na.jpg 2\nb.jpg 2\n", "line 1 or 2 names an image that cannot be read: .*c.jpg"),
         ("../a.jpg 1\nb.jpg 1\n", "line 1 names '../a.jpg', which is outside"),
-        ("a.jpg 1\ngif.jpg 1\n", "image 1 is neither JPEG nor PNG"),
+        ("a.jpg 1\ngif.jpg 1\na.jpg 2\nb.jpg 2\n", "image 1 is neither JPEG nor PNG"),
     ],
 )
 def test_calfw_faults_name_the_line(tmp_path, text, message):

@@ -62,11 +62,13 @@ def verify(
 ) -> Verification:
     """distance (M,), issame bool (M,) -> the protocol's numbers. `folds` (M,) replaces file order where it is known.
 
-    EvaluationError if the scores are not finite or all equal, or if there is only one class.
+    EvaluationError if the scores are not finite or all equal, or if there is only one class or one fold.
     """
     distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
     check_scores(distance, issame)
     folds = contiguous_folds(len(issame)) if folds is None else folds
+    if not folds.max() or not np.bincount(folds).all():
+        raise EvaluationError("a fold's threshold comes from the other folds: there must be two or more, none empty")
     right = right_at_thresholds(distance, issame)
     accuracies, thresholds = np.zeros(folds.max() + 1), np.zeros(folds.max() + 1)
     correct = np.zeros(len(issame), bool)

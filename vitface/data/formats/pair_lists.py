@@ -8,6 +8,7 @@ import functools
 import itertools
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from vitface.data.formats.bin_format import MAX_IMAGE_BYTES
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
+
+MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
 
 
 class Pair(NamedTuple):
@@ -45,18 +48,22 @@ def read_pair_list(name: str, path: str | Path, image_root: str | Path) -> Verif
     images: dict[str, bytes] = {}
     for pair in pairs:
         for photo in pair.photos:
-            images[photo] = images.get(photo) or _read_crop(Path(image_root) / photo, pair.where)
+            images[photo] = images.get(photo) or _read_crop(Path(image_root), photo, pair.where)
     folds, people = np.array([pair.fold for pair in pairs]), None
     if person:
-        people = np.unique([person(photo) for photo in photos], return_inverse=True)[1].reshape(-1, 2).astype(np.int64)
+        names = [unicodedata.normalize("NFC", person(photo)) for photo in photos]
+        people = np.unique(names, return_inverse=True)[1].reshape(-1, 2).astype(np.int64)
     same = np.array([pair.same for pair in pairs])
     return VerificationSet(name, [images[x] for x in photos], same, None if folds.dtype == object else folds, people)
+
+
+_LFW_FORM = "10<TAB>300 in the first line, then lines name<TAB>1<TAB>2 (same), name<TAB>1<TAB>name<TAB>2 (different)"
 
 
 def _lfw_pairs(path: Path) -> list[Pair]:
     """LFW's View 2: a line `10 300`, then per fold 300 lines `name i j` (same) and 300 `name i name j` (different)."""
     (where, first), *lines = _lines(path)
-    num_folds, half = (_number(word, where) for word in [*first.split(), "", ""][:2])
+    num_folds, half = _lfw_header(first, where, path)
     if 2 * half * num_folds != len(lines):
         raise DataError(
             f"{where} promises {num_folds} folds of {half} same and {half} different pairs, not {len(lines)}"
@@ -64,16 +71,39 @@ def _lfw_pairs(path: Path) -> list[Pair]:
     pairs = []
     for number, (where, line) in enumerate(lines):
         same = number // half % 2 == 0
-        match [*line.split(), same]:
+        words = r"(.+)\s+(\d+)\s+(\d+)" if same else r"(.+?)\s+(\d+)\s+([^\d\s].*)\s+(\d+)"  # names may have spaces
+        cells = _tabbed(line) or getattr(re.fullmatch(words, line[:MAX_LINE]), "groups", tuple)()
+        match [*cells, same]:
             case [name, i, j, True]:
                 other = name
             case [name, i, other, j, False]:
                 pass
             case _:
-                raise DataError(f"{where} is not a {'same' if same else 'different'} pair: {line[:80]!r}")
+                kind = "same" if same else "different"
+                raise DataError(f"{where} is not a {kind} pair: {line[:80]!r}; the form is {_LFW_FORM}")
         first, second = (f"{who}/{who}_{_number(n, where):04d}.jpg" for who, n in ((name, i), (other, j)))
         pairs.append(Pair(where, same, number // (2 * half), (_inside(first, where), _inside(second, where))))
     return pairs
+
+
+def _lfw_header(line: str, where: str, path: Path) -> tuple[int, int]:
+    """The numbers of folds, and of same pairs in each; DataError for the lists of LFW's View 1, and for one fold."""
+    words = line.split()
+    if len(words) == 1 and words[0].isdigit():
+        raise DataError(
+            f"{where} has one number, as View 1 of LFW (pairsDevTrain.txt, pairsDevTest.txt), which has no folds; "
+            f"the benchmark is View 2: get pairs.txt, which begins with 10<TAB>300"
+        )
+    if len(words) > 2:
+        add = f"if the pairs are in the published order, put that line first: sed -i '1i 10\\t300' {path}"
+        raise DataError(f"{where} is no header but {line[:80]!r}; the form is {_LFW_FORM}; {add}")
+    num_folds, half = (_number(word, where) for word in words)
+    if num_folds < 2 or not half:
+        raise DataError(
+            f"{where} promises {num_folds} folds of {half} same pairs; each fold is judged by a threshold from the "
+            f"others, so there must be at least two: the published list begins with 10<TAB>300"
+        )
+    return num_folds, half
 
 
 def _calfw_pairs(path: Path) -> list[Pair]:
@@ -92,7 +122,7 @@ def _calfw_pairs(path: Path) -> list[Pair]:
     if len(tokens) % 2:
         raise DataError(f"{path}: {len(tokens)} lines, expected two per pair")
     of_same = sorted(set(tokens) - {0})
-    if not of_same or of_same[-1] != len(of_same):
+    if len(of_same) < 2 or of_same[-1] != len(of_same):
         raise DataError(f"{path}: same pairs have the tokens {of_same[:12]}, expected 1, 2, ... 10")
     turns, pairs = itertools.cycle(range(len(of_same))), []
     for i, token in enumerate(tokens[::2]):
@@ -131,7 +161,8 @@ def _agedb_pairs(path: Path) -> list[Pair]:
     """AgeDB-30's list: a line `label path path` per pair, 1 for the same person; no folds."""
     pairs = []
     for where, line in _lines(path):
-        match line.split():
+        words = re.fullmatch(r"(\d)\s+(.+\.\w{3,4})\s+(.+)", line[:MAX_LINE])  # names may have spaces
+        match _tabbed(line) or (words.groups() if words else line.split()):
             case ["0" | "1" as label, first, second]:
                 pairs.append(Pair(where, label == "1", None, (_inside(first, where), _inside(second, where))))
             case _:
@@ -159,11 +190,17 @@ PAIR_LISTS = {
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Each line of a text file, after its name in messages: ("FILE: line 1", text)."""
-    text = read_text(path).rstrip()
-    if not text:
+    """Each line of a text file that is not blank, after its name in messages: ("FILE: line 1", text)."""
+    lines = [(f"{path}: line {n}", line.strip()) for n, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(where, line) for where, line in lines if line]
+    if not lines:
         raise DataError(f"{path}: empty file")
-    return [(f"{path}: line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    return lines
+
+
+def _tabbed(line: str) -> list[str]:
+    """What the tabs of a line separate; nothing where it has none."""
+    return [cell.strip() for cell in line.split("\t") if cell.strip()] if "\t" in line else []
 
 
 def _number(word: str, where: str) -> int:
@@ -174,16 +211,19 @@ def _number(word: str, where: str) -> int:
 
 def _inside(relative: str, where: str, folder: str = "") -> str:
     """A path relative to `folder`, as a path in the folder of the crops; DataError if it is outside that folder."""
-    photo = posixpath.normpath(posixpath.join(folder, relative))
-    if photo.startswith(("/", "..")) or set(photo) & set("\0\\:"):
+    photo = posixpath.normpath(posixpath.join(folder, relative.replace("\\", "/")))
+    if photo.startswith(("/", "..")) or set(photo) & set("\0:"):
         raise DataError(f"{where} names {relative[:80]!r}, which is outside the folder of the images")
     return photo
 
 
-def _read_crop(path: Path, where: str) -> bytes:
-    """The bytes of the crop of a photo, which may be a PNG file."""
-    png = path.with_suffix(".png")
+def _read_crop(root: Path, photo: str, where: str) -> bytes:
+    """The bytes of the crop of a photo; its accents may be written otherwise on the disk, and it may be a PNG file."""
+    forms = dict.fromkeys([photo, *(unicodedata.normalize(form, photo) for form in ("NFC", "NFD"))])
+    paths = [root / form for form in forms]
+    others = [path.with_suffix(suffix) for path in paths for suffix in (".png", ".jpg", ".jpeg", ".JPG", ".PNG")]
+    path = next((path for path in (*paths, *others) if path.exists()), paths[0])
     try:
-        return read_file(png if png.exists() and not path.exists() else path, MAX_IMAGE_BYTES)
+        return read_file(path, MAX_IMAGE_BYTES)
     except ImageError as error:
         raise DataError(f"{where} names an image that cannot be read: {error}") from None

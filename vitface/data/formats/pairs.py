@@ -41,7 +41,7 @@ class VerificationSet:
 
     `folds` int64 (N,) numbers each pair's cross-validation fold from 0, or is None: ten contiguous folds in file
     order. `people` int64 (N, 2) numbers whom a pair shows, or is None where the source has no names. DataError if the
-    lengths disagree, there is no pair, or an image does not begin like JPEG or PNG.
+    lengths disagree, there is no pair or only one fold, or an image does not begin like JPEG or PNG.
     """
 
     name: str
@@ -56,6 +56,8 @@ class VerificationSet:
             raise DataError(f"{self.name}: {n} pairs, expected 1 to {MAX_PAIRS}")
         if len(self.images) != 2 * n or (self.folds is not None and len(self.folds) != n):
             raise DataError(f"{self.name}: {len(self.images)} images for {n} pairs, expected {2 * n}")
+        if self.folds is not None and len(np.unique(self.folds)) < 2:
+            raise DataError(f"{self.name}: one fold; its threshold comes from the others, published sets have ten")
         for i, image in enumerate(self.images):
             if not image.startswith(_MAGICS):
                 raise DataError(f"{self.name}: image {i} is neither JPEG nor PNG (it begins with {image[:8]!r})")
