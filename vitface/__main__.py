@@ -4,10 +4,14 @@ Each command is a module: its docstring and EXAMPLES are its help, `add_flags(pa
 `run(arguments)` does the work and returns the exit code, None for 0.
 """
 
+import sys
+
+if __name__ == "__main__":  # python -m looks in the current folder first, where a data set may hold a tqdm.py
+    del sys.path[0]
+
 import importlib
 import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 

@@ -31,8 +31,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: Dtype | None = None,
 ) -> "Recogniser":
-    """The model of a run directory (its best checkpoint), of one checkpoint directory, or of a repository `owner/name`
-    (`owner/name@revision`) on the Hugging Face Hub.
+    """The model of a run directory (its best checkpoint), of one checkpoint directory, or of a repository
+    `hf://owner/name` (`hf://owner/name@revision`) on the Hugging Face Hub.
 
     `weights` names the frozen backbone's file; by default it is looked for where it was in training, then in the usual
     places. `dtype` is the precision of the frozen part; by default that of training, or "fp32" on a CPU on which that

@@ -38,9 +38,14 @@ def uploaded(monkeypatch):
     given = {}
 
     class Api:
+        private = True
+
         def create_repo(self, repository, private, exist_ok):
             assert private and exist_ok
             return ADDRESS
+
+        def repo_info(self, repository):
+            return SimpleNamespace(private=self.private)
 
         def create_commit(self, repository, operations, commit_message):
             given.update({op.path_in_repo: op.path_or_fileobj for op in operations})
@@ -207,6 +212,60 @@ def test_without_a_leak_a_resealed_folder_and_an_edited_card_pass(run, uploaded,
     assert b"for a course" in uploaded["README.md"]
 
 
+def test_a_repository_that_is_public_already_is_asked_for(run, uploaded, monkeypatch, capsys):
+    huggingface_hub = optional("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.HfApi, "private", False)
+    assert publish("--upload") == 2 and not uploaded
+    assert "is public: nothing was uploaded; to publish there, pass --public" in capsys.readouterr().err
+    assert publish("--upload", "--public") == 0 and uploaded
+    assert "which is public" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "thanks to anna schmidt",
+            "ANNA SCHMIDT",
+            "Anna  Schmidt",
+            "Schmidt, Anna",
+            "AnnaSchmidt",
+            "Anna **Schmidt**",
+        ),
+        *("by Jo Li.", "JO-LI", "\u738b\u4f1f", "\u4f5c\u8005\uff1a\u738b\u4f1f\u3002", "\uae40\ubbfc\uc218\uc758"),
+        *("Zoe\u0308 Kravitz", "Zoe Kravitz", "Z\u200bo\u00eb Kravitz", "\uff3a\uff4f\uff45 Kravitz", "kravitz_zoe"),
+    ],
+)
+def test_names_are_found_in_every_form(text):
+    people = ["Anna_Schmidt", "Jo_Li", "\u738b\u4f1f", "\uae40\ubbfc\uc218", "Zo\u00eb_Kravitz"]
+    with pytest.raises(ExchangeError, match="the name of somebody"):
+        check_card(f"a model {text}, 2026".encode(), people)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("file:///home/anna/x", "C:/Users/anna", "/scratch/anna", "/content/drive/MyDrive/anna", "/Volumes/anna/x"),
+        *("/nfs/anna/x", "/kaggle/input", "//home/anna", "\\\\server\\anna", "(/data/faces)", "/HOME/anna"),
+    ],
+)
+def test_paths_are_found_in_every_form(text):
+    with pytest.raises(ExchangeError, match="a path on a machine"):
+        check_card(f"trained on {text}".encode())
+
+
+@pytest.mark.parametrize("tag", ["<script>", "<VIDEO src=x>", "<embed>", "<input type=image>", "<IMG src=x>", "< img>"])
+def test_tags_that_load_something_are_found(tag):
+    with pytest.raises(ExchangeError, match="a tag of HTML"):
+        check_card(f"see {tag}".encode())
+
+
+def test_where_the_people_are_not_known_it_is_said(run, uploaded, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "people")
+    assert publish() == 0
+    assert "NOT CHECKED: whether the card names somebody" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -217,7 +276,7 @@ def test_without_a_leak_a_resealed_folder_and_an_edited_card_pass(run, uploaded,
         ("https://someone:secret@host/faces", "a password"),
         ("\x00" * 40_000, "40,000 bytes"),
         ("", "0 bytes"),
-        ("by Bob Beispiel.", r"the name of somebody in the training data \(Bob Beispiel\)"),
+        ("by Bob Beispiel.", r"the name of somebody in the training data \(Bob_Beispiel\)"),
     ],
 )
 def test_cards_are_searched(text, kind):
@@ -294,7 +353,7 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
     assert f"| lfw | 600 | {100 * result.accuracy:.2f} ± {100 * result.std:.2f} |" in card.text
     assert "two people who agreed" in card.text and "not been tested for bias" in card.text
     assert "- false accept rate 0.01: 0.2500, accepts 90.00 % of the same pairs" in card.text
-    assert 'vitface.load("me/faces")' in card.text
+    assert 'vitface.load("hf://me/faces")' in card.text
 
 
 @pytest.mark.parametrize(
@@ -335,39 +394,47 @@ def test_load_takes_a_repository_of_the_hub(run, tmp_path, monkeypatch):
         return str(tmp_path / "out")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    np.testing.assert_array_equal(vitface.load("me/faces").embed(faces()), expected)
-    vitface.load("me/faces@0123abc")
+    np.testing.assert_array_equal(vitface.load("hf://me/faces").embed(faces()), expected)
+    vitface.load("hf://me/faces@0123abc")
     assert asked == [("me/faces", None, list(BUNDLE_FILES)), ("me/faces", "0123abc", list(BUNDLE_FILES))]
 
 
-def test_a_folder_that_is_not_there_is_not_asked_for(run, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_there_is_not_asked_for(run, tmp_path, monkeypatch, capsys):
+    """A mistyped name would else become a stranger's model, of whoever has that account."""
     monkeypatch.setattr(hub, "download", lambda path: pytest.fail("asked the Hub"))
-    (tmp_path / "runs").mkdir()
     for path in ("runs/typo", "typo", "/typo/typo", "a/b/c", "../typo"):
         with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint"):
             vitface.load(path)
-
-
-def test_without_the_extra_the_answer_names_both(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"no folder me/faces here(.*\n)* *pip install huggingface_hub"):
+    with pytest.raises(CheckpointError, match="for a model on the Hub, write hf://me/faces$"):
         vitface.load("me/faces")
+    assert main(["info", "runs/mine"]) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://faces", "hf://a/b/c", "hf://me/faces@../../x", "hf://me/..", "hf://", "hf:///x/"]
+)
+def test_what_is_no_repository_is_not_asked_for(monkeypatch, name):
+    monkeypatch.setattr("vitface.store.hub.require", lambda *arguments: pytest.fail("asked the Hub"))
+    with pytest.raises(CheckpointError, match="is not the name of a model on the Hub"):
+        vitface.load(name)
+
+
+def test_without_the_extra_the_answer_names_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"hf://me/faces(.*\n)* *pip install huggingface_hub"):
+        vitface.load("hf://me/faces")
 
 
 @pytest.mark.parametrize("error", ["LocalEntryNotFoundError", "HFValidationError", "OfflineModeIsEnabled"])
-def test_what_the_hub_says_is_passed_on(tmp_path, monkeypatch, error):
+def test_what_the_hub_says_is_passed_on(monkeypatch, error):
     huggingface_hub = optional("huggingface_hub")
 
     def fail(*arguments, **options):
         raise getattr(huggingface_hub.errors, error)("cannot reach it\nmore")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(
-        CheckpointError, match=r"no folder me/faces here, and the Hub gives no me/faces \(cannot reach it\)"
-    ):
-        vitface.load("me/faces")
+    with pytest.raises(CheckpointError, match=r"the Hub gives no me/faces \(cannot reach it\)"):
+        vitface.load("hf://me/faces")
 
 
 def test_a_bundle_from_a_stranger_is_checked_as_any_checkpoint(run, tmp_path):

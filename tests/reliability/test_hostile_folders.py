@@ -2,13 +2,17 @@
 
 import os
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_recogniser
 
+import vitface
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores
@@ -114,3 +118,14 @@ def test_what_tells_of_people_is_for_its_owner_alone(tmp_path):
     assert len(private) == 2 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
     replace_file(tmp_path / "public", b"")
     assert stat.S_IMODE((tmp_path / "public").stat().st_mode) == 0o644
+
+
+def test_no_module_of_the_current_folder_is_run(tmp_path):
+    """The folder has modules that stand in for those of packages; `python -m` would look there first."""
+    for name in ("tqdm", "numpy", "json", "einops", "argparse", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(vitface.__file__).parents[1])}
+    command = [sys.executable, "-m", "vitface", "data", "check", "."]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "unreadable" in done.stdout and not done.stderr, done.stderr
+    assert not (tmp_path / "ran").exists()

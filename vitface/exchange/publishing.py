@@ -6,6 +6,7 @@ so that there is no room for anything else. The fifth is the card, which people 
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ RESEARCH_ONLY = "non-commercial-research"
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 15
 MAX_DECIMALS = 100  # numbers of four decimals and more: a full table of results has about forty
+TAGS = "img|image|svg|picture|object|iframe|script|style|link|video|audio|embed|input|canvas|form|base|meta"
+FOLDERS = "home|users|root|mnt|media|data|datasets|tmp|var|srv|opt|scratch|content|volumes|nfs|kaggle|work|workspace"
 FORBIDDEN = {
-    "an image": r"!\[|<(?:img|svg|picture|object|iframe)\b|data:[\w/+.-]*[;,]",
-    "a path on a machine": r"(?<![\w/.:])(?:/(?:home|Users|root|mnt|media|data|tmp|var|srv|opt)/|~/|[A-Za-z]:\\)\S",
+    "an image or a tag of HTML that loads something": rf"!\[|<\s*(?:{TAGS})\b|data:[\w/+.-]*[;,]",
+    "a path on a machine": rf"file:/|\\\\\w|(?<!\w)[a-z]:[\\/](?!/)|~/\w|(?<![\w.:/])//?(?:{FOLDERS})/\S",
     "a word of over 200 characters": r"\S{201}",
 }
 
@@ -79,12 +82,14 @@ def model_card(checkpoint: Checkpoint, repository: str, data: str, licence: str)
     )
 
 
-def people_of(checkpoint: Checkpoint) -> list[str]:
-    """The names of the training people, which no card may hold; empty if the training data is gone."""
+def people_of(checkpoint: Checkpoint) -> list[str] | None:
+    """The names of the training people, which no card may hold; None if the training data is not here."""
+    if checkpoint.settings.get("train_data") in SYNTHETIC:
+        return []
     try:
         return list(load_samples(checkpoint.settings["train_data"]).names)
     except (DataError, OSError, KeyError, TypeError):
-        return []
+        return None
 
 
 def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str] = ()) -> dict[str, bytes]:
@@ -122,29 +127,63 @@ def check_card(card: bytes, people: Sequence[str] = ()) -> None:
         text = card.decode()
     except UnicodeDecodeError:
         raise ExchangeError(f"{CARD} is not text") from None
-    kinds = [kind for kind, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+    kinds = [kind for kind, pattern in FORBIDDEN.items() if re.search(pattern, text, re.IGNORECASE)]
     secret = find_secret(text)
     kinds += [secret] if secret else []
     kinds += ["a list of numbers"] if len(re.findall(r"\d\.\d{4,}", text)) > MAX_DECIMALS else []
-    words = re.sub(r"\W|_", " ", text)
-    for name in (re.sub(r"\W|_", " ", name).strip() for name in people):
-        if re.search(r"[^\W\d]{3}", name) and f" {name} " in f" {words} ":
-            kinds.append(f"the name of somebody in the training data ({name})")
+    named = first_named(text, people)
+    kinds += [f"the name of somebody in the training data ({named})"] if named else []
     if kinds:
         raise ExchangeError(f"{CARD} holds {kinds[0]}; take it out, the card is public")
 
 
-def upload(repository: str, files: dict[str, bytes]) -> str:
-    """Uploads the files in one commit and returns the repository's address; ExchangeError if the Hub refuses."""
+def first_named(text: str, people: Sequence[str]) -> str | None:
+    """The first of the names that a text has in some form, or None.
+
+    Case, accents, punctuation and the order of the words do not count. A name of fewer than three letters is not looked
+    for, except in scripts without case, as Chinese names often have two characters.
+    """
+    words = _words(text)
+    every, squeezed = set(words), "".join(words)
+    for name in people:
+        parts = _words(name)
+        letters = "".join(part for part in parts if not part.isdigit())
+        caseless = letters.upper() == letters.lower()
+        if sum(map(str.isalpha, letters)) < (2 if caseless else 3):
+            continue
+        if letters in (squeezed if caseless else every) or (
+            parts[1:] and any(sorted(words[i : i + len(parts)]) == sorted(parts) for i in range(len(words)))
+        ):
+            return name
+    return None
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text without case, accents and characters that are not seen."""
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    seen = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Cf"))
+    return re.sub(r"\W|_", " ", seen).split()
+
+
+def upload(repository: str, files: dict[str, bytes], public: bool = False) -> str:
+    """Uploads the files in one commit, and says where they are.
+
+    A new repository is private. ExchangeError if the Hub refuses, and for a public one unless `public`.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     try:
         api = HfApi()
         url = api.create_repo(repository, private=True, exist_ok=True)
+        private = bool(api.repo_info(repository).private)
+        if not private and not public:
+            raise ExchangeError(f"{url} is public: nothing was uploaded; to publish there, pass --public")
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         api.create_commit(repository, operations, commit_message="Model of vitface")
+    except ExchangeError:
+        raise
     except Exception as error:  # its own, its HTTP library's, the system's
         reason = str(error).strip().split("\n")[0]
         message = f"the Hub did not take {repository} ({reason}); are you logged in?\n  hf auth login"
         raise ExchangeError(message) from None
-    return str(url)
+    return f"uploaded to {url}, {'a private repository until you open it' if private else 'which is public'}"

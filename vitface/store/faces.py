@@ -103,16 +103,18 @@ class Checkpoint:
 
 def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Checkpoint:
     """The checkpoint that `path` names: a run directory (its best), one step directory of it, a bundle, or a repository
-    `owner/name` (`owner/name@revision`) on the Hugging Face Hub.
+    `hf://owner/name` (`hf://owner/name@revision`) on the Hugging Face Hub.
 
     CheckpointError if `path` is none of these, if a file is missing or damaged, or if no model can have the settings.
     """
     path = Path(path)
-    folder = hub.download(path) if not path.exists() and hub.is_repository(path) else path
+    folder = hub.download(path) if hub.is_repository(path) else path
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints" / "best"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is neither a run directory nor a checkpoint; train one with vitface train")
+        on_hub = f", or, for a model on the Hub, write hf://{path}" if hub.REPOSITORY.fullmatch(path.as_posix()) else ""
+        fault = f"{folder} is neither a run directory nor a checkpoint"
+        raise CheckpointError(f"{fault}; train one with vitface train{on_hub}")
     folder = folder.resolve()  # a run that is still training may change the link `best` at any time
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None

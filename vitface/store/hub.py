@@ -1,6 +1,11 @@
-"""Models on the Hugging Face Hub: `owner/name`, or `owner/name@revision` for one that never changes."""
+"""Models on the Hugging Face Hub: `hf://owner/name`, or `hf://owner/name@revision` for one that never changes.
+
+Without the prefix a name is a folder here: a mistyped one is never looked for on the Hub, where anybody may have an
+account of that name.
+"""
 
 import re
+import sys
 from pathlib import Path
 
 from vitface.errors import CheckpointError
@@ -12,24 +17,27 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_repository(path: Path) -> bool:
-    """True for OWNER/NAME and OWNER/NAME@REVISION, unless there is a folder OWNER here."""
-    name, _, revision = path.as_posix().partition("@")
-    named = REPOSITORY.fullmatch(name) and re.fullmatch(r"[\w./-]*", revision)
-    return bool(named) and not Path(name.split("/")[0]).exists()
+    """True for hf://..., whose second slash a Path drops."""
+    return path.parts[:1] == ("hf:",)
 
 
 def download(path: Path) -> Path:
-    """The local copy of a repository's bundle, which huggingface_hub makes in its own cache.
+    """The local copy of a repository's bundle, which huggingface_hub makes in its own cache; says whose it is.
 
-    ConfigError without huggingface_hub; CheckpointError if neither the Hub nor the cache has the repository.
+    ConfigError without huggingface_hub; CheckpointError for another form than hf://OWNER/NAME[@REVISION], and if
+    neither the Hub nor the cache has the repository.
     """
-    repository, _, revision = path.as_posix().partition("@")
-    missing = f"there is no folder {path} here"
-    require(f"{missing}, and the Hub", "huggingface_hub")
+    repository, _, revision = path.as_posix().removeprefix("hf:/").lstrip("/").partition("@")
+    if not REPOSITORY.fullmatch(repository) or not re.fullmatch(r"[\w./-]*", revision) or ".." in path.as_posix():
+        raise CheckpointError(f"hf://{repository} is not the name of a model on the Hub; write hf://OWNER/NAME")
+    require(f"hf://{repository}", "huggingface_hub")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(BUNDLE_FILES)))
+        copy = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(BUNDLE_FILES)))
     except Exception as error:  # of many kinds, all of which mean that there is no copy
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{missing}, and the Hub gives no {repository} ({reason})") from None
+        raise CheckpointError(f"the Hub gives no {repository} ({reason})") from None
+    owner, name = repository.split("/")
+    print(f"model: {name} of the Hub's account {owner}, commit {copy.name}", file=sys.stderr)
+    return copy

@@ -26,7 +26,7 @@ FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
 
 def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or owner/name on the Hub")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or hf://owner/name")
     add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
     add("--out", type=new_path, required=True, help="file or folder that does not exist yet")
     add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")

@@ -25,6 +25,7 @@ def add_flags(parser: CommandParser) -> None:
     add("--data", metavar="TEXT", help="what it was trained on, for the card, in words that may be public")
     add("--licence", default=None, metavar="ID", help="as the Hub calls it; default: non-commercial-research")
     add("--out", type=Path, metavar="OUT", help="folder that is written, checked and uploaded; default: published/NAME")
+    add("--public", action="store_true", help="upload also into a repository that everybody can see already")
     add("--upload", action="store_true", help="upload what passed the check; without it, nothing leaves the machine")
     add_shared(parser, "--weights")
 
@@ -42,13 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("published") / repository.split("/")[1]
     if not out.exists():
         write_bundle(checkpoint, out, repository, arguments.data, arguments.licence)
-    files = check_bundle(out, arguments.weights, people_of(checkpoint))
+    people = people_of(checkpoint)
+    if people is None:
+        where = checkpoint.settings.get("train_data", "what this model was trained on")
+        print(
+            f"NOT CHECKED: whether the card names somebody, as {where} is not here; read {out / 'README.md'} yourself"
+        )
+    files = check_bundle(out, arguments.weights, people or ())
     if sha256_bytes(files["model.safetensors"]) != checkpoint.sha256:
         raise ExchangeError(f"{out} holds another model than {arguments.checkpoint}; remove it, or name another --out")
     print(f"{out}, of which nothing is a backbone, an identity, an image or an embedding:")
     for name, data in files.items():
         print(f"  {len(data):>12,}  {name}")
     if arguments.upload:
-        print(f"uploaded to {upload(repository, files)}, a private repository until you open it")
+        print(upload(repository, files, arguments.public))
     else:
         print(f"dry run: nothing was uploaded. Read {out / 'README.md'}, then call this again with --upload")
