@@ -249,7 +249,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_all_is_well(tmp_path
     bench, people = json.loads(capsys.readouterr().out)
     assert bench["counts"] == {"pairs": 20, "same": 20, "different": 0, "images": 40}
     assert [finding["name"] for finding in bench["findings"]] == ["unbalanced"]
-    assert people["format"] == "unreadable" and "no image of this person" in people["findings"][0]["what"]
+    assert people["format"] == "unreadable" and "have no image: " in people["findings"][0]["what"]
 
 
 def test_a_broken_bin_is_a_finding(tmp_path, capsys):

@@ -398,8 +398,11 @@ def broken(kind):
 
 
 FOLDER_FAULTS = {
-    "empty person": (lambda root: (root / "bob").mkdir(), "bob: no image of this person"),
-    "person without images": (lambda root: (root / "bob" / "raw").mkdir(parents=True), "bob: no image of this person"),
+    "empty person": (lambda root: (root / "bob").mkdir(), "1 of 2 folders have no image: bob"),
+    "person without images": (
+        lambda root: (root / "bob" / "raw").mkdir(parents=True),
+        "1 of 2 folders have no image: bob",
+    ),
 }
 
 

@@ -101,9 +101,9 @@ def left_out_lines(left_out: dict[str, list[str]]) -> Iterator[str]:
         yield f"left out {len(names):,}: {some(names)}: {reason}"
 
 
-def some(names: list[str]) -> str:
+def some(names: list[str], shown: int = SHOWN) -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:shown]) + (f", and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def stamp(path: Path) -> str:

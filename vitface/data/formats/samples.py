@@ -5,17 +5,20 @@ decoded when it is read. Samples can be handed to worker processes: their pickle
 """
 
 import csv
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from vitface.data.folders import left_out_lines, list_folder
+from vitface.data.folders import Listing, left_out_lines, list_folder, some
 from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.record_set import RecordSamples
 from vitface.data.formats.stored import Samples, file_identity
 from vitface.data.images import read_image
 from vitface.errors import DataError
 
+EMPTY_SHOWN = 20  # names of folders in a message
 _DEMO = "to try training without data:\n  vitface train --exp demo"
 
 
@@ -43,8 +46,8 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
 class FolderSamples(Samples):
     """root/PERSON/IMAGE, one folder per person; people and their images in the order of their sorted names.
 
-    `vitface.data.folders` tells what is an image; `notes` name what it left out. Deeper folders are ignored. DataError
-    for a person without an image.
+    `vitface.data.folders` tells what is an image; `notes` name what is left out, such as deeper folders. DataError
+    that names all folders without an image.
     """
 
     def __init__(self, path: str | Path):
@@ -55,15 +58,21 @@ class FolderSamples(Samples):
                 f"{self.path}: found neither train.rec nor a folder per person; put images into "
                 f"{self.path / 'PERSON' / 'IMAGE.jpg'}, or {_DEMO}"
             )
-        people = [list_folder(self.path / name) for name in self.names]
-        for name, person in zip(self.names, people, strict=True):
-            if not person.images:
-                why = "".join(f"; {line}" for line in left_out_lines(person.left_out)) or "; remove it, or add images"
-                raise DataError(f"{self.path / name}: no image of this person{why}")
+        people = {name: list_folder(self.path / name) for name in self.names}
+        deeper = _deeper(self.path, people)
+        _check_people(self.path, people, deeper)
+        self.notes = []
+        if top.images:
+            self.notes.append(f"{self.path}: {some(top.images)}: in no person's folder, left out")
+        if deeper:
+            below = some([image for images in deeper.values() for image in images])
+            self.notes.append(f"{self.path}: images in folders inside a person's are left out, such as {below}")
+        top.images = []
+        for name, person in people.items():
             top.add(f"{name}/", person)
-        self._images = [name for name in top.images if "/" in name]
-        self.labels = np.repeat(np.arange(len(people)), [len(person.images) for person in people])
-        self.notes = list(left_out_lines(top.left_out))
+        self._images = top.images
+        self.labels = np.repeat(np.arange(len(people)), [len(person.images) for person in people.values()])
+        self.notes.extend(left_out_lines(top.left_out))
 
     def identity(self) -> str:
         return file_identity(self.path, self._images)
@@ -77,6 +86,38 @@ class FolderSamples(Samples):
     def image_names(self) -> list[str]:
         """PERSON/IMAGE, as --domain-labels names them."""
         return self._images
+
+
+def _deeper(root: Path, people: dict[str, Listing]) -> dict[str, list[str]]:
+    """The first image of each folder that lies in a person's folder, by person: {PERSON: [PERSON/FOLDER/IMAGE]}."""
+    found = defaultdict(list)
+    for name, person in people.items():
+        for folder in person.folders:
+            with suppress(DataError):  # it cannot be read
+                found[name].extend(f"{name}/{folder}/{image}" for image in list_folder(root / name / folder).images[:1])
+    return {name: images for name, images in found.items() if images}
+
+
+def _check_people(root: Path, people: dict[str, Listing], deeper: dict[str, list[str]]) -> None:
+    """DataError that names all folders without an image, and what to do; `deeper` as of `_deeper`."""
+    empty = [name for name, person in people.items() if not person.images]
+    if not empty:
+        return
+    lines = [f"{root}: {len(empty)} of {len(people)} folders have no image: {some(empty, EMPTY_SHOWN)}"]
+    lower = {name: deeper[name] for name in empty if name in deeper}
+    if lower:
+        name, images = max(lower.items(), key=lambda item: len(item[1]))
+        lines.append(f"in {len(lower)} of them images lie one level down, such as {images[0]}")
+        if len(lower) == len(people) and len(images) > 1:
+            lines.append(f"  if {name} is a set of people, as train and val are: --train-data {root / name}")
+        lines.append(f"  if {name} is a person, move the images up: mv -n {root / name}/*/* {root / name}/")
+    for name in empty:
+        lines += [f"{name}: {line}" for line in left_out_lines(people[name].left_out)][: EMPTY_SHOWN - len(lines)]
+    if len(lower) < len(empty):
+        lines.append(
+            f"add images, or remove the folders; this removes those without a file: find {root} -type d -empty -delete"
+        )
+    raise DataError("\n".join(lines))
 
 
 def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
