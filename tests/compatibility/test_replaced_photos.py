@@ -138,6 +138,14 @@ def test_prune_without_the_disk(photos, monkeypatch):
     assert done.gone == [] and done.total == 3 and done.left_out == {"Permission denied": ["ben"]}
 
 
+@case("`embed --prune` of another folder than the gallery's", "refused: it would delete everybody")
+def test_prune_with_another_folder(photos):
+    put(photos.parent / "others", "zoe/1.jpg")
+    with pytest.raises(DataError, match="--prune would delete all 3 photos of .*people, first anna/1.jpg"):
+        embed(photos.parent / "others", prune=True)
+    assert embed(photos.parent / "others").total == 4 and rows(photos).keys() >= {"anna/1.jpg", "zoe/1.jpg"}
+
+
 @case("the same file under two names, as a thumbnail folder or a backup leaves it", "both are rows, and it is said")
 def test_copies_are_said(photos):
     put(photos, "anna/copy.jpg", data=(photos / "anna" / "1.jpg").read_bytes())

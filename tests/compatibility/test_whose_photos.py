@@ -273,3 +273,15 @@ def test_align_follows_its_photos(tmp_path, monkeypatch, capsys):
     (photos / "carl" / "1.jpg").unlink()
     main(["align", str(photos), str(tmp_path / "aligned"), "--num-workers", "0"])
     assert "carl/1.jpg: " in capsys.readouterr().err
+
+
+@case("landmarks corrected in a copy of `align.csv`, then `align --landmarks COPY`", "these crops are made anew")
+def test_corrected_landmarks(tmp_path):
+    put(tmp_path / "photos", "1.jpg", "2.jpg")
+    marks = {"1.jpg": TEMPLATE + 3.456, "2.jpg": TEMPLATE + 4}
+    align_folder(tmp_path / "photos", tmp_path / "aligned", Finder(marks))
+    assert align_folder(tmp_path / "photos", tmp_path / "aligned", Finder(marks)).changed == []
+    before = read_image(tmp_path / "aligned" / "2.jpg")
+    corrected = marks | {"2.jpg": TEMPLATE - 9}
+    assert align_folder(tmp_path / "photos", tmp_path / "aligned", Finder(corrected)).changed == ["2.jpg"]
+    assert np.abs(read_image(tmp_path / "aligned" / "2.jpg").astype(int) - before).mean() > 9

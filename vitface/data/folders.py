@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -46,11 +46,18 @@ class Listing:
         for reason, names in other.left_out.items():
             self.left_out[reason].extend(below + name for name in names)
 
-    def gone(self, names: Iterable[str]) -> list[str]:
-        """Those of the `names` that are neither images here nor left out, themselves or with their folder."""
-        here, out = set(self.images), {name for names in self.left_out.values() for name in names}
-        missing = [name for name in names if name not in here]
-        return [name for name in missing if not out & {name, *(f"{parent}" for parent in PurePosixPath(name).parents)}]
+    def gone(self, known: Collection[str], out: Path, prune: bool) -> list[str]:
+        """Those of the `known` names, which `out` has, that are neither images here nor left out, themselves or with
+        their folder. DataError where pruning them would empty `out`, as with a folder that was mistyped."""
+        here, without = set(self.images), {name for names in self.left_out.values() for name in names}
+        missing = [name for name in known if name not in here]
+        gone = [name for name in missing if without.isdisjoint([name, *map(str, PurePosixPath(name).parents)])]
+        if prune and gone and len(gone) == len(known):
+            raise DataError(
+                f"--prune would delete all {len(gone):,} photos of {out}, first {gone[0]}: none of them is in this "
+                f"folder; name the folder that they are from, or delete {out} yourself"
+            )
+        return gone
 
 
 def list_folder(folder: Path) -> Listing:

@@ -67,7 +67,7 @@ def embed_folder(
     make_folder(out.absolute())
     with folder_lock(out):
         known = _open_gallery(out, settings)
-        gone = found.gone(known)
+        gone = found.gone(known, out, prune)
         changed = [name for name in found.images if name in known and known[name][0] != stamp(src / name)]
         for name in (removed := {*changed, *(gone if prune else ())}):
             del known[name]

@@ -13,7 +13,7 @@ EXAMPLES = """examples:
 
 OUT/align.csv has the result for each photo, and why: ok; several (the large one near the middle was taken); tiny, none,
 damaged, left out (no crop). --landmarks takes a file with the same columns, so you can correct landmarks in a copy. A
-second call continues with the photos that have no crop yet, or were replaced.
+second call continues with the photos that have no crop yet, were replaced or have other landmarks in that file.
 """
 
 

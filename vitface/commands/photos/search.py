@@ -56,9 +56,11 @@ def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict
 
 def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
     """The photo, then a line per match; those below the threshold are marked."""
+    from vitface.data.folders import printable
+
     word = "" if threshold is None else f", threshold {threshold:.4f}"
     lines = []
     for match in matches:
         under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
         lines.append(f"  {match.score:7.4f}  {match.name}{under}")
-    return "\n".join([f"{photo}: cosine and name{word}", *lines])
+    return "\n".join([f"{printable(str(photo))}: cosine and name{word}", *lines])

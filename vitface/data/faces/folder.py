@@ -85,7 +85,8 @@ class Finder:
 def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, prune: bool = False) -> Aligned:
     """Aligns every image below `src` into `out`; DataError if there is no image.
 
-    Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced. With `prune`, the
+    Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced or the finder has other
+    landmarks for them. With `prune`, the
     crops of photos that are gone are deleted.
     """
     if out.resolve().is_relative_to(src.resolve()):
@@ -93,8 +94,8 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     found = some_images(src)
     out.mkdir(parents=True, exist_ok=True)
     names, known = found.images, read_report(out / "align.csv")
-    gone = found.gone(known)
-    changed = [name for name in names if name in known and known[name]["stamp"] != stamp(src / name)]
+    gone = found.gone(known, out, prune)
+    changed = [name for name in names if name in known and _is_stale(known[name], src / name, finder)]
     for name in [*changed, *(gone if prune else ())]:
         remove_crop(out, name)
         del known[name]
@@ -110,6 +111,14 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
             file.flush()
             statuses[row.status] += 1
     return Aligned(statuses, changed, gone, dict(found.left_out))
+
+
+def _is_stale(line: dict[str, str], path: Path, finder: Finder) -> bool:
+    """Whether a photo was replaced since its line of align.csv was written, or has other landmarks now."""
+    given = finder.landmarks.get(line["file"])
+    if line["stamp"] != stamp(path) or given is None:
+        return line["stamp"] != stamp(path)
+    return not np.allclose([float(line[name]) for name in POINTS], given.ravel(), atol=0.02, rtol=0)
 
 
 def crop_path(out: Path, name: str) -> Path:
@@ -198,5 +207,6 @@ def summary(done: Aligned) -> Iterator[str]:
     }
     yield from (f"{done.statuses[status]:>8,} photos {text}" for status, text in words.items() if done.statuses[status])
     if done.changed:
-        yield f"{len(done.changed):>8,} of them were replaced since, and aligned again: {some(done.changed)}"
+        why = "were replaced or have other landmarks, and were aligned again"
+        yield f"{len(done.changed):>8,} of them {why}: {some(done.changed)}"
     yield from left_out_lines(done.left_out)
