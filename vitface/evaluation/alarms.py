@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vitface.data.checks.check_images import size_alarm
 from vitface.data.formats.pairs import VerificationSet
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.protocol import Verification, contiguous_folds
@@ -41,6 +40,8 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
 
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
     """Alarms from the images and labels alone, without a model."""
+    from vitface.data.checks.check_images import size_alarm  # here, as the help of commands waits for no library
+
     folds = contiguous_folds(len(pairs.issame)) if pairs.folds is None else pairs.folds
     images, rows = pairs.distinct()
     alarms = list(filter(None, [size_alarm(images, name)]))
