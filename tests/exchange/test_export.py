@@ -153,7 +153,7 @@ def test_an_adapter_alone_becomes_a_model_of_the_raw_cls(backbone, tmp_path, cap
     assert "no layer to adapt in a vit_nano" in capsys.readouterr().err and not (tmp_path / "other").exists()
     from vitface.exchange.from_peft import adapted_backbone
 
-    model, file = adapted_backbone(tmp_path / "adapter", NAME, None, 32)
+    model, file, _ = adapted_backbone(tmp_path / "adapter", NAME, None, 32)
     assert file == backbone and model.config.lora_scaling == "rslora"
     inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():

@@ -404,7 +404,7 @@ def test_keys_that_do_not_fit_are_refused(tmp_path, name):
     [
         {"use_dora": True},
         {"bias": "lora_only"},
-        {"modules_to_save": ["head"]},
+        {"modules_to_save": ["norm"]},
         {"rank_pattern": {"qkv": 8}},
         {"alpha_pattern": {"qkv": 8}},
         {"layers_to_transform": [0]},

@@ -1,8 +1,8 @@
 """PEFT's folders as our adapters, read strictly, and face models made of them.
 
-PEFT only warns of keys that it does not know, and then runs the base model alone. Here every key must be known, every
-layer must have both its matrices in the right shapes, every block must have the layers of the others, and no setting
-may change the formula.
+PEFT only warns of keys that it does not know, and then runs the base model alone. Here every key must be known (see
+peft_keys.py), every layer must have both its matrices in the right shapes, every block must have the layers of the
+others, no setting may change the formula, and the base must be the one that the adapter was trained on.
 
 Where q, k and v share one A, as in our own exports, they become qkv at the same rank. Otherwise their A are stacked and
 their B are put on a block diagonal, at up to three times the rank; alpha grows with it, so that the scaling stays.
@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from vitface.config import MAX_SIZE, FaceConfig, ViTConfig
 from vitface.errors import ExchangeError
-from vitface.exchange.peft import CONFIG, MARKS, PREFIX, TENSORS
+from vitface.exchange.peft import CONFIG, MARKS, TENSORS
+from vitface.exchange.peft_keys import base_fault, our_layers, part_of_backbone, read_modules, without_wrappers
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.model.vit import ViT
 from vitface.store.backbones import expected_tensors, find_backbone, load_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
-from vitface.weights.keymaps import META_TIMM, transformers_family
 
 MAX_CONFIG_BYTES = 1 << 20
 # settings that do not change the formula; any other must be empty
@@ -37,6 +36,7 @@ HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "bias"),
     *("init_lora_weights", "loftq_config", "megatron_core", "qalora_group_size", "eva_config"),
+    *("exclude_modules", "modules_to_save"),  # the layers that there are count; see peft_keys.py
 }
 UNTOUCHED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave W as it was
 
@@ -46,23 +46,24 @@ Parts = dict[str, tuple[Tensor, Tensor]]  # "" or [q], [k], [v] -> A (r, I), B (
 @dataclass(frozen=True)
 class Adapters:
     """Our adapters: `tensors` as `adapter_state_dict` of a ViT gives them, and `settings`, the fields of `FaceConfig`
-    that go with them: lora_rank, lora_alpha, lora_scaling, lora_targets."""
+    that go with them: lora_rank, lora_alpha, lora_scaling, lora_targets. `notes` are what the user should know."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
+    notes: list[str]
 
 
-def read_domains(folder: Path, backbone: str, config: ViTConfig) -> tuple[Adapters, int]:
+def read_domains(folder: Path, backbone: str, config: ViTConfig, own_base: bool = False) -> tuple[Adapters, int]:
     """`read_peft` of a folder, or of its domain-0, domain-1, ... stacked; and the number of domains, K.
 
     ExchangeError if the domains are not numbered from 0 on, or differ in their settings.
     """
     folders = sorted(folder.glob("domain-*"), key=lambda path: (len(path.name), path.name))
     if not folders:
-        return read_peft(folder, backbone, config), 1
+        return read_peft(folder, backbone, config, own_base), 1
     if [path.name for path in folders] != [f"domain-{k}" for k in range(len(folders))]:
         raise ExchangeError(f"{folder} has {', '.join(path.name for path in folders)}; domains are numbered from 0 on")
-    first, *others = domains = [read_peft(path, backbone, config) for path in folders]
+    first, *others = domains = [read_peft(path, backbone, config, own_base) for path in folders]
     for k, other in enumerate(others, start=1):
         for name, mine in first.settings.items():
             if (its := other.settings[name]) != mine:
@@ -71,15 +72,23 @@ def read_domains(folder: Path, backbone: str, config: ViTConfig) -> tuple[Adapte
         key: torch.cat([domain.tensors[key] for domain in domains], dim=0 if key.endswith("lora_a") else 1)
         for key in first.tensors
     }
-    return Adapters(first.settings, stacked), len(domains)
+    return Adapters(first.settings, stacked, first.notes), len(domains)
 
 
-def read_peft(folder: Path, backbone: str, config: ViTConfig) -> Adapters:
-    """The LoRA in a PEFT folder for the preset `backbone`; ExchangeError names the first thing that does not fit."""
+def read_peft(folder: Path, backbone: str, config: ViTConfig, own_base: bool = False) -> Adapters:
+    """The LoRA in a PEFT folder for the preset `backbone`; ExchangeError names the first thing that does not fit.
+
+    An adapter of another base is one of these, unless that base is a local folder or the user's own (`own_base`): then
+    it is a note.
+    """
     found = _read_settings(folder / CONFIG)
     if not (folder / TENSORS).is_file():
         raise ExchangeError(f"{folder} has no {TENSORS}; save it with PEFT's save_pretrained, as safetensors")
-    layers = _read_layers(folder / TENSORS, found, backbone, config)
+    notes = _check_base(folder / CONFIG, found, backbone, own_base)
+    layers, dropped = _read_layers(folder / TENSORS, found, backbone, config)
+    if dropped:
+        more = f", and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+        notes.append(f"left out, as no part of the vision tower: {', '.join(dropped[:3])}{more}")
     fused = {layer: _fuse(parts, config.embed_dim) for layer, parts in layers.items()}
     rank, scaling = max(len(a) for a, _ in fused.values()), "rslora" if found["use_rslora"] else "lora"
     targets = "attn+mlp" if any(".mlp." in layer for layer in layers) else "attn"
@@ -90,7 +99,7 @@ def read_peft(folder: Path, backbone: str, config: ViTConfig) -> Adapters:
         "lora_scaling": scaling,
         "lora_targets": targets,
     }
-    return Adapters(settings, _padded(fused, rank, targets, config))
+    return Adapters(settings, _padded(fused, rank, targets, config), notes)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -117,58 +126,70 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_layers(path: Path, settings: dict[str, Any], backbone: str, config: ViTConfig) -> dict[str, Parts]:
-    """The parts of each of our layers; every tensor of the file is in one of them."""
-    modules = _pair(path, load_tensors(path))
-    _check_targets(path, settings.get("target_modules"), list(modules))
+def _check_base(path: Path, settings: dict[str, Any], backbone: str, own_base: bool) -> list[str]:
+    fault, base = base_fault(settings, backbone), str(settings.get("base_model_name_or_path"))
+    if fault is None:
+        return []
+    if own_base or base.startswith(("/", ".", "~")) or "\\" in base:
+        return [f"warning: {path}: {fault}; with other weights than those, the embeddings mean nothing"]
+    raise ExchangeError(
+        f"{path}: {fault}; with other weights the embeddings would mean nothing. Convert that base and name it with "
+        f"--weights FILE; if it is the same one under another name, correct base_model_name_or_path in {path.name}"
+    )
+
+
+def _read_layers(
+    path: Path, settings: dict[str, Any], backbone: str, config: ViTConfig
+) -> tuple[dict[str, Parts], list[str]]:
+    """The parts of each of our layers, and the names of what is no part of the vision tower."""
+    saved = _names(settings.get("modules_to_save"))
+    for name in (name for name in saved if part_of_backbone(name, backbone)):
+        raise ExchangeError(f"{path.parent / CONFIG}: modules_to_save has {name!r}, a part of the backbone")
+    modules, full = read_modules(path, load_tensors(path), saved)
+    _check_targets(path, settings, list(modules))
+    names, outside = our_layers(path, list(modules), full, backbone)
     shapes = {key: tensor.shape for key, tensor in expected_tensors(config).items()}
     layers: dict[str, Parts] = {}
-    layouts = [
-        family.targets([f"{module}.weight" for module in modules], prefix)
-        for family in (META_TIMM, transformers_family(backbone))
-        for prefix in family.prefixes
-    ]
-    names = max(layouts, key=len)  # the layout that knows most modules
-    for module, (a, b) in modules.items():
-        layer, _, mark = names.get(f"{module}.weight", "").partition(".weight")
-        if f"{layer}.weight" not in shapes or not layer.endswith(tuple(f".{name}" for name in TARGETS["attn+mlp"])):
+    for module, name in names.items():
+        layer, _, mark = name.partition("[")
+        mark = mark and f"[{mark}"
+        if f"{layer}.weight" not in shapes:
             raise ExchangeError(f"{path}: {module} is no layer to adapt in a {backbone} of timm or transformers")
         if mark in layers.setdefault(layer, {}):
             raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
         out_features, in_features = shapes[f"{layer}.weight"]
         wanted = (settings["r"], in_features), (out_features // (3 if mark else 1), settings["r"])
-        for side, tensor, want in zip("AB", (a, b), wanted, strict=True):
+        for side, want in zip("AB", wanted, strict=True):
+            tensor = modules[module][side]
             if tensor.shape != want or not tensor.is_floating_point() or not tensor.isfinite().all():
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ExchangeError(f"{path}: lora_{side} of {module} is {found}, expected finite floats {want}")
-        layers[layer][mark] = a.float(), b.float()
+        layers[layer][mark] = modules[module]["A"].float(), modules[module]["B"].float()
+    if not layers:
+        raise ExchangeError(f"{path} holds no adapter of a {backbone}: {', '.join(outside[:3])}, ...")
     _check_blocks(path, layers, config.depth)
-    return layers
+    return layers, [*full, *outside]
 
 
-def _pair(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The matrices A and B of each module."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in sorted(tensors.items()):
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            raise ExchangeError(f"{path}: {key} is unknown in a LoRA; nothing was read")
-        modules.setdefault(match[1], {})[match[2]] = tensor
-    for module, sides in modules.items():
-        if len(sides) < 2:
-            raise ExchangeError(f"{path}: {module} has lora_{min(sides)} alone")
-    if not modules:
-        raise ExchangeError(f"{path} holds no adapter")
-    return {module: (sides["A"], sides["B"]) for module, sides in modules.items()}
+def _names(value: Any) -> list[str]:
+    """A setting that is a list of names; [] for any other."""
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _check_targets(path: Path, targets: Any, modules: list[str]) -> None:
-    """Compares the configuration's list of targets with the file; a pattern, which PEFT allows too, is not run."""
+def _check_targets(path: Path, settings: dict[str, Any], modules: list[str]) -> None:
+    """Compares the configuration's list of targets with the file; a pattern, which PEFT allows too, is not run.
+
+    A target may be missing if it is excluded again, or saved in full.
+    """
+    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if not isinstance(targets, list):
         return
-    for target in targets:
+    targets = [without_wrappers(str(target)) for target in targets]
+    others = [*_names(excluded), *_names(settings.get("modules_to_save"))]
+    needed = [target for target in targets if not f".{target}".endswith(tuple(f".{other}" for other in others))]
+    for target in needed if not isinstance(excluded, str) else ():
         if not any(f".{module}".endswith(f".{target}") for module in modules):
-            raise ExchangeError(f"{path}: {CONFIG} has the target {str(target)[:60]}, the file no such layer")
+            raise ExchangeError(f"{path}: {CONFIG} has the target {target[:60]}, the file no such layer")
     for module in modules:
         if not f".{module}".endswith(tuple(f".{target}" for target in targets)):
             raise ExchangeError(f"{path}: {module} is none of the targets in {CONFIG}")
@@ -207,28 +228,30 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
 
 def adapted_backbone(
     adapter: Path, backbone: str, weights: str | None, image_size: int
-) -> tuple[FaceModel, str | Path]:
-    """(A preset with the adapter of a PEFT folder, whose embedding is the CLS token; the backbone's file)."""
+) -> tuple[FaceModel, str | Path, list[str]]:
+    """(A preset with the adapter of a PEFT folder, whose embedding is the CLS token; the backbone's file; notes)."""
     frozen = frozen_face(backbone, weights, image_size)
-    adapters, domains = read_domains(adapter, frozen.config.backbone, frozen.config.vit)
+    adapters, domains = read_domains(adapter, frozen.config.backbone, frozen.config.vit, bool(weights))
     if domains > 1:
         raise ExchangeError(f"{adapter} has {domains} domains, and no router comes with them: name one with --into")
-    return _with_adapters(frozen.vit, frozen.config, adapters, {}), weights or find_backbone(frozen.config.backbone)
+    file = weights or find_backbone(frozen.config.backbone)
+    return _with_adapters(frozen.vit, frozen.config, adapters, {}), file, adapters.notes
 
 
-def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path]:
-    """(The face model of a checkpoint, with the adapters of a PEFT folder instead of its own; the backbone's file).
+def adapters_into(adapter: Path, path: Path, weights: str | None) -> tuple[FaceModel, str | Path, list[str]]:
+    """(The face model of a checkpoint, with the adapters of a PEFT folder instead of its own; the backbone's file;
+    notes).
 
     The model has no thresholds: the checkpoint's do not hold for it.
     """
     checkpoint = open_checkpoint(path, weights)
     old, config = checkpoint.load(), checkpoint.config
-    adapters, domains = read_domains(adapter, config.backbone, config.vit)
+    adapters, domains = read_domains(adapter, config.backbone, config.vit, bool(weights))
     if domains != config.num_domains:
         raise ExchangeError(f"{adapter} has {domains} domains, {path} {config.num_domains}")
     kept = {key: tensor for key, tensor in trained_tensors(old).items() if not key.endswith(("lora_a", "lora_b"))}
     vit = load_backbone(config.backbone, checkpoint.backbone, config.image_size)
-    return _with_adapters(vit, config, adapters, kept), checkpoint.backbone
+    return _with_adapters(vit, config, adapters, kept), checkpoint.backbone, adapters.notes
 
 
 def _with_adapters(vit: ViT, config: FaceConfig, adapters: Adapters, kept: dict[str, Tensor]) -> FaceModel:

@@ -1,6 +1,7 @@
 """Make a face model from adapters that PEFT trained."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from vitface.commands.parser import CommandParser, add_shared
@@ -33,12 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.into and arguments.image_size:
         raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
     if arguments.into:
-        model, weights = adapters_into(arguments.adapter, arguments.into, arguments.weights)
+        model, weights, notes = adapters_into(arguments.adapter, arguments.into, arguments.weights)
     else:
-        model, weights = adapted_backbone(
+        model, weights, notes = adapted_backbone(
             arguments.adapter, arguments.backbone, arguments.weights, arguments.image_size or 224
         )
     write_folder(arguments.out, {"": face_files(model, weights)})
+    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     config = model.config
     print(
         f"wrote {arguments.out}: rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
