@@ -179,6 +179,23 @@ def test_no_way_out_of_the_folder(tmp_path, line):
         read_pair_list("agedb_30", tmp_path / "list.txt", tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            "lfw", marks=case("LFW's pairs as `label path path` (Kaggle's `lfw_ann.txt`) in `pairs.txt`", "read")
+        ),
+        pytest.param("cplfw", marks=case("CPLFW's pairs as `label path path`", "read")),
+    ],
+)
+def test_labelled_copies_of_lists(tmp_path, name):
+    for who in ("A", "B"):
+        image(tmp_path, f"{who}/{who}_0001.jpg")
+    (tmp_path / "list.txt").write_text("1 A/A_0001.jpg A/A_0001.jpg\n0 A/A_0001.jpg B/B_0001.jpg\n")
+    found = read_pair_list(name, tmp_path / "list.txt", tmp_path)
+    assert found.issame.tolist() == [True, False] and found.people.tolist() == [[0, 0], [0, 1]]
+
+
 @case("AgeDB-30 with the label last", "error: the form")
 def test_label_last(tmp_path):
     (tmp_path / "list.txt").write_text("a.jpg b.jpg 1\n")

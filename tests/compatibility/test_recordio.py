@@ -1,5 +1,6 @@
 """RecordIO sets as their writers leave them and as disks and editors change them."""
 
+import os
 import struct
 from io import BytesIO
 
@@ -271,7 +272,22 @@ def test_a_cut_rec(tmp_path, capsys):
     with pytest.raises(DataError, match="truncated"):
         load_samples(folder)
     assert main(["data", "index", str(folder)]) == 2
-    assert "truncated" in capsys.readouterr().err
+    assert "truncated; get the file again, or, to keep the" in capsys.readouterr().err
+
+
+@case("`train.rec` whose writer was killed: the last record is cut, or zeros follow", "the command that cuts it there")
+@pytest.mark.parametrize("tail", [struct.pack("<II", 0xCED7230A, 99) + b"half", bytes(4096)])
+def test_a_killed_writer(tmp_path, capsys, tail):
+    folder = write(tmp_path / "set", images(LABELS))
+    size = (folder / "train.rec").stat().st_size
+    with open(folder / "train.rec", "ab") as rec:
+        rec.write(tail)
+    with pytest.raises(DataError, match=f"the .idx is not whole, its records end at byte {size} of"):
+        load_samples(folder)
+    assert main(["data", "index", str(folder)]) == 2
+    assert f"to keep the 5 records before it: truncate -s {size} {folder}/train.rec" in capsys.readouterr().err
+    os.truncate(folder / "train.rec", size)
+    assert facts(folder) == EXPECTED
 
 
 @case("`train.rec` cut between two records, `train.idx` made for it", "error: record 0 counts more images")

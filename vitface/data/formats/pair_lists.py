@@ -21,6 +21,7 @@ from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
 
 MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
+_LABELLED = re.compile(r"([01])\s+(.+\.\w{3,4})\s+(.+\.\w{3,4})")  # label, path, path; names may have spaces
 
 
 class Pair(NamedTuple):
@@ -63,6 +64,8 @@ _LFW_FORM = "10<TAB>300 in the first line, then lines name<TAB>1<TAB>2 (same), n
 def _lfw_pairs(path: Path) -> list[Pair]:
     """LFW's View 2: a line `10 300`, then per fold 300 lines `name i j` (same) and 300 `name i name j` (different)."""
     (where, first), *lines = _lines(path)
+    if _LABELLED.fullmatch(first[:MAX_LINE]):
+        return _labelled_pairs(path)
     num_folds, half = _lfw_header(first, where, path)
     if 2 * half * num_folds != len(lines):
         raise DataError(
@@ -112,8 +115,10 @@ def _calfw_pairs(path: Path) -> list[Pair]:
     The file has all same pairs first, so ten contiguous folds would each hold one class only. Same pairs go to the fold
     of their token. Different pairs have none: they are distributed in file order, one to each fold after the other.
     """
-    photos, tokens = [], []
-    for where, line in _lines(path):
+    photos, tokens, lines = [], [], _lines(path)
+    if _LABELLED.fullmatch(lines[0][1][:MAX_LINE]):
+        return _labelled_pairs(path)
+    for where, line in lines:
         file, token = [*line.rsplit(None, 1), "", ""][:2]  # a few names of CPLFW contain a space
         tokens.append(_number(token, where))
         photos.append(_inside(file, where))
@@ -157,11 +162,11 @@ def _cfp_photos(path: Path) -> dict[int, str]:
     return {_number(index, where): _inside(relative, where, "Protocol") for where, index, relative in rows}
 
 
-def _agedb_pairs(path: Path) -> list[Pair]:
-    """AgeDB-30's list: a line `label path path` per pair, 1 for the same person; no folds."""
+def _labelled_pairs(path: Path) -> list[Pair]:
+    """AgeDB-30's list, and copies of the others: a line `label path path` per pair, 1 for the same person; no folds."""
     pairs = []
     for where, line in _lines(path):
-        words = re.fullmatch(r"(\d)\s+(.+\.\w{3,4})\s+(.+)", line[:MAX_LINE])  # names may have spaces
+        words = _LABELLED.fullmatch(line[:MAX_LINE])
         match _tabbed(line) or (words.groups() if words else line.split()):
             case ["0" | "1" as label, first, second]:
                 pairs.append(Pair(where, label == "1", None, (_inside(first, where), _inside(second, where))))
@@ -185,7 +190,7 @@ PAIR_LISTS = {
     "cplfw": PairList("cplfw/pairs_CPLFW.txt", _calfw_pairs, _name_of_file),
     "cfp_fp": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FP"), _name_of_folder),
     "cfp_ff": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FF"), _name_of_folder),
-    "agedb_30": PairList("agedb_30/agedb_30_ann.txt", _agedb_pairs),
+    "agedb_30": PairList("agedb_30/agedb_30_ann.txt", _labelled_pairs),
 }
 
 

@@ -111,7 +111,7 @@ def _people(labels: np.ndarray, keys: np.ndarray, where: str) -> tuple[np.ndarra
     if not good.all():
         bad = int(np.argmin(good))
         raise DataError(
-            f"{where}: record {keys[bad]} has the label {labels[bad]:g}; labels are the whole numbers 0, 1, 2, ..., "
+            f"{where}: record {keys[bad]} has the label {labels[bad]:.9g}; labels are the whole numbers 0, 1, 2, ..., "
             f"one per person: write the set again"
         )
     people, person = np.unique(labels.astype(np.int64), return_inverse=True)

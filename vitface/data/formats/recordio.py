@@ -183,9 +183,13 @@ def index(data: mmap | bytes, where: str) -> bytes:
     offsets, numbers, offset, header = [], [], 0, False
     with tqdm(desc="reading", total=len(data), unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
         while offset < len(data):
-            (begin, length), *rest = _parts(data, offset, where)
-            whole = length >= _HEADER.size
-            numbers.append(_HEADER.unpack_from(data, begin)[2] if whole else read_record(data, offset, where).id)
+            try:
+                (begin, length), *rest = _parts(data, offset, where)
+                whole = length >= _HEADER.size
+                numbers.append(_HEADER.unpack_from(data, begin)[2] if whole else read_record(data, offset, where).id)
+            except DataError as error:
+                keep = f"to keep the {len(offsets):,} records before it: truncate -s {offset} {where}"
+                raise DataError(f"{error}; get the file again, or, {keep}") from None
             offsets.append(offset)
             offset = _end(*(rest[-1] if rest else (begin, length)))
             bar.update(offset - offsets[-1])
