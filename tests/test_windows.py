@@ -65,10 +65,10 @@ def test_one_who_comes_later_waits(windows_lock, tmp_path, monkeypatch):
 
 def test_another_error_of_the_lock_is_not_taken_for_another_process(windows_lock, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(windows_lock.msvcrt, "locking", full)
-    with pytest.raises(OSError, match="No locks available"), windows_lock.folder_lock(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), windows_lock.folder_lock(tmp_path):
         pass
 
 
@@ -113,10 +113,10 @@ def test_a_folder_needs_no_fsync_and_a_link_is_replaced(windows_files, tmp_path)
         assert os.readlink(tmp_path / "last") == name
 
 
-def test_without_the_right_to_make_links_the_error_says_how_to_get_it(windows_files, tmp_path):
+def test_without_the_right_to_make_links_there_are_none(windows_files, tmp_path):
     windows_files(links=False)
-    with pytest.raises(CheckpointError, match="last could not be made: Windows lets .* developer mode"):
-        files.replace_link(tmp_path / "last", "step-1")
+    files.replace_link(tmp_path / "last", "step-1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_error_of_a_link_stays_what_it_is(monkeypatch, tmp_path):

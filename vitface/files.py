@@ -5,6 +5,7 @@ it guarantees nothing about the disk after a power loss. A folder from somebody 
 can be foreseen, so a file is created where nothing is, and then replaces a link as it would a file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,13 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vitface.errors import CheckpointError
-
-PRIVILEGE_NOT_HELD = 1314  # Windows' number for it
-LINKS_ON_WINDOWS = (
-    "Windows lets a program make links in developer mode alone (Settings > System > For developers); "
-    "switch it on, or work in WSL"
-)
+NOT_OFFERED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # links, or fsync of folders, by this disk
+PRIVILEGE_NOT_HELD = 1314  # Windows' number for it, where links need the developer mode
 
 
 def cache_home() -> Path:
@@ -50,6 +46,9 @@ def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -88,16 +87,16 @@ def write_output(path: Path, data: bytes) -> None:
 def replace_link(link: Path, target: str) -> None:
     """Points a link at another folder, by a relative path; it is only on the disk after `sync_folder`.
 
-    CheckpointError where Windows refuses to make links.
+    Where the disk has no links, there is none afterwards.
     """
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     try:
         os.symlink(target, fresh, target_is_directory=True)
     except OSError as error:
-        if getattr(error, "winerror", None) != PRIVILEGE_NOT_HELD:
+        if error.errno not in NOT_OFFERED and getattr(error, "winerror", None) != PRIVILEGE_NOT_HELD:
             raise
-        raise CheckpointError(f"{link} could not be made: {LINKS_ON_WINDOWS}") from error
+        return
     if sys.platform == "win32":
         link.unlink(missing_ok=True)  # os.replace cannot replace a link to a folder there
     os.replace(fresh, link)

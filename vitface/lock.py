@@ -30,10 +30,13 @@ else:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Takes the lock; False if another process has it."""
+    """Takes the lock; False if another process has it. Where the disk has none, it says so."""
     try:
         _lock(file)
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            print(f"{file.name}: this disk has no locks, so nothing keeps a second process out", file=sys.stderr)
+            return True
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         return False

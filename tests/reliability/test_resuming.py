@@ -152,7 +152,7 @@ def test_controls(tmp_path, stopped, ran, cases):
         config, state = (json.loads((step / f"{part}.json").read_text()) for part in ("model", "training"))
         CONTROLS[name](model, training, state)
         shutil.rmtree(step)
-        save_checkpoint(changed, 6, model, config, training, state, state["is_best"])
+        save_checkpoint(changed, 6, model, config, training, state, is_best=False)
         resume(changed)
         assert fingerprint(changed) != expected, name
     resume(run_dir)

@@ -19,13 +19,12 @@ from tiny import fingerprint, in_child, settings, start, use_tiny
 
 from vitface.__main__ import main
 from vitface.errors import CheckpointError, exit_code
-from vitface.store.faces import MODEL_FILES
+from vitface.store.faces import MODEL_FILES, step_directories
 from vitface.training.run import run
 from vitface.training.runs.checkpoint import (
     ALL_FILES,
     newest_checkpoint,
     save_checkpoint,
-    step_directories,
     verify_step,
 )
 from vitface.training.runs.interrupt import stop_requests

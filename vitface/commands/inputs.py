@@ -12,7 +12,7 @@ from vitface.data.folders import some
 from vitface.device import dtype_note, resolve_device
 from vitface.errors import CheckpointError, ConfigError
 from vitface.recogniser import Recogniser
-from vitface.store.faces import Checkpoint, open_checkpoint
+from vitface.store.faces import Checkpoint, open_checkpoint, step_directories
 from vitface.store.thresholds import choose_threshold
 
 NO_THRESHOLD = (
@@ -23,12 +23,12 @@ NO_THRESHOLD = (
 
 def newest_run() -> Path:
     """Returns the run in runs/ that saved a checkpoint last, and prints its name to stderr; CheckpointError if none."""
-    links = [link for link in Path("runs").glob("*/checkpoints/last") if link.exists()]
-    if not links:
+    steps = [step for run in Path("runs").glob("*/") for step in step_directories(run)]
+    if not steps:
         raise CheckpointError(
             "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  vitface train --exp demo"
         )
-    run = max(links, key=lambda link: link.lstat().st_mtime).parent.parent
+    run = max(steps, key=lambda step: step.stat().st_mtime).parent.parent
     print(f"checkpoint: {run}", file=sys.stderr)
     return run
 

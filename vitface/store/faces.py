@@ -7,6 +7,7 @@ SHA-256 sums. The frozen backbone stays in its own file, which is found by its S
 
 import dataclasses
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,11 @@ class Checkpoint:
 
     @property
     def is_best(self) -> bool:
-        """True for the best checkpoint of a run."""
-        return self.run is not None and (self.run / "checkpoints" / "best").resolve() == self.folder
+        """True for the best checkpoint of a run, also under the name `best`."""
+        if self.run is None or not step_directories(self.run):
+            return False
+        best = best_checkpoint(self.run).resolve()
+        return self.folder.name in (best.name, "best") and self.manifest == read_manifest(best, ())
 
     @cached_property
     def backbone(self) -> str | Path:
@@ -73,16 +77,20 @@ class Checkpoint:
         config, recorded = self.config, self.settings.get("weights")
         if config.weights_sha256 == "random":
             return "random"
-        usual = [self.folder / f"{config.backbone}.safetensors", *([Path(recorded)] if recorded else [])]
+        beside = self.folder / f"{config.backbone}.safetensors"
+        usual = [beside, *([Path(recorded)] if recorded else [])]
         found = [*filter(Path.is_file, usual), *backbone_files(config.backbone)]
-        places = [Path(self.weights)] if self.weights else found or [find_backbone(config.backbone)]
+        if not found and not self.weights and not recorded:
+            find_backbone(config.backbone)  # which says how to fetch it
+        places = [Path(self.weights)] if self.weights else [*dict.fromkeys([*usual[1:], *found])]
         contents = self.manifest.get("backbone_sha256")
         for path in filter(Path.is_file, places):
             if sha256_file(path) == config.weights_sha256 or (contents and contents_sha256(path) == contents):
                 return path
+        seen = "".join(f"\n  {path}: {'another file' if path.is_file() else 'not there'}" for path in places)
         raise CheckpointError(
             f"{self.path} was trained on a {config.backbone} file with sha256 {config.weights_sha256[:16]}..., which "
-            f"is not {' nor '.join(map(str, places))}; name the right file with --weights FILE"
+            f"was not found:{seen}\nname the right file with --weights FILE"
         )
 
     def load(self, dtype: Dtype | None = None) -> FaceModel:
@@ -110,17 +118,35 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
     path = Path(path)
     folder = hub.download(path) if hub.is_repository(path) else path
     if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints" / "best"
+        folder = best_checkpoint(folder)
     if not folder.is_dir():
         on_hub = f", or, for a model on the Hub, write hf://{path}" if hub.REPOSITORY.fullmatch(path.as_posix()) else ""
         fault = f"{folder} is neither a run directory nor a checkpoint"
         raise CheckpointError(f"{fault}; train one with vitface train{on_hub}")
-    folder = folder.resolve()  # a run that is still training may change the link `best` at any time
+    folder = folder.resolve()
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     settings = {} if run is None else read_config(run)
     calibration = read_calibration(run or folder, manifest["files"]["model.safetensors"]["sha256"])
     return Checkpoint(path, folder, run, manifest, config, settings, calibration, weights)
+
+
+def step_directories(run: Path) -> list[Path]:
+    """The run's checkpoints step-N, newest first, verified or not."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The newest checkpoint that was the best when it was saved, without any the newest; no link is followed.
+
+    CheckpointError if there is none, or if the manifest of a newer one is damaged, which may have been the best.
+    """
+    steps = step_directories(run)
+    if not steps:
+        again = f"vitface train --save-dir {run} --resume auto"
+        raise CheckpointError(f"{run} has no checkpoint step-N yet; train on with\n  {again}")
+    return next((step for step in steps if read_manifest(step, ()).get("is_best")), steps[0])
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -12,12 +12,13 @@ from vitface.errors import ConfigError, VitfaceError
 from vitface.evaluation.benchmarks import next_command
 from vitface.files import json_bytes, make_folder, replace_file
 from vitface.lock import folder_lock
+from vitface.store.faces import step_directories
 from vitface.training.finish import finish
 from vitface.training.header import header
 from vitface.training.loop import Trainer
 from vitface.training.memory import peak_memory
 from vitface.training.ranks.process_group import broadcast, print0, process_group, rank
-from vitface.training.runs.checkpoint import link_checkpoint, load_state, step_directories
+from vitface.training.runs.checkpoint import link_checkpoint, load_state
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import checkpoint_to_resume, is_finished
 from vitface.training.setup import Change, open_data, resolve_choices
@@ -68,7 +69,7 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
             state = load_state(checkpoint)
             finished = is_finished(config, state)
             if rank() == 0:
-                link_checkpoint(checkpoint, state["is_best"])  # a kill may have come before the links
+                link_checkpoint(checkpoint)  # a kill may have come before the links
         if not finished:
             trainer = trainer or Trainer(config, run_dir, change)
             _train(trainer, run_dir, checkpoint, with_frozen)

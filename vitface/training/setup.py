@@ -16,7 +16,7 @@ from vitface.data.formats.stored import Samples
 from vitface.data.loader import split_people
 from vitface.data.synthetic.worlds import SYNTHETIC, SyntheticSamples
 from vitface.device import resolve_device, resolve_dtype
-from vitface.errors import ConfigError, DataError, VitfaceError
+from vitface.errors import ConfigError, DataError, VitfaceError, WeightsError
 from vitface.evaluation.benchmarks import available
 from vitface.extras import require
 from vitface.files import cache_home
@@ -62,7 +62,7 @@ def open_inputs(config: TrainConfig) -> Samples:
         except VitfaceError as error:
             problems.append(str(error))
 
-    attempt(lambda: config.weights or find_backbone(backbone_name(config.backbone)))
+    attempt(lambda: find_weights(config))
     attempt(lambda: require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name))))
     attempt(lambda: final_benchmarks(config))
     samples = attempt(lambda: read_samples(config))
@@ -79,6 +79,15 @@ def open_inputs(config: TrainConfig) -> Samples:
             raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
         packed.domains, samples = samples.domains, packed
     return samples
+
+
+def find_weights(config: TrainConfig) -> None:
+    """WeightsError, which says how to get it or to point to it, if the backbone's file is not there."""
+    if config.weights is None:
+        find_backbone(backbone_name(config.backbone))
+    elif config.weights != "random" and not Path(config.weights).is_file():
+        moved = "if the backbone's file was moved, say where it is with --weights FILE"
+        raise WeightsError(f"{config.weights} is not there; {moved}")
 
 
 def read_samples(config: TrainConfig) -> Samples:

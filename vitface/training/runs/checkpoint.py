@@ -1,8 +1,9 @@
 """Run directories: checkpoints that are whole or absent.
 
 A checkpoint is a directory `checkpoints/step-N`. Its files are written to a folder with a temporary name and fsynced;
-a manifest of sizes and SHA-256 seals them, and the folder is renamed. `best` and `last` are relative links, replaced
-atomically. Resume does not trust the links: it takes the newest step whose manifest verifies.
+a manifest of sizes and SHA-256 seals them, and the folder is renamed. Resume takes the newest step whose manifest
+verifies, and the best is the newest step whose manifest has "is_best". The relative links `best` and `last` are for
+people: nothing reads them, and a disk or a copy may have none.
 
 step-N/
   model.safetensors     what was trained of the face model: adapters, router, head
@@ -10,11 +11,10 @@ step-N/
   training.safetensors  identity matrix and optimiser moments; never shared: the identity matrix is biometric data
   training.json         counters, the settings and the data it was trained with
   identities-*          with --partial-fc: the identity matrix by ranges of classes (see `identity_files`)
-  manifest.json         step, sizes and SHA-256 of the files, versions, and its own SHA-256
+  manifest.json         step, whether it was the best, sizes and SHA-256 of the files, versions, and its own SHA-256
 """
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vitface.errors import CheckpointError
 from vitface.files import json_bytes, new_folder, remove_folder, replace_link, sha256_bytes, sync_folder, write_synced
-from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest
+from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest, step_directories
 from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
 
@@ -64,15 +64,15 @@ def save_checkpoint(
             "model.json": json_bytes(model_settings),
             "training.json": json_bytes(training_state),
         }
-        _write_step(final, step, chain(files.items(), more_files))
-        link_checkpoint(final, is_best)
+        _write_step(final, step, is_best, chain(files.items(), more_files))
+        link_checkpoint(final)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"step {step} could not be saved: {error or 'out of memory'}") from error
     _prune(parent)
     return final
 
 
-def _write_step(final: Path, step: int, files: Iterable[tuple[str, bytes]]) -> None:
+def _write_step(final: Path, step: int, is_best: bool, files: Iterable[tuple[str, bytes]]) -> None:
     """Writes the files, and their manifest after them."""
     sealed = {}
     with new_folder(final) as folder:
@@ -80,16 +80,22 @@ def _write_step(final: Path, step: int, files: Iterable[tuple[str, bytes]]) -> N
             write_synced(folder / name, data, private=True)
             sealed[name] = {"size": len(data), "sha256": sha256_bytes(data)}
         versions = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
-        manifest = {"step": step, **versions, "files": sealed}
+        manifest = {"step": step, "is_best": is_best, **versions, "files": sealed}
         write_synced(folder / MANIFEST_FILE, json_bytes({**manifest, "seal": sha256_bytes(json_bytes(manifest))}))
 
 
-def link_checkpoint(step: Path, is_best: bool) -> None:
-    """Points `last` at a step directory, and `best` if it is the best or the first, and waits for the disk."""
-    replace_link(step.parent / "last", step.name)
-    if is_best or not (step.parent / "best").exists():
-        replace_link(step.parent / "best", step.name)
-    sync_folder(step.parent)  # before anything is deleted: `best` must not point at it
+def link_checkpoint(step: Path) -> None:
+    """Points `last` at a step directory and `best` at the best one, if the disk has links, and waits for the disk."""
+    parent = step.parent
+    for name, target in (("last", step), ("best", _newest_best(parent.parent) or step)):
+        link = parent / name
+        if link.is_dir() and not link.is_symlink():  # what a copy that follows links makes of one
+            copied = read_manifest(link, ()).get("step")
+            if not (parent / f"step-{copied}").is_dir():
+                continue  # it is all that is left of that checkpoint
+            shutil.rmtree(link)
+        replace_link(link, target.name)
+    sync_folder(parent)  # before anything is deleted: `best` must not point at it
 
 
 def verify_step(path: Path) -> dict[str, Any]:
@@ -102,12 +108,6 @@ def verify_step(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds step {manifest.get('step')}: it was renamed or swapped with another")
     read_manifest(path, tuple(Path(name).name for name in manifest["files"] if name not in ALL_FILES))
     return manifest
-
-
-def step_directories(run_dir: Path) -> list[Path]:
-    """The run's step-N directories, newest first, verified or not."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -139,6 +139,15 @@ def _fault(path: Path) -> str | None:
     return None
 
 
+def _newest_best(run_dir: Path) -> Path | None:
+    """`best_checkpoint` among those with a readable manifest; None if none of them was the best."""
+    for path in step_directories(run_dir):
+        with suppress(CheckpointError, OSError):
+            if read_manifest(path, ()).get("is_best"):
+                return path
+    return None
+
+
 def _remove_leftovers(parent: Path) -> None:
     """Removes what a killed process left of a checkpoint or a link that it was writing or deleting."""
     for leftover in parent.glob(".*"):
@@ -148,9 +157,9 @@ def _remove_leftovers(parent: Path) -> None:
 
 def _prune(parent: Path) -> None:
     """Deletes what is older than the newest KEEP_LAST that verify, except the best; warns where that fails."""
-    best, whole = (parent / "best").resolve(), 0
+    best, whole = _newest_best(parent.parent), 0
     for path in step_directories(parent.parent):
-        if whole >= KEEP_LAST and path.resolve() != best:
+        if whole >= KEEP_LAST and path != best:
             try:
                 remove_folder(path)
             except (OSError, MemoryError) as error:

@@ -7,9 +7,9 @@ from typing import Any
 
 from vitface.config import BOOKKEEPING, FaceConfig, TrainConfig, resolve, to_flag
 from vitface.errors import CheckpointError, ConfigError
-from vitface.store.faces import is_checkpoint, read_face_config
+from vitface.store.faces import is_checkpoint, read_face_config, step_directories
 from vitface.store.settings import read_config
-from vitface.training.runs.checkpoint import load_state, newest_checkpoint, step_directories, verify_step
+from vitface.training.runs.checkpoint import load_state, newest_checkpoint, verify_step
 
 NOT_INHERITED = {"device", "resume", "allow_changed"}  # not taken over from the run that is resumed
 RUN_FILES = ("config.json", "log.jsonl", "log.csv", "checkpoints")

@@ -72,7 +72,7 @@ class TrainingState:
                 trained_tensors(self.model),
                 dataclasses.asdict(self.model.config),
                 self.tensors(),
-                {"progress": dataclasses.asdict(self.progress), "is_best": is_best, **facts},
+                {"progress": dataclasses.asdict(self.progress), **facts},
                 is_best,
                 more_files,
             )
