@@ -95,6 +95,11 @@ PIXELS = [np.zeros((112, 112, 3), np.uint8)] * 4
             (SAME, IMAGES), "image 0 is the number True", marks=case("flags first, images second", "the same")
         ),
         pytest.param(
+            (np.array(IMAGES, object), SAME),
+            "values of numpy's type 'O8'",
+            marks=case("`np.array(images, object)`", "the same"),
+        ),
+        pytest.param(
             (IMAGES, [1, -1]), "flag 1 is -1, neither true", marks=case("flags 1 and -1", "error: the flag, the form")
         ),
         pytest.param(

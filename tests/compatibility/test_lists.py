@@ -5,9 +5,12 @@ import unicodedata
 import numpy as np
 import pytest
 from cases import case
+from PIL import Image
 
+from vitface.data.checks.check_people import people_in_benchmark
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet
+from vitface.data.formats.samples import load_samples
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.protocol import verify
 
@@ -219,3 +222,13 @@ def test_one_fold_is_never_evaluated():
     for folds in (np.zeros(4, np.int64), np.array([0, 0, 2, 2])):
         with pytest.raises(EvaluationError, match="a fold's threshold comes from the other folds"):
             verify(distance, same, folds)
+
+
+@case("`data check --against pairs.txt`, accents decomposed in the training folder", "the person is found in the list")
+def test_accents_in_the_search_for_training_people(tmp_path):
+    (tmp_path / "pairs.txt").write_text("2\t1\nJosé_Pé\t1\t2\n")
+    for who in ("José Pé", "Ann"):
+        (tmp_path / "people" / unicodedata.normalize("NFD", who)).mkdir(parents=True)
+        Image.new("RGB", (112, 112)).save(tmp_path / "people" / unicodedata.normalize("NFD", who) / "1.png")
+    (finding,) = people_in_benchmark(load_samples(tmp_path / "people"), tmp_path / "pairs.txt")
+    assert "1 training people are named" in finding.what

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,4 +160,5 @@ def people_in_benchmark(samples: Samples, pair_list: Path) -> str | None:
 
 
 def _spelled(text: str) -> str:
-    return re.sub("_[0-9]{4}|[^\\w\\s]|_", "", text.casefold())
+    composed = unicodedata.normalize("NFC", text)  # accents are letters, also where a disk took them apart
+    return re.sub("_[0-9]{4}|[^\\w\\s]|_", "", composed.casefold())

@@ -178,6 +178,8 @@ class _Reader(_Unpickler):
                 self.stack.append(self.array(raw, shape, dtype))
             case _Name.DTYPE, str() | bytes() as code, 0, 1 if _text(code) in _CODES:
                 self.stack.append(_Dtype(_text(code)))
+            case _Name.DTYPE, str() | bytes() as code, 0, 1:
+                self.refuse(f"the file has values of numpy's type {_text(code)[:40]!r}; nothing in it was executed")
             case _Name.SCALAR, _Dtype() as dtype, bytes(raw) if len(raw) == dtype.itemsize:
                 self.stack.append(dtype.values(raw)[0])
             case _:
