@@ -11,11 +11,12 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NOT_OFFERED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # links, or fsync of folders, by this disk
 PRIVILEGE_NOT_HELD = 1314  # Windows' number for it, where links need the developer mode
@@ -132,6 +133,34 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read; OSError for a pipe, a device or a folder, which might never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path, limit: int = 16 << 20) -> Any:
+    """What a JSON file of at most `limit` bytes holds; ValueError if it is longer, no JSON, or nested too deeply.
+
+    NaN and infinity, which Python's reader would take, are no JSON.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
 def json_bytes(value: Any) -> bytes:
     """The contents of a JSON file."""
     return json.dumps(value, indent=1).encode()
@@ -143,7 +172,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

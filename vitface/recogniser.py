@@ -16,6 +16,7 @@ from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
 from vitface.device import inference_dtype, known_device
+from vitface.errors import CheckpointError
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
@@ -90,9 +91,12 @@ class Recogniser:
 
         `flip` sums the embeddings of the image and its mirror image before normalising, as the benchmarks' protocol
         does. `batch_size` is chosen for the device by default. ImageError names an image that cannot be used, TypeError
-        what is none.
+        what is none; CheckpointError if an embedding is not finite, and so compares with nothing.
         """
-        return embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
+        rows = embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
+        if not np.isfinite(rows).all():
+            raise CheckpointError("the model gives NaN for an image, no embedding: it is damaged, or made to mislead")
+        return rows
 
     def verify(self, first: Photo, second: Photo, far: float | None = None, align: Align = None) -> Verdict:
         """Do two images, each a path, bytes, PIL image or uint8 (H, W, 3), show the same person?

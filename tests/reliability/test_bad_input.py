@@ -310,7 +310,14 @@ def test_adapter_files(adapter, ran, cases):
         ({"head": "patches", "head_levels": 99}, "sizes that fit no model"),
         ({"head": "linear", "head_levels": 2}, "sizes that fit no model"),
         ({"embedding_dim": 8192}, r"head.* expected torch.float32 \(8192,"),
-        ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"),
+        ({"lora_alpha": float("nan")}, "NaN is no number"),
+        ({"lora_alpha": 1e308}, "lora_alpha cannot be 1e"),
+        ({"lora_alpha": 10**400}, "lora_alpha cannot be 1000"),
+        ({"gate_temperature": 1e-320}, "sizes that fit no model"),
+        ({"vit": {"patch_size": 1}}, "sizes that fit no model"),
+        ({"vit": {"patch_size": 512}}, "sizes that fit no model"),
+        ({"vit": {"depth": 8192}}, "sizes that fit no model"),
+        ({"vit": {"norm_eps": 10**400}}, "norm_eps cannot be 1000"),
         ({"head": "tail"}, "head cannot be tail"),
         ({"num_domains": True}, "num_domains cannot be True"),
         ({"weights_sha256": 3}, "weights_sha256 cannot be 3"),
@@ -319,6 +326,7 @@ def test_adapter_files(adapter, ran, cases):
 )
 def test_settings_no_model_can_have_are_named(adapter, change, message):
     step, _, settings = adapter
+    change = {**change, "vit": {**settings["vit"], **change.get("vit", {})}}
     text = json.dumps({**settings, **change})
     assert face_config(json.loads(json.dumps(settings))).backbone == "tiny"
     (step / "model.json").write_text(text)

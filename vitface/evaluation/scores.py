@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import Verification, verify
-from vitface.files import replace_file
+from vitface.files import open_regular, replace_file
 from vitface.lock import waiting_lock
 
 SCORES = "scores.safetensors"
@@ -51,6 +51,7 @@ def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
     CheckpointError for a missing or damaged file.
     """
     try:
+        open_regular(path).close()
         with safe_open(path, "np") as file:
             model = (file.metadata() or {}).get("model", "")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict

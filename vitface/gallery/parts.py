@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import DataError
-from vitface.files import json_bytes, make_folder, replace_file, sync_folder
+from vitface.files import json_bytes, make_folder, open_regular, read_json, replace_file, sync_folder
 from vitface.store.tensors import tensor_bytes
+from vitface.store.thresholds import number
 
 FORMAT = "vitface-gallery-1"
 SETTINGS_FILE = "gallery.json"
@@ -67,14 +68,14 @@ def read_settings(path: Path) -> Settings:
     if not is_gallery(path):
         raise DataError(f"{path} is not a gallery; make one with vitface embed FOLDER {path}")
     try:
-        if file.stat().st_size > MAX_SETTINGS_BYTES:
-            raise ValueError
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = read_json(file, MAX_SETTINGS_BYTES)
         if written["format"] != FORMAT or not isinstance(written["model"], str | None):
             raise ValueError
-        thresholds = {float(far): float(cosine) for far, cosine in written["thresholds"].items()}
+        thresholds = {float(far): number(cosine, -1) for far, cosine in written["thresholds"].items()}
+        if not all(0 < far < 1 for far in thresholds):
+            raise ValueError
         return Settings(written["model"], bool(written["align"]), thresholds)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 
 
@@ -140,6 +141,7 @@ def read_parts(path: Path, rows: bool = True) -> Iterator[Part]:
 def read_part(file: Path, rows: bool = True) -> Part:
     """A part, without `rows` with no embeddings; DataError if it is damaged."""
     try:
+        open_regular(file).close()
         with safe_open(file, "pt") as part:
             metadata = part.metadata() or {}
             if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:

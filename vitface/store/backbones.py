@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError
-from vitface.files import cache_home, replace_file, sha256_file
+from vitface.files import cache_home, open_regular, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
 from vitface.store.tensors import first_fault, tensor_bytes
@@ -99,6 +99,7 @@ def backbone_files(name: str) -> list[Path]:
 def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
     """(name, config, tensors, source) of a converted file; WeightsError, with advice, for any other file."""
     try:
+        open_regular(path).close()
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == BACKBONE_FORMAT:
@@ -117,7 +118,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
         )
     try:
         return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 
 

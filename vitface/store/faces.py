@@ -6,7 +6,6 @@ SHA-256 sums. The frozen backbone stays in its own file, which is found by its S
 """
 
 import dataclasses
-import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
 from vitface.errors import CheckpointError
-from vitface.files import sha256_file
+from vitface.files import read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
 from vitface.store import hub
@@ -160,14 +159,16 @@ def read_manifest(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
     CheckpointError unless these `files` are there and unchanged since it was written.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST_FILE)
         for name in files:
             file, sealed = folder / name, manifest["files"][name]
             if file.stat().st_size != sealed["size"] or sha256_file(file) != sealed["sha256"]:
                 raise CheckpointError(f"{file} is damaged: it differs from what {folder.name}/manifest.json sealed")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: no {Path(str(error.filename)).name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder}/manifest.json is damaged") from None
     return manifest
 
@@ -175,7 +176,7 @@ def read_manifest(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
 def read_face_config(folder: Path) -> FaceConfig:
     """The settings of a checkpoint directory; CheckpointError if they cannot be those of a model."""
     try:
-        return face_config(json.loads((folder / "model.json").read_text(encoding="utf-8")))
+        return face_config(read_json(folder / "model.json"))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}/model.json was not written by this version of vitface ({error})") from None
 

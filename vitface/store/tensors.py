@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vitface.errors import CheckpointError
+from vitface.files import open_regular
 
 MAX_HEADER_BYTES = 1 << 20
 
@@ -19,7 +20,7 @@ def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = N
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file from anybody; CheckpointError if it is damaged or has a header of over 1 MB."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: damaged, or not ours: its header claims {header:,} bytes")

@@ -4,13 +4,13 @@ A run or a bundle has them in thresholds.json, {"model": SHA-256 of the trained 
 "thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitface.errors import CheckpointError, ConfigError
+from vitface.files import read_json
 
 THRESHOLDS_FILE = "thresholds.json"
 FARS = (1e-2, 1e-3, 1e-4)  # the false accept rates that are calibrated and reported
@@ -23,20 +23,27 @@ def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
     """
     path = folder / THRESHOLDS_FILE
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path)
         if written["model"] != model:
             return None
         found = {
-            f"{float(far):g}": {"threshold": float(entry["threshold"]), "tar": float(entry["tar"])}
+            f"{float(far):g}": {"threshold": number(entry["threshold"], -1), "tar": number(entry["tar"], 0)}
             for far, entry in written["thresholds"].items()
             if "threshold" in entry and float(far) in FARS
         }
-        pairs = {kind: int(written["pairs"][kind]) for kind in ("same", "different")}
+        pairs = {kind: int(number(written["pairs"][kind], 0, 1e15)) for kind in ("same", "different")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
     return {"pairs": pairs, "thresholds": found} if found else None
+
+
+def number(value: Any, least: float, most: float = 1.0) -> float:
+    """`value`, read from a file, if it is a number from `least` to `most`; else ValueError."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ValueError(f"{str(value)[:40]} is no number from {least:g} to {most:g}")
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ manifest.json   counts, names, skipped images, source, decoder versions, SHA-256
 
 import io
 import itertools
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from tqdm import tqdm
 from vitface.data.formats.stored import Samples
 from vitface.data.images import CROP_SIZE
 from vitface.errors import DataError
-from vitface.files import sha256_bytes
+from vitface.files import open_regular, read_json, sha256_bytes
 
 FORMAT = "vitface packed 1"
 CROP_SHAPE = (CROP_SIZE, CROP_SIZE, 3)
 CROP_BYTES = CROP_SIZE * CROP_SIZE * 3
+MAX_MANIFEST_BYTES = 1 << 28
 FILES = ("images.uint8", "labels.npy", "manifest.json")
 
 
@@ -37,8 +37,9 @@ class PackedSamples(Samples):
         self._map: np.ndarray | None = None
         manifest_file = self.path / "manifest.json"
         try:
-            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-            labels = (self.path / "labels.npy").read_bytes()
+            manifest = read_json(manifest_file, MAX_MANIFEST_BYTES)
+            with open_regular(self.path / "labels.npy") as file:
+                labels = file.read()
             size = (self.path / "images.uint8").stat().st_size
             if manifest["format"] != FORMAT:
                 raise ValueError
@@ -46,6 +47,10 @@ class PackedSamples(Samples):
             self.source: str = manifest["source"]["identity"]
             self.skipped: list[str] = manifest["skipped"]
             self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
+            if not all(isinstance(name, str) for name in [*self.names, *self.skipped, self.source]):
+                raise ValueError
+            if not all(type(count) is int and count >= 0 for count, _ in self._shards):
+                raise ValueError
             whole = sha256_bytes(labels) == manifest["labels_sha256"]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None
@@ -53,10 +58,26 @@ class PackedSamples(Samples):
             raise DataError(f"{manifest_file} is damaged; pack the set again") from None
         if not whole:
             raise DataError(f"{self.path / 'labels.npy'} is damaged; pack the set again")
-        self.labels = np.load(io.BytesIO(labels), allow_pickle=False)
+        self.labels = self._read_labels(labels)
         if size != len(self) * CROP_BYTES:
             images = self.path / "images.uint8"
             raise DataError(f"{images} has {size} bytes, not those of {len(self)} images; pack the set again")
+
+    def _read_labels(self, data: bytes) -> np.ndarray:
+        """The labels int64 (n,); DataError unless each is the number of a name, and the shards have n images."""
+        file = io.BytesIO(data)
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # before memory is asked for
+            if dtype != np.int64 or shape != ((len(data) - file.tell()) // 8,):
+                raise ValueError
+            labels = np.frombuffer(data, np.int64, offset=file.tell())
+        except ValueError:
+            raise DataError(f"{self.path / 'labels.npy'} holds no labels; pack the set again") from None
+        whole = sum(count for count, _ in self._shards) == len(labels)
+        if not whole or not ((labels >= 0) & (labels < len(self.names))).all():
+            raise DataError(f"{self.path}: its labels, names and shards do not fit together; pack the set again")
+        return labels
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
