@@ -16,7 +16,7 @@ from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
 from vitface.device import inference_dtype, known_device
-from vitface.errors import CheckpointError
+from vitface.errors import CheckpointError, ImageError
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
@@ -133,6 +133,8 @@ class Recogniser:
         """The images as crops, in batches."""
         as_crop = CropReader(align)
         for batch in split(self.model, _several(images), flip, batch_size):
+            if isinstance(batch, Tensor) and batch.dtype != torch.uint8:
+                raise ImageError(f"images must be uint8, from 0 to 255, not {batch.dtype}")
             yield batch if isinstance(batch, Tensor) else np.stack([as_crop(image) for image in batch])
 
 

@@ -97,3 +97,11 @@ def test_one_image_is_no_list(given):
 def test_what_is_no_image(image, message):
     with pytest.raises((TypeError, ValueError), match=message):
         MODEL.embed([image])
+
+
+@case("a tensor of floats, or with the channels first", "an error that names what is expected")
+def test_other_tensors():
+    with pytest.raises(ValueError, match="images must be uint8, from 0 to 255, not torch.float32"):
+        MODEL.embed(torch.rand(2, 112, 112, 3))
+    with pytest.raises(ValueError, match=r"images must be uint8 \(B, 112, 112, 3\), not \(2, 3, 112, 112\)"):
+        MODEL.embed(torch.zeros(2, 3, 112, 112, dtype=torch.uint8))
