@@ -49,6 +49,7 @@ EXPECTED = ["A/A_0001.jpg", "A/A_0002.jpg", "A/A_0001.jpg", "B/B_0001.jpg"] * 2
         pytest.param(
             ("2\t1\n" + 2 * FOLD).replace("\n", "\t\r\n"), marks=case("Windows line ends, tabs behind", "read")
         ),
+        pytest.param(("2\t1\n" + 2 * FOLD).replace("\n", "\r"), marks=case("line ends of an old Mac", "read")),
         pytest.param("\ufeff2\t1\n" + 2 * FOLD, marks=case("a byte order mark", "read")),
         pytest.param("\n2\t1\n\n" + 2 * (FOLD + "\n"), marks=case("blank lines", "read")),
     ],

@@ -170,7 +170,7 @@ def test_nothing_is_executed(tmp_path, name):
     assert sentinel.exists()  # the payload is live
     sentinel.unlink()
     (tmp_path / "evil.bin").write_bytes(payload)
-    with pytest.raises(DataError, match=r"evil\.bin: .*nothing in .* was executed; .*found by \w+ at byte \d+"):
+    with pytest.raises(DataError, match=r"evil\.bin: .*nothing in .* was executed; .*noticed at byte \d+"):
         read_bin(tmp_path / "evil.bin")
     assert not sentinel.exists()
 
@@ -361,15 +361,15 @@ def test_hostile_files_are_refused_at_no_cost(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("memo bomb", r"holds nothing \(None\) .*STOP at byte 6"),  # one entry of a dict
-        ("BINBYTES8 of 2^40", "damaged or cut short .*BINBYTES8 at byte 4"),
+        ("memo bomb", r"holds nothing \(None\) .*at byte 6"),  # one entry of a dict
+        ("BINBYTES8 of 2^40", "damaged or cut short .*at byte 4"),
         ("BINBYTES past the end", "cut short"),
-        ("marks a million deep", "far more parts .*MARK at byte 32250"),
-        ("lists a million deep", "far more parts .*EMPTY_LIST at byte 63500"),
-        ("tuples a million deep", "far more parts .*TUPLE1 at byte 32251"),
+        ("marks a million deep", "far more parts .*at byte 32250"),
+        ("lists a million deep", "far more parts .*at byte 63500"),
+        ("tuples a million deep", "far more parts .*at byte 32251"),
         ("tuple of 100,000", "holds a tuple of 100000"),
         ("string with one quote", "must be quoted"),
-        ("pop below a mark", "damaged or cut short .IndexError.*TUPLE1 at byte 2"),
+        ("pop below a mark", "damaged or cut short .IndexError.*at byte 2"),
     ],
 )
 def test_bounds_are_met_where_they_are_crossed(name, message):
@@ -409,7 +409,7 @@ def test_an_image_named_many_times_is_not_copied():
     again = b"c_codecs\nencode\n(h\0h\1tR"
     data = b"X" + struct.pack("<I", len(raw)) + raw + b"q\0Vlatin1\nq\1\x86q\2" + b"](" + again * 20_000 + b"e."
     tracemalloc.start()
-    with pytest.raises(DataError, match="encodes more text than it holds.*REDUCE at byte 1310793"):
+    with pytest.raises(DataError, match="encodes more text than it holds.*at byte 1310793"):
         parse_bin(data, "x")
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
@@ -611,7 +611,7 @@ def test_calfw_pairs_balance_the_folds(tmp_path):
         ("a.jpg 1\n\nb.jpg x\n", "line 3 has 'x'"),
         ("a.jpg 2\nb.jpg 2\n", r"tokens \[2\]"),
         ("a.jpg 0\nb.jpg 0\n", r"tokens \[\]"),
-        ("a.jpg 1\nc.jpg 1\na.jpg 2\nb.jpg 2\n", "line 1 or 2 names an image that cannot be read: .*c.jpg"),
+        ("a.jpg 1\nc.jpg 1\na.jpg 2\nb.jpg 2\n", "line 1 or the next names an image that cannot be read: .*c.jpg"),
         ("../a.jpg 1\nb.jpg 1\n", "line 1 names '../a.jpg', which is outside"),
         ("a.jpg 1\ngif.jpg 1\na.jpg 2\nb.jpg 2\n", "image 1 is neither JPEG nor PNG"),
     ],

@@ -123,7 +123,8 @@ def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
     except DataError:
         raise
     except Exception as error:  # the unpickler raises many types, IndexError for a value that is not there and others
-        reader.refuse(f"the file is damaged or cut short ({type(error).__name__} {str(error)[:100]})", _AGAIN)
+        found = f"{type(error).__name__} {str(error)[:100]}".strip()
+        reader.refuse(f"the file is damaged or cut short ({found})", _AGAIN)
 
 
 class _Reader(_Unpickler):
@@ -140,7 +141,7 @@ class _Reader(_Unpickler):
         self.max_opcodes, self.max_containers = 1_000_000 + self.size // 16, 1000 + self.size // 32
 
     def refuse(self, why: str, do: str = _HOW) -> NoReturn:
-        raise DataError(f"{self.where}: {why}; {do} (found by {self.name} at byte {self.start})")
+        raise DataError(f"{self.where}: {why}; {do} (noticed at byte {self.start})")
 
     def find_class(self, module: str, name: str) -> _Name:
         if f"{module} {name}" not in _NAMES:

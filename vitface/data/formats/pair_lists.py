@@ -131,7 +131,7 @@ def _calfw_pairs(path: Path) -> list[Pair]:
         raise DataError(f"{path}: same pairs have the tokens {of_same[:12]}, expected 1, 2, ... 10")
     turns, pairs = itertools.cycle(range(len(of_same))), []
     for i, token in enumerate(tokens[::2]):
-        where, fold = f"{path}: line {2 * i + 1} or {2 * i + 2}", token - 1 if token else next(turns)
+        where, fold = f"{lines[2 * i][0]} or the next", token - 1 if token else next(turns)
         pairs.append(Pair(where, token > 0, fold, (photos[2 * i], photos[2 * i + 1])))
     return pairs
 
@@ -196,7 +196,8 @@ PAIR_LISTS = {
 
 def _lines(path: Path) -> list[tuple[str, str]]:
     """Each line of a text file that is not blank, after its name in messages: ("FILE: line 1", text)."""
-    lines = [(f"{path}: line {n}", line.strip()) for n, line in enumerate(read_text(path).split("\n"), 1)]
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [(f"{path}: line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1)]
     lines = [(where, line) for where, line in lines if line]
     if not lines:
         raise DataError(f"{path}: empty file")
