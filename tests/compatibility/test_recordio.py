@@ -9,6 +9,7 @@ from cases import case
 from PIL import Image
 
 from vitface.__main__ import main
+from vitface.data.formats import record_set
 from vitface.data.formats.samples import load_samples
 from vitface.errors import DataError
 
@@ -324,3 +325,32 @@ def test_commands_say_what_was_counted(tmp_path, capsys):
     assert "3 people were counted from the labels" in capsys.readouterr().out
     main(["data", "check", str(folder)])
     assert "note: " + load_samples(folder).notes[0] in capsys.readouterr().out
+
+
+@case("`train.idx` without the people's ranges at its end, a header record", "read: all images are listed")
+def test_an_index_without_ranges(tmp_path):
+    folder = write(tmp_path / "set", headed(LABELS))
+    edited(folder, lambda b: b"".join(b.splitlines(True)[:6]))
+    assert facts(folder) == EXPECTED and len(load_samples(folder).notes) == 1
+
+
+@case(
+    "`vitface data index` on a disk that is read-only",
+    "error: the commands that link the data to a folder of one's own",
+)
+def test_a_read_only_disk(tmp_path, capsys, monkeypatch):
+    folder = write(tmp_path / "set", images(LABELS))
+    (folder / "train.idx").unlink()
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(record_set, "replace_file", refuse)
+    assert main(["data", "index", str(folder)]) == 2
+    said = capsys.readouterr().err
+    link = f"mkdir my-set && ln -s {folder}/train.rec my-set/train.rec && vitface data index my-set"
+    assert f"Read-only file system; use a folder of your own with a link to the data: {link}" in said
+    monkeypatch.undo()
+    (tmp_path / "my-set").mkdir()
+    (tmp_path / "my-set" / "train.rec").symlink_to(folder / "train.rec")
+    assert main(["data", "index", str(tmp_path / "my-set")]) == 0 and facts(tmp_path / "my-set") == EXPECTED

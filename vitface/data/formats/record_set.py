@@ -2,8 +2,8 @@
 
 An image is a record with image bytes, a person is a label. The sets that people have differ in the rest: InsightFace's
 older writer puts a record 0 in front and ranges behind the images, its newer one (RecBuilder) and MXNet's im2rec do
-not; keys begin at 0 or 1; labels may have holes. Training must not lose images silently: the records listed have to
-reach from the first to the last byte of the file.
+not; keys begin at 0 or 1; labels may have holes. Training must not lose images silently: the records listed are those
+that record 0 claims, or reach from the first to the last byte of the file.
 """
 
 import os
@@ -76,7 +76,8 @@ class RecordSamples(Samples):
 
 class _Listed:
     """The records that train.idx lists, by ascending key: `gaps` bytes between them are not listed, and `empty` of
-    those that should be images have none. DataError unless they reach from the beginning to the end of train.rec."""
+    those that should be images have none. DataError unless they are all images that InsightFace's record 0 claims, or,
+    where there is no such record, reach from the beginning to the end of train.rec."""
 
     def __init__(self, folder: Path, data: mmap):
         where = str(folder / "train.rec")
@@ -87,11 +88,12 @@ class _Listed:
             self.records = recordio.read_records(data, self.offsets, where)
         except DataError as error:
             raise DataError(f"{error}; if the .rec was not cut, {recordio.REBUILD} {folder}") from None
-        self.gaps = recordio.unlisted(self.offsets, self.records.ends, len(data), where)
-        blank = ~self.records.filled
-        if blank[0] and not self.keys[0]:
+        blank, self.gaps = ~self.records.filled, 0
+        if blank[0] and not self.keys[0]:  # InsightFace's record 0 tells whether all images are listed
             last = recordio.header_images(data, self.keys, int(self.offsets[0]), where)
             blank &= (self.keys > 0) & (self.keys <= last)  # behind these are the people's ranges
+        else:
+            self.gaps = recordio.unlisted(self.offsets, self.records.ends, len(data), where)
         self.empty = int(blank.sum())
 
 
@@ -166,6 +168,11 @@ def rebuild_index(folder: Path) -> str:
         except DataError:
             before = "the old one was damaged or not whole"
     lines = recordio.index(data, str(folder / "train.rec"))
-    replace_file(path, lines)
+    try:
+        replace_file(path, lines)
+    except OSError as error:
+        rec = (folder / "train.rec").resolve()
+        link = f"mkdir my-set && ln -s {rec} my-set/train.rec && vitface data index my-set"
+        raise DataError(f"{path}: {error.strerror}; use a folder of your own with a link to the data: {link}") from None
     count = lines.count(b"\n")
     return f"wrote {path}: {count:,} records; {before}"
