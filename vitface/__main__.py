@@ -56,7 +56,11 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code (see `exit_code`); 2 if there is no such command."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int | None:
+    name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
@@ -66,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     else:
         module, parser = load_command(name)
-        arguments = parser.parse_args(rest)
-        return exit_code(lambda: module.run(arguments))
+        return module.run(parser.parse_args(rest))
     return 0
 
 

@@ -1,6 +1,8 @@
 """The errors that a user can fix. A command prints their message, without a traceback, and ends with exit code 2."""
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -50,15 +52,47 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
 
 
+UNSEEN = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def printable(text: str) -> str:
+    """A text in which nothing moves the cursor or turns the direction of writing, as names in files may want to.
+
+    Lines stay lines; a name that must not begin a new one is printed by `in_one_line`. Bytes of a file's name that are
+    not UTF-8 become \\xe9.
+    """
+    return re.sub(UNSEEN, _escaped, text)
+
+
+def in_one_line(name: str) -> str:
+    """`printable`, also without tabs and ends of lines."""
+    return re.sub(r"[\t\n]", _escaped, printable(name))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code & 0xFF:02x}" if 0xDC80 <= code <= 0xDCFF or code < 0x100 else f"\\u{code:04x}"
+
+
 def exit_code(action: Callable[[], int | None]) -> int:
     """Runs a command's action and returns its exit code, 0 for None; 2 after a printed error, 130 after Ctrl-C.
 
     The errors that are printed are `VitfaceError` and those of the operating system (a full disk, a read-only folder).
+    Where nobody reads the output any more, as after `| head`, the code is 141, as for other programs.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in notebooks
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        return action() or 0
+        code = action() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at the end
+        return 141
     except (VitfaceError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

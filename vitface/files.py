@@ -18,13 +18,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vitface.errors import ConfigError
+
 NOT_OFFERED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # links, or fsync of folders, by this disk
 PRIVILEGE_NOT_HELD = 1314  # Windows' number for it, where links need the developer mode
 
 
 def cache_home() -> Path:
-    """The folder of fetched and packed files: $VITFACE_HOME, by default ~/.cache/vitface."""
-    return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
+    """The folder of fetched and packed files: $VITFACE_HOME, by default ~/.cache/vitface.
+
+    ConfigError for a user without a home, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("VITFACE_HOME", "~/.cache/vitface")).expanduser()
+    except RuntimeError:
+        raise ConfigError("this user has no home folder: set VITFACE_HOME to a folder for fetched files") from None
 
 
 def write_synced(path: Path, data: bytes, private: bool = False) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS, TrainConfig, to_flag
-from vitface.errors import did_you_mean
+from vitface.errors import did_you_mean, printable
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -107,7 +107,7 @@ def add_shared(parser: argparse._ActionsContainer, *flags: str) -> None:
 
 def print_result(arguments: argparse.Namespace, result: Any, text: str) -> None:
     """Prints the `result` of a command as JSON if --json is given, otherwise as `text`."""
-    print(json.dumps(result, indent=1) if arguments.json else text)
+    print(json.dumps(result, indent=1) if arguments.json else printable(text))
 
 
 def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:

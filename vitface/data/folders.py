@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from PIL import features
 
 from vitface.data.images import NEEDS_AVIF, NEEDS_HEIF
-from vitface.errors import DataError
+from vitface.errors import DataError, in_one_line
 
 IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|pjpeg|mpo|a?png|webp|bmp|dib|tiff?|gif|p[bgnp]m|jp2|j2k|hei[cf]|hif|avif)$")
 UNREAD = re.compile(  # camera raw, and formats that few photos have
@@ -72,7 +72,7 @@ def list_folder(folder: Path) -> Listing:
         name, reason = entry.name, _why_not(entry)
         if reason is not None:
             if reason:
-                found.left_out[reason].append(printable(name))
+                found.left_out[reason].append(in_one_line(name))
         elif _is_folder(entry):
             found.folders.append(name)
         else:
@@ -120,11 +120,6 @@ def stamp(path: Path) -> str:
     except OSError:
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def printable(name: str) -> str:
-    r"""A name that can be printed and written: bytes that are not UTF-8 become \xe9."""
-    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _collect(root: Path, below: str, above: tuple[tuple[int, int], ...], total: Listing) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import WeightsError
+from vitface.errors import ConfigError, WeightsError
 from vitface.files import cache_home, open_regular, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
@@ -92,7 +93,9 @@ def find_backbone(name: str) -> Path:
 def backbone_files(name: str) -> list[Path]:
     """Every existing NAME.safetensors in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
     packaged = importlib.import_module("vitface.weights").__path__  # of a clone also weights/ at its top
-    folders = [Path("weights"), cache_home(), *packaged]
+    folders = [Path("weights"), *packaged]
+    with suppress(ConfigError):
+        folders.insert(1, cache_home())
     return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
 
 

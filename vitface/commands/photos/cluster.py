@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file, print_result
-from vitface.errors import ConfigError
+from vitface.errors import ConfigError, in_one_line
 from vitface.files import write_output
 
 SHOWN, NAMES = 20, 4
@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
     members = [[gallery.names[i] for i in np.flatnonzero(groups == g)] for g in range(groups.max() + 1)]
     if arguments.out:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("name", "cluster"), *zip(gallery.names, groups, strict=True)])
+        csv.writer(text, lineterminator="\n").writerows(
+            [("name", "cluster"), *zip(map(_cell, gallery.names), groups, strict=True)]
+        )
         write_output(arguments.out, text.getvalue().encode())
     print_result(arguments, dict(enumerate(members)), _text(members, threshold))
 
@@ -56,7 +58,13 @@ def _text(members: list[list[str]], threshold: float) -> str:
     ]
     for number, names in enumerate(several[:SHOWN]):
         more = f", and {len(names) - NAMES:,} more" if len(names) > NAMES else ""
-        lines.append(f"{number:>6}  {len(names):>5} images  {', '.join(names[:NAMES])}{more}")
+        lines.append(f"{number:>6}  {len(names):>5} images  {', '.join(map(in_one_line, names[:NAMES]))}{more}")
     if len(several) > SHOWN:
         lines.append(f"and {len(several) - SHOWN:,} more people; --out CSV has all of them")
     return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """A name that a spreadsheet takes for no formula."""
+    text = in_one_line(name)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

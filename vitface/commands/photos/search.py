@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
-from vitface.errors import ConfigError
+from vitface.errors import ConfigError, in_one_line
 
 if TYPE_CHECKING:
     from vitface.gallery.gallery import Match
@@ -56,11 +56,10 @@ def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict
 
 def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
     """The photo, then a line per match; those below the threshold are marked."""
-    from vitface.data.folders import printable
 
     word = "" if threshold is None else f", threshold {threshold:.4f}"
     lines = []
     for match in matches:
         under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
-        lines.append(f"  {match.score:7.4f}  {match.name}{under}")
-    return "\n".join([f"{printable(str(photo))}: cosine and name{word}", *lines])
+        lines.append(f"  {match.score:7.4f}  {in_one_line(match.name)}{under}")
+    return "\n".join([f"{in_one_line(str(photo))}: cosine and name{word}", *lines])

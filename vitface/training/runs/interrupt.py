@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests: a run stops between two steps, never inside one."""
+"""Ctrl-C, SIGTERM and a lost terminal as requests: a run stops between two steps, never inside one."""
 
 import signal
 import threading
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Inside, the first SIGINT or SIGTERM sets the event; the second one acts as it always does.
+    """Inside, the first SIGINT, SIGTERM or SIGHUP sets the event; the second one acts as it always does.
+
+    SIGHUP comes when a terminal or an ssh connection is lost; under nohup it stays without effect.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
@@ -17,6 +19,9 @@ def stop_requests() -> Iterator[threading.Event]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        before[hangup] = signal.getsignal(hangup)
 
     def restore() -> None:
         for number, handler in before.items():
