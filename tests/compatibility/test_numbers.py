@@ -72,7 +72,8 @@ def test_photos_as_training_folders(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         main(command)  # 12 images do not fill a batch: it ends after the data
         said = capsys.readouterr().out
-        assert "ALARM" in said and "12 of 12 images looked at" in said and "250 x 250" in said and ALIGN in said
+        assert "ALARM" in said and "12 of 12 images looked at" in said and "250 x 250" in said
+        assert f"vitface align {tmp_path / 'people'} OUT" in said
 
 
 @case("photos of 250 x 250 given to `data pack`", "packed, with the ALARM: later nothing shows that they were photos")

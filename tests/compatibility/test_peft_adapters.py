@@ -285,3 +285,10 @@ def test_the_pooler(tmp_path):
 def test_a_text_tower_alone(tmp_path):
     with pytest.raises(ExchangeError, match="holds no adapter of a clip_vitb16: text_model.encoder.layers.0"):
         read(tmp_path, lora("text_model.encoder.layers.", CLIP), "clip_vitb16")
+
+
+@case("the folder above the adapter, as PEFT saves a named one", "refused; the error names the folder below")
+def test_the_folder_above(tmp_path):
+    read(tmp_path / "faces", lora("blocks.", TIMM))
+    with pytest.raises(ExchangeError, match=f"has no {CONFIG}, but {re.escape(str(tmp_path / 'faces'))} has"):
+        read_peft(tmp_path, "dinov2_vits14", tiny_config())

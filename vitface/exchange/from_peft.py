@@ -107,7 +107,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             settings = json.loads(file.read(MAX_CONFIG_BYTES))
     except FileNotFoundError:
-        raise ExchangeError(f"{path.parent} is no PEFT folder: it has no {CONFIG}") from None
+        inside = "".join(f", but {found.parent} has" for found in sorted(path.parent.glob(f"*/{CONFIG}"))[:1])
+        raise ExchangeError(f"{path.parent} is no PEFT folder: it has no {CONFIG}{inside}") from None
     except (ValueError, RecursionError):  # no JSON, or nested to do harm
         settings = None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":

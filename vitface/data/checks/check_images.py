@@ -7,6 +7,7 @@ import numpy as np
 
 from vitface.data.checks.findings import Finding, What, correlation, finds
 from vitface.data.checks.scan import LUMA, Scan, dark_spots
+from vitface.data.formats.samples import FolderSamples
 from vitface.data.formats.stored import Images
 from vitface.data.images import CROP_SIZE, to_crop
 from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
@@ -103,9 +104,10 @@ def size_alarm(images: Images, where: str) -> str | None:
     if not other or (aligned and squares == len(other)):
         return None
     usual = max(set(other), key=other.count)
+    source = where if isinstance(images, FolderSamples) else "SRC"
     return (
         f"{where}: {len(other)} of {len(chosen)} images looked at are no aligned crops of 112 x 112 but, for example, "
-        f"{usual}; results on them mean little: align the photos first, vitface align SRC OUT"
+        f"{usual}; results on them mean little: align the photos first, vitface align {source} OUT"
     )
 
 

@@ -52,13 +52,18 @@ def scan(images: Images, num_workers: int, compared: np.ndarray) -> Scan:
     work, starts = functools.partial(_scan_chunk, images, compared), range(0, len(images), CHUNK)
     parts = in_processes(work, starts, num_workers)
     bar = tqdm(parts, "reading", len(starts), unit="img", unit_scale=CHUNK, leave=False, dynamic_ncols=True)
-    damaged, *columns = zip(*bar, strict=True)
-    digests, sizes, redness, contrast, grey, patterns = (np.concatenate([*map(np.asarray, x)]) for x in columns)
-    mean_face = grey.sum(axis=0) / max(np.count_nonzero(sizes[:, 0]), 1)
-    patterns = patterns - patterns.mean(0)
+    damaged, columns, grey = [], [], np.zeros((CROP_SIZE, CROP_SIZE))
+    for why, chunk_grey, *numbers in bar:
+        damaged += why
+        grey += np.asarray(chunk_grey)
+        columns.append(numbers)
+    digests, sizes, redness, contrast, patterns = (
+        np.concatenate([*map(np.asarray, x)]) for x in zip(*columns, strict=True)
+    )
+    mean_face = grey / max(np.count_nonzero(sizes[:, 0]), 1)
+    patterns -= patterns.mean(0)
     patterns /= np.linalg.norm(patterns, axis=1, keepdims=True) + 1e-9
-    why = [text for some in damaged for text in some]
-    return Scan(images, why, digests, sizes, redness, contrast, mean_face, compared, patterns)
+    return Scan(images, damaged, digests, sizes, redness, contrast, mean_face, compared, patterns)
 
 
 def _scan_chunk(images: Images, compared: np.ndarray, start: int) -> tuple:
@@ -76,7 +81,7 @@ def _scan_chunk(images: Images, compared: np.ndarray, start: int) -> tuple:
     redness = 3 * (red - blue) / np.maximum(red + green + blue, 1)
     grey = crops @ LUMA
     patterns = local_contrast(grey[compared[(compared >= start) & (compared < stop)] - start])
-    return damaged, digests, sizes, redness, grey.std((1, 2)), grey.sum(0, dtype=np.float64)[None], patterns
+    return damaged, grey.sum(0, dtype=np.float64), digests, sizes, redness, grey.std((1, 2)), patterns
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:
