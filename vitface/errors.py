@@ -1,6 +1,7 @@
 """The errors that a user can fix. A command prints their message, without a traceback, and ends with exit code 2."""
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
     Where nobody reads the output any more, as after `| head`, the code is 141, as for other programs.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in notebooks
+        if isinstance(stream, io.TextIOWrapper):  # not in notebooks
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         code = action() or 0

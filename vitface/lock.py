@@ -4,6 +4,7 @@ The operating system releases a lock when its process ends, however it ends, so 
 """
 
 import errno
+import io
 import os
 import stat
 import sys
@@ -49,11 +50,14 @@ def _open(path: Path) -> IO[str]:
     foreign = CheckpointError(f"{path} is a link or no regular file: nothing is written through it; remove it")
     if path.is_symlink():
         raise foreign
-    descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    try:
+        file = open(path, "r+", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115, returned
+    except io.UnsupportedOperation:  # a pipe, in which nothing can be looked for
+        raise foreign from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise foreign
-    return os.fdopen(descriptor, "r+", encoding="utf-8")
+    return file
 
 
 @contextmanager
