@@ -30,13 +30,13 @@ else:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[str], path: Path) -> bool:
     """Takes the lock; False if another process has it. Where the disk has none, it says so."""
     try:
         _lock(file)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            print(f"{file.name}: this disk has no locks, so nothing keeps a second process out", file=sys.stderr)
+            print(f"{path}: this disk has no locks, so nothing keeps a second process out", file=sys.stderr)
             return True
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
@@ -67,7 +67,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     A data loading worker that outlives its process does not hold it.
     """
     with _open(folder / ".lock") as file:
-        if not _locked(file):
+        if not _locked(file, folder / ".lock"):
             file.seek(0)
             raise CheckpointError(
                 f"{folder} is in use by another process ({file.read() or 'just starting'}); wait for it, stop it, or "
@@ -83,6 +83,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def waiting_lock(path: Path) -> Iterator[None]:
     """Inside, this process has the lock on the file `path`; it waits until no other process has it."""
     with _open(path) as file:
-        while not _locked(file):
+        while not _locked(file, path):
             time.sleep(0.1)
         yield

@@ -53,7 +53,7 @@ def tracked(monkeypatch):
 
     def init(**options):
         given.append(options)
-        return SimpleNamespace(log=lambda values, step: given.append(values))
+        return SimpleNamespace(log=lambda values, step: given.append(values), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return given

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
+from vitface.data.progress import Progress
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
@@ -95,7 +96,7 @@ def evaluate_benchmark(
     """
     if name in SYNTHETIC:
         images, people, data = _synthetic_benchmark(name)
-        rows = _embed_all(embed, images.__getitem__, len(images), in_turns)
+        rows = _embed_all(embed, images.__getitem__, len(images), in_turns, name)
         first, second, folds, alarms, issame = rows[::2], rows[1::2], None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
@@ -121,16 +122,19 @@ def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray, str]:
 def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of the pairs' (first, second) images, (N, E) each; an image of several pairs is embedded once."""
     images, rows = pairs.distinct()
-    embeddings = _embed_all(embed, images.read, len(images), in_turns)[rows]
+    embeddings = _embed_all(embed, images.read, len(images), in_turns, pairs.name)[rows]
     return embeddings[::2], embeddings[1::2]
 
 
-def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns) -> np.ndarray:
+def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns, name: str) -> np.ndarray:
     def embed_batch(turn: int) -> np.ndarray:
         batch = range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))
-        return embed(np.stack([read(i) for i in batch]))
+        rows = embed(np.stack([read(i) for i in batch]))
+        bar.update(batch.stop - bar.n)  # the turns of other ranks are done as well
+        return rows
 
-    return in_turns(embed_batch, -(-count // BATCH_SIZE))
+    with Progress(desc=f"evaluating {name}", total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
+        return in_turns(embed_batch, -(-count // BATCH_SIZE))
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import some_images, stamp
 from vitface.data.images import CROP_SIZE, read_file
+from vitface.data.progress import Progress
 from vitface.errors import DataError, ImageError
 from vitface.files import make_folder, sha256_bytes
 from vitface.gallery import parts
@@ -76,7 +76,7 @@ def embed_folder(
         chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
         read = in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers)
         writer, skipped, there = _PartWriter(out), [], len(found.images) - len(rest)
-        bar = tqdm(desc="embedding", total=len(found.images), initial=there, unit="image", dynamic_ncols=True)
+        bar = Progress(desc="embedding", total=len(found.images), initial=there, unit="image", dynamic_ncols=True)
         with bar, contextlib.closing(writer):
             for images, used, failures in read:
                 writer.add(used, model.embed(images))

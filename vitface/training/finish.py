@@ -13,24 +13,33 @@ from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import replace_file
 from vitface.markdown import table
+from vitface.metrics import roc
 from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_epochs
 from vitface.training.batches import TrainingData
 from vitface.training.holdout import calibrate
 from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import broadcast, print0, rank
+from vitface.training.runs.log import Curves, RunLog
 from vitface.training.setup import Change, final_benchmarks
 from vitface.version import __version__
 
 FROZEN = "frozen backbone, raw CLS"
+TRACKED = ("accuracy", "std", "auc", "eer")  # of a `Verification`
 
 
 def finish(
-    config: TrainConfig, run_dir: Path, data: TrainingData, with_frozen: bool = True, change: Change | None = None
+    config: TrainConfig,
+    run_dir: Path,
+    data: TrainingData,
+    log: RunLog | None,
+    with_frozen: bool = True,
+    change: Change | None = None,
 ) -> None:
     """Evaluates the best epoch, and the frozen backbone, on the benchmarks there are.
 
-    Writes thresholds.json, the scores and results.md. `with_frozen` and `change` are those of `training.run.run`.
+    Writes thresholds.json, the scores and results.md, and sends the results to the trackers of `log`.
+    `with_frozen` and `change` are those of `training.run.run`.
     """
     broadcast(None)  # until rank 0 has written the last checkpoint
     names = final_benchmarks(config)
@@ -53,8 +62,26 @@ def finish(
     if names:
         keep_scores(run_dir, sections[title].results, checkpoint.sha256)
     replace_file(run_dir / "results.md", results_markdown(config, run_dir, held_out, sections, thresholds).encode())
+    if log is not None:
+        log.results(tracked_results(sections))
     again = next_command(run_dir, config.val_data, config.train_data)
     print(f"\n{thresholds}\n\nwrote {run_dir}/results.md; next\n  {again}")
+
+
+def tracked_results(sections: dict[str, Evaluation]) -> dict[str, float | Curves]:
+    """For trackers: KIND/BENCHMARK/METRIC, and the ROC of each kind, at 100 of its points."""
+    values: dict[str, float | Curves] = {}
+    for title, evaluation in sections.items():
+        kind, lines = title.partition(" ")[0].rstrip(","), {}
+        for name, result in evaluation.results.items():
+            values |= {
+                f"{kind}/{name}/{metric}": getattr(result, metric) for metric in ("accuracy", "std", "auc", "eer")
+            }
+            far, tar, _ = roc(-result.distance, result.issame)
+            some = np.unique(np.linspace(0, len(far) - 1, 100).astype(int))
+            lines[name] = far[some].tolist(), tar[some].tolist()
+        values |= {f"{kind}/ROC": Curves(f"ROC, {title}", "false accept rate", lines)} if lines else {}
+    return values
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

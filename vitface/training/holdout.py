@@ -8,6 +8,7 @@ import numpy as np
 
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import read_batches
+from vitface.data.progress import Progress
 from vitface.errors import EvaluationError
 from vitface.files import json_bytes, replace_file
 from vitface.metrics import far_threshold
@@ -34,9 +35,12 @@ def embed_held_out(
 
     def embed_batch(turn: int) -> np.ndarray:
         [(_, crops)] = read_batches(samples, held_out, [positions[turn]])
-        return np.hstack(embed_batches(model, split(model, crops, flip), flip))
+        rows = np.hstack(embed_batches(model, split(model, crops, flip), flip))
+        bar.update(turn + 1 - bar.n)
+        return rows
 
-    rows = in_turns(embed_batch, len(positions))
+    with Progress(desc="held-out people", total=len(positions), unit="batch", leave=False, dynamic_ncols=True) as bar:
+        rows = in_turns(embed_batch, len(positions))
     embeddings, gates = np.split(rows, [model.config.embedding_dim], axis=1)
     return embeddings, gates, samples.labels[held_out]
 

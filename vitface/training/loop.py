@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vitface.config import TrainConfig
+from vitface.data.progress import Progress
 from vitface.metrics import auc
 from vitface.training import setup
 from vitface.training.batches import Ahead, Batch, rank_batches
@@ -105,8 +105,8 @@ class Trainer:
                 losses = dict(zip(losses, means, strict=True))
                 progress.step += 1
                 progress.epoch_loss += losses["loss"]
+                bar.set_postfix({name: f"{loss:.2f}" for name, loss in losses.items()}, refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{losses['loss']:.2f}")
                 if log is not None and progress.step % LOG_EVERY == 0:
                     self._log_step(log, config.lr * factor, norm, losses)
                 if stopped or (config.save_every and progress.step % config.save_every == 0):
@@ -118,8 +118,8 @@ class Trainer:
         steps = range(progress.steps_into_epoch, self.data.steps_per_epoch)
         return Ahead(rank_batches(self.config, self.data, self.model, progress.epoch, steps), self.device)
 
-    def _bar(self) -> tqdm:
-        return tqdm(
+    def _bar(self) -> Progress:
+        return Progress(
             initial=self.state.progress.steps_into_epoch,
             total=self.data.steps_per_epoch,
             desc=f"epoch {self.state.progress.epoch + 1}/{self.config.epochs}",
@@ -127,7 +127,6 @@ class Trainer:
             unit="img",
             leave=False,
             dynamic_ncols=True,
-            disable=rank() > 0,
         )
 
     def _step(self, batches: Ahead) -> tuple[float, dict[str, float]]:
@@ -204,7 +203,7 @@ class Trainer:
         lines += [f"ALARM {name}: {text}" for name, text in found.items() if name not in self.alarmed]
         self.alarmed |= found.keys()
         if rank() == 0:
-            tqdm.write("\n".join(lines))
+            Progress.write("\n".join(lines))
         if log is not None:
             about = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "holdout_auc": score}
             log.epoch(**about, alarms=", ".join(found), img_per_s=round(rate, 1), **self._skipped())

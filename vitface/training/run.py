@@ -64,7 +64,7 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
             make_folder(run_dir)
     with folder_lock(run_dir) if rank() == 0 else nullcontext():
         checkpoint = _to_resume(config, run_dir)
-        finished = False
+        finished, state = False, {}
         if checkpoint is not None:
             state = load_state(checkpoint)
             finished = is_finished(config, state)
@@ -72,7 +72,7 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
                 link_checkpoint(checkpoint)  # a kill may have come before the links
         if not finished:
             trainer = trainer or Trainer(config, run_dir, change)
-            _train(trainer, run_dir, checkpoint, with_frozen)
+            log = _train(trainer, run_dir, checkpoint, with_frozen)
             data = trainer.data
         elif broadcast((run_dir / "results.md").is_file()):
             again = next_command(run_dir, config.val_data, config.train_data)
@@ -80,7 +80,9 @@ def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change |
             return
         else:
             data = open_data(config)
-        finish(config, run_dir, data, with_frozen, change)
+            step = state["progress"]["step"]
+            log = RunLog(run_dir, config, step) if rank() == 0 else None
+        finish(config, run_dir, data, log, with_frozen, change)
 
 
 def _to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
@@ -90,16 +92,17 @@ def _to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen: bool) -> None:
-    """Trains to the end; if training stops before it, prints what is saved."""
+def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen: bool) -> RunLog | None:
+    """Trains to the end, and returns the log on rank 0; if training stops before the end, prints what is saved."""
     if checkpoint is not None:
         trainer.restore(checkpoint)
         print0(f"resumed {checkpoint} at step {trainer.state.progress.step:,}")
     if rank() == 0:
         replace_file(run_dir / "config.json", json_bytes(dataclasses.asdict(trainer.config)))
     print0(f"run directory: {run_dir}\n{header(trainer, with_frozen)}")
+    log = RunLog(run_dir, trainer.config, trainer.state.progress.step) if rank() == 0 else None
     try:
-        trainer.fit(RunLog(run_dir, trainer.config, trainer.state.progress.step) if rank() == 0 else None)
+        trainer.fit(log)
     except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
         steps, again = step_directories(run_dir), f"vitface train --save-dir {run_dir} --resume auto"
         if steps:
@@ -107,3 +110,4 @@ def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen
         else:
             print0(f"stopped before the first checkpoint; start again with\n  {again}")
         raise
+    return log

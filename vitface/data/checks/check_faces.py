@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
-from tqdm import tqdm
 
 from vitface.data.checks.check_pairs import Benchmark
 from vitface.data.checks.check_people import TrainingSet
 from vitface.data.checks.findings import Finding, finds
+from vitface.data.progress import Progress
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> float32 (B, E), unit norm
 IMAGES_PER_PERSON = 10  # more images hardly change a person's mean
@@ -131,7 +131,7 @@ def stranger_threshold(best: np.ndarray) -> float:
 def embed_all(embed: Embed, read: Callable[[int], np.ndarray], indices: np.ndarray, what: str) -> np.ndarray:
     """Embeds the crops that `read` gives for `indices`, a batch at a time: float32 (n, E)."""
     batches = [indices[at : at + CHUNK].tolist() for at in range(0, len(indices), CHUNK)]
-    bar = tqdm(batches, what, unit="batch", leave=False, dynamic_ncols=True)
+    bar = Progress(batches, what, unit="batch", leave=False, dynamic_ncols=True)
     return np.concatenate([embed(np.stack([read(i) for i in batch])) for batch in bar])
 
 

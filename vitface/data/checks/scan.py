@@ -8,11 +8,11 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.formats.stored import Images
 from vitface.data.images import CROP_SIZE, to_crop
+from vitface.data.progress import Progress
 from vitface.errors import DataError
 
 CHUNK = 256
@@ -51,7 +51,7 @@ def scan(images: Images, num_workers: int, compared: np.ndarray) -> Scan:
     """Reads every image once; patterns are kept of the images `compared` (m,), rising indices."""
     work, starts = functools.partial(_scan_chunk, images, compared), range(0, len(images), CHUNK)
     parts = in_processes(work, starts, num_workers)
-    bar = tqdm(parts, "reading", len(starts), unit="img", unit_scale=CHUNK, leave=False, dynamic_ncols=True)
+    bar = Progress(parts, "reading", len(starts), unit="img", unit_scale=CHUNK, leave=False, dynamic_ncols=True)
     damaged, columns, grey = [], [], np.zeros((CROP_SIZE, CROP_SIZE))
     for why, chunk_grey, *numbers in bar:
         damaged += why

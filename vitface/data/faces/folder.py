@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face
 from vitface.data.folders import left_out_lines, some, some_images, stamp
 from vitface.data.images import encode_image, read_photo, read_text
+from vitface.data.progress import Progress
 from vitface.errors import DataError, ImageError
 from vitface.files import replace_file
 
@@ -103,7 +103,7 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     statuses = Counter(known[name]["status"] for name in names if name in known)
     left_out = [Row(name, "left out", reason=why) for why, files in found.left_out.items() for name in files]
     rows = in_processes(functools.partial(_align_photo, src, out, finder), rest, num_workers)
-    bar = tqdm(rows, "aligning", len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
+    bar = Progress(rows, "aligning", len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
     _write_report(out / "align.csv", known, left_out)
     with open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
         for row in bar:

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vitface.data.formats.stored import Samples
 from vitface.data.images import CROP_SIZE
+from vitface.data.progress import Progress
 from vitface.errors import DataError
 from vitface.files import open_regular, read_json, sha256_bytes
 
@@ -101,7 +101,7 @@ class PackedSamples(Samples):
         shards = [self._images()[start:end].data for start, end in itertools.pairwise(edges)]
         with ThreadPoolExecutor() as pool:
             digests = pool.map(sha256_bytes, shards)
-            for shard, digest in enumerate(tqdm(digests, "checking", len(shards), leave=False)):
+            for shard, digest in enumerate(Progress(digests, "checking", len(shards), leave=False)):
                 if digest != self._shards[shard][1]:
                     raise DataError(f"{self.path / 'images.uint8'} is damaged in shard {shard}; pack the set again")
 

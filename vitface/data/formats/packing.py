@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 from PIL import features
-from tqdm import tqdm
 
 from vitface.data.background import in_processes
 from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, PackedSamples
 from vitface.data.formats.samples import FolderSamples, RecordSamples
+from vitface.data.progress import Progress
 from vitface.errors import DataError
 from vitface.files import json_bytes, replace_file, sha256_bytes
 from vitface.lock import waiting_lock
@@ -143,7 +143,7 @@ def _check_space(folder: Path, needed: int) -> None:
 def _decode_rest(samples: Source, first: int, num_workers: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """The shards from number `first` on: crops (k, 112, 112, 3), and their entry of the journal."""
     rest = range(first, -(-len(samples) // SHARD))
-    with tqdm(desc="packing", total=len(samples), initial=first * SHARD, unit="img", dynamic_ncols=True) as bar:
+    with Progress(desc="packing", total=len(samples), initial=first * SHARD, unit="img", dynamic_ncols=True) as bar:
         for crops, skipped in in_processes(functools.partial(_decode, samples), rest, num_workers):
             bar.update(len(crops) + len(skipped))
             yield crops, {"images": len(crops), "sha256": hashlib.sha256(crops).hexdigest(), "skipped": skipped}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from vitface.data.progress import Progress
 from vitface.errors import DataError
 
 MAGIC = 0xCED7230A
@@ -181,7 +181,7 @@ def index(data: mmap | bytes, where: str) -> bytes:
     The keys are the records' ids if no two are equal; else, or if record 0 is InsightFace's, 0, 1, 2, ...
     """
     offsets, numbers, offset, header = [], [], 0, False
-    with tqdm(desc="reading", total=len(data), unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+    with Progress(desc="reading", total=len(data), unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
         while offset < len(data):
             try:
                 (begin, length), *rest = _parts(data, offset, where)

@@ -4,15 +4,24 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitface.config import TrainConfig
 from vitface.files import replace_file
 
 Tracker = Callable[[dict[str, Any]], None]
+
+
+class Curves(NamedTuple):
+    """A chart for the trackers that draw: {name: (x, y)}, lists of numbers."""
+
+    title: str
+    x_label: str
+    lines: dict[str, tuple[list[float], list[float]]]
 
 
 class RunLog:
@@ -51,6 +60,11 @@ class RunLog:
         self.epochs.append(values)
         self._write_csv()
 
+    def results(self, values: Mapping[str, Any]) -> None:
+        """Sends the final results, numbers and `Curves`, to the trackers, which end with them."""
+        for track in self.trackers:
+            track({"step": self.epochs[-1]["step"] if self.epochs else 0, **values, "final": 1})
+
     def _write_csv(self) -> None:
         """Writes the epochs' rows, which log.jsonl has too."""
         with open(self.csv, "w", newline="", encoding="utf-8") as file:
@@ -62,9 +76,34 @@ class RunLog:
 def _wandb(run_dir: Path, config: TrainConfig) -> Tracker:
     import wandb
 
-    settings, name = dataclasses.asdict(config), run_dir.name
-    run = wandb.init(project="vitface", name=name, id=name, resume="allow", dir=str(run_dir), config=settings)
-    return lambda values: run.log(values, step=values["step"])
+    settings, own = dataclasses.asdict(config), wandb_id(run_dir)
+    run = wandb.init(project="vitface", name=run_dir.name, id=own, resume="allow", dir=str(run_dir), config=settings)
+
+    def track(values: dict[str, Any]) -> None:
+        drawn = {
+            name: wandb.plot.line_series(
+                [x for x, _ in curves.lines.values()],
+                [y for _, y in curves.lines.values()],
+                keys=list(curves.lines),
+                title=curves.title,
+                xname=curves.x_label,
+            )
+            for name, curves in values.items()
+            if isinstance(curves, Curves)
+        }
+        run.log({**values, **drawn}, step=values["step"])
+        if "final" in values:
+            run.finish()
+
+    return track
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The run's id for W&B, kept in its folder: two runs may have folders of one name."""
+    path = run_dir / "wandb-id.txt"
+    if not path.is_file():
+        replace_file(path, secrets.token_hex(8).encode())
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _tensorboard(run_dir: Path, config: TrainConfig) -> Tracker:
