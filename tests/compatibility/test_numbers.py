@@ -76,6 +76,17 @@ def test_photos_as_training_folders(tmp_path, capsys, monkeypatch):
         assert f"vitface align {tmp_path / 'people'} OUT" in said
 
 
+@case("the same, trained to the end", "the ALARM is printed again with the thresholds, and is in `results.md`")
+def test_the_alarm_is_in_the_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
+    folder_of(tmp_path / "people", [photo(crop) for crop in drawn_faces(people=4, images=2)])
+    command = ["train", "--train-data", str(tmp_path / "people"), "--backbone", "vit_nano", "--image-size", "32"]
+    command += ["--val-data", str(tmp_path), "--num-workers", "0", "--batch-size", "8", "--holdout-people", "0"]
+    assert main([*command, "--epochs", "1", "--save-dir", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("8 of 8 images looked at") == 2
+    assert "ALARM" in (tmp_path / "run" / "results.md").read_text()
+
+
 @case("photos of 250 x 250 given to `data pack`", "packed, with the ALARM: later nothing shows that they were photos")
 def test_photos_that_are_packed(tmp_path, capsys):
     folder_of(tmp_path / "people", [photo(crop) for crop in drawn_faces(people=2, images=2)])

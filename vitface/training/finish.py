@@ -47,6 +47,7 @@ def finish(
     device = torch.device(config.device)
     adapted = judged(checkpoint, device, change)
     thresholds = calibrate(data, checkpoint, adapted.model)
+    thresholds += f"\nALARM {data.samples.alarm}" if data.samples.alarm else ""
     data_dir, sections = config.val_data or "", {}
     held_out = len(np.unique(data.samples.labels[data.split.held_out]))
     title = "adapted, best epoch" if held_out else "adapted, last epoch"

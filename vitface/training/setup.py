@@ -69,15 +69,17 @@ def open_inputs(config: TrainConfig) -> Samples:
     if problems:
         raise ConfigError("\n\n".join(problems))
     print("".join(f"{note}\n" for note in samples.notes), end="")
-    if isinstance(samples, RecordSamples | FolderSamples) and (alarm := size_alarm(samples, str(samples.path))):
-        print0(f"ALARM {alarm}")
+    if isinstance(samples, RecordSamples | FolderSamples):
+        samples.alarm = size_alarm(samples, str(samples.path))
+        if samples.alarm:
+            print0(f"ALARM {samples.alarm}")
     if isinstance(samples, PackedSamples):
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):
         packed = cached(samples, cache_home() / "packed", config.num_workers, print)
         if samples.domains is not None and packed.skipped:
             raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
-        packed.domains, samples = samples.domains, packed
+        packed.domains, packed.alarm, samples = samples.domains, samples.alarm, packed
     return samples
 
 
