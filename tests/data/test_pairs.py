@@ -683,13 +683,11 @@ def test_cfp_faults_name_the_line(tmp_path, file, text, message):
 @pytest.mark.skipif(not (DATA / "lfw.bin").is_file(), reason="real data is absent")
 def test_real_lfw():
     tracemalloc.start()
-    began = time.perf_counter()
     found = read_bin(DATA / "lfw.bin")
-    seconds = time.perf_counter() - began
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     size = (DATA / "lfw.bin").stat().st_size
-    assert seconds < 1.5 and held < 1.1 * size and peak < 2 * size  # the tracing itself takes a good part of it
+    assert held < 1.1 * size and peak < 2 * size
     assert len(found.images) == 12_000 and len({id(image) for image in found.images}) == 7701
     assert found.issame.tolist() == ([True] * 300 + [False] * 300) * 10
     for i in (0, 6001, 11_999):
