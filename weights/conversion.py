@@ -22,9 +22,11 @@ from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, save_backbone
+from vitface.store.tensors import MAX_HEADER_BYTES
 from vitface.weights.keymaps import FAMILIES, Family, find_family
 from vitface.weights.sources import SOURCES
 
+MAX_PICKLE_BYTES = 64 << 20
 WRAPPERS = ("state_dict", "model")  # the names of the entry of a training checkpoint that holds the weights
 
 
@@ -91,6 +93,8 @@ def read_source(path: Path, digest: str) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
+        if int.from_bytes(head[:8], "little") > MAX_HEADER_BYTES:
+            raise WeightsError(f"{path}: its header claims {int.from_bytes(head[:8], 'little'):,} bytes; it is damaged")
         state = _read_safetensors(path)
     elif _is_torchscript(path):
         state = _read_openai_archive(path, digest)
@@ -104,6 +108,9 @@ def read_source(path: Path, digest: str) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise WeightsError(f"{path}: {key} is a {type(tensor).__name__}, not a tensor; save the state dict alone")
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not plain or not tensor.numel():
+            raise WeightsError(f"{path}: {key} is empty, sparse, nested or without values; save it as a plain tensor")
     wrapped = all(key.startswith("module.") for key in state)  # by DistributedDataParallel
     return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
 
@@ -138,7 +145,27 @@ def _read_openai_archive(path: Path, digest: str) -> dict[str, Tensor]:
         return dict(torch.jit.load(path, map_location="cpu").state_dict())  # noqa: TID251, its SHA-256 is published
 
 
+def _check_pickle(path: Path) -> None:
+    """WeightsError for a pickle that would ask for more memory than it fills: torch reads those of any size."""
+    data, fault = b"", None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type for entry in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
+                fault = "it is compressed, which torch.save never does"
+            for entry in () if fault else (e for e in entries if e.filename.endswith("/data.pkl")):
+                data += archive.read(entry)
+    except Exception:  # no archive: the pickles come first in torch's older format
+        with open(path, "rb") as file:
+            data = file.read(MAX_PICKLE_BYTES)
+    if b"bytearray" in data:  # the one callable that torch allows whose result can be of any size
+        fault = "it makes a bytearray, which no state dict has"
+    if fault:
+        raise WeightsError(f"{path}: {fault}; it is not opened. Save the state dict alone, or as safetensors")
+
+
 def _read_pickle(path: Path) -> object:
+    _check_pickle(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)

@@ -7,6 +7,7 @@ $VITFACE_HOME, where `vitface.store.backbones.find_backbone` looks, and the orig
 
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitface.config import backbone_name
-from vitface.errors import WeightsError
+from vitface.errors import WeightsError, in_one_line
 from vitface.files import cache_home, sha256_file
 from vitface.store.backbones import read_backbone
 from vitface.version import __version__
@@ -23,6 +24,8 @@ from vitface.weights.conversion import Conversion, convert_backbone
 from vitface.weights.sources import DETECTOR, SOURCES, Source
 
 TIMEOUT = 30  # seconds without a byte
+MINUTE, LEAST_BYTES = 60.0, 1 << 16  # less than that in a minute is no download
+MAX_BYTES = 8 << 30
 
 
 def fetch_backbone(name: str) -> Conversion | None:
@@ -72,9 +75,9 @@ def download(source: Source, file: Path, next_step: str = "") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         _transfer(source.url, part)
         found = sha256_file(part)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise WeightsError(
-            f"cannot download {source.url}: {error}\n"
+            f"cannot download {source.url}: {in_one_line(str(error))}\n"
             "Run the same command again to continue from where it stopped, or do it by hand:\n"
             f"  1. download {source.url}\n     (sha256 {source.sha256})\n  2. put it at {file}\n  {next_step}".rstrip()
         ) from None
@@ -85,6 +88,22 @@ def download(source: Source, file: Path, next_step: str = "") -> None:
             "Fetch again; if this repeats, the file was replaced at its source or on the way: do not use it"
         )
     os.replace(part, file)
+
+
+class _Slow:
+    """Ends a transfer that keeps the connection with a byte now and then."""
+
+    def __init__(self) -> None:
+        self.since, self.bytes = time.monotonic(), 0
+
+    def received(self, count: int) -> None:
+        """OSError if less than LEAST_BYTES came in MINUTE."""
+        self.bytes += count
+        now = time.monotonic()
+        if now - self.since > MINUTE:
+            if self.bytes < LEAST_BYTES:
+                raise OSError(f"the server sent {self.bytes} bytes in {MINUTE:.0f} s")
+            self.since, self.bytes = now, 0
 
 
 def _transfer(url: str, part: Path) -> None:
@@ -105,13 +124,20 @@ def _transfer(url: str, part: Path) -> None:
             part.unlink()
             raise OSError(f"the server sent another range than the one after byte {have}; the next run starts anew")
         start, length = have if resumed else 0, response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        total = start + int(length) if length else None
+        if total is not None and not start <= total <= MAX_BYTES:
+            raise OSError(f"the server announces {length} bytes")
+        slow = _Slow()
         with (
             open(part, "ab" if resumed else "wb") as out,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
         ):
-            while chunk := response.read(1 << 16):
+            while chunk := response.read1(1 << 16):
+                if out.tell() + len(chunk) > (total or MAX_BYTES):
+                    out.truncate(0)  # the next call must not go on from there
+                    raise OSError(f"the server sends more than {total or MAX_BYTES:,} bytes")
                 out.write(chunk)
                 bar.update(len(chunk))
+                slow.received(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise OSError(f"the connection broke after {part.stat().st_size} of {total} bytes")

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -766,3 +767,54 @@ def test_the_real_vit_tiny_converts(tmp_path):
     assert done.dropped == {"head.weight": 1, "head.bias": 1} and done.used == 150
     assert_same(load_file(out), {key: tensor for key, tensor in source.items() if not key.startswith("head.")})
     assert load_backbone("vit_tiny_patch16", out, 224).config == VIT_PRESETS["vit_tiny_patch16"]
+
+
+class _OfAnySize:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_any_memory_is_not_opened(tmp_path, zipped):
+    path = tmp_path / "bomb.pth"
+    torch.save({"weight": _OfAnySize()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="makes a bytearray"):
+        convert_file("dinov2_vits14", tiny("dinov2_vits14"), path, tmp_path / "out")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(_OfAnySize()))
+    with pytest.raises(WeightsError, match="makes a bytearray"):
+        convert_file("dinov2_vits14", tiny("dinov2_vits14"), tmp_path / "bare.pth", tmp_path / "out")
+
+
+def test_an_archive_that_is_compressed_is_not_opened(tmp_path):
+    torch.save({"weight": torch.zeros(1 << 16)}, tmp_path / "plain.pth")
+    small = zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, small:
+        for entry in plain.namelist():
+            small.writestr(entry, plain.read(entry))
+    with pytest.raises(WeightsError, match="it is compressed"):
+        convert_file("dinov2_vits14", tiny("dinov2_vits14"), tmp_path / "small.pth", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.eye(8).to_sparse(),
+        lambda: torch.eye(8).to_sparse_csr(),
+        lambda: torch.empty(8, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda: torch.empty(0),
+    ],
+    ids=["sparse", "csr", "meta", "nested", "empty"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_no_plain_ones_are_named(tmp_path, odd):
+    config = tiny("dinov2_vits14")
+    torch.save({**as_meta(random_state(config)), "cls_token": odd()}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"odd\.pth: (cls_token|damaged)"):
+        convert_file("dinov2_vits14", config, tmp_path / "odd.pth", tmp_path / "out")
+
+
+def test_a_header_without_end_is_not_read(tmp_path):
+    (tmp_path / "long.safetensors").write_bytes((1 << 26).to_bytes(8, "little") + b"{" + bytes(100))
+    with pytest.raises(WeightsError, match="its header claims 67,108,864 bytes"):
+        convert_file("dinov2_vits14", tiny("dinov2_vits14"), tmp_path / "long.safetensors", tmp_path / "out")

@@ -35,6 +35,9 @@ class Server(ThreadingHTTPServer):
         self.status = 200
         self.sends: int | None = None
         self.stall = 0.0
+        self.length: str | None = None  # another Content-Length than the true one, "" for none
+        self.location: str | None = None  # of a redirect
+        self.pieces = 1  # of the body, with `stall` seconds after each
         self.requests: list[str | None] = []
         self.agents: list[str] = []
 
@@ -53,16 +56,24 @@ class Handler(BaseHTTPRequestHandler):
         if server.status != 200 or start >= len(server.content):
             self.send_error(server.status if server.status != 200 else 416)
             return
+        if server.location is not None:
+            self.send_response(302)
+            self.send_header("Location", server.location)
+            self.end_headers()
+            return
         body = server.content[start:]
         self.send_response(206 if start else 200)
         if start:
             first, last = start + server.shift, len(server.content) - 1
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(server.content)}")
-        self.send_header("Content-Length", str(len(body)))
+        if server.length != "":
+            self.send_header("Content-Length", server.length or str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: server.sends])
-        self.wfile.flush()
-        time.sleep(server.stall)
+        body = body[: server.sends]
+        for piece in range(server.pieces):
+            self.wfile.write(body[piece * len(body) // server.pieces : (piece + 1) * len(body) // server.pieces])
+            self.wfile.flush()
+            time.sleep(server.stall)
 
     def log_message(self, *args):
         pass
@@ -320,3 +331,32 @@ def test_the_detector_is_fetched_once_and_checked(server, content, tmp_path, mon
     monkeypatch.setattr(download, "DETECTOR", dataclasses.replace(SOURCES[NAME], sha256="0" * 64))
     assert main(["fetch", "yunet"]) == 2
     assert "not the pinned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["abc", "1e9", "-5", str(1 << 50)])
+def test_lengths_that_cannot_be(server, length):
+    server.length = length
+    with pytest.raises(WeightsError, match="cannot download"):
+        fetch_backbone(NAME)
+
+
+@pytest.mark.parametrize("location", ["http://[::1/x", "http://a..b/x", "gopher://x/", "http://x:port/"])
+def test_redirects_that_lead_nowhere(server, location):
+    server.location = location
+    with pytest.raises(WeightsError, match="cannot download"):
+        fetch_backbone(NAME)
+
+
+def test_a_body_without_end(server, monkeypatch, part):
+    monkeypatch.setattr("vitface.weights.download.MAX_BYTES", 1000)
+    server.length = ""
+    with pytest.raises(WeightsError, match="the server sends more than 1,000 bytes"):
+        fetch_backbone(NAME)
+    assert part.stat().st_size == 0
+
+
+def test_a_body_that_drips(server, monkeypatch):
+    monkeypatch.setattr("vitface.weights.download.MINUTE", 0.05)
+    server.pieces, server.stall = 40, 0.02
+    with pytest.raises(WeightsError, match="the server sent .* bytes in 0 s"):
+        fetch_backbone(NAME)
