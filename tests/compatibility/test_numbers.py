@@ -341,6 +341,27 @@ def test_an_empty_folder_is_named(data, capsys):
     assert "notes: no set\n  note: no image and no set was found in notes" in shown and ".cache" not in shown
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        pytest.param(
+            "gone", "does not exist", marks=case("`data check` of a folder that is not there", "an error that says so")
+        ),
+        pytest.param(
+            "photos.zip",
+            "is a file; training data is a folder",
+            marks=case("`data check photos.zip`", "an error that says what a set is"),
+        ),
+        pytest.param("lost.bin", "no such file"),
+    ],
+)
+def test_paths_that_are_no_set(tmp_path, path, said, capsys):
+    if path == "photos.zip":
+        (tmp_path / path).write_bytes(b"PK")
+    assert main(["data", "check", str(tmp_path / path), "--num-workers", "0"]) == 1
+    assert "unreadable" in (shown := capsys.readouterr().out) and said in shown
+
+
 @case("benchmarks in the same folder as train.rec, as InsightFace packs them", "checked, too")
 def test_benchmarks_beside_a_training_set(tmp_path):
     bench_file(tmp_path / "lfw.bin", drawn_faces(people=2, images=2))

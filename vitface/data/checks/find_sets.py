@@ -35,7 +35,7 @@ class Sets:
 def find_sets(path: Path) -> Sets:
     """The sets at `path`, a .bin file or a folder; a folder in which there is nothing is a training set."""
     found = Sets()
-    if path.is_file():
+    if not path.is_dir():
         _visit_file(path, found)
         return found
     _visit(path, found, 0, set())
