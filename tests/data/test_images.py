@@ -315,3 +315,34 @@ def test_to_crop():
     for shape in ((15, 15), (1, 1), (1, 10_000)):
         with pytest.raises(ImageError, match="too small"):
             to_crop(np.zeros((*shape, 3), np.uint8))
+
+
+def progressive(side=32):
+    data = BytesIO()
+    Image.fromarray(np.arange(side * side * 3, dtype=np.uint8).reshape(side, side, 3)).save(
+        data, "JPEG", progressive=True
+    )
+    return data.getvalue()
+
+
+def test_jpegs_with_more_scans_or_segments_than_a_photo_are_not_decoded():
+    """Each costs a decoder a pass over the whole image, or joins segments again and again."""
+    whole = progressive()
+    scan = whole.index(b"\xff\xda")
+    end = next(
+        i for i in range(scan + 20, len(whole)) if whole[i] == 0xFF and whole[i + 1] not in (0, *range(0xD0, 0xD8))
+    )
+    assert decode_image(whole[:end] + whole[scan:end] * 50 + whole[end:]).shape == (32, 32, 3)
+    for planted, what in (
+        (whole[:end] + whole[scan:end] * 100 + whole[end:], "more than 100 scans"),
+        (whole[:2] + b"\xff\xe5\x00\x02" * 100_000 + whole[2:], "more than 300 segments"),
+        (whole[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 101 + whole[2:], "more than 100 segments"),
+        (whole[:2] + b"\xff" * 50 + b"\xe5\x00\x02" + b"\xff\xe5\x00\x02" * 300 + whole[2:], "more than 300 segments"),
+    ):
+        with pytest.raises(ImageError, match=what):
+            decode_image(planted)
+
+
+def test_a_film_behind_a_photo_is_not_counted():
+    """As in a phone's "motion photo"; any two of its bytes may look like the start of a scan."""
+    np.testing.assert_array_equal(decode_image(progressive() + b"\xff\xda" * 1000), decode_image(progressive()))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from conftest import tiny_recogniser
 
 from vitface.data.formats.packed import PackedSamples
+from vitface.data.formats.pair_lists import read_pair_list
+from vitface.data.formats.stored import numbered
 from vitface.errors import CheckpointError, DataError, VitfaceError
 from vitface.evaluation.scores import load_scores
 from vitface.files import read_json, sha256_bytes, sha256_file
@@ -168,3 +171,22 @@ def test_nan_is_no_verdict():
         next(model.model.head.parameters()).fill_(float("nan"))
     with pytest.raises(CheckpointError, match="NaN"):
         model.verify(*np.zeros((2, 112, 112, 3), np.uint8))
+
+
+def test_names_are_numbered_in_memory_of_their_own_length():
+    names = ["b", "a", "b", "x" * 1_000_000, *(f"person {i:05d}" for i in range(20_000))]
+    tracemalloc.start()
+    found = numbered(names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    want = {name: number for number, name in enumerate(sorted(set(names)))}
+    assert found.dtype == np.int64 and found.tolist() == [want[name] for name in names]
+    assert peak < 20_000_000  # as an array of text 80 GB
+
+
+def test_a_name_that_no_file_has(tmp_path):
+    rows = [f"{name}.jpg {token}" for token in range(1, 11) for name in ("x" * 300, "a")]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="of 304 characters: no file has such a name") as error:
+        read_pair_list("calfw", tmp_path / "list.txt", tmp_path)
+    assert len(str(error.value)) < 400

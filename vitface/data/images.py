@@ -30,6 +30,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from vitface.data.jpeg import check_jpeg
 from vitface.errors import DataError, ImageError
 
 CROP_SIZE = 112
@@ -178,6 +179,8 @@ def _open(data: bytes) -> ImageFile:
     # some JPEG files with the multi-picture reader.
     for magic, plugin in _MAGIC:
         if data.startswith(magic):
+            if plugin is JpegImageFile:
+                check_jpeg(data)
             return plugin(BytesIO(data))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         _check_webp_canvas(data)

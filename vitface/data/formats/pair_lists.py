@@ -6,6 +6,7 @@ names. DataError names the line of a list that is wrong, or whose image cannot b
 
 import functools
 import itertools
+import os
 import posixpath
 import re
 import unicodedata
@@ -17,6 +18,7 @@ import numpy as np
 
 from vitface.data.formats.bin_format import MAX_IMAGE_BYTES
 from vitface.data.formats.pairs import VerificationSet
+from vitface.data.formats.stored import numbered
 from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
 
@@ -53,7 +55,7 @@ def read_pair_list(name: str, path: str | Path, image_root: str | Path) -> Verif
     folds, people = np.array([pair.fold for pair in pairs]), None
     if person:
         names = [unicodedata.normalize("NFC", person(photo)) for photo in photos]
-        people = np.unique(names, return_inverse=True)[1].reshape(-1, 2).astype(np.int64)
+        people = numbered(names).reshape(-1, 2)
     same = np.array([pair.same for pair in pairs])
     return VerificationSet(name, [images[x] for x in photos], same, None if folds.dtype == object else folds, people)
 
@@ -220,6 +222,8 @@ def _inside(relative: str, where: str, folder: str = "") -> str:
     photo = posixpath.normpath(posixpath.join(folder, relative.replace("\\", "/")))
     if photo.startswith(("/", "..")) or set(photo) & set("\0:"):
         raise DataError(f"{where} names {relative[:80]!r}, which is outside the folder of the images")
+    if max(len(os.fsencode(part)) for part in photo.split("/")) > 255:
+        raise DataError(f"{where} names {relative[:80]!r}..., of {len(relative):,} characters: no file has such a name")
     return photo
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from vitface.data.folders import Listing, left_out_lines, list_folder, some
 from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.record_set import RecordSamples
-from vitface.data.formats.stored import Samples, file_identity
+from vitface.data.formats.stored import Samples, file_identity, numbered
 from vitface.data.images import read_image
 from vitface.errors import DataError
 
@@ -135,4 +135,4 @@ def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
     missing = [name for name in image_names if not domain_of.get(name)]
     if missing:
         raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")
-    return np.unique([domain_of[name] for name in image_names], return_inverse=True)[1].astype(np.int64)
+    return numbered([domain_of[name] for name in image_names])

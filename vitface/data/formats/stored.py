@@ -43,6 +43,12 @@ class Samples(Images):
         return len(self.labels)
 
 
+def numbered(names: Sequence[str]) -> np.ndarray:
+    """The number of each name among the sorted distinct ones, int64 (n,)."""
+    number = {name: i for i, name in enumerate(sorted(set(names)))}  # an array would make all as wide as the longest
+    return np.array([number[name] for name in names], np.int64)
+
+
 def file_identity(folder: Path, names: Iterable[str]) -> str:
     """A hash of the files' names, sizes and times, which changes when the set does."""
     digest = hashlib.sha256()
