@@ -120,18 +120,22 @@ CONTROLS = {
 def stopped(tmp_path, monkeypatch):
     """A run that was stopped after step 6, in the middle of an epoch, and one that was not."""
     run(settings(tmp_path / "whole"))
+    stop_at(6, tmp_path / "stopped", monkeypatch)
+    return tmp_path / "stopped", fingerprint(tmp_path / "whole")
+
+
+def stop_at(step, run_dir, monkeypatch):
     with monkeypatch.context() as patch:
         taken, update = iter(range(1, STEPS + 1)), loop.update
 
         def interrupted(*arguments):
-            if next(taken) == 6:
+            if next(taken) == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(*arguments)
 
         patch.setattr(loop, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(settings(tmp_path / "stopped"))
-    return tmp_path / "stopped", fingerprint(tmp_path / "whole")
+            run(settings(run_dir))
 
 
 def resume(run_dir, **changes):
@@ -395,3 +399,32 @@ def test_settings_of_a_run_hold_what_shapes_it(tmp_path):
     assert {"lr", "seed", "train_data", "batch_size", "epochs"} <= set(kept)
     assert not {"save_dir", "num_workers", "resume", "allow_changed"} & set(kept)
     assert set(kept) < set(dataclasses.asdict(config))
+
+
+class ChangedFaces(Faces):
+    def __init__(self, **changes):
+        super().__init__()
+        vars(self).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"names": list("9876543210")}, "names"),
+        ({"pixels": "other"}, "pixels"),
+        ({"domains": 1 - np.arange(40) % 2}, "domain labels"),
+        ({}, None),
+        ({"pixels": None}, None),
+    ],
+)
+def test_exchanged_people_pixels_and_domain_labels_are_other_data(tmp_path, monkeypatch, changes, what):
+    """The numbers and labels of the images are the same in all cases; the last two are the controls."""
+    own = {"pixels": "packed", "domains": np.arange(40) % 2}
+    monkeypatch.setattr(setup, "open_inputs", lambda config: ChangedFaces(**own))
+    stop_at(3, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr(setup, "open_inputs", lambda config: ChangedFaces(**{**own, **changes}))
+    if what is None:
+        resume(tmp_path / "run")
+        return
+    with pytest.raises(CheckpointError, match=rf"is not the data (.|\n)*data, {what}: "):
+        resume(tmp_path / "run")

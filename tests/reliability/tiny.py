@@ -13,6 +13,7 @@ from conftest import tiny_config
 
 from vitface.config import VIT_PRESETS, resolve
 from vitface.data.counter import uniform
+from vitface.data.formats.stored import Samples
 from vitface.training import setup
 
 EPOCHS, STEPS_PER_EPOCH = 3, 4
@@ -38,10 +39,8 @@ TINY = dict(
 )
 
 
-class Faces:
+class Faces(Samples):
     """10 people, 4 images each, of noise around the person's own: with 2 held out, an epoch is 4 batches of 8."""
-
-    domains = None
 
     def __init__(self):
         self.labels = np.repeat(np.arange(10), 4)

@@ -20,6 +20,7 @@ from vitface.data.formats.stored import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
 from vitface.errors import ConfigError
+from vitface.files import sha256_bytes
 from vitface.model.face import FaceModel
 from vitface.training.ranks.process_group import rank, world_size
 
@@ -33,6 +34,12 @@ class TrainingData:
     domains: np.ndarray | None  # (n,) of all samples, if the data labels as many domains as the model has
     steps_per_epoch: int
     micro_batch: int  # b
+
+    def fingerprint(self) -> dict[str, int | str | None]:
+        """Identifies the data by its split, the people's names, the domain labels and, of packed data, the pixels."""
+        names = sha256_bytes("\0".join(self.samples.names).encode("utf-8", "surrogateescape"))
+        domains = None if self.domains is None else sha256_bytes(self.domains.astype("<i8").tobytes())
+        return {**self.split.fingerprint(), "names": names, "domain labels": domains, "pixels": self.samples.pixels}
 
 
 class Batch(NamedTuple):

@@ -75,7 +75,7 @@ class Trainer:
         """
         progress = self.state.progress
         if world_size() > 1:
-            facts = {**settings_of(self.config), **self.data.split.fingerprint(), "step": progress.step}
+            facts = {**settings_of(self.config), **self.data.fingerprint(), "step": progress.step}
             backbone = self.model.config.weights_sha256
             check_same({**facts, "trained tensors": self.state.sha256(), "backbone file": backbone})
         with stop_requests() as stop:
@@ -221,7 +221,7 @@ class Trainer:
     def save(self, is_best: bool) -> None:
         """Saves the current step in the run's folder; to be called on every rank."""
         if self.run_dir is not None:
-            facts = {"settings": settings_of(self.config), "data": self.data.split.fingerprint()}
+            facts = {"settings": settings_of(self.config), "data": self.data.fingerprint()}
             self.state.save(self.run_dir, facts, is_best)
 
     def restore(self, checkpoint: Path) -> None:
@@ -229,7 +229,7 @@ class Trainer:
 
         With --allow-changed other settings and other data of as many people pass: the current epoch starts again.
         """
-        data = self.data.split.fingerprint()
+        data = self.data.fingerprint()
         written, changed = state_to_resume(checkpoint, self.config, self.model.config, data)
         self.state.restore(checkpoint, written)
         self.state.progress.finished = False  # changed settings may ask for more epochs than it had

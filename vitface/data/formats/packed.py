@@ -51,6 +51,7 @@ class PackedSamples(Samples):
                 raise ValueError
             if not all(type(count) is int and count >= 0 for count, _ in self._shards):
                 raise ValueError
+            self.pixels = sha256_bytes("".join(str(digest) for _, digest in self._shards).encode())
             whole = sha256_bytes(labels) == manifest["labels_sha256"]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; pack the set again") from None

@@ -31,13 +31,15 @@ class Images:
 class Samples(Images):
     """n aligned faces of C people: `labels` int64 (n,) in [0, C), each person with at least one image; `names` the C
     people, by label; `domains` int64 (n,), None where the source has no domain labels (see `read_domains`); `notes`
-    what the user should be told of the source, a line each; `alarm` why results on it mean little, or None."""
+    what the user should be told of the source, a line each; `alarm` why results on it mean little, or None; `pixels` a
+    SHA-256 of all images where that is known without reading them."""
 
     labels: np.ndarray
     names: list[str]
     domains: np.ndarray | None = None
     notes: Sequence[str] = ()
     alarm: str | None = None
+    pixels: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -79,7 +79,10 @@ def state_to_resume(
     if changes:
         raise CheckpointError(f"{checkpoint} is of another model or was trained on another backbone file:\n{changes}")
     state = load_state(checkpoint)
-    changes = difference(state["data"], data, "data, {}".format)
+    before = dict(state["data"])
+    if before.get("pixels") is None or data["pixels"] is None:  # known of packed data alone
+        before["pixels"] = data["pixels"]
+    changes = difference(before, data, "data, {}".format)
     if changes and not config.allow_changed:
         raise CheckpointError(
             f"{config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n{changes}"
