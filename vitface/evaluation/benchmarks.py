@@ -14,7 +14,6 @@ import numpy as np
 
 from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
-from vitface.data.progress import Progress
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
@@ -127,6 +126,8 @@ def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_ord
 
 
 def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns, name: str) -> np.ndarray:
+    from vitface.data.progress import Progress  # here, so that help does not wait for tqdm
+
     def embed_batch(turn: int) -> np.ndarray:
         batch = range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))
         rows = embed(np.stack([read(i) for i in batch]))
