@@ -87,17 +87,15 @@ def test_a_stream_that_is_closed(closed):
     assert b"Traceback" not in done.stderr
 
 
-def test_a_lost_terminal_stops_a_run_as_sigterm_does():
-    before = signal.getsignal(signal.SIGHUP)
-    with stop_requests() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.is_set()
-    assert signal.getsignal(signal.SIGHUP) is before
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_lost_terminal_stops_a_run_as_sigterm_does(nohup):
+    handler = signal.SIG_IGN if nohup else lambda *_: pytest.fail("as before")
+    before = signal.signal(signal.SIGHUP, handler)  # these tests may run under nohup themselves
     try:
         with stop_requests() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.is_set()
+            assert stop.is_set() is not nohup
+        assert signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
 
