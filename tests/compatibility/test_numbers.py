@@ -349,8 +349,8 @@ def test_an_empty_folder_is_named(data, capsys):
         ),
         pytest.param(
             "photos.zip",
-            "is a file; training data is a folder",
-            marks=case("`data check photos.zip`", "an error that says what a set is"),
+            "or one with a folder of images per person; unpack it first",
+            marks=case("`data check photos.zip`", "an error that says to unpack it"),
         ),
         pytest.param("lost.bin", "no such file"),
     ],

@@ -18,6 +18,7 @@ from vitface.data.formats.stored import Samples, file_identity, numbered
 from vitface.data.images import read_image
 from vitface.errors import DataError
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 EMPTY_SHOWN = 20  # names of folders in a message
 _DEMO = "to try training without data:\n  vitface train --exp demo"
 
@@ -27,7 +28,8 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
     path = Path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        hint = f"pass its folder, --train-data {path.parent}" if path.suffix == ".rec" else _DEMO
+        hint = f"pass its folder, --train-data {path.parent}" if path.suffix in (".rec", ".idx", ".lst") else _DEMO
+        hint = "unpack it first" if path.suffix.lower() in ARCHIVES else hint
         raise DataError(
             f"{path} {found}; training data is a folder with train.rec and train.idx (InsightFace), "
             f"or one with a folder of images per person; {hint}"
