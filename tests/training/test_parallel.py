@@ -95,9 +95,10 @@ def test_load_balance_and_adaface_see_the_whole_batch():
 
 @pytest.mark.parametrize("turns", [1, 2, 7])
 def test_rows_do_not_depend_on_how_many_ranks_take_turns(turns):
-    def work(turn):
-        assert turn % 3 == rank() or turn < 0
-        return np.full((turn + 1, 2), turn, np.float32)
+    def work(turns):
+        for turn in turns:
+            assert turn % 3 == rank()
+            yield np.full((turn + 1, 2), turn, np.float32)
 
     expected = np.concatenate([np.full((turn + 1, 2), turn, np.float32) for turn in range(turns)])
 
@@ -105,19 +106,25 @@ def test_rows_do_not_depend_on_how_many_ranks_take_turns(turns):
         assert np.array_equal(in_turns(work, turns), expected)
 
     all_well(3, act)
-    assert np.array_equal(in_turns(lambda turn: np.full((turn + 1, 2), turn, np.float32), turns), expected)
+    assert np.array_equal(
+        in_turns(lambda numbers: (np.full((turn + 1, 2), turn, np.float32) for turn in numbers), turns), expected
+    )
 
 
 def test_work_that_fails_in_one_turn_fails_on_all_ranks():
-    def work(turn):
-        if turn == 1:
-            raise DataError("image 7 is damaged")
-        return np.zeros((1, 2), np.float32)
+    def work(turns):
+        for turn in turns:
+            if turn == 1:
+                raise DataError("image 7 is damaged")
+            yield np.zeros((1, 2), np.float32)
 
     def act(number):
         with pytest.raises(DataError, match="image 7 is damaged"):
             in_turns(work, 4)
-        assert in_turns(lambda turn: np.ones((1, 1), np.float32), 2).tolist() == [[1], [1]]  # nobody is left waiting
+        assert in_turns(lambda turns: (np.ones((1, 1), np.float32) for _ in turns), 2).tolist() == [
+            [1],
+            [1],
+        ]  # nobody is left waiting
 
     all_well(2, act)
 

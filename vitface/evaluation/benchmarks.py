@@ -6,7 +6,7 @@ crops under the published names (see `pair_lists`). "synthetic" and "synthetic_s
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,15 @@ BATCH_SIZE = 128
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
 
 
-def in_order(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-    """work(0), ..., work(count - 1), each (n, E), concatenated."""
-    return np.concatenate([work(turn) for turn in range(count)])
+Work = Callable[[Sequence[int]], Iterator[np.ndarray]]  # numbers of turns -> an array (n, E) of each
 
 
-InTurns = Callable[[Callable[[int], np.ndarray], int], np.ndarray]  # `in_order`, or the same over several processes
+def in_order(work: Work, count: int) -> np.ndarray:
+    """The arrays of the turns 0 to `count` - 1, concatenated."""
+    return np.concatenate([*work(range(count))])
+
+
+InTurns = Callable[[Work, int], np.ndarray]  # `in_order`, or the same over several processes
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,19 @@ def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_ord
 
 
 def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns, name: str) -> np.ndarray:
-    from vitface.data.progress import Progress  # here, so that help does not wait for tqdm
+    from vitface.data.background import in_thread  # here, so that help does not wait for torch and tqdm
+    from vitface.data.progress import Progress
 
-    def embed_batch(turn: int) -> np.ndarray:
-        batch = range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))
-        rows = embed(np.stack([read(i) for i in batch]))
-        bar.update(batch.stop - bar.n)  # the turns of other ranks are done as well
-        return rows
+    def read_batch(turn: int) -> np.ndarray:
+        return np.stack([read(i) for i in range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))])
+
+    def embed_batches(turns: Sequence[int]) -> Iterator[np.ndarray]:
+        for turn, crops in zip(turns, in_thread(read_batch, turns), strict=True):  # decoded while the device works
+            yield embed(crops)
+            bar.update(min((turn + 1) * BATCH_SIZE, count) - bar.n)  # the turns of other ranks are done as well
 
     with Progress(desc=f"evaluating {name}", total=count, unit="img", leave=False, dynamic_ncols=True) as bar:
-        return in_turns(embed_batch, -(-count // BATCH_SIZE))
+        return in_turns(embed_batches, -(-count // BATCH_SIZE))
 
 
 @dataclass(frozen=True)

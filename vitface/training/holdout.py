@@ -4,6 +4,8 @@ A threshold is for the cosine of two embeddings of `Recogniser.embed`: the same 
 file is the run's thresholds.json (see `vitface.store.thresholds`).
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from vitface.data.formats.stored import Samples
@@ -33,14 +35,14 @@ def embed_held_out(
     held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
     positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
 
-    def embed_batch(turn: int) -> np.ndarray:
-        [(_, crops)] = read_batches(samples, held_out, [positions[turn]])
-        rows = np.hstack(embed_batches(model, split(model, crops, flip), flip))
-        bar.update(turn + 1 - bar.n)
-        return rows
+    def embed(turns: Sequence[int]) -> Iterator[np.ndarray]:
+        read = read_batches(samples, held_out, [positions[turn] for turn in turns])
+        for turn, (_, crops) in zip(turns, read, strict=True):
+            yield np.hstack(embed_batches(model, split(model, crops, flip), flip))
+            bar.update(turn + 1 - bar.n)
 
     with Progress(desc="held-out people", total=len(positions), unit="batch", leave=False, dynamic_ncols=True) as bar:
-        rows = in_turns(embed_batch, len(positions))
+        rows = in_turns(embed, len(positions))
     embeddings, gates = np.split(rows, [model.config.embedding_dim], axis=1)
     return embeddings, gates, samples.labels[held_out]
 

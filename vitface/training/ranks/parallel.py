@@ -5,7 +5,7 @@ gradients that make this the gradient of the mean over all ranks' images. Letter
 forward pass, B = W · b images of all ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from vitface.errors import DataError, VitfaceError
-from vitface.evaluation.benchmarks import in_order
+from vitface.evaluation.benchmarks import Work, in_order
 from vitface.training.ranks.process_group import all_gather, rank, world_size
 
 
@@ -140,16 +140,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
     return norm
 
 
-def in_turns(work: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-    """Concatenates work(0), ..., work(count - 1), float32 (n, E) each; each rank does every W-th and gets all rows.
+def in_turns(work: Work, count: int) -> np.ndarray:
+    """The arrays of the turns 0 to `count` - 1, float32, concatenated; each rank does every W-th and gets all rows.
 
     DataError on all ranks if the work of one fails.
     """
     if world_size() == 1:
         return in_order(work, count)
-    mine, failure = {}, ""
+    mine, failure, turns = {}, "", range(rank(), count, world_size())
     try:
-        mine = {turn: np.asarray(work(turn), np.float32) for turn in range(rank(), count, world_size())}
+        mine = {turn: np.asarray(rows, np.float32) for turn, rows in zip(turns, work(turns), strict=True)}
     except VitfaceError as error:
         failure = str(error)
     everyone = all_gather([failure, [rows.shape for rows in mine.values()]])
