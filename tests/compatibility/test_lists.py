@@ -1,13 +1,14 @@
 """Pair lists as they were published, copied, edited and unpacked."""
 
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cases import case
 from PIL import Image
 
-from vitface.data.checks.check_people import people_in_benchmark
+from vitface.data.checks.check_people import no_names_to_compare, people_in_benchmark
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.samples import load_samples
@@ -233,3 +234,51 @@ def test_accents_in_the_search_for_training_people(tmp_path):
         Image.new("RGB", (112, 112)).save(tmp_path / "people" / unicodedata.normalize("NFD", who) / "1.png")
     (finding,) = people_in_benchmark(load_samples(tmp_path / "people"), tmp_path / "pairs.txt")
     assert "1 training people are named" in finding.what
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("Andre_Agassi_1.jpg 1\nAndre_Agassi_2.jpg 1\n", marks=case("CPLFW's list", "names are found")),
+        pytest.param(
+            "1 /data/lfw/Andre_Agassi/Andre_Agassi_0001.jpg x\n", marks=case("`label path path`", "names are found")
+        ),
+        pytest.param(
+            "1 lfw\\Andre_Agassi\\Andre_Agassi_0001.jpg x\n", marks=case("the same with `\\`", "names are found")
+        ),
+        pytest.param("name,imagenum1,imagenum2\nAndre_Agassi,1,2\n", marks=case("Kaggle's CSV", "names are found")),
+        pytest.param("Andre_Agassi;1;2\n", marks=case("a CSV with `;`", "names are found")),
+        pytest.param("1_AndreAgassi_30_m.jpg\t1\n", marks=case("AgeDB's names", "names are found")),
+        pytest.param("André Agassi\t1\t2\n", marks=case("accents in the list alone", "names are found")),
+    ],
+)
+def test_training_people_are_found_in_every_form_of_list(tmp_path, text):
+    (tmp_path / "list").write_text(text)
+    samples = SimpleNamespace(names=["Someone Else", "Andre Agassi", "Andre", "17"])
+    (finding,) = people_in_benchmark(samples, tmp_path / "list")
+    assert "1 training people are named" in finding.what and "Andre Agassi" in finding.what
+    assert no_names_to_compare(samples, tmp_path / "list") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "what"),
+    [
+        pytest.param(
+            "", ["Ann"], "has no names", marks=case("an empty list `--against`", "said: nothing was compared")
+        ),
+        pytest.param("1\t2\n3;4\n", ["Ann"], "has no names", marks=case("a list of numbers", "the same")),
+        pytest.param(
+            "Ann\t1\t2\n",
+            ["0", "1"],
+            "the people have numbers",
+            marks=case("people with numbers for names", "said: compare faces instead"),
+        ),
+    ],
+)
+def test_where_no_names_can_be_compared_it_is_said(tmp_path, text, names, what):
+    (tmp_path / "list").write_text(text)
+    samples = SimpleNamespace(names=names)
+    (finding,) = no_names_to_compare(samples, tmp_path / "list")
+    assert (
+        what in finding.what and finding.severity == "warning" and not people_in_benchmark(samples, tmp_path / "list")
+    )

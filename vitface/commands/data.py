@@ -101,7 +101,7 @@ def _build(arguments: argparse.Namespace) -> None:
 def _show_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     add("path", type=Path, metavar="PATH", help="training set")
-    add("--out", type=output_file, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+    add("--out", type=output_file(".png"), default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
     add("--augment", choices=["none", "flip", "strong"], default="strong", help="as in training (default: strong)")
     add("--count", type=int, default=8, help="images, a row each (default: 8)")
     add("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")

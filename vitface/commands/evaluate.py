@@ -40,9 +40,14 @@ def add_flags(parser: CommandParser) -> None:
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
     add("--routing", action="store_true", help="also print DA-LoRA's domain weights by pose, and on procedural faces")
-    add("--output", type=output_file, metavar="FILE.html", help="also write a report, one page that needs no network")
+    add(
+        "--output",
+        type=output_file(".html"),
+        metavar="FILE.html",
+        help="also write a report, one page that needs no network",
+    )
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
-    add("--json", type=output_file, metavar="FILE", help="also write the results there")
+    add("--json", type=output_file(".json"), metavar="FILE", help="also write the results there")
     add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size")
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS, TrainConfig, to_flag
 from vitface.errors import did_you_mean, printable
+
+OWN_FILES = ("config.json", "gallery.json", "manifest.json", "model.json", "thresholds.json", "training.json")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -56,17 +58,29 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
-def output_file(text: str) -> Path:
-    """An argument's `type`: a path in a folder that exists."""
+def in_a_folder(text: str) -> Path:
+    """A path in a folder that exists."""
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: its folder does not exist")
     return path
 
 
+def output_file(suffix: str) -> Callable[[str], Path]:
+    """An argument's `type`: a path in a folder that exists, where at most a file of the same kind is replaced."""
+
+    def file(text: str) -> Path:
+        path = in_a_folder(text)
+        if path.is_file() and (path.suffix.lower() != suffix or path.name in OWN_FILES):
+            raise argparse.ArgumentTypeError(f"{path} exists and is no {suffix} file to replace; name another")
+        return path
+
+    return file
+
+
 def new_path(text: str) -> Path:
     """An argument's `type`: a file or folder that does not exist yet, in a folder that does."""
-    path = output_file(text)
+    path = in_a_folder(text)
     if path.exists() or path.is_symlink():
         raise argparse.ArgumentTypeError(f"{path} exists; name one that does not")
     return path

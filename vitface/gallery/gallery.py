@@ -4,6 +4,7 @@ Rows are stored in blocks: adding rows does not copy the others, and a search ne
 queries in one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
 """
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,9 @@ class Gallery:
         rows = self._unit_rows(embeddings)
         if isinstance(names, str) or len(names) != len(rows):
             raise ValueError(f"{len(rows)} embeddings need a list of as many names, not {names!r:.80}")
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"a name is a string, not {name!r:.40}: pass str(name)")
         while len(rows):
             used = len(self.names) % BLOCK
             if not used:
@@ -73,8 +77,15 @@ class Gallery:
             names, rows = names[count:], rows[count:]
 
     def remove(self, name: str) -> int:
-        """Removes the rows of a name, and returns how many there were."""
-        kept = [i for i, other in enumerate(self.names) if other != name]
+        """Removes the rows of a name, or of all photos in the folder of that name, and returns how many there were.
+
+        In a gallery that `vitface embed` made, rows are named by paths, as "anna/1.jpg": "anna" removes all of hers.
+        """
+        if not isinstance(name, str):
+            raise ValueError(f"a name is a string, not {name!r:.40}")
+        name = unicodedata.normalize("NFC", name).rstrip("/")
+        whose = (unicodedata.normalize("NFC", other) for other in self.names)
+        kept = [i for i, other in enumerate(whose) if other != name and not other.startswith(f"{name}/")]
         removed, names, rows = len(self) - len(kept), [self.names[i] for i in kept], self.embeddings[kept]
         if removed:
             self.names, self._blocks = [], []

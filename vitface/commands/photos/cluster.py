@@ -24,7 +24,8 @@ This needs SciPy: pip install scipy
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
-    parser.add_argument("--out", type=output_file, metavar="CSV", help="also write the columns name,cluster there")
+    columns = "also write the columns name,cluster there; for spreadsheets, =name and the like become '=name"
+    parser.add_argument("--out", type=output_file(".csv"), metavar="CSV", help=columns)
     add_shared(parser, "--json")
 
 

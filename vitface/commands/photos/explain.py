@@ -19,7 +19,7 @@ found alike: a model with the head "patches" reads every patch, not only CLS.
 
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("photo", type=Path, metavar="PHOTO", help="a photo, or an aligned crop")
-    parser.add_argument("-o", "--out", type=output_file, required=True, metavar="PNG", help="the picture")
+    parser.add_argument("-o", "--out", type=output_file(".png"), required=True, metavar="PNG", help="the picture")
     parser.add_argument("--block", type=int, default=-1, help="block whose attention is shown (default: the last)")
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.commands.inputs import crop_reader, load_model
     from vitface.evaluation.explanation import explanation
 
+    if arguments.out.exists() and arguments.out.samefile(arguments.photo):
+        raise ConfigError(f"--out {arguments.out} is the photo itself; name another file")
     crop = crop_reader(arguments)(arguments.photo)
     model, _ = load_model(arguments)
     depth = model.config.vit.depth

@@ -1,5 +1,6 @@
 """Checks of a training set's people and labels, and of training people in a benchmark's list."""
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -152,13 +153,32 @@ def _lowest_part(margins: np.ndarray) -> tuple[int, int]:
 
 @finds("error", "remove them from the training set (namesakes are possible, look first)")
 def people_in_benchmark(samples: Samples, pair_list: Path) -> str | None:
-    """Finds training people by their names; case, spaces and _ do not matter."""
-    listed = set(_spelled(pair_list.read_text(encoding="utf-8", errors="replace")).split())
-    known = [name for name in samples.names if not name.isdigit() and _spelled(name).replace(" ", "") in listed]
+    """Finds training people by their names; case, accents, spaces, _ and the numbers of photos do not matter."""
+    listed = _listed(pair_list)
+    known = [name for name in samples.names if _letters(name) in listed]
     if known:
         return f"{len(known)} training people are named in {pair_list}: {', '.join(known[:3])}..."
 
 
-def _spelled(text: str) -> str:
-    composed = unicodedata.normalize("NFC", text)  # accents are letters, also where a disk took them apart
-    return re.sub("_[0-9]{4}|[^\\w\\s]|_", "", composed.casefold())
+@finds("warning", "name the published list; or compare the faces with --checkpoint RUN and the benchmark's .bin")
+def no_names_to_compare(samples: Samples, pair_list: Path) -> str | None:
+    """A list without names, or a set whose people have numbers, of which nothing can be found."""
+    if not _listed(pair_list):
+        return f"{pair_list} has no names: nothing was compared with it"
+    if not any(map(_letters, samples.names)):
+        return f"the people have numbers for names: nothing was compared with {pair_list}"
+
+
+@functools.cache
+def _listed(pair_list: Path) -> set[str]:
+    """The letters of the names in a list: NAME<TAB>1, NAME_0001.jpg, folders NAME/, AgeDB's 1_NAME_30_m.jpg."""
+    text = pair_list.read_text(encoding="utf-8", errors="replace")
+    rows = [re.split(r"[\t,;|]", row) if re.search(r"[\t,;|]", row) else row.split() for row in text.splitlines()]
+    words = {word for row in rows for cell in row for word in re.split(r"[/\\]", cell)}
+    bare = (re.sub(r"\.[a-z]{3,4}$", "", word.strip(), flags=re.IGNORECASE) for word in words)
+    return {_letters(re.sub(r"^\d+_|(_\d+)+(_[mf])?$", "", word)) for word in bare} - {"", "name", "imagenum"}
+
+
+def _letters(name: str) -> str:
+    spelled = unicodedata.normalize("NFKD", name).casefold()  # accents apart, as some disks write them
+    return "".join(c for c in spelled if c.isalpha())

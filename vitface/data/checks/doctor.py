@@ -11,7 +11,13 @@ import numpy as np
 from vitface.data.checks.check_faces import Embed, Faces, check_faces
 from vitface.data.checks.check_images import MIN_IMAGES
 from vitface.data.checks.check_pairs import Benchmark, check_benchmark, scan_benchmark
-from vitface.data.checks.check_people import TrainingSet, check_training, people_in_benchmark, scan_training
+from vitface.data.checks.check_people import (
+    TrainingSet,
+    check_training,
+    no_names_to_compare,
+    people_in_benchmark,
+    scan_training,
+)
 from vitface.data.checks.find_sets import find_sets
 from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import dark_spots
@@ -90,7 +96,7 @@ def _training_report(
         findings += check_between(data, bench)
         findings += check_faces(faces, bench) if faces else []
     for file in lists:
-        findings += people_in_benchmark(samples, file)
+        findings += people_in_benchmark(samples, file) + no_names_to_compare(samples, file)
     return Report(str(path), kind, {"images": len(samples), "people": len(samples.names)}, findings)
 
 
