@@ -35,7 +35,7 @@ ROWS = {
     ),
     "failpoints": Row(
         "a fault at each operation of a save: SIGKILL, SIGTERM, Ctrl-C, ENOSPC, EIO, MemoryError",
-        Cases("96", 24, 150),
+        Cases("96", 24, 156),
         "the earlier checkpoints are intact, the message is clear, the next save works",
     ),
     "kill training": Row(
