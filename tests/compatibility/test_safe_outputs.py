@@ -94,4 +94,5 @@ def test_turned_heads_are_faces(yaw):
     """Of a head with the nose 25 px before the eyes' and the mouth's plane."""
     turn, depth = np.deg2rad(yaw), np.array([-5, -5, 25, 5, 5])
     x = (TEMPLATE[:, 0] - 56) * np.cos(turn) + depth * np.sin(turn) + 56
-    align_face(np.zeros((112, 112, 3), np.uint8), np.column_stack([x, TEMPLATE[:, 1]]))
+    crop = align_face(np.full((112, 112, 3), 9, np.uint8), np.column_stack([x, TEMPLATE[:, 1]]))
+    assert crop.shape == (112, 112, 3) and crop[56, 56].tolist() == [9, 9, 9]

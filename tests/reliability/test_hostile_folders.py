@@ -82,7 +82,7 @@ def test_what_a_user_names_may_be_a_pipe_and_is_not_written_through_a_link(victi
 
 
 def test_writers_of_one_file_lose_nothing(tmp_path):
-    """Three threads, each with its own results in one run; and a reader that never sees half a file."""
+    """Three processes, each with its own results in one run; each reads between its writes, and never half a file."""
     generator, failures = np.random.default_rng(0), []
     issame = np.arange(40) % 2 == 0
     results = {name: verify(generator.random(40), issame) for name in ("lfw", "cfp_fp", "agedb_30")}

@@ -12,7 +12,6 @@ on mid-grey (128); an animation or a TIFF of several pages gives its first; an I
 import importlib.util
 import math
 import os
-import stat
 import threading
 import warnings
 from io import BytesIO
@@ -32,6 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from vitface.data.jpeg import check_jpeg
 from vitface.errors import DataError, ImageError
+from vitface.files import open_regular
 
 CROP_SIZE = 112
 MIN_SIDE = 16
@@ -95,12 +95,10 @@ def _decode_safely(data: bytes, where: str) -> tuple[np.ndarray, int]:
 def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; ImageError with the reason if it is not one."""
     try:
-        status = os.stat(path)  # before open(), which would wait for ever on a FIFO
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{path}: not a regular file")
-        if status.st_size > limit:
-            raise ImageError(f"{path}: {status.st_size} bytes, an image may have {limit}")
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ImageError(f"{path}: {size} bytes, an image may have {limit}")
             return file.read(limit)
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None

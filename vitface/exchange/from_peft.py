@@ -10,7 +10,6 @@ their B are put on a block diagonal, at up to three times the rank; alpha grows 
 
 import dataclasses
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from vitface.config import MAX_SIZE, FaceConfig, ViTConfig
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, TENSORS
 from vitface.exchange.peft_keys import base_fault, our_layers, part_of_backbone, read_modules, without_wrappers
+from vitface.files import read_json
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.model.vit import ViT
@@ -104,12 +104,11 @@ def read_peft(folder: Path, backbone: str, config: ViTConfig, own_base: bool = F
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            settings = json.loads(file.read(MAX_CONFIG_BYTES))
+        settings = read_json(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         inside = "".join(f", but {found.parent} has" for found in sorted(path.parent.glob(f"*/{CONFIG}"))[:1])
         raise ExchangeError(f"{path.parent} is no PEFT folder: it has no {CONFIG}{inside}") from None
-    except (ValueError, RecursionError):  # no JSON, or nested to do harm
+    except ValueError:  # no JSON, or nested to do harm
         settings = None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ExchangeError(f"{path} is not the configuration of a LoRA")

@@ -1,6 +1,5 @@
 """Checks of a training set's people and labels, and of training people in a benchmark's list."""
 
-import functools
 import itertools
 import re
 import unicodedata
@@ -169,7 +168,6 @@ def no_names_to_compare(samples: Samples, pair_list: Path) -> str | None:
         return f"the people have numbers for names: nothing was compared with {pair_list}"
 
 
-@functools.cache
 def _listed(pair_list: Path) -> set[str]:
     """The letters of the names in a list: NAME<TAB>1, NAME_0001.jpg, folders NAME/, AgeDB's 1_NAME_30_m.jpg."""
     text = pair_list.read_text(encoding="utf-8", errors="replace")

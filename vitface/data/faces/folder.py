@@ -86,8 +86,7 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     """Aligns every image below `src` into `out`; DataError if there is no image.
 
     Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced or the finder has other
-    landmarks for them. With `prune`, the
-    crops of photos that are gone are deleted.
+    landmarks for them. With `prune`, the crops of photos that are gone are deleted.
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
