@@ -50,6 +50,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device. A GPU is not waited for: its copy is from pinned memory, which torch keeps
+    and uses again."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 def resolve_dtype(name: Literal["auto"] | Dtype, device: torch.device, width: int) -> Dtype:
     """The dtype of a name, for a model with tokens of `width` values.
 

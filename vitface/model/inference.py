@@ -20,6 +20,7 @@ import vitface.kernels.lora_linear as lora_linear
 import vitface.kernels.onednn as onednn
 from vitface.data.images import CROP_SIZE
 from vitface.data.preprocess import resize, to_float
+from vitface.device import to_device
 from vitface.model.face import FaceModel
 from vitface.model.lora import Linear, Mix, merge_lora
 from vitface.model.vit import Block, LayerScale
@@ -48,14 +49,17 @@ def embed_crops(model: FaceModel, crops: Crops, flip: bool = True) -> tuple[Tens
 
 
 def embed_batches(model: FaceModel, batches: Iterable[Crops], flip: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """`embed_crops` of one batch after the other: embeddings (N, E) and weights (N, K), ones (N, 1) for plain LoRA."""
-    rows = [np.zeros((0, model.config.embedding_dim), np.float32)]
-    gates = [np.zeros((0, model.config.num_domains), np.float32)]
+    """`embed_crops` of one batch after the other: embeddings (N, E) and weights (N, K), ones (N, 1) for plain LoRA.
+
+    A GPU is waited for when the batch after is queued, so that it has work all the time.
+    """
+    rows = [(torch.zeros(0, model.config.embedding_dim), torch.zeros(0, model.config.num_domains))]
     for batch in batches:
         embeddings, weights = embed_crops(model, batch, flip)
-        rows.append(embeddings.cpu().numpy())
-        gates.append(np.ones((len(batch), 1), np.float32) if weights is None else weights.cpu().numpy())
-    return np.concatenate(rows), np.concatenate(gates)
+        rows.append((embeddings, embeddings.new_ones(len(batch), 1) if weights is None else weights))
+        rows[-2] = (rows[-2][0].cpu(), rows[-2][1].cpu())
+    embeddings, gates = (torch.cat([part.cpu() for part in parts]).numpy() for parts in zip(*rows, strict=True))
+    return embeddings, gates
 
 
 def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | None = None) -> Iterator[Any]:
@@ -94,7 +98,8 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
         raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
     if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
         raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(crops.shape)}")
-    return torch.as_tensor(crops).to(model.vit.pos_embed.device)
+    crops, device = torch.as_tensor(crops), model.vit.pos_embed.device
+    return to_device(crops, device) if crops.device.type == "cpu" else crops.to(device)
 
 
 @torch.no_grad()

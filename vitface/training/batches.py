@@ -19,6 +19,7 @@ from vitface.data.augment import augment, plan, uniforms
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
+from vitface.device import to_device
 from vitface.errors import ConfigError
 from vitface.files import sha256_bytes
 from vitface.model.face import FaceModel
@@ -72,16 +73,11 @@ def rank_batches(
     batches = read_batches(data.samples, split.indices, positions, config.num_workers, device.type == "cuda")
     for number, (where, crops) in enumerate(batches):
         indices = split.indices[where]
-        planned = _to(device, plan(uniforms(config.seed, epoch, indices)))
-        images = training_input(model, crops.to(device, non_blocking=True), planned, config.augment)
-        labels = _to(device, torch.from_numpy(split.labels[where]))
-        domains = None if data.domains is None else _to(device, torch.from_numpy(data.domains[indices]))
+        planned = to_device(plan(uniforms(config.seed, epoch, indices)), device)
+        images = training_input(model, to_device(crops, device), planned, config.augment)
+        labels = to_device(torch.from_numpy(split.labels[where]), device)
+        domains = None if data.domains is None else to_device(torch.from_numpy(data.domains[indices]), device)
         yield Batch(images, labels, domains, split.labels[whole[number // config.grad_accum]])
-
-
-def _to(device: torch.device, small: Tensor) -> Tensor:
-    """A tensor of the host on the device; not waited for."""
-    return small if device.type == "cpu" else small.pin_memory().to(device, non_blocking=True)
 
 
 def training_input(model: FaceModel, crops: Tensor, planned: Tensor, policy: str) -> Tensor:
