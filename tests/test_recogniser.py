@@ -95,7 +95,7 @@ def test_attention_maps_sum_to_at_most_one(images):
     full = model.vit.attention(inputs, Mix(model.route(model.vit.tokens(inputs))[0]), block=0)
     np.testing.assert_allclose(full[:, :, 0, 1:].detach().numpy().reshape(5, 2, 4, 4), maps, atol=1e-6)
     assert maps.sum((2, 3)).min() > 0 and maps.sum((2, 3)).max() < 1
-    with pytest.raises(ValueError, match="block 2 does not exist"):
+    with pytest.raises(ValueError, match="block must be 0 to 1, or -1 for the last, not 2"):
         recogniser.attention(images, block=2)
 
 

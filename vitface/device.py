@@ -23,7 +23,7 @@ def known_device(name: str | torch.device) -> torch.device:
     vitface was never run on others."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         raise ConfigError(f"--device {name} is none of cpu, cuda, cuda:1, ... and auto") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(

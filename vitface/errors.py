@@ -1,11 +1,13 @@
 """The errors that a user can fix. A command prints their message, without a traceback, and ends with exit code 2."""
 
 import difflib
+import errno
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 
 class VitfaceError(ValueError):
@@ -48,6 +50,22 @@ class RankError(VitfaceError):
     """Another rank failed, was killed or did not answer; the message names it."""
 
 
+def expect(good: object, name: str, value: object, what: str) -> None:
+    """ConfigError that the argument `name` must be `what`, and is this value, unless it is `good`."""
+    if not good:
+        raise ConfigError(f"{name} must be {what}, not {in_one_line(repr(value))[:60]}")
+
+
+def is_path(value: object) -> bool:
+    """Whether a value can be a path: a string that is not empty, or a Path, without the character 0."""
+    return isinstance(value, str | os.PathLike) and str(value) != "" and "\0" not in str(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python's or numpy's types."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message: "; did you mean X?", X the most similar of the `known` words; empty if none is similar."""
     return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
@@ -75,6 +93,23 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code & 0xFF:02x}" if 0xDC80 <= code <= 0xDCFF or code < 0x100 else f"\\u{code:04x}"
 
 
+CURES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another place, or change its permissions"),
+    errno.EROFS: "choose another place, or copy the folder to where you may write",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another disk"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a folder is wanted, and this is a file; name another"),
+    errno.EISDIR: "a file is wanted, and this is a folder; name a file",
+}
+
+
+def in_words(error: OSError) -> str:
+    """What the operating system refused: the path, the reason, and what helps."""
+    if error.filename is None or not error.strerror:
+        return str(error)
+    cure = CURES.get(error.errno or 0)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}{f'; {cure}' if cure else ''}"
+
+
 def exit_code(action: Callable[[], int | None]) -> int:
     """Runs a command's action and returns its exit code, 0 for None; 2 after a printed error, 130 after Ctrl-C.
 
@@ -93,7 +128,8 @@ def exit_code(action: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at the end
         return 141
     except (VitfaceError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        text = in_words(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {printable(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""The libraries that only some commands need: the extras of pyproject.toml."""
+"""What only some commands need: the libraries of pyproject.toml's extras, and the face detector."""
 
 import importlib.util
 
 from vitface.errors import ConfigError
 
+YUNET_SHA256 = "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0"  # of the fetched face detector
 PACKAGES = {"cv2": "opencv-python-headless"}  # module -> its package, where that has another name
 
 

@@ -13,8 +13,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ from vitface.errors import ConfigError
 
 NOT_OFFERED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # links, or fsync of folders, by this disk
 PRIVILEGE_NOT_HELD = 1314  # Windows' number for it, where links need the developer mode
+NOTES = {".log", ".out", ".err", ".txt", ".sh"}  # what a user may keep in a folder for a command
 
 
 def cache_home() -> Path:
@@ -66,9 +67,34 @@ def make_folder(path: Path) -> None:
     """Creates a folder and its missing parents, and waits until they are on the disk."""
     if not path.is_dir():
         make_folder(path.parent)
-        with suppress(FileExistsError):  # another process was faster
+        try:
             os.mkdir(path)
+        except FileExistsError:  # another process was faster, or it is a file
+            if not path.is_dir():
+                raise
+        except FileNotFoundError:  # as in /proc
+            raise PermissionError(errno.EACCES, "no folder can be created there", str(path)) from None
         sync_folder(path.parent)
+
+
+def check_output(folder: Path, ours: Collection[str]) -> None:
+    """ConfigError unless a command may write into `folder`.
+
+    It is new, empty but for hidden files and a user's notes, or a name in it fits one of the patterns `ours`: the
+    command wrote it.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "a link to nothing" if there.is_symlink() else "a file"
+        raise ConfigError(f"{there} is {what}, and {folder} should be a folder; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{there} cannot be written to; choose another folder, or copy it to where you may write")
+    if there != folder.absolute() or any(next(folder.glob(pattern), None) for pattern in ours):
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.suffix not in NOTES)
+    if others:
+        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        raise ConfigError(f"{folder} holds something else ({some}), with which nothing is mixed; choose a new folder")
 
 
 def replace_file(path: Path, data: bytes, private: bool = False) -> None:
@@ -80,6 +106,10 @@ def replace_file(path: Path, data: bytes, private: bool = False) -> None:
     try:
         write_synced(partial, data, private)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -143,6 +173,8 @@ def remove_folder(path: Path) -> None:
 
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file to read; OSError for a pipe, a device or a folder, which might never end."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no file has such a name", str(path))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

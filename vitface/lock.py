@@ -54,6 +54,10 @@ def _open(path: Path) -> IO[str]:
         file = open(path, "r+", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115, returned
     except io.UnsupportedOperation:  # a pipe, in which nothing can be looked for
         raise foreign from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise OSError(error.errno, error.strerror, str(path.parent)) from error  # it cannot be written to
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise foreign

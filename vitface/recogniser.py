@@ -1,8 +1,9 @@
 """`vitface.load` and the `Recogniser` that it returns: a face model and the methods that an application needs."""
 
+import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,17 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig
-from vitface.data.faces.detect import FaceDetector
+from vitface.data.faces.detect import FaceDetector, several_faces
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
-from vitface.device import inference_dtype, known_device
-from vitface.errors import CheckpointError, ImageError
+from vitface.device import DTYPES, inference_dtype, known_device
+from vitface.errors import CheckpointError, ConfigError, ImageError, expect, in_one_line, is_whole
 from vitface.model.face import FaceModel
 from vitface.model.inference import Crops, attend_crops, embed_batches, prepare_inference, route_crops, split
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.thresholds import Verdict, choose_threshold
 
 Images = np.ndarray | Tensor | Iterable[Photo]
+SHOWN = 3  # photos that a warning names
 Align = bool | FaceDetector | None
 
 
@@ -37,11 +39,12 @@ def load(
 
     `weights` names the frozen backbone's file; by default it is looked for where it was in training, then in the usual
     places. `dtype` is the precision of the frozen part; by default that of training, or "fp32" on a CPU on which that
-    is faster. CheckpointError if the checkpoint is damaged or does not fit the backbone; ConfigError for a `device`
-    that is neither a CPU nor a CUDA GPU.
+    is faster. The model is prepared for embedding, as by the commands (see `Recogniser.prepare`): one to train or save
+    is `vitface.store.faces.open_checkpoint(path).load()`. CheckpointError if the checkpoint is damaged or does not fit
+    the backbone; ConfigError for a `device` that is neither a CPU nor a CUDA GPU, and other arguments that cannot be.
     """
     device = known_device(device)  # before anything is read
-    return Recogniser.from_checkpoint(open_checkpoint(path, weights), device, dtype)
+    return Recogniser.from_checkpoint(open_checkpoint(path, weights), device, dtype).prepare()
 
 
 class Recogniser:
@@ -59,6 +62,7 @@ class Recogniser:
         cls, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: Dtype | None = None
     ) -> "Recogniser":
         """The model of an open checkpoint, see `load`."""
+        expect(dtype is None or str(dtype) in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}, or None")
         device, trained = known_device(device), checkpoint.config
         dtype = dtype or inference_dtype(trained.dtype, device, trained.vit.embed_dim)
         return cls(checkpoint.load(dtype), checkpoint.thresholds).to(device)
@@ -68,8 +72,13 @@ class Recogniser:
         return self.model.config
 
     def to(self, device: str | torch.device) -> "Recogniser":
-        """Moves the model; returns itself."""
-        self.model.to(known_device(device))
+        """Moves the model; returns itself. ConfigError for one that was prepared for the CPU."""
+        device = known_device(device)
+        if any(parameter.is_mkldnn for parameter in self.model.parameters()) and device.type != "cpu":
+            raise ConfigError(
+                f"this model is prepared for the CPU; load it there: vitface.load(..., device={str(device)!r})"
+            )
+        self.model.to(device)
         return self
 
     def prepare(self) -> "Recogniser":
@@ -91,8 +100,10 @@ class Recogniser:
 
         `flip` sums the embeddings of the image and its mirror image before normalising, as the benchmarks' protocol
         does. `batch_size` is chosen for the device by default. ImageError names an image that cannot be used, TypeError
-        what is none; CheckpointError if an embedding is not finite, and so compares with nothing.
+        what is none; ConfigError for other arguments that cannot be; CheckpointError if an embedding is not finite, and
+        so compares with nothing. A warning names photos in which several faces were found.
         """
+        expect(isinstance(flip, bool | np.bool_), "flip", flip, "True or False")
         rows = embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
         if not np.isfinite(rows).all():
             raise CheckpointError("the model gives NaN for an image, no embedding: it is damaged, or made to mislead")
@@ -107,8 +118,9 @@ class Recogniser:
         """
         threshold = choose_threshold(self.thresholds, far)
         for image in (first, second):
-            if align is None and isinstance(image, np.ndarray) and image.shape[:1] == image.shape[1:2] != (CROP_SIZE,):
-                text = f"an array of {len(image)} x {len(image)} pixels is taken for an aligned face"
+            sides = tuple(image.shape[:2]) if isinstance(image, np.ndarray | Tensor) and image.ndim == 3 else (0, 1)
+            if align is None and sides[0] == sides[1] != CROP_SIZE:
+                text = f"an array of {sides[0]} x {sides[1]} pixels is taken for an aligned face"
                 warnings.warn(f"{text}; align=True finds the face in it, align=False says that it is one", stacklevel=2)
         rows = self.embed([first, second], align=align)
         return Verdict(float(rows[0] @ rows[1]), *threshold)
@@ -123,6 +135,9 @@ class Recogniser:
     def attention(self, images: Images, block: int = -1, align: Align = None) -> np.ndarray:
         """The attention of CLS in one block of the adapted model: float32 (B, nh, g, g) over the patch grid. `images`
         and `align` are those of `embed`."""
+        depth = self.config.vit.depth
+        blocks = f"0 to {depth - 1}, or -1 for the last"
+        expect(is_whole(block) and -depth <= block < depth, "block", block, blocks)
         rows = [attend_crops(self.model, batch, block).cpu().numpy() for batch in self._batches(images, align)]
         side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
         return np.concatenate(rows) if rows else np.zeros((0, heads, side, side), np.float32)
@@ -130,17 +145,40 @@ class Recogniser:
     def _batches(
         self, images: Images, align: Align = None, flip: bool = False, batch_size: int | None = None
     ) -> Iterator[Crops]:
-        """The images as crops, in batches."""
-        as_crop = CropReader(align)
+        """The images as crops, in batches; warns at the end of those with several faces."""
+        size = "a whole number from 1, or None"
+        expect(batch_size is None or (is_whole(batch_size) and batch_size > 0), "batch_size", batch_size, size)
+        reader, numbers, several = CropReader(align), itertools.count(), []
         for batch in split(self.model, _several(images), flip, batch_size):
-            if isinstance(batch, Tensor) and batch.dtype != torch.uint8:
-                raise ImageError(f"images must be uint8, from 0 to 255, not {batch.dtype}")
-            yield batch if isinstance(batch, Tensor) else np.stack([as_crop(image) for image in batch])
+            if isinstance(batch, Tensor):
+                yield _checked(batch)
+                continue
+            crops = []
+            for image, number in zip(batch, numbers, strict=False):
+                where = str(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+                crop, faces = reader.read(image, where)
+                crops.append(crop)
+                several += [in_one_line(f"{where}: {text}")] if (text := several_faces(faces)) else []
+            yield np.stack(crops)
+        if several:
+            more = f"; and {len(several) - SHOWN:,} more photos with several" if several[SHOWN:] else ""
+            warnings.warn("; ".join(several[:SHOWN]) + more, stacklevel=4)
+
+
+def _checked(crops: Tensor) -> Tensor:
+    """The crops of a tensor; ImageError for any other."""
+    if crops.dtype != torch.uint8:
+        raise ImageError(f"images must be uint8, from 0 to 255, not {crops.dtype}")
+    if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
+        cure = "images.permute(0, 2, 3, 1)" if crops.shape[1] == 3 else "a list of arrays may have other sizes"
+        raise ImageError(f"images must be uint8 (B, 112, 112, 3), not {tuple(crops.shape)}: {cure}")
+    return crops
 
 
 def _several(images: Images) -> Images:
-    """The images; TypeError for a single one, whose rows or bytes would be taken for images."""
-    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image)
+    """The images; TypeError for a single one, whose rows or bytes would be taken for images, and for those that have no
+    order."""
+    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image | Mapping | Set)
     if isinstance(images, np.ndarray | Tensor):
         if images.ndim == 1 and isinstance(images, np.ndarray):
             return images.tolist()  # of paths

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from vitface.extras import YUNET_SHA256
+
 
 @dataclass(frozen=True)
 class Source:
@@ -37,7 +39,7 @@ DETECTOR = Source(  # version 2026may, by its commit; the address is that of Git
     "MIT",
     "https://media.githubusercontent.com/media/opencv/opencv_zoo/47534e27c9851bb1128ccc0102f1145e27f23f98/"
     "models/face_detection_yunet/face_detection_yunet_2026may.onnx",
-    "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0",
+    YUNET_SHA256,
 )
 SOURCES: dict[str, Source] = {
     "dinov2_vits14": _dinov2("small", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),

@@ -1,5 +1,6 @@
 """`model.verify` on photos, as the commands do it."""
 
+import json
 import warnings
 
 import numpy as np
@@ -8,8 +9,9 @@ from cases import case
 from conftest import tiny_recogniser
 from PIL import Image
 
+from vitface.__main__ import main
 from vitface.data.faces.alignment import TEMPLATE, align_face
-from vitface.data.faces.detect import Face, FaceDetector
+from vitface.data.faces.detect import Face, FaceDetector, central_face
 from vitface.errors import ImageError, WeightsError
 
 KIND = "Photos in the API"
@@ -77,3 +79,80 @@ def test_no_detector(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"(?s)crop.png has 160 x 160 pixels.*vitface fetch yunet.*align=False"):
         MODEL.verify(tmp_path / "crop.png", CROP)
     assert MODEL.verify(tmp_path / "crop.png", CROP, align=False).score <= 1
+
+
+@pytest.fixture
+def crowd(photo, monkeypatch):
+    """A photo on which two faces are found; the path."""
+    other = Face(np.array([10.0, 10, 40, 40]), TEMPLATE * 0.4 + 10, 0.9)
+    monkeypatch.setattr(FaceDetector, "detect", lambda self, image: [other, FACE])
+    return photo
+
+
+TAKEN = "2 faces; the large one near the middle was taken"
+
+
+@case("a photo with two faces in `model.embed` and `model.verify`", "the large one near the middle, with a warning")
+def test_two_faces_are_warned_of(crowd):
+    for call in (MODEL.embed, MODEL.domain_weights, MODEL.attention):
+        with pytest.warns(UserWarning, match=f"^{crowd}: {TAKEN}; image 2: {TAKEN}$"):
+            call([crowd, CROP, PHOTO], align=True)
+    with pytest.warns(UserWarning, match=f"^{crowd}: {TAKEN}$"):
+        assert MODEL.verify(crowd, CROP).score == pytest.approx(1, abs=1e-5)
+    with pytest.warns(UserWarning, match=f"{TAKEN}; and 2 more photos with several$"):
+        MODEL.embed([crowd] * 5)
+
+
+@case("such a photo in `verify`, `search`, `explain` and `embed`", "said on stderr, and in `--json`")
+def test_two_faces_are_said(crowd, tmp_path, tiny_run, capsys):
+    model, group = ["--checkpoint", str(tiny_run), "--device", "cpu"], str(crowd)
+    Image.fromarray(CROP).save(tmp_path / "crop.png")
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "party.png").write_bytes(crowd.read_bytes())
+
+    def said(*command):
+        assert main([*command, *model, "--json"]) in (0, 1)
+        streams = capsys.readouterr()
+        return json.loads(streams.out), streams.err
+
+    result, text = said("verify", group, str(tmp_path / "crop.png"))
+    assert result["faces"] == [2, 0] and text == f"{group}: {TAKEN}\n"
+    result, text = said("explain", group, "-o", str(tmp_path / "out.png"))
+    assert result["faces"] == 2 and text == f"{group}: {TAKEN}\n"
+    result, text = said("embed", str(tmp_path / "album"), str(tmp_path / "people"), "--num-workers", "0")
+    assert result["several"] == ["party.png"]
+    assert "several faces in 1, the large one near the middle was taken: party.png" in text
+    result, text = said("search", str(tmp_path / "people"), group)
+    assert result[0]["faces"] == 2 and text == f"{group}: {TAKEN}\n" and result[0]["matches"][0]["name"] == "party.png"
+
+
+@case("a face of 20 pixels in the middle, a large one beside it", "the large one")
+def test_a_face_that_is_too_small_for_a_crop_is_not_taken():
+    tiny = Face(np.array([490.0, 490, 20, 20]), TEMPLATE / 6 + 490, 0.9)
+    large = Face(np.array([60.0, 60, 250, 300]), TEMPLATE * 3 + 60, 0.9)
+    assert central_face([tiny, large], 1000, 1000) is large and central_face([tiny], 1000, 1000) is tiny
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda data: b"", marks=case("an empty YuNet file", "an error that says how to get it")),
+        pytest.param(lambda data: data[:100_000], marks=case("a YuNet file that is cut", "the same")),
+        pytest.param(lambda data: b"file,x1\n", marks=case("`align --detector c.csv`", "the same")),
+        pytest.param(
+            lambda data: data[:50_000] + bytes([data[50_000] ^ 1]) + data[50_001:],
+            marks=case("the fetched YuNet file with one wrong bit", "the same: its SHA-256 is known"),
+        ),
+    ],
+)
+def test_a_damaged_detector(tmp_path, real_data, monkeypatch, spoil):
+    pytest.importorskip("cv2")
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path))
+    data = spoil((real_data / "face_detection_yunet.onnx").read_bytes())
+    (tmp_path / "face_detection_yunet.onnx").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"yunet.onnx is damaged, fetch it again(.|\n)*vitface fetch yunet"):
+        FaceDetector()
+    if len(data) <= 100_000:
+        (tmp_path / "c.onnx").write_bytes(data)
+        with pytest.raises(WeightsError, match=r"c.onnx is damaged, or not the ONNX file of a YuNet"):
+            FaceDetector(tmp_path / "c.onnx")

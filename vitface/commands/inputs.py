@@ -2,15 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vitface.data.faces.detect import FaceDetector
+import numpy as np
+
+from vitface.data.faces.detect import FaceDetector, several_faces
 from vitface.data.faces.folder import Finder, read_landmarks
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import some
 from vitface.device import dtype_note, resolve_device
-from vitface.errors import CheckpointError, ConfigError
+from vitface.errors import CheckpointError, ConfigError, in_one_line
 from vitface.recogniser import Recogniser
 from vitface.store.faces import Checkpoint, open_checkpoint, step_directories
 from vitface.store.thresholds import choose_threshold
@@ -53,6 +55,16 @@ def crop_reader(arguments: argparse.Namespace) -> CropReader:
     if arguments.detector and not arguments.align:
         raise ConfigError("--detector is for photos, and --no-align is for folders without any; leave one of them out")
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
+
+
+def read_crops(arguments: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[np.ndarray], list[int]]:
+    """(crops of photos, numbers of faces found in them, 0 in a crop); names those with several on stderr."""
+    reader = crop_reader(arguments)
+    crops, faces = zip(*map(reader.read, paths), strict=True)
+    for path, text in zip(paths, map(several_faces, faces), strict=True):
+        if text:
+            print(in_one_line(f"{path}: {text}"), file=sys.stderr)
+    return list(crops), list(faces)
 
 
 def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:

@@ -104,7 +104,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--num-workers": dict(type=worker_count, default=os.cpu_count() or 1, help="processes (default: all cores)"),
     "--far": dict(type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated"),
     "--threshold": dict(type=float, metavar="COSINE", help="your own threshold, from -1 to 1"),
-    "--docs": dict(type=Path, metavar="FILE.md", help="also put the table there, between two markers"),
+    "--docs": dict(type=output_file(".md"), metavar="FILE.md", help="also put the table there, between two markers"),
     "--json": dict(action="store_true", help="print the result as JSON"),  # see `print_result`
 }
 MODEL_FLAGS = ("--checkpoint", "--weights", "--device")  # see `inputs.load_model`

@@ -114,18 +114,34 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: not UTF-8 text") from None
 
 
+def check_rgb(image: np.ndarray, where: str = "image") -> None:
+    """ImageError, with what would help, unless an array is uint8 (H, W, 3) with sides that can show a face."""
+    shape, cure = image.shape, ""
+    if image.dtype != np.uint8 or image.ndim != 3 or shape[2] != 3:
+        if image.dtype.kind == "f":
+            cure = "; if it goes from 0 to 1: (255 * image).round().astype(numpy.uint8)"
+        elif image.dtype != np.uint8:
+            cure = "; its values must go from 0 to 255: image.astype(numpy.uint8)"
+        elif image.ndim == 2 or shape[2:] == (1,):
+            cure = "; it is grey: numpy.stack([image.squeeze()] * 3, axis=2)"
+        elif image.ndim == 3 and shape[0] == 3:
+            cure = "; its channels are first: image.transpose(1, 2, 0)"
+        elif image.ndim == 3 and shape[2] == 4:
+            cure = "; without its alpha: image[..., :3]"
+        raise ImageError(f"{where}: {image.dtype} {shape} is not an RGB image, uint8 (H, W, 3){cure}")
+    if min(shape[:2]) < MIN_SIDE:
+        raise ImageError(f"{where}: {shape[1]} x {shape[0]} pixels is too small for a face, the least is {MIN_SIDE}")
+
+
 def to_crop(image: np.ndarray, where: str = "image") -> np.ndarray:
     """An aligned face, uint8 (S, S, 3) -> (112, 112, 3), bicubic; one of 112 px is returned untouched.
 
     ImageError for a side under 16 px, and for an image that is not square: it has to be aligned first.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ImageError(f"{where}: {image.dtype} {image.shape} is not an RGB image, uint8 (H, W, 3)")
+    check_rgb(image, where)
     height, width = image.shape[:2]
     if height == width == CROP_SIZE:
         return image
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"{where}: {width} x {height} pixels is too small for a face, the least is {MIN_SIDE}")
     if height != width:
         raise ImageError(f"{where}: {width} x {height} pixels is not a square crop; align the face first")
     return np.array(Image.fromarray(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC))

@@ -33,7 +33,7 @@ class Embedded:
 
     `total` rows now, `new` of them added; the names whose file was replaced (`changed`: embedded again) or is no longer
     below the source (`gone`); why images were `skipped`; the files that were `left_out`, {reason: names}; `copies`,
-    pairs of a new name and another one whose files are the same byte for byte.
+    pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces.
     """
 
     total: int
@@ -43,6 +43,7 @@ class Embedded:
     skipped: list[str]
     left_out: dict[str, list[str]]
     copies: list[tuple[str, str]]
+    several: list[str]
 
 
 def embed_folder(
@@ -75,16 +76,16 @@ def embed_folder(
         rest = [name for name in found.images if name not in known]
         chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
         read = in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers)
-        writer, skipped, there = _PartWriter(out), [], len(found.images) - len(rest)
+        writer, skipped, several, there = _PartWriter(out), [], [], len(found.images) - len(rest)
         bar = Progress(desc="embedding", total=len(found.images), initial=there, unit="image", dynamic_ncols=True)
         with bar, contextlib.closing(writer):
-            for images, used, failures in read:
+            for images, used, failures, crowded in read:
                 writer.add(used, model.embed(images))
                 skipped.extend(failures)
+                several.extend(crowded)
                 bar.update(len(used) + len(failures))
-    new, left_out = len(rest) - len(skipped), dict(found.left_out)
-    copies = _copies(known, writer.added)
-    return Embedded(len(known) + new, new, changed, gone, skipped, left_out, copies)
+    new, copies = len(rest) - len(skipped), _copies(known, writer.added)
+    return Embedded(len(known) + new, new, changed, gone, skipped, dict(found.left_out), copies, several)
 
 
 def _copies(known: dict[str, tuple[str, str]], added: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
@@ -106,18 +107,20 @@ def _open_gallery(out: Path, settings: Settings) -> dict[str, tuple[str, str]]:
     return {name: file for part in there for name, file in zip(part.names, part.files, strict=True)}
 
 
-def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.ndarray, dict, list[str]]:
-    """(crops uint8 (n, 112, 112, 3), {name: (stamp, SHA-256)} of their files, why the others could not be used)."""
-    images, used, failures = np.empty((len(names), CROP_SIZE, CROP_SIZE, 3), np.uint8), {}, []
+def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.ndarray, dict, list[str], list[str]]:
+    """(crops uint8 (n, 112, 112, 3), {name: (stamp, SHA-256)} of their files, why the others could not be used, the
+    names of those with several faces)."""
+    several, images, used, failures = [], np.empty((len(names), CROP_SIZE, CROP_SIZE, 3), np.uint8), {}, []
     for name in names:
         made_of = stamp(src / name)
         try:
             data = read_file(src / name)
-            images[len(used)] = crops(data, str(src / name))
+            images[len(used)], faces = crops.read(data, str(src / name))
+            several += [name] if faces > 1 else []
             used[name] = made_of, sha256_bytes(data)
         except ImageError as error:
             failures.append(str(error))
-    return images[: len(used)], used, failures
+    return images[: len(used)], used, failures, several
 
 
 class _PartWriter:

@@ -17,8 +17,8 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import ConfigError, WeightsError
+from vitface.config import MAX_IMAGE_SIZE, VIT_PRESETS, ViTConfig, backbone_name
+from vitface.errors import ConfigError, WeightsError, expect, is_path, is_whole
 from vitface.files import cache_home, open_regular, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
@@ -35,6 +35,10 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     weights, always to the same values for one name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens
     (B, N, D), CLS first. `vit.config` holds its settings, those of the file where there is one.
     """
+    expect(isinstance(name, str), "name", name, "that of a backbone, such as 'dinov2'")
+    expect(weights is None or is_path(weights), "weights", weights, "a file's path, 'random' or None")
+    sizes = f"a whole number of pixels up to {MAX_IMAGE_SIZE}"
+    expect(is_whole(image_size) and image_size <= MAX_IMAGE_SIZE, "image_size", image_size, sizes)
     name = backbone_name(name)
     if weights == "random":
         vit = ViT(VIT_PRESETS[name], image_size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
-from vitface.errors import CheckpointError
+from vitface.errors import CheckpointError, expect, is_path
 from vitface.files import read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
@@ -114,6 +114,8 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
 
     CheckpointError if `path` is none of these, if a file is missing or damaged, or if no model can have the settings.
     """
+    expect(is_path(path), "the path of a model", path, "that of a run or a checkpoint, or hf://owner/name")
+    expect(weights is None or is_path(weights), "weights", weights, "the path of the backbone's file, or None")
     path = Path(path)
     folder = hub.download(path) if hub.is_repository(path) else path
     if (folder / "checkpoints").is_dir():
@@ -122,12 +124,25 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
         on_hub = f", or, for a model on the Hub, write hf://{path}" if hub.REPOSITORY.fullmatch(path.as_posix()) else ""
         fault = f"{folder} is neither a run directory nor a checkpoint"
         raise CheckpointError(f"{fault}; train one with vitface train{on_hub}")
+    _check_level(folder)
     folder = folder.resolve()
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     settings = {} if run is None else read_config(run)
     calibration = read_calibration(run or folder, manifest["files"]["model.safetensors"]["sha256"])
     return Checkpoint(path, folder, run, manifest, config, settings, calibration, weights)
+
+
+def _check_level(folder: Path) -> None:
+    """CheckpointError, which says what to name instead, for the folder of several runs, or of a run's checkpoints."""
+    if is_checkpoint(folder):
+        return
+    if folder.name == "checkpoints" and step_directories(folder.parent):
+        raise CheckpointError(f"{folder} holds the checkpoints of a run; name the run, {folder.parent}, or one of them")
+    below = sorted(str(path.parent) for kind in ("checkpoints", "model.json") for path in folder.glob(f"*/{kind}"))
+    if below:
+        more = ", ..." * (len(below) > 5)
+        raise CheckpointError(f"{folder} is no model, but a folder of some; name one: {', '.join(below[:5])}{more}")
 
 
 def step_directories(run: Path) -> list[Path]:

@@ -4,12 +4,14 @@ A run or a bundle has them in thresholds.json, {"model": SHA-256 of the trained 
 "thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from vitface.errors import CheckpointError, ConfigError
+from vitface.errors import CheckpointError, ConfigError, expect
 from vitface.files import read_json
 
 THRESHOLDS_FILE = "thresholds.json"
@@ -87,6 +89,8 @@ def choose_threshold(
     if far is None and not thresholds:
         return None, None
     far = min(thresholds) if far is None else far
+    expect(isinstance(far, Real) and not isinstance(far, bool), "far", far, "a false accept rate, such as 0.001")
+    far = next((known for known in thresholds if math.isclose(far, known, rel_tol=1e-6)), far)
     if far not in thresholds:
         known = ", ".join(f"{known:g}" for known in sorted(thresholds)) or "none"
         raise ConfigError(f"no threshold was calibrated for a false accept rate of {far:g}; there is: {known}")

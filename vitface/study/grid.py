@@ -22,7 +22,7 @@ from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read
 from vitface.evaluation.judging import judged, judged_frozen
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, save_scores
-from vitface.files import json_bytes, replace_file
+from vitface.files import check_output, json_bytes, replace_file
 from vitface.markdown import table
 from vitface.model.counts import parameter_counts
 from vitface.recogniser import Recogniser, load
@@ -66,6 +66,7 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
     names = final_benchmarks(base)
     if not names:
         raise ConfigError("a study needs a benchmark to compare on: name the folder of lfw.bin, ... with --val-data")
+    check_output(folder, ("study.md", "*-s[0-9]*"))
     device = torch.device(resolve_choices(base).device)
     for done, seed in enumerate(seeds, 1):
         for variant, changes in grid.items():

@@ -10,7 +10,7 @@ import torch
 from vitface.config import TrainConfig
 from vitface.errors import ConfigError, VitfaceError
 from vitface.evaluation.benchmarks import next_command
-from vitface.files import json_bytes, make_folder, replace_file
+from vitface.files import check_output, json_bytes, make_folder, replace_file
 from vitface.lock import folder_lock
 from vitface.store.faces import step_directories
 from vitface.training.finish import finish
@@ -20,7 +20,7 @@ from vitface.training.memory import peak_memory
 from vitface.training.ranks.process_group import broadcast, print0, process_group, rank
 from vitface.training.runs.checkpoint import link_checkpoint, load_state
 from vitface.training.runs.log import RunLog
-from vitface.training.runs.resume import checkpoint_to_resume, is_finished
+from vitface.training.runs.resume import RUN_FILES, checkpoint_to_resume, is_finished
 from vitface.training.setup import Change, open_data, resolve_choices
 
 
@@ -57,6 +57,8 @@ def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = N
 def _run(config: TrainConfig, run_dir: Path, with_frozen: bool, change: Change | None) -> None:
     """Rank 0 decides and writes; the other ranks follow it."""
     trainer = None
+    if rank() == 0:
+        check_output(run_dir, RUN_FILES)
     if not broadcast(run_dir.is_dir()):  # every mistake is found before anything is created
         _to_resume(config, run_dir)
         trainer = Trainer(config, run_dir, change)

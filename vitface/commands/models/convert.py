@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vitface.commands.parser import CommandParser
 from vitface.config import backbone_name
-from vitface.errors import WeightsError
+from vitface.errors import ConfigError, WeightsError
 from vitface.weights.sources import SOURCES
 
 if TYPE_CHECKING:
@@ -29,9 +29,15 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from vitface.store.backbones import read_backbone
     from vitface.weights.conversion import convert_backbone
 
     out = arguments.out or Path("weights") / f"{backbone_name(arguments.name)}.safetensors"
+    if out.is_file():
+        try:
+            read_backbone(out)
+        except WeightsError:
+            raise ConfigError(f"--out {out} exists and is no backbone file to replace; name another") from None
     print(report(convert_backbone(arguments.name, arguments.src, out, arguments.act)))
 
 

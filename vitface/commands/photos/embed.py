@@ -42,6 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     print_result(arguments, dataclasses.asdict(done), text)
     for why in (*(f"skipped {why}" for why in done.skipped), *left_out_lines(done.left_out)):
         print(why, file=sys.stderr)
+    if done.several:
+        taken = "the large one near the middle was taken"
+        print(f"several faces in {len(done.several):,}, {taken}: {some(done.several)}", file=sys.stderr)
     if done.copies:
         pairs = some([f"{name} = {other}" for name, other in done.copies])
         print(f"the same file under two names, {len(done.copies):,} times: {pairs}", file=sys.stderr)

@@ -25,20 +25,18 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.commands.inputs import crop_reader, load_model
+    from vitface.commands.inputs import load_model, read_crops
     from vitface.evaluation.explanation import explanation
 
     if arguments.out.exists() and arguments.out.samefile(arguments.photo):
         raise ConfigError(f"--out {arguments.out} is the photo itself; name another file")
-    crop = crop_reader(arguments)(arguments.photo)
+    crops, faces = read_crops(arguments, [arguments.photo])
     model, _ = load_model(arguments)
-    depth = model.config.vit.depth
-    if not -depth <= arguments.block < depth:
-        raise ConfigError(f"--block must be 0 to {depth - 1}, or -1 for the last, not {arguments.block}")
-    picture, attention, weights = explanation(model, crop, arguments.block)
+    picture, attention, weights = explanation(model, crops[0], arguments.block)
     write_output(arguments.out, encode_image(picture, "PNG"))
     domains = f"domain weights: {', '.join(f'{weight:.3f}' for weight in weights)}"
     text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
     if model.config.head == "patches":
         text += '\nthe head "patches" reads every patch; the picture shows the attention of CLS alone'
-    print_result(arguments, {"domain_weights": weights.tolist(), "attention": attention.tolist()}, text)
+    result = {"domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces[0]}
+    print_result(arguments, result, text)

@@ -27,13 +27,12 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import crop_reader, load_model, threshold_of
+    from vitface.commands.inputs import load_model, read_crops, threshold_of
     from vitface.gallery.gallery import Gallery
 
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}")
-    crops = crop_reader(arguments)
-    images = [crops(path) for path in arguments.photos]
+    images, faces = read_crops(arguments, arguments.photos)
     gallery = Gallery.load(arguments.gallery)
     model, checkpoint = load_model(arguments)
     made_by = gallery.settings.model
@@ -45,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = gallery.search(model.embed(images), arguments.top)
     answers = list(zip(arguments.photos, found, strict=True))
     text = "\n".join(_text(photo, matches, threshold) for photo, matches in answers)
-    print_result(arguments, [_entry(photo, matches, threshold) for photo, matches in answers], text)
+    entries = [{**_entry(*answer, threshold), "faces": count} for answer, count in zip(answers, faces, strict=True)]
+    print_result(arguments, entries, text)
     return int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 

@@ -25,15 +25,14 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, threshold_of
+    from vitface.commands.inputs import NO_THRESHOLD, load_model, read_crops, threshold_of
 
-    crops = crop_reader(arguments)
-    images = [crops(path) for path in (arguments.first, arguments.second)]  # before the model, which takes longer
+    images, faces = read_crops(arguments, (arguments.first, arguments.second))  # before the model, which takes longer
     model, checkpoint = load_model(arguments)
     rows = model.embed(images)
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
     fields = {name: getattr(verdict, name) for name in ("score", "threshold", "far", "far_in_words", "same")}
-    print_result(arguments, {**fields, "checkpoint": str(checkpoint.path)}, str(verdict))
+    print_result(arguments, {**fields, "faces": faces, "checkpoint": str(checkpoint.path)}, str(verdict))
     if verdict.same is None:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import numpy as np
 from vitface.data.faces.folder import Finder, align_folder
 from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, write_bin
-from vitface.errors import DataError
+from vitface.errors import ConfigError, DataError
 
 
 def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, num_workers: int) -> VerificationSet:
@@ -21,6 +21,8 @@ def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, n
     first = pair_list.pairs(pairs)[0].photos[0]
     photo = _find(src, first, f"the first photo of {pairs}")
     root, crops = photo.parents[first.count("/")], out / Path(pair_list.path).parts[0]
+    if (out / f"{name}.bin").exists() and not (crops / "align.csv").exists():
+        raise ConfigError(f"{out / name}.bin is there already, and is not made here; choose another folder")
     align_folder(root, crops, finder, num_workers)
     try:
         read = read_pair_list(name, pairs, crops)

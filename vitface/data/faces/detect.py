@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from vitface.errors import WeightsError
-from vitface.extras import require
-from vitface.files import cache_home
+from vitface.extras import YUNET_SHA256, require
+from vitface.files import cache_home, sha256_file
 
 MAX_SIDE, MIN_SIDE = 1280, 256  # the sides at which photos are searched; YuNet was trained on faces up to 300 pixels
 MIN_SCORE, NMS_IOU, MAX_FACES = 0.6, 0.3, 100
@@ -28,6 +28,7 @@ class Face:
 class FaceDetector:
     """ConfigError without OpenCV, WeightsError without the model file; both name the command that gets it.
 
+    `model` is the file of any YuNet, by default the fetched one; WeightsError if it is damaged, or another model.
     Can be pickled: each process loads the model when it first detects.
     """
 
@@ -37,7 +38,11 @@ class FaceDetector:
         self.model = model or cache_home() / "face_detection_yunet.onnx"
         if not self.model.is_file():
             raise WeightsError(f"no face detector at {self.model}; fetch it with\n  vitface fetch yunet")
+        if model is None and sha256_file(self.model) != YUNET_SHA256:
+            other = "another YuNet goes with --detector FILE"
+            raise WeightsError(f"{self.model} is damaged, fetch it again ({other})\n  vitface fetch yunet")
         self._net: Any = None
+        self.detect(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8))  # a file that is none is found here
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_net": None}
@@ -61,14 +66,19 @@ class FaceDetector:
     def _detect_at(self, bgr: np.ndarray, scale: float) -> list[Face]:
         import cv2
 
-        if self._net is None:
-            cv2.setNumThreads(1)  # photos are spread over processes
-            cv2.utils.logging.setLogLevel(2)  # errors only; OpenCV 5 prints a warning about its own settings
-            self._net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
         height, width = bgr.shape[:2]
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
-        self._net.setInputSize(size)
-        _, found = self._net.detect(bgr if scale == 1 else cv2.resize(bgr, size, interpolation=cv2.INTER_AREA))
+        small = bgr if scale == 1 else cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
+        try:
+            if self._net is None:
+                cv2.setNumThreads(1)  # photos are spread over processes
+                cv2.utils.logging.setLogLevel(0)  # what is wrong is in the error
+                self._net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
+            self._net.setInputSize(size)
+            _, found = self._net.detect(small)
+        except cv2.error:
+            fault = f"{self.model} is damaged, or not the ONNX file of a YuNet"
+            raise WeightsError(f"{fault}; without --detector, the fetched one is used\n  vitface fetch yunet") from None
         rows = [] if found is None else found.astype(np.float64)
         return [Face(row[:4] / scale, row[4:14].reshape(5, 2) / scale, float(row[14])) for row in rows]
 
@@ -80,18 +90,30 @@ def no_usable_face(faces: list[Face], image: np.ndarray, min_face: float = MIN_F
         small = min(height, width) < 3 * MIN_FACE
         advice = "take a larger photo" if small else "take one that shows it whole, upright and from the front"
         return f"no face found in {width} x {height} pixels; {advice}"
-    side = min(central_face(faces, height, width).box[2:])
+    side = _side(central_face(faces, height, width))
     return "" if side >= min_face else f"the face is {side:.0f} pixels wide, less than {MIN_FACE}; take a larger photo"
 
 
 def central_face(faces: list[Face], height: int, width: int) -> Face:
-    """The face that is large and near the middle: area minus twice its squared distance from there (InsightFace)."""
+    """The face that is large and near the middle: area minus twice its squared distance from there (InsightFace).
+
+    One that is large enough for a crop comes before all others.
+    """
 
     def weight(face: Face) -> float:
         offset = face.box[:2] + face.box[2:] / 2 - np.array([width, height]) / 2
         return float(face.box[2] * face.box[3] - 2 * (offset**2).sum())
 
-    return max(faces, key=weight)
+    return max([face for face in faces if _side(face) >= MIN_FACE] or faces, key=weight)
+
+
+def several_faces(count: int) -> str:
+    """Which of so many faces was taken; "" for one, or none."""
+    return f"{count} faces; the large one near the middle was taken" if count > 1 else ""
+
+
+def _side(face: Face) -> float:
+    return float(min(face.box[2:]))
 
 
 def _overlap(box: np.ndarray, other: np.ndarray) -> bool:

@@ -18,12 +18,12 @@ import numpy as np
 
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face
+from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face, several_faces
 from vitface.data.folders import left_out_lines, some, some_images, stamp
 from vitface.data.images import encode_image, read_photo, read_text
 from vitface.data.progress import Progress
 from vitface.errors import DataError, ImageError
-from vitface.files import replace_file
+from vitface.files import check_output, make_folder, replace_file
 
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -78,8 +78,8 @@ class Finder:
         face = central_face(faces, *image.shape[:2])
         if why := no_usable_face(faces, image, self.min_face):
             return Row(name, "tiny", len(faces), face.landmarks, why)
-        status, why = ("ok", "") if len(faces) == 1 else ("several", "the large face near the middle was taken")
-        return Row(name, status, len(faces), face.landmarks, why)
+        why = several_faces(len(faces))
+        return Row(name, "several" if why else "ok", len(faces), face.landmarks, why)
 
 
 def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, prune: bool = False) -> Aligned:
@@ -90,8 +90,9 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
+    check_output(out, ["align.csv"])
     found = some_images(src)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out.absolute())
     names, known = found.images, read_report(out / "align.csv")
     gone = found.gone(known, out, prune)
     changed = [name for name in names if name in known and _is_stale(known[name], src / name, finder)]

@@ -4,18 +4,21 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face
-from vitface.data.images import CROP_SIZE, decode_image, read_image, to_array, to_crop
-from vitface.errors import ConfigError, ImageError, WeightsError
+from vitface.data.images import CROP_SIZE, check_rgb, decode_image, read_image, to_array, to_crop
+from vitface.errors import ConfigError, ImageError, WeightsError, expect
 
-Photo = str | Path | bytes | Image.Image | np.ndarray
+Photo = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 
 class CropReader:
-    """`reader(image)` is its crop, uint8 (112, 112, 3); a reader can be pickled.
+    """`reader(image)` is its crop, uint8 (112, 112, 3); `reader.read(image)` is (crop, number of faces that were found,
+    0 where the image is a crop already). A reader can be pickled.
 
     `align` False: images are aligned crops; a square of another size is resized. True, or a FaceDetector: an image of
     exactly 112 x 112 pixels is a crop; in any other the face (the large one near the middle) is found and aligned.
@@ -27,29 +30,40 @@ class CropReader:
     """
 
     def __init__(self, align: bool | FaceDetector | None = False):
+        known = align is None or isinstance(align, bool | np.bool_ | FaceDetector)
+        expect(known, "align", align, "None, True, False or a FaceDetector")
         self.arrays, self.others = bool(align), align is None or bool(align)
         self.detector = align if isinstance(align, FaceDetector) else None
 
     def __call__(self, image: Photo, where: str | None = None) -> np.ndarray:
-        where = where or (str(image) if isinstance(image, str | Path) else "image")
+        return self.read(image, where)[0]
+
+    def read(self, image: Photo, where: str | None = None) -> tuple[np.ndarray, int]:
+        where = where or (str(image) if isinstance(image, str | os.PathLike) else "image")
         pixels = _pixels(image, where)
-        align = self.arrays if isinstance(image, np.ndarray) else self.others
+        align = self.arrays if isinstance(image, np.ndarray | Tensor) else self.others
         if not align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
-            return to_crop(pixels, where)
+            return to_crop(pixels, where), 0
+        check_rgb(pixels, where)
         if self.detector is None:
             self.detector = _detector(pixels, where)
         faces = self.detector.detect(pixels)
         if why := no_usable_face(faces, pixels):
             raise ImageError(f"{where}: {why}")
-        return align_face(pixels, central_face(faces, *pixels.shape[:2]).landmarks)
+        return align_face(pixels, central_face(faces, *pixels.shape[:2]).landmarks), len(faces)
 
 
 def _pixels(image: Photo, where: str) -> np.ndarray:
     """uint8 (H, W, 3) of a photo; arrays are as they are."""
     if isinstance(image, np.ndarray):
         return image
+    if isinstance(image, Tensor):
+        return (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
     if isinstance(image, Image.Image):
-        return to_array(image)
+        try:
+            return to_array(image)
+        except Exception as error:  # Pillow's own, of many kinds: it was closed, its file is cut, ...
+            raise ImageError(f"{where}: the PIL image cannot be read ({str(error)[:120]})") from None
     if isinstance(image, bytes | bytearray):
         return decode_image(bytes(image), where)
     if isinstance(image, str | os.PathLike):

@@ -26,7 +26,7 @@ from vitface.data.formats.packed import CROP_BYTES, CROP_SHAPE, FILES, FORMAT, P
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.data.progress import Progress
 from vitface.errors import DataError
-from vitface.files import json_bytes, replace_file, sha256_bytes
+from vitface.files import check_output, json_bytes, make_folder, replace_file, sha256_bytes
 from vitface.lock import waiting_lock
 from vitface.version import __version__
 
@@ -79,6 +79,7 @@ def _open_verified(samples: Source, out: Path) -> PackedSamples:
 
 def _pack(samples: Source, out: Path, num_workers: int) -> PackedSamples:
     part = out.with_name(out.name + ".part")
+    check_output(part, ["journal.jsonl"])
     part.mkdir(exist_ok=True)
     header = {
         "format": FORMAT,
@@ -112,8 +113,8 @@ def _resume(part: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     images, journal, entries = part / "images.uint8", part / "journal.jsonl", []
     for leftover in part.glob(".*.part"):  # of a file that was being replaced
         leftover.unlink()
+    journal.touch()  # first: it tells that the folder is ours
     images.touch()
-    journal.touch()
     with suppress(ValueError):  # the line that was being written
         entries.extend(map(json.loads, journal.read_bytes().splitlines()))
     shards = entries[1:] if entries[:1] == [header] else []
@@ -185,5 +186,5 @@ def _seal(part: Path, samples: Source, header: dict[str, Any], shards: list[dict
 
 def _locked(out: Path) -> AbstractContextManager[None]:
     """Makes a second process that packs into the same folder wait for the first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.absolute().parent)
     return waiting_lock(out.with_name(f".{out.name}.lock"))
