@@ -147,7 +147,7 @@ def test_a_broken_run_is_continued(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,x1\na.jpg,1\n", "lacks the columns x2, x3"),
+        ("file,x1\na.jpg,1\n", "lacks the columns y1, x2, y2"),
         (HEADER + "a.jpg,1,2,3,4,5,6,7,8,9,ten\n", "line 2 does not hold ten numbers"),
         (HEADER + "a.jpg,1,2,3\n", "line 2 does not hold ten numbers"),
     ],

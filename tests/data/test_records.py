@@ -485,7 +485,7 @@ def test_domain_labels_from_a_csv(tmp_path):
     with pytest.raises(DataError, match=r"no domain for 2 of 3 images, first ann/1\.jpg"):
         read_domains(path, names)
     path.write_text("bob/1.jpg,profile\nann/1.jpg,frontal\n")
-    with pytest.raises(DataError, match="first line is image,domain"):
+    with pytest.raises(DataError, match="first line must have image,domain"):
         read_domains(path, names)
     with pytest.raises(DataError, match="No such file"):
         read_domains(tmp_path / "nothing.csv", names)

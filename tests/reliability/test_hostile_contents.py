@@ -1,5 +1,6 @@
 """What a stranger's files may say: numbers without end, other types, a pipe in a file's place. Each a named error."""
 
+import csv
 import io
 import json
 import os
@@ -9,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_recogniser
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
+from vitface.data.faces.folder import COLUMNS, POINTS, Finder, align_folder, read_landmarks, read_report
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.pair_lists import read_pair_list
+from vitface.data.formats.samples import read_domains
 from vitface.data.formats.stored import numbered
+from vitface.data.tables import read_table, table_text
 from vitface.errors import CheckpointError, DataError, VitfaceError
 from vitface.evaluation.scores import load_scores
 from vitface.files import read_json, sha256_bytes, sha256_file
@@ -52,6 +59,9 @@ READERS = {
     "scores.safetensors": lambda folder: load_scores(folder / "scores.safetensors"),
     "model.safetensors": lambda folder: load_tensors(folder / "model.safetensors"),
     "sum": lambda folder: sha256_file(folder / "sum"),
+    "align.csv": lambda folder: read_report(folder / "align.csv"),
+    "landmarks.csv": lambda folder: read_landmarks(folder / "landmarks.csv"),
+    "domains.csv": lambda folder: read_domains(folder / "domains.csv", []),
 }
 
 
@@ -190,3 +200,46 @@ def test_a_name_that_no_file_has(tmp_path):
     with pytest.raises(DataError, match="of 304 characters: no file has such a name") as error:
         read_pair_list("calfw", tmp_path / "list.txt", tmp_path)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "cells",
+    ["x" * 200_000, "\udcff", '"' + "x\n" * 100_000],
+    ids=["long", "not UTF-8", "a quote without end"],
+)
+def test_tables_that_are_none(tmp_path, cells):
+    """The line is named, or what is read of it is a whole row."""
+    columns = {"align.csv": COLUMNS, "landmarks.csv": ["file", *POINTS], "domains.csv": ["image", "domain"]}
+    for name, first in columns.items():
+        text = ",".join(first) + "\n" + f"{cells}," + ",".join("1" for _ in first[1:]) + "\n"
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(DataError, match=name):
+            READERS[name](tmp_path) or pytest.fail("valid")
+
+
+def test_landmarks_are_pixels(tmp_path):
+    rows = [f"{photo}.jpg," + ",".join([value, *"123456789"]) for photo, value in (("a", "1"), ("b", "1e160"))]
+    (tmp_path / "marks.csv").write_text("\n".join([",".join(["file", *POINTS]), *rows]))
+    with pytest.raises(DataError, match="line 3 does not hold ten numbers of pixels"):
+        read_landmarks(tmp_path / "marks.csv")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2))
+def test_a_table_holds_any_text_and_no_formula(tmp_path_factory, cells):
+    path = tmp_path_factory.mktemp("table") / "t.csv"
+    path.write_bytes(table_text([("a", "b"), cells]).encode())
+    assert [row for _, row in read_table(path, ["a", "b"])] == [dict(zip("ab", cells, strict=True))]
+    for row in csv.reader(io.StringIO(path.read_bytes().decode(), newline="")):
+        assert not any(cell.startswith(("=", "@", "\t", "\r")) for cell in row)
+
+
+def test_photos_of_any_name_are_aligned_once(tmp_path):
+    marks = np.array([[38.0, 52.0], [74.0, 51.0], [56.0, 72.0], [42.0, 92.0], [71.0, 92.0]])
+    names = ["a\rb.jpg", "c\nd.jpg", "=cmd|' !A0.jpg", "'.jpg", "-3.jpg", '".jpg']
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        Image.new("RGB", (120, 120)).save(tmp_path / "photos" / name)
+    for _ in range(2):
+        done = align_folder(tmp_path / "photos", tmp_path / "out", Finder(dict.fromkeys(names, marks)))
+        assert done.statuses == {"ok": len(names)} and not done.changed and not done.gone
+        assert read_report(tmp_path / "out" / "align.csv").keys() == set(names)

@@ -1,8 +1,6 @@
 """Group the images of a gallery by person."""
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 from vitface.commands.parser import THRESHOLD_FLAGS, CommandParser, add_shared, output_file, print_result
@@ -33,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from vitface.commands.inputs import NO_THRESHOLD, threshold_of
+    from vitface.data.tables import table_text
     from vitface.gallery.clusters import cluster
     from vitface.gallery.gallery import Gallery
 
@@ -43,11 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     groups = cluster(gallery.embeddings, threshold)
     members = [[gallery.names[i] for i in np.flatnonzero(groups == g)] for g in range(groups.max() + 1)]
     if arguments.out:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [("name", "cluster"), *zip(map(_cell, gallery.names), groups, strict=True)]
-        )
-        write_output(arguments.out, text.getvalue().encode())
+        names = map(in_one_line, gallery.names)
+        text = table_text([("name", "cluster"), *zip(names, groups, strict=True)])
+        write_output(arguments.out, text.encode())
     print_result(arguments, dict(enumerate(members)), _text(members, threshold))
 
 
@@ -63,9 +60,3 @@ def _text(members: list[list[str]], threshold: float) -> str:
     if len(several) > SHOWN:
         lines.append(f"and {len(several) - SHOWN:,} more people; --out CSV has all of them")
     return "\n".join(lines)
-
-
-def _cell(name: str) -> str:
-    """A name that a spreadsheet takes for no formula."""
-    text = in_one_line(name)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -5,10 +5,9 @@ none, damaged, left out (no crop).
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face, several_faces
 from vitface.data.folders import left_out_lines, some, some_images, stamp
-from vitface.data.images import encode_image, read_photo, read_text
+from vitface.data.images import encode_image, read_photo
 from vitface.data.progress import Progress
+from vitface.data.tables import read_table, table_text
 from vitface.errors import DataError, ImageError
 from vitface.files import check_output, make_folder, replace_file
 
+MAX_PIXEL = 1e6
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 COLUMNS = ["file", "status", "faces", *POINTS, "reason", "stamp"]
@@ -107,7 +108,7 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     _write_report(out / "align.csv", known, left_out)
     with open(out / "align.csv", "a", newline="", encoding="utf-8") as file:
         for row in bar:
-            csv.writer(file, lineterminator="\n").writerow(row.cells())
+            file.write(table_text([row.cells()]))
             file.flush()
             statuses[row.status] += 1
     return Aligned(statuses, changed, gone, dict(found.left_out))
@@ -118,7 +119,7 @@ def _is_stale(line: dict[str, str], path: Path, finder: Finder) -> bool:
     given = finder.landmarks.get(line["file"])
     if line["stamp"] != stamp(path) or given is None:
         return line["stamp"] != stamp(path)
-    return not np.allclose([float(line[name]) for name in POINTS], given.ravel(), atol=0.02, rtol=0)
+    return not np.allclose(_points(line), given.ravel(), atol=0.02, rtol=0)
 
 
 def crop_path(out: Path, name: str) -> Path:
@@ -136,22 +137,39 @@ def remove_crop(out: Path, name: str) -> None:
 
 
 def read_report(path: Path) -> dict[str, dict[str, str]]:
-    """{file: its line} of the photos that have a crop according to an align.csv, without an unfinished last line."""
-    if not path.exists():
+    """{file: its line} of the photos that have a crop according to an align.csv, without lines that are not whole."""
+    if not os.path.lexists(path):
         return {}
-    text = path.read_text(encoding="utf-8")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    if rows.fieldnames != COLUMNS:
-        raise DataError(f"{path} is not the report of an alignment by this version; choose another folder")
-    return {row["file"]: row for row in rows if row["status"] in CROPPED}
+    try:
+        rows = read_table(path, COLUMNS)
+    except DataError as error:
+        raise DataError(
+            f"{error}: it is not the report of an alignment by this version; choose another folder"
+        ) from None
+    return {row["file"]: row for _, row in rows if row["status"] in CROPPED and _is_whole(row)}
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether a line has what was written; a kill may have cut it off, then its photo is aligned again."""
+    try:
+        _points(row)
+    except ValueError:
+        return False
+    return bool(row["stamp"])
+
+
+def _points(row: dict[str, str]) -> np.ndarray:
+    """The ten numbers of a line, (10,) float64; ValueError if they are none, or no pixels of any image."""
+    points = np.array([float(row[name]) for name in POINTS])
+    if not (np.abs(points) <= MAX_PIXEL).all():
+        raise ValueError
+    return points
 
 
 def _write_report(path: Path, known: dict[str, dict[str, str]], left_out: list[Row]) -> None:
     """An align.csv of the photos that have a crop, and of the files that were left out."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([COLUMNS, *(row.values() for row in known.values()), *(row.cells() for row in left_out)])
-    replace_file(path, text.getvalue().encode())
+    rows = [COLUMNS, *(list(row.values()) for row in known.values()), *(row.cells() for row in left_out)]
+    replace_file(path, table_text(rows).encode())
 
 
 def read_landmarks(path: Path) -> dict[str, np.ndarray]:
@@ -159,18 +177,14 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
 
     DataError names the line that is wrong.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path)))
-    missing = {"file", *POINTS} - set(rows.fieldnames or [])
-    if missing:
-        raise DataError(f"{path} lacks the columns {', '.join(sorted(missing))}; it needs file, x1, y1, ... x5, y5")
     landmarks = {}
-    for row in rows:
+    for number, row in read_table(path, ["file", *POINTS]):
         if not row["x1"]:
             continue
         try:
-            landmarks[row["file"]] = np.array([float(row[name]) for name in POINTS]).reshape(5, 2)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}: line {rows.line_num} does not hold ten numbers") from None
+            landmarks[row["file"]] = _points(row).reshape(5, 2)
+        except ValueError:
+            raise DataError(f"{path}: line {number} does not hold ten numbers of pixels") from None
     return landmarks
 
 

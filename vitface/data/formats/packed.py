@@ -7,6 +7,7 @@ manifest.json   counts, names, skipped images, source, decoder versions, SHA-256
 
 import io
 import itertools
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class PackedSamples(Samples):
             self.source: str = manifest["source"]["identity"]
             self.skipped: list[str] = manifest["skipped"]
             self._shards = [(shard["images"], shard["sha256"]) for shard in manifest["shards"]]
+            if not type(self.names) is type(self.skipped) is type(manifest["shards"]) is list:
+                raise ValueError
             if not all(isinstance(name, str) for name in [*self.names, *self.skipped, self.source]):
                 raise ValueError
             if not all(type(count) is int and count >= 0 for count, _ in self._shards):
@@ -73,7 +76,7 @@ class PackedSamples(Samples):
             if dtype != np.int64 or shape != ((len(data) - file.tell()) // 8,):
                 raise ValueError
             labels = np.frombuffer(data, np.int64, offset=file.tell())
-        except ValueError:
+        except (ValueError, tokenize.TokenError):  # of numpy's reader of headers
             raise DataError(f"{self.path / 'labels.npy'} holds no labels; pack the set again") from None
         whole = sum(count for count, _ in self._shards) == len(labels)
         if not whole or not ((labels >= 0) & (labels < len(self.names))).all():

@@ -4,7 +4,6 @@ Opening checks everything that can be checked without decoding an image (offsets
 decoded when it is read. Samples can be handed to worker processes: their pickle holds names and numbers only.
 """
 
-import csv
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from vitface.data.formats.packed import PackedSamples, is_packed
 from vitface.data.formats.record_set import RecordSamples
 from vitface.data.formats.stored import Samples, file_identity, numbered
 from vitface.data.images import read_image
+from vitface.data.tables import read_table
 from vitface.errors import DataError
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
@@ -127,13 +127,7 @@ def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
 
     Domains are numbered in the order of their sorted names. DataError for an image without a domain.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            domain_of = {row["image"]: row["domain"] for row in csv.DictReader(file)}
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except (KeyError, UnicodeDecodeError, csv.Error):
-        raise DataError(f"{path} is no CSV file whose first line is image,domain") from None
+    domain_of = {row["image"]: row["domain"] for _, row in read_table(path, ["image", "domain"])}
     missing = [name for name in image_names if not domain_of.get(name)]
     if missing:
         raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")

@@ -1,0 +1,46 @@
+"""CSV files: landmarks, domain labels, the report of an alignment.
+
+A text that a spreadsheet would take for a formula has a ' in front of it in the file.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from vitface.data.images import read_text
+from vitface.errors import DataError
+
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+$)")  # -3.5 is none
+
+
+def table_text(rows: Iterable[Sequence[object]]) -> str:
+    """The lines of a CSV file with these cells; `read_table` reads any text back as it was."""
+    text = io.StringIO()
+    writers = [csv.writer(text, lineterminator="\n", quoting=kind) for kind in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)]
+    for row in rows:
+        cells = [f"'{cell}" if _FORMULA.match(str(cell)) else str(cell) for cell in row]
+        writers[any("\r" in cell for cell in cells)].writerow(cells)  # by itself, csv does not quote that
+    return text.getvalue()
+
+
+def read_table(path: str | Path, needed: Collection[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file, {column: cell}, each after the number of its line. What a short row lacks is "", what a
+    long one has more is left out.
+
+    DataError if the file cannot be read, is no CSV, or lacks one of the `needed` columns.
+    """
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+    try:
+        found = [(rows.line_num, {name: _plain(row[name]) for name in rows.fieldnames or ()}) for row in rows]
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num + 1} is no CSV ({error})") from None
+    lacking = [name for name in needed if name not in (rows.fieldnames or ())]
+    if lacking:
+        raise DataError(f"{path} lacks the columns {', '.join(lacking)}; its first line must have {','.join(needed)}")
+    return found
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell[1:]) else cell
