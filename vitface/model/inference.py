@@ -98,7 +98,8 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
         raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
     if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
         raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(crops.shape)}")
-    crops, device = torch.as_tensor(crops), model.vit.pos_embed.device
+    crops = crops if isinstance(crops, Tensor) else torch.from_numpy(np.require(crops, requirements="W"))
+    device = model.vit.pos_embed.device
     return to_device(crops, device) if crops.device.type == "cpu" else crops.to(device)
 
 
