@@ -19,9 +19,9 @@ from vitface.config import VIT_PRESETS, TrainConfig, resolve, to_flag
 from vitface.data.images import CROP_SIZE
 from vitface.data.preprocess import normalise, to_float
 from vitface.evaluation.benchmarks import BENCHMARKS
-from vitface.evaluation.protocol import THRESHOLDS, contiguous_folds, pair_distance, verify
+from vitface.evaluation.protocol import THRESHOLDS, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval
-from vitface.metrics import auc
+from vitface.metrics import auc, contiguous_folds
 from vitface.model.counts import parameter_counts
 from vitface.model.face import BatchNormHead, LinearHead, PatchesHead
 from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling

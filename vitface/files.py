@@ -23,6 +23,26 @@ from vitface.errors import ConfigError
 NOT_OFFERED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # links, or fsync of folders, by this disk
 PRIVILEGE_NOT_HELD = 1314  # Windows' number for it, where links need the developer mode
 NOTES = {".log", ".out", ".err", ".txt", ".sh"}  # what a user may keep in a folder for a command
+BEGINNING = 512  # bytes of a file, by which `identify` knows it
+_UNPACK = "unpack it"
+_BEGINNINGS = {  # (what it is, what to do, "" where that depends on what was wanted)
+    b"<": ("a web page", "the download failed or asked for a confirmation; get the file in a browser"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "run git lfs pull in its folder"),
+    b"PK\3\4": ("a zip archive (numpy.savez and torch.save write these, too)", ""),
+    b"\x1f\x8b": ("compressed with gzip", _UNPACK),
+    b"BZh": ("compressed with bzip2", _UNPACK),
+    b"\xfd7zXZ\0": ("compressed with xz", _UNPACK),
+    b"Rar!": ("a RAR archive", _UNPACK),
+    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
+    b"\x93NUMPY": ("numpy.save's file", ""),
+    b"\x0a\x23\xd7\xce": ("a RecordIO file, as train.rec is", "name its folder with --train-data"),
+    b"\xff\xd8\xff": ("one JPEG image", ""),
+    b"\x89PNG": ("one PNG image", ""),
+    b"GIF8": ("a GIF image", ""),
+    b"RIFF": ("a WebP image, or a sound or film", ""),
+    b"%PDF": ("a PDF document", ""),
+    b"\x89HDF": ("an HDF5 file", ""),
+}
 
 
 def cache_home() -> Path:
@@ -216,3 +236,22 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def identify(start: bytes) -> tuple[str, str] | None:
+    """(What begins like this, what to do about it, "" if that depends on what was wanted); None if it is not known."""
+    begins = start.lstrip()
+    for beginning, answer in _BEGINNINGS.items():
+        if begins.startswith(beginning):
+            return answer
+    if start[4:8] == b"ftyp":
+        return "a film, or a HEIC or AVIF photo", ""
+    if start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5":
+        return "a pickle, as a .bin of pairs is", ""
+    return None
+
+
+def identify_file(path: Path) -> tuple[str, str] | None:
+    """`identify` of a file; OSError if it cannot be read."""
+    with open_regular(path) as file:
+        return identify(file.read(BEGINNING))

@@ -7,6 +7,8 @@ import numpy as np
 
 from vitface.errors import EvaluationError
 
+NUM_FOLDS = 10
+
 
 def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
     """EvaluationError, with the likely cause, for scores and labels that no metric can be computed from."""
@@ -68,3 +70,9 @@ def far_threshold(score: np.ndarray, issame: np.ndarray, far: float) -> tuple[fl
     rates, tar, thresholds = roc(score, issame)
     last = np.searchsorted(rates, far, side="right") - 1  # FAR and TAR rise together
     return float(thresholds[last]), float(tar[last])
+
+
+def contiguous_folds(count: int) -> np.ndarray:
+    """The fold of each of `count` pairs in file order; the first count % NUM_FOLDS folds are one pair longer."""
+    parts = np.array_split(np.arange(count), NUM_FOLDS)
+    return np.repeat(np.arange(NUM_FOLDS), [len(part) for part in parts])

@@ -89,14 +89,31 @@ def test_names_with_spaces(tmp_path, separator):
             marks=case("`pairsDevTrain.txt` (header `1100`)", "error: it has no folds; which list is meant"),
         ),
         pytest.param(
-            2 * FOLD,
+            3000 * FOLD,
             r"line 1 is no header but 'A\\t1\\t2'; the form is 10<TAB>300.*sed -i '1i 10\\t300' .*pairs.txt",
             marks=case("no header", "error: the form, and the command that adds it"),
         ),
         pytest.param(
-            "name,imagenum1,imagenum2\nA,1,2\n",
-            "the form is|has 'name,imagenum1,imagenum2' where a number is expected",
-            marks=case("a list with commas", "error: the line"),
+            2 * FOLD,
+            r"line 1 is no header but 'A\\t1\\t2'; the form is 10<TAB>300[^;]*$",
+            marks=case("no header, and not all pairs", "error: the form, without that command"),
+        ),
+        pytest.param(
+            "name,imagenum1,imagenum2,\nA,1,2,\n",
+            r"head of a table.*sed -i '1s/.*/10 300/; s/,/\\t/g' .*pairs.txt$",
+            marks=case(
+                "Kaggle's `pairs.csv` under the name of the list", "error: the command that makes the list of it"
+            ),
+        ),
+        pytest.param(
+            "\n<!DOCTYPE html><html>\n",
+            "is no pair list but a web page: the download failed",
+            marks=case("a web page saved as `pairs.txt`", "named as that"),
+        ),
+        pytest.param(
+            "2\t1\n" + FOLD + "\0" * 9,
+            "line 4 has NUL bytes",
+            marks=case("NUL bytes at the end of a list", "error: the line"),
         ),
         pytest.param(
             "2\t1\n" + FOLD,
@@ -201,9 +218,42 @@ def test_labelled_copies_of_lists(tmp_path, name):
     assert found.issame.tolist() == [True, False] and found.people.tolist() == [[0, 0], [0, 1]]
 
 
-@case("AgeDB-30 with the label last", "error: the form")
-def test_label_last(tmp_path):
-    (tmp_path / "list.txt").write_text("a.jpg b.jpg 1\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("a.jpg b.jpg 1\nc d.jpg b.jpg 0\n", marks=case("AgeDB-30 with the label last", "read")),
+        pytest.param(
+            "label path1 path2\n1 a.jpg b.jpg\n0 c d.jpg b.jpg\n", marks=case("a line of column names", "read")
+        ),
+        pytest.param("True a.jpg b.jpg\nfalse c d.jpg b.jpg\n", marks=case("True and False as labels", "read")),
+        pytest.param("1.0 a.jpg b.jpg\n0.0 c d.jpg b.jpg\n", marks=case("1.0 and 0.0 as labels", "read")),
+        pytest.param("1\ta.jpg\tb.jpg\n-1\tc d.jpg\tb.jpg\n", marks=case("1 and -1 as labels", "read")),
+        pytest.param(
+            "Label;Path1;Path2\n1;a.jpg;b.jpg\n0;c d.jpg;b.jpg\n", marks=case("semicolons, as Excel writes", "read")
+        ),
+        pytest.param(
+            "path1,path2,label\na.jpg,b.jpg,1\nc d.jpg,b.jpg,0\n", marks=case("commas, the label last", "read")
+        ),
+        pytest.param(
+            "# AgeDB\n1 a.jpg b.jpg\n# more\n0 c d.jpg b.jpg\n", marks=case("lines that begin with #", "left out")
+        ),
+        pytest.param(
+            "1 a.jpg b.jpg\r\n0 c d.jpg b.jpg\r\n\x1a", marks=case("the end mark of DOS (Ctrl-Z)", "left out")
+        ),
+    ],
+)
+def test_labelled_lists_as_people_write_them(tmp_path, text):
+    for name in ("a.jpg", "b.jpg", "c d.jpg"):
+        image(tmp_path, name)
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    for name in ("agedb_30", "lfw", "calfw"):
+        found = read_pair_list(name, tmp_path / "list.txt", tmp_path)
+        assert shown(found) == ["a.jpg", "b.jpg", "c d.jpg", "b.jpg"] and found.issame.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("line", ["2 a.jpg b.jpg", "a.jpg b.jpg", "1 a.jpg", "a.jpg b.jpg 1 0", "x y z", "1", "1 1 1"])
+def test_other_lines_are_no_pairs(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"{line}\n")
     with pytest.raises(DataError, match="line 1 is not `label path path`"):
         read_pair_list("agedb_30", tmp_path / "list.txt", tmp_path)
 

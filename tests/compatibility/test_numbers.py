@@ -15,6 +15,7 @@ from vitface.data.checks.check_pairs import check_benchmark, scan_benchmark
 from vitface.data.checks.check_people import check_training, images_to_compare, scan_training
 from vitface.data.checks.doctor import check
 from vitface.data.checks.scan import scan
+from vitface.data.formats import published
 from vitface.data.formats.pairs import VerificationSet, write_bin
 from vitface.data.formats.stored import Samples
 from vitface.errors import EvaluationError
@@ -258,8 +259,9 @@ def bench_file(path, faces):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, monkeypatch):
     """A data folder with a .bin and a sound folder of people."""
+    monkeypatch.setitem(published.PAIRS, "lfw", 20)
     folder_of(tmp_path / "data" / "people", drawn_faces(people=20, images=2))
     bench_file(tmp_path / "data" / "lfw.bin", drawn_faces(seed=1, people=20, images=2))
     return tmp_path / "data"

@@ -248,7 +248,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_all_is_well(tmp_path
     assert vitface.__main__.main([*command, "--num-workers", "0"]) == 1
     bench, people = json.loads(capsys.readouterr().out)
     assert bench["counts"] == {"pairs": 20, "same": 20, "different": 0, "images": 40}
-    assert [finding["name"] for finding in bench["findings"]] == ["unbalanced"]
+    assert [finding["name"] for finding in bench["findings"]] == ["unbalanced", "not_evaluated"]
     assert people["format"] == "unreadable" and "have no image: " in people["findings"][0]["what"]
 
 
@@ -355,13 +355,13 @@ def test_a_benchmark_without_a_usable_image_says_nothing():
 def test_the_command_takes_a_run_to_look_for_faces(tmp_path, tiny_run, capsys):
     folders(tmp_path / "people", drawn_faces(people=40, images=2))
     write_bin(
-        tmp_path / "lfw.bin", [jpeg(crop) for crop in drawn_faces(seed=1, people=10, images=2)], [True, False] * 5
+        tmp_path / "mine.bin", [jpeg(crop) for crop in drawn_faces(seed=1, people=10, images=2)], [True, False] * 5
     )
-    command = ["data", "check", str(tmp_path / "people"), "--against", str(tmp_path / "lfw.bin"), "--num-workers", "0"]
+    command = ["data", "check", str(tmp_path / "people"), "--against", str(tmp_path / "mine.bin"), "--num-workers", "0"]
     assert vitface.__main__.main(command) == 0
     assert "training people most like" not in capsys.readouterr().out
     vitface.__main__.main([*command, "--checkpoint", str(tiny_run)])
-    assert "note: the training people most like lfw's: 'p" in capsys.readouterr().out
+    assert "note: the training people most like mine's: 'p" in capsys.readouterr().out
     assert vitface.__main__.main([*command, "--checkpoint", str(tmp_path / "none")]) == 2
     assert "neither a run directory nor a checkpoint" in capsys.readouterr().err
 

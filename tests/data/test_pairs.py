@@ -567,7 +567,7 @@ def test_lfw_pairs(tmp_path):
         (1, "A\t1\t3", "line 2 names an image that cannot be read: .*A_0003.jpg: No such file"),
         (1, "../A\t1\t2", "line 2 names '../A/../A_0001.jpg', which is outside"),
         (1, "..\t1\t2", "line 2 names '../.._0001.jpg', which is outside"),
-        (1, "A\0\t1\t2", "line 2 names "),
+        (1, "A\0\t1\t2", "line 2 has NUL bytes"),
         (1, "/A\t1\t2", "line 2 names "),
         (1, "C:\\A\t1\t2", "line 2 names "),
     ],

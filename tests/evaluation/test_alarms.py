@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from vitface.data.formats.pairs import VerificationSet, write_bin
+from vitface.data.formats.published import check_pairs
 from vitface.errors import DataError, EvaluationError
 from vitface.evaluation import benchmarks
-from vitface.evaluation.alarms import check_pairs, judge, label_fault, pair_alarms
+from vitface.evaluation.alarms import judge, label_fault, pair_alarms
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate_all
 from vitface.evaluation.protocol import check_embeddings, verify
 

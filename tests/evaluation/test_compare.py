@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from vitface.__main__ import main
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.compare import Side, compare, comparison_text, group_runs
-from vitface.evaluation.protocol import contiguous_folds, verify
+from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores, save_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar, seed_weights
+from vitface.metrics import contiguous_folds
 
 stats = optional("scipy.stats")
 

@@ -9,9 +9,9 @@ from vitface.data.formats.pairs import read_bin
 from vitface.errors import EvaluationError
 from vitface.evaluation.alarms import pair_alarms
 from vitface.evaluation.benchmarks import embed_pairs
-from vitface.evaluation.protocol import contiguous_folds, pair_distance, verify
+from vitface.evaluation.protocol import pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
-from vitface.metrics import auc, equal_error_rate, far_threshold, roc
+from vitface.metrics import auc, contiguous_folds, equal_error_rate, far_threshold, roc
 
 metrics = optional("sklearn.metrics")
 model_selection = optional("sklearn.model_selection")

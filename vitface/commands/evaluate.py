@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
+from vitface.data.formats.published import missing
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
-from vitface.evaluation.benchmarks import BENCHMARKS, available, benchmark_path, evaluate_all, read_benchmark
+from vitface.evaluation.benchmarks import BENCHMARKS, available, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import benchmark_of, keep_scores
@@ -128,9 +129,9 @@ def benchmark_names(bench: str, data_dir: Path) -> list[str]:
     names = available(data_dir)
     for name, benchmark in BENCHMARKS.items():
         if name not in names and benchmark.category != "synthetic":
-            print(f"missing: {benchmark_path(name, data_dir)}")
+            print(f"missing: {data_dir / name}.bin")
     if not names:
-        raise DataError(f"no benchmark file in {data_dir}; name their folder with --data-dir")
+        raise DataError(f"no benchmark was found: {missing('lfw', data_dir)}")
     return names
 
 

@@ -1,7 +1,7 @@
 """Finds mistakes in a benchmark or a result and names the likely cause.
 
-A failure raises `DataError` or `EvaluationError`: such a set gives no result. Alarms are returned: there is a result,
-but it is not plausible.
+A failure raises `EvaluationError`: such a set gives no result. Alarms are returned: there is a result, but it is not
+plausible.
 """
 
 from collections.abc import Iterator
@@ -9,33 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from vitface.data.formats.pairs import VerificationSet
-from vitface.errors import DataError, EvaluationError
-from vitface.evaluation.protocol import Verification, contiguous_folds
-from vitface.metrics import auc, auc_deviation
+from vitface.errors import EvaluationError
+from vitface.evaluation.protocol import Verification
+from vitface.metrics import auc, auc_deviation, contiguous_folds
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
 DISJOINT_FOLDS = ("lfw", "cfp_ff", "cfp_fp")  # a person, hence an image, is in one fold only
 SURE = -3.0  # standard deviations of the rank statistic, below which labels are called wrong
-
-
-def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
-    """DataError unless the set has the benchmark's pair count, half of them same, both in every fold."""
-    count, same = len(pairs.issame), int(pairs.issame.sum())
-    if count != expected:
-        raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
-    if 20 * same == count:
-        rule = "token == 1, but the token is a same pair's fold, 1 to 10, or 0 for a different pair"
-        raise DataError(f"{name} has {same} same pairs, a tenth of the published {count // 2}: labels were {rule}")
-    if 2 * same != count:
-        raise DataError(
-            f"{name} has {same} same and {count - same} different pairs, the published set has half of each: the "
-            f"labels are wrong (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
-        )
-    folds = contiguous_folds(count) if pairs.folds is None else pairs.folds
-    for fold, share in enumerate(np.bincount(folds, pairs.issame) / np.bincount(folds)):
-        if share in (0, 1):
-            only = f"fold {fold + 1} holds only {'same' if share else 'different'} pairs"
-            raise DataError(f"{name}: {only}: the list is sorted by label; use the published one, which has the folds")
 
 
 def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:

@@ -1,7 +1,8 @@
 """The benchmarks, with their numbers of pairs and what makes them hard; and a model's results on them.
 
 A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with, next to aligned 112 x 112
-crops under the published names (see `pair_lists`). "synthetic" and "synthetic_shift" are drawn and need no file.
+crops under the published names (see `published`, which also takes names that are nearly so). "synthetic" and
+"synthetic_shift" are drawn and need no file.
 """
 
 import dataclasses
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.data.formats.pair_lists import PAIR_LISTS, read_pair_list
+from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
+from vitface.data.formats.published import PAIRS, bin_in, check_pairs, find_list, missing
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError
-from vitface.evaluation.alarms import check_pairs, judge, order_alarms, pair_alarms
+from vitface.evaluation.alarms import judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
 from vitface.files import sha256_bytes
 
@@ -43,40 +45,34 @@ class Benchmark:
     pairs: int
 
 
+CATEGORIES = {
+    **dict.fromkeys(("lfw", "cfp_ff"), "general"),
+    **dict.fromkeys(("cfp_fp", "cplfw"), "pose"),
+    **dict.fromkeys(("agedb_30", "calfw"), "age"),
+}
 BENCHMARKS = {
-    "lfw": Benchmark("general", 6000),
-    "cfp_ff": Benchmark("general", 7000),
-    "cfp_fp": Benchmark("pose", 7000),
-    "cplfw": Benchmark("pose", 6000),
-    "agedb_30": Benchmark("age", 6000),
-    "calfw": Benchmark("age", 6000),
+    **{name: Benchmark(category, PAIRS[name]) for name, category in CATEGORIES.items()},
     **{world: Benchmark("synthetic", 2000) for world in SYNTHETIC},
 }
 
 
-def benchmark_path(name: str, data_dir: str | Path) -> Path:
-    """The file of a real benchmark: its .bin, or its pair list if that exists and the .bin does not."""
-    file = Path(data_dir) / f"{name}.bin"
-    pair_list = Path(data_dir) / PAIR_LISTS[name].path
-    return pair_list if pair_list.exists() and not file.is_file() else file
-
-
 def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
-    """The pairs of a real benchmark; DataError if its file is missing or is not the published set."""
-    path = benchmark_path(name, data_dir)
-    if not path.exists():
-        raise DataError(f"{path} is missing: put InsightFace's {name}.bin there, or name its folder with --data-dir")
-    if path.suffix == ".bin":
-        pairs = read_bin(path)
+    """The pairs of a real benchmark: of its .bin, else of its list. DataError if there is none, or another set."""
+    folder = Path(data_dir)
+    if file := bin_in(folder, name):
+        pairs = read_bin(file)
+    elif found := find_list(folder, name):
+        pairs = read_pair_list(name, *found)
     else:
-        pairs = read_pair_list(name, path, Path(data_dir) / Path(PAIR_LISTS[name].path).parts[0])
+        raise DataError(missing(name, folder))
     check_pairs(name, pairs, BENCHMARKS[name].pairs)
     return pairs
 
 
 def available(data_dir: str | Path) -> list[str]:
     """The real benchmarks that are in `data_dir`."""
-    return [name for name in BENCHMARKS if name not in SYNTHETIC and benchmark_path(name, data_dir).exists()]
+    folder = Path(data_dir)
+    return [name for name in PAIRS if bin_in(folder, name) or find_list(folder, name)]
 
 
 def next_command(checkpoint: Path, data_dir: str | Path | None, train_data: str | None = None) -> str:

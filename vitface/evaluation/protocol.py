@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitface.errors import EvaluationError
-from vitface.metrics import auc, check_scores, equal_error_rate
+from vitface.metrics import auc, check_scores, contiguous_folds, equal_error_rate
 
 THRESHOLDS = np.arange(0, 4, 0.01)
-NUM_FOLDS = 10
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,6 @@ def pair_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Two times embeddings (M, E), normalised here -> squared Euclidean distances (M,) float64 in [0, 4]."""
     first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first.astype("f8"), second.astype("f8")))
     return np.square(first - second).sum(axis=1)
-
-
-def contiguous_folds(count: int) -> np.ndarray:
-    """The fold of each of `count` pairs in file order; the first count % NUM_FOLDS folds are one pair longer."""
-    parts = np.array_split(np.arange(count), NUM_FOLDS)
-    return np.repeat(np.arange(NUM_FOLDS), [len(part) for part in parts])
 
 
 def verify(

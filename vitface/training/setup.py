@@ -145,8 +145,9 @@ def held_out_text(people: int) -> str:
 
 def final_benchmarks(config: TrainConfig) -> list[str]:
     """The benchmarks of the evaluation at the end; ConfigError if --val-data names no folder, except the default."""
-    if config.val_data not in (None, TrainConfig.val_data) and not Path(config.val_data).is_dir():
-        raise ConfigError(f"--val-data {config.val_data} is no folder; name the folder of lfw.bin, cfp_fp.bin, ...")
+    if config.val_data not in (None, TrainConfig.val_data) and not (path := Path(config.val_data)).is_dir():
+        folder = f"its folder, {path.parent}" if path.is_file() else "the folder of lfw.bin, cfp_fp.bin, ..."
+        raise ConfigError(f"--val-data {path} is no folder; name {folder}")
     real = available(config.val_data) if config.val_data else []
     return [config.train_data, *real] if config.train_data in SYNTHETIC else real
 

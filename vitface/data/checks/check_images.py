@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from vitface.data.checks.findings import Finding, What, correlation, finds
-from vitface.data.checks.scan import LUMA, Scan, dark_spots
+from vitface.data.checks.scan import FLAT, LUMA, Scan, dark_spots
 from vitface.data.formats.samples import FolderSamples
 from vitface.data.formats.stored import Images
 from vitface.data.images import CROP_SIZE, to_crop
@@ -17,7 +17,6 @@ MIN_IMAGES = 32  # the mean of fewer images does not look like a face
 ALIGNED = 0.5  # correlation of the mean face's dark spots with eyes and mouth; aligned sets have 0.7
 WELL_ALIGNED = 0.6  # the same of crops cut 1.25 times as wide
 DRAWN = 0.7  # correlation with the mean of drawn faces; theirs have 0.74 or more, real ones of any crop 0.55 at most
-FLAT = 3.0  # grey levels
 COLOURED = 0.15  # of `Scan.redness`; 98 % of colour photos of skin have more, grey and slightly tinted ones less
 MIN_BLUE = 10  # images that agree
 LOOKED_AT = 256  # of a set's images, where not all are read anyway

@@ -8,6 +8,8 @@ from vitface.data.checks.check_images import check_images
 from vitface.data.checks.findings import MIN_PAIRS, Finding, finds
 from vitface.data.checks.scan import Scan, scan
 from vitface.data.formats.pairs import EncodedImages, VerificationSet
+from vitface.data.formats.published import PAIRS, benchmark_named, check_pairs
+from vitface.errors import DataError
 from vitface.metrics import auc, auc_deviation
 
 SURE = 3.0  # standard deviations of a random AUC
@@ -29,14 +31,23 @@ def scan_benchmark(pairs: VerificationSet, num_workers: int) -> Benchmark:
 
 
 def check_benchmark(data: Benchmark) -> list[Finding]:
-    checks = (unbalanced, shifted_labels, contradictions, repeated_pairs, unrelated_labels)
+    checks = (not_published, unbalanced, shifted_labels, contradictions, repeated_pairs, unrelated_labels)
     return [*check_images(data.scan), *(finding for check in checks for finding in check(data))]
+
+
+@finds("error", "get the published file again: training and evaluation refuse this one")
+def not_published(data: Benchmark) -> str | None:
+    name = benchmark_named(data.pairs.name)
+    try:
+        return check_pairs(name, data.pairs, PAIRS[name]) if name else None
+    except DataError as error:
+        return str(error)
 
 
 @finds("error", "write the labels again; CALFW's and CPLFW's lists mark different pairs with 0, not with 1")
 def unbalanced(data: Benchmark) -> str | None:
     same, count = int(data.pairs.issame.sum()), len(data.pairs.issame)
-    if 2 * same != count:
+    if 2 * same != count and not benchmark_named(data.pairs.name):  # of a benchmark, `not_published` says it
         return f"{same} same and {count - same} different pairs; every published set has as many of each"
 
 
@@ -57,6 +68,7 @@ def contradictions(data: Benchmark) -> str | None:
     """Finds different pairs whose two images show one person, according to a chain of same pairs."""
     parent = np.arange(data.rows.max() + 1)
     _, group = np.unique(data.scan.digests, return_inverse=True)  # equal crops are one image
+    shown = _shown(data)
     pairs = group[data.rows].reshape(-1, 2)
 
     def root(image: int) -> int:
@@ -64,16 +76,21 @@ def contradictions(data: Benchmark) -> str | None:
             parent[image] = image = parent[parent[image]]
         return image
 
-    for first, second in pairs[data.pairs.issame]:
+    for first, second in pairs[data.pairs.issame & shown]:
         parent[root(first)] = root(second)
-    wrong = [i for i in np.flatnonzero(~data.pairs.issame) if root(pairs[i, 0]) == root(pairs[i, 1])]
+    wrong = [i for i in np.flatnonzero(~data.pairs.issame & shown) if root(pairs[i, 0]) == root(pairs[i, 1])]
     if wrong:
         return f"{len(wrong)} different pairs, the first is pair {wrong[0]}, show one person by the same pairs"
 
 
+def _shown(data: Benchmark) -> np.ndarray:
+    """The pairs (N,) of which neither image is damaged or blank."""
+    return np.all(data.scan.comparable[data.rows].reshape(-1, 2), axis=1)
+
+
 @finds("warning", "write the pairs again from the published list")
 def repeated_pairs(data: Benchmark) -> str | None:
-    pairs = np.sort(data.rows.reshape(-1, 2), axis=1)
+    pairs = np.sort(data.rows.reshape(-1, 2)[_shown(data)], axis=1)
     repeated = len(pairs) - len(np.unique(pairs, axis=0))
     itself = data.scan.digests[pairs[:, 0]] == data.scan.digests[pairs[:, 1]]
     if repeated or itself.any():

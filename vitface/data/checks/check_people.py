@@ -29,11 +29,11 @@ class TrainingSet:
     @cached_property
     def equal_crops(self) -> tuple[np.ndarray, np.ndarray]:
         """Each image (n,) whose crop equals another's bit for bit, and that other image (n,)."""
-        labels, usable = self.samples.labels, np.flatnonzero(self.scan.usable)
-        _, group = np.unique(self.scan.digests[usable], return_inverse=True)
-        order = np.lexsort((labels[usable], group))
+        labels, shown = self.samples.labels, np.flatnonzero(self.scan.comparable)
+        _, group = np.unique(self.scan.digests[shown], return_inverse=True)
+        order = np.lexsort((labels[shown], group))
         again = np.flatnonzero(np.diff(group[order]) == 0)
-        return usable[order][again], usable[order][again + 1]
+        return shown[order][again], shown[order][again + 1]
 
 
 def scan_training(samples: Samples, num_workers: int) -> TrainingSet:
@@ -61,8 +61,14 @@ def images_to_compare(labels: np.ndarray) -> np.ndarray:
 
 
 def check_training(data: TrainingSet) -> list[Finding]:
-    checks = (one_image, duplicated_people, copies, unrelated_labels, slipped_labels)
+    checks = (one_person, one_image, duplicated_people, copies, unrelated_labels, slipped_labels)
     return [*check_images(data.scan), *(finding for check in checks for finding in check(data))]
+
+
+@finds("error", "add other people; training tells people apart, and with five or more it can hold some out")
+def one_person(data: TrainingSet) -> str | None:
+    if len(data.samples.names) == 1:
+        return f"one person only, {data.samples.names[0]!r}: nothing can be trained on it"
 
 
 @finds("warning", "the model learns little from one image; remove these people, or add images")

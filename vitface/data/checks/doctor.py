@@ -24,6 +24,7 @@ from vitface.data.checks.scan import dark_spots
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
+from vitface.data.formats.published import PAIRS, benchmark_named, is_bin, is_home
 from vitface.data.formats.samples import RecordSamples, load_samples
 from vitface.errors import DataError
 
@@ -52,17 +53,18 @@ def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None
     lists (.txt), whose names are compared; with a trained model's `embed` the faces are compared, too.
     """
     found = find_sets(path)
-    lists = [file for file in against if file.suffix != ".bin"]
-    sources: dict[str, Callable[[], VerificationSet]] = {}
-    for file in [*found.bins, *(file for file in against if file.suffix == ".bin")]:
-        sources[str(file)] = functools.partial(read_bin, file)
+    lists = [file for file in against if not is_bin(file)]
+    sources: dict[str, tuple[Callable[[], VerificationSet], str]] = {}
+    for file in [*found.bins, *filter(is_bin, against)]:
+        sources[str(file)] = functools.partial(read_bin, file), "" if benchmark_named(file.stem) else file.name
     for name, file, crops in found.pair_lists:
-        sources[f"{file} ({name})"] = functools.partial(read_pair_list, name, file, crops)
+        home = "" if is_home(crops, name) else f"a folder {crops.name}"
+        sources[f"{file} ({name})"] = functools.partial(read_pair_list, name, file, crops), home
     reports, benchmarks = [], []
-    for where, read in sources.items():
+    for where, (read, misnamed) in sources.items():
         try:
             benchmarks.append(scan_benchmark(read(), num_workers))
-            reports.append(_benchmark_report(where, benchmarks[-1]))
+            reports.append(_benchmark_report(where, benchmarks[-1], misnamed))
         except DataError as error:
             reports.append(Report(where, "unreadable", {}, unreadable(error)))
     for folder in found.trainings:
@@ -74,10 +76,15 @@ def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None
     return [*reports, *(Report(str(folder), "no set", {}, no_image(folder)) for folder in found.empty)]
 
 
-def _benchmark_report(where: str, bench: Benchmark) -> Report:
+def _benchmark_report(where: str, bench: Benchmark, misnamed: str) -> Report:
     pairs, same = len(bench.pairs.issame), int(bench.pairs.issame.sum())
     counts = {"pairs": pairs, "same": same, "different": pairs - same, "images": len(bench.scan)}
-    return Report(where, "verification set", counts, check_benchmark(bench))
+    return Report(where, "verification set", counts, [*check_benchmark(bench), *not_evaluated(misnamed)])
+
+
+@finds("note", f"the names they know: {', '.join(PAIRS)}; rename it if it is one of these")
+def not_evaluated(misnamed: str) -> str | None:
+    return misnamed and f"training and evaluation do not look for {misnamed}"
 
 
 def _training_report(
@@ -121,7 +128,7 @@ def check_between(train: TrainingSet, bench: Benchmark) -> list[Finding]:
 
 @finds("error", "remove these people from the training set; otherwise results on that benchmark are too good")
 def trained_on_test(train: TrainingSet, bench: Benchmark) -> str | None:
-    shared = np.isin(train.scan.digests, bench.scan.digests) & train.scan.usable
+    shared = np.isin(train.scan.digests, bench.scan.digests) & train.scan.comparable
     if shared.any():
         people = np.unique(train.samples.labels[shared])
         first = train.samples.names[people[0]]

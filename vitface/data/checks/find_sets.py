@@ -7,6 +7,7 @@ from pathlib import Path
 from vitface.data.folders import list_folder
 from vitface.data.formats.packed import is_packed
 from vitface.data.formats.pair_lists import PAIR_LISTS
+from vitface.data.formats.published import is_bin, is_home, is_list, list_in
 from vitface.errors import DataError
 
 MAX_DEPTH = 4
@@ -43,12 +44,11 @@ def find_sets(path: Path) -> Sets:
 
 
 def _visit_file(path: Path, found: Sets) -> None:
-    names = {name: entry.path.partition("/")[2] for name, entry in PAIR_LISTS.items()}
-    lists = [name for name, inside in names.items() if path.as_posix().endswith(f"/{inside}")]
-    if path.suffix == ".bin" or not lists:
-        (found.bins if path.suffix == ".bin" else found.trainings).append(path)
-    for name in lists:
-        found.pair_lists.append((name, path, path.parents[names[name].count("/")]))
+    for name, entry in PAIR_LISTS.items():
+        if is_list(path, entry.path):
+            found.pair_lists.append((name, path, path.absolute().parents[entry.path.count("/") - 1]))
+    if not found.pair_lists:
+        (found.bins if is_bin(path) else found.trainings).append(path)
 
 
 def _visit(folder: Path, found: Sets, depth: int, seen: set[str]) -> None:
@@ -64,9 +64,9 @@ def _visit(folder: Path, found: Sets, depth: int, seen: set[str]) -> None:
         return
     folders, loose = [folder / name for name in listing.folders], listing.images
     others = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    bins, is_set = [file for file in others if file.suffix == ".bin"], _is_set(folder)
+    bins, is_set = [*filter(is_bin, others)], _is_set(folder)
     people = [entry for entry in folders if _has_image(entry)]
-    lists = _lists_of(folder, any_name=depth == 0 and not bins and not is_set and bool(people or loose))
+    lists = _lists_of(folder, any_name=not bins and not is_set and bool(people or loose))
     sets = [entry for entry in folders if _is_set(entry) or _lists_of(entry)]
     found.bins += bins
     found.pair_lists += lists
@@ -79,7 +79,7 @@ def _visit(folder: Path, found: Sets, depth: int, seen: set[str]) -> None:
     for file in others:
         if file.suffix.lower() in FOREIGN and not is_set:
             found.unchecked[file] = f"{file.suffix} is no format of vitface"
-        elif file.name in {Path(entry.path).name for entry in PAIR_LISTS.values()} and not lists:
+        elif is_list(file) and not lists:
             found.unchecked[file] = "a pair list whose crops do not lie beside it"
 
 
@@ -100,12 +100,8 @@ def _is_set(folder: Path) -> bool:
 
 def _lists_of(folder: Path, any_name: bool = False) -> list[tuple[str, Path, Path]]:
     """The published lists in the folder of their crops, whose name is the benchmark's, or any."""
-    found = []
-    for name, entry in PAIR_LISTS.items():
-        home, _, inside = entry.path.partition("/")
-        if (folder / inside).is_file() and (any_name or folder.name == home):
-            found.append((name, folder / inside, folder))
-    return found
+    lists = {name: list_in(folder, name) for name in PAIR_LISTS if any_name or is_home(folder, name)}
+    return [(name, path, folder) for name, path in lists.items() if path]
 
 
 def _has_image(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from vitface.errors import DataError
 
 CHUNK = 256
 PATTERN_SIDE = 28
+FLAT = 3.0  # grey levels
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -41,6 +42,11 @@ class Scan:
     @property
     def usable(self) -> np.ndarray:
         return self.sizes[:, 0] > 0
+
+    @property
+    def comparable(self) -> np.ndarray:
+        """Those that show something: blank images are equal without being copies."""
+        return self.usable & (self.contrast >= FLAT)
 
     def names(self, which: np.ndarray) -> list[str]:
         """The names of the images that are true in `which` (n,), as messages have them."""

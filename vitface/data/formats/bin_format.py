@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vitface.errors import DataError
+from vitface.files import BEGINNING, identify
 
 MAX_PAIRS = 1_000_000
 MAX_IMAGE_BYTES = 10 << 20
@@ -58,20 +59,6 @@ _HOW = (
     "write it as pickle.dump((images, issame), file): 2 N images as JPEG or PNG bytes, N flags that are true or false"
 )
 _AGAIN = "get the file again"
-_OTHER_FILES = {  # what is often found under the name of a .bin: (what it is, what to do), by its first bytes
-    b"<": ("a web page", "the download failed or asked for a confirmation; get the file in a browser"),
-    b"version https://git-lfs": ("a pointer of Git LFS", "run git lfs pull in its folder"),
-    b"PK\3\4": ("a zip archive (numpy.savez and torch.save write these, too)", f"unpack it, or {_HOW}"),
-    b"\x1f\x8b": ("compressed with gzip", "unpack it"),
-    b"BZh": ("compressed with bzip2", "unpack it"),
-    b"\xfd7zXZ\0": ("compressed with xz", "unpack it"),
-    b"Rar!": ("a RAR archive", "unpack it"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
-    b"\x93NUMPY": ("numpy.save's file", _HOW),
-    b"\x0a\x23\xd7\xce": ("a RecordIO file, as train.rec is", "name its folder with --train-data"),
-    b"\xff\xd8\xff": ("one JPEG image", _HOW),
-    b"\x89PNG": ("one PNG image", _HOW),
-}
 _OBJECTS = {  # opcodes that people's files have in place of lists, images and flags
     **dict.fromkeys(("EMPTY_DICT", "DICT"), "a dict"),
     **dict.fromkeys(("EMPTY_SET", "FROZENSET"), "a set"),
@@ -113,10 +100,9 @@ def parse_bin(data: bytes | mmap, where: str) -> tuple[list[bytes], list[bool]]:
 
     Images are not decoded; one that the file repeats by reference is one object. The two lengths are not compared.
     """
-    start = bytes(data[:200]).lstrip()
-    for beginning, (what, do) in _OTHER_FILES.items():
-        if start.startswith(beginning):
-            raise DataError(f"{where} is no verification set but {what}; {do}")
+    if (other := identify(bytes(data[:BEGINNING]))) and not other[0].startswith("a pickle"):
+        what, do = other
+        raise DataError(f"{where} is no verification set but {what}; {do or _HOW}")
     reader = _Reader(data, where)
     try:
         return reader.checked(reader.load())

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,13 @@ from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.stored import numbered
 from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
+from vitface.files import BEGINNING, identify
 
 MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
-_LABELLED = re.compile(r"([01])\s+(.+\.\w{3,4})\s+(.+\.\w{3,4})")  # label, path, path; names may have spaces
+_LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "-1": False}
+_HEADER = re.compile(r"\b(is_?)?(label|same|path|image|img|file|photo|pair)", re.IGNORECASE)
+_PHOTO = re.compile(r"\.\w{3,4}$")
+_TWO = re.compile(r"(.+\.\w{3,4})\s+(.+\.\w{3,4})")  # names may have spaces
 
 
 class Pair(NamedTuple):
@@ -66,9 +71,9 @@ _LFW_FORM = "10<TAB>300 in the first line, then lines name<TAB>1<TAB>2 (same), n
 def _lfw_pairs(path: Path) -> list[Pair]:
     """LFW's View 2: a line `10 300`, then per fold 300 lines `name i j` (same) and 300 `name i name j` (different)."""
     (where, first), *lines = _lines(path)
-    if _LABELLED.fullmatch(first[:MAX_LINE]):
+    if _labelled(first) or _labelled(lines[0][1] if lines else ""):
         return _labelled_pairs(path)
-    num_folds, half = _lfw_header(first, where, path)
+    num_folds, half = _lfw_header(first, where, path, len(lines))
     if 2 * half * num_folds != len(lines):
         raise DataError(
             f"{where} promises {num_folds} folds of {half} same and {half} different pairs, not {len(lines)}"
@@ -91,7 +96,7 @@ def _lfw_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def _lfw_header(line: str, where: str, path: Path) -> tuple[int, int]:
+def _lfw_header(line: str, where: str, path: Path, others: int) -> tuple[int, int]:
     """The numbers of folds, and of same pairs in each; DataError for the lists of LFW's View 1, and for one fold."""
     words = line.split()
     if len(words) == 1 and words[0].isdigit():
@@ -99,9 +104,17 @@ def _lfw_header(line: str, where: str, path: Path) -> tuple[int, int]:
             f"{where} has one number, as View 1 of LFW (pairsDevTrain.txt, pairsDevTest.txt), which has no folds; "
             f"the benchmark is View 2: get pairs.txt, which begins with 10<TAB>300"
         )
-    if len(words) > 2:
-        add = f"if the pairs are in the published order, put that line first: sed -i '1i 10\\t300' {path}"
-        raise DataError(f"{where} is no header but {line[:80]!r}; the form is {_LFW_FORM}; {add}")
+    if line.lower().startswith("name,"):
+        file, target = quote(str(path)), path.with_name("pairs.txt")
+        how = "sed -i" if path == target else "sed"
+        sed = f"{how} '1s/.*/10 300/; s/,/\\t/g' {file}{'' if path == target else f' > {quote(str(target))}'}"
+        raise DataError(
+            f"{where} is the head of a table; the form is {_LFW_FORM}; if 6,000 pairs follow in order: {sed}"
+        )
+    if len(words) != 2:
+        add = f"; if the pairs are in the published order, put that line first: sed -i '1i 10\\t300' {quote(str(path))}"
+        whole = len(words) > 2 and others == 5999 and re.fullmatch(r".+\s\d+\s+\d+", line[:MAX_LINE])
+        raise DataError(f"{where} is no header but {line[:80]!r}; the form is {_LFW_FORM}{add if whole else ''}")
     num_folds, half = (_number(word, where) for word in words)
     if num_folds < 2 or not half:
         raise DataError(
@@ -118,7 +131,7 @@ def _calfw_pairs(path: Path) -> list[Pair]:
     of their token. Different pairs have none: they are distributed in file order, one to each fold after the other.
     """
     photos, tokens, lines = [], [], _lines(path)
-    if _LABELLED.fullmatch(lines[0][1][:MAX_LINE]):
+    if any(_labelled(line) for _, line in lines[:2]):
         return _labelled_pairs(path)
     for where, line in lines:
         file, token = [*line.rsplit(None, 1), "", ""][:2]  # a few names of CPLFW contain a space
@@ -165,16 +178,36 @@ def _cfp_photos(path: Path) -> dict[int, str]:
 
 
 def _labelled_pairs(path: Path) -> list[Pair]:
-    """AgeDB-30's list, and copies of the others: a line `label path path` per pair, 1 for the same person; no folds."""
-    pairs = []
-    for where, line in _lines(path):
-        words = _LABELLED.fullmatch(line[:MAX_LINE])
-        match _tabbed(line) or (words.groups() if words else line.split()):
-            case ["0" | "1" as label, first, second]:
-                pairs.append(Pair(where, label == "1", None, (_inside(first, where), _inside(second, where))))
-            case _:
-                raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}")
+    """AgeDB-30's list, and copies of the others: a line `label path path` per pair, or `path path label`, separated by
+    spaces, tabs, commas or semicolons, 1 for the same person; no folds. A line of column names may be the first."""
+    pairs, lines = [], _lines(path)
+    for number, (where, line) in enumerate(lines):
+        if found := _labelled(line):
+            same, *photos = found
+            first, second = (_inside(photo, where) for photo in photos)
+            pairs.append(Pair(where, same, None, (first, second)))
+        elif number or not _HEADER.search(line):
+            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}")
     return pairs
+
+
+def _labelled(line: str) -> tuple[bool, str, str] | None:
+    """(Whether it is one person, path, path) of a line that holds these three, the label first or last; else None."""
+    line, words = line[:MAX_LINE], line.split(None, 1)
+    for cells in ([cell.strip() for cell in line.split(mark)] for mark in "\t,;"):
+        if len(cells) == 3 and (found := _with_label(*cells)):
+            return found
+    if words[0].lower() in _LABELS:
+        return _with_label(words[0], *getattr(_TWO.fullmatch(words[1]), "groups", tuple)()) if words[1:] else None
+    *rest, label = line.rsplit(None, 1)
+    return _with_label(label, *getattr(_TWO.fullmatch(rest[0]), "groups", tuple)()) if rest else None
+
+
+def _with_label(*cells: str) -> tuple[bool, str, str] | None:
+    for label, *photos in (cells, (*cells[-1:], *cells[:-1])):
+        if label.lower() in _LABELS and len(photos) == 2 and all(_PHOTO.search(photo) for photo in photos):
+            return _LABELS[label.lower()], photos[0], photos[1]
+    return None
 
 
 def _name_of_file(photo: str) -> str:
@@ -197,12 +230,17 @@ PAIR_LISTS = {
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Each line of a text file that is not blank, after its name in messages: ("FILE: line 1", text)."""
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    """Each line of a text file that is neither blank nor a # comment, after its name: ("FILE: line 1", text)."""
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\x1a")  # which DOS ends texts with
     lines = [(f"{path}: line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1)]
-    lines = [(where, line) for where, line in lines if line]
+    lines = [(where, line) for where, line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"{path}: empty file")
+    if found := identify(text.encode()[:BEGINNING]):
+        raise DataError(f"{path} is no pair list but {': '.join(filter(None, found))}")
+    for where, line in lines:
+        if "\0" in line:
+            raise DataError(f"{where} has NUL bytes, as a file that was not written to its end; get it again")
     return lines
 
 

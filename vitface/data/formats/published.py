@@ -1,0 +1,120 @@
+"""The benchmarks as they were published: their numbers of pairs, and the names of their files, or nearly these.
+
+People have LFW.bin, agedb-30.bin, CFP-FP.BIN, `lfw (1).bin`, PAIRS.TXT, and folders like LFW/ or lfw-aligned/.
+Training, evaluation and `data check` find and judge them by these functions.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+
+from vitface.data.formats.pair_lists import PAIR_LISTS
+from vitface.data.formats.pairs import VerificationSet
+from vitface.errors import DataError
+from vitface.metrics import contiguous_folds
+
+PAIRS = {"lfw": 6000, "cfp_ff": 7000, "cfp_fp": 7000, "cplfw": 6000, "agedb_30": 6000, "calfw": 6000}
+_COPY = re.compile(r"[ _]?\(\d+\)$| - copy$| copy$")  # what browsers and desktops add
+
+
+def plain(stem: str) -> str:
+    """A name as it is compared: agedb30 of AgeDB-30, or of `agedb_30 (1)`."""
+    return re.sub("[^a-z0-9]", "", _COPY.sub("", stem.lower()))
+
+
+def is_bin(path: Path) -> bool:
+    """Whether a file is named as a verification set."""
+    return path.suffix.lower() == ".bin"
+
+
+def benchmark_named(stem: str) -> str | None:
+    """The benchmark that a file is named after, or None."""
+    return next((name for name in PAIRS if plain(stem) == plain(name)), None)
+
+
+def bin_in(folder: Path, name: str) -> Path | None:
+    """The .bin of a benchmark in a folder: NAME.bin, or the first that is nearly called so."""
+    exact = folder / f"{name}.bin"
+    near = (file for file in _files(folder) if is_bin(file) and benchmark_named(file.stem) == name)
+    return exact if exact.is_file() else next(near, None)
+
+
+def is_list(path: Path, published: str = "") -> bool:
+    """Whether a file is named as a pair list, or as that called `published`; as pairs.csv, too: its reader explains."""
+    stems = [plain(Path(published or entry.path).stem) for entry in PAIR_LISTS.values()]
+    return path.suffix.lower() in (".txt", ".csv") and plain(path.stem) in stems
+
+
+def list_in(folder: Path, name: str) -> Path | None:
+    """The pair list of a benchmark in the folder of its crops."""
+    *below, published = Path(PAIR_LISTS[name].path).parts[1:]
+    place = folder.joinpath(*below)
+    exact = place / published
+    return exact if exact.is_file() else next((file for file in _files(place) if is_list(file, published)), None)
+
+
+def is_home(folder: Path, name: str) -> bool:
+    """Whether evaluation looks for a benchmark's pair list in a folder of that name, such as lfw-aligned."""
+    return plain(folder.name).startswith(plain(Path(PAIR_LISTS[name].path).parts[0]))
+
+
+def find_list(data_dir: Path, name: str) -> tuple[Path, Path] | None:
+    """(A benchmark's pair list, the folder of its crops) in a data folder, in that of the published name first."""
+    home = data_dir / Path(PAIR_LISTS[name].path).parts[0]
+    for folder in (home, *(x for x in _entries(data_dir) if is_home(x, name))):
+        if found := list_in(folder, name):
+            return found, folder
+    return None
+
+
+def missing(name: str, data_dir: Path) -> str:
+    """Why a benchmark is not found in `data_dir`, and what to do; it begins with the path of its .bin."""
+    wanted = data_dir / f"{name}.bin"
+    if data_dir.is_file():
+        return f"{data_dir} is a file and no folder of benchmarks; name its folder: {quote(str(data_dir.parent))}"
+    if is_home(data_dir, name) and list_in(data_dir, name):
+        return f"{wanted} is missing, but {data_dir} is a benchmark's folder; name the one it is in: {data_dir.parent}"
+    inside = [wanted / entry.name for entry in _files(wanted) if is_bin(entry)]
+    others = {plain(file.stem): file for file in _files(data_dir) if is_bin(file) and not benchmark_named(file.stem)}
+    near = inside + [others[key] for key in difflib.get_close_matches(plain(name), others, 1, 0.6)]
+    if wanted.is_dir() and near:
+        aside, to = f"{wanted}-folder", quote(str(wanted))
+        return f"{wanted} is a folder: mv {to} {quote(aside)} && mv {quote(f'{aside}/{near[0].name}')} {to}"
+    hint = f"if that is {near[0]}: mv {quote(str(near[0]))} {quote(str(wanted))}" if near else ""
+    hint = hint or f"put InsightFace's {name}.bin there, or name its folder with --data-dir"
+    return f"{wanted} is {'a folder' if wanted.is_dir() else 'missing'}: {hint}"
+
+
+def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
+    """DataError unless the set has the benchmark's pair count, half of them same, both in every fold."""
+    count, same = len(pairs.issame), int(pairs.issame.sum())
+    if count != expected:
+        raise DataError(f"{name} has {count} pairs, the published set has {expected}: the file is cut or another set")
+    if 20 * same == count:
+        rule = "token == 1, but the token is a same pair's fold, 1 to 10, or 0 for a different pair"
+        raise DataError(f"{name} has {same} same pairs, a tenth of the published {count // 2}: labels were {rule}")
+    if 2 * same != count:
+        raise DataError(
+            f"{name} has {same} same and {count - same} different pairs, the published set has half of each: the "
+            f"labels are wrong (CALFW's and CPLFW's lists mark different pairs with 0, not with 1)"
+        )
+    folds = contiguous_folds(count) if pairs.folds is None else pairs.folds
+    for fold, share in enumerate(np.bincount(folds, pairs.issame) / np.bincount(folds)):
+        if share in (0, 1):
+            only = f"fold {fold + 1} holds only {'same' if share else 'different'} pairs"
+            raise DataError(f"{name}: {only}: the list is sorted by label; use the published one, which has the folds")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (entry for entry in _entries(folder) if entry.is_file() and not entry.name.startswith("."))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
