@@ -205,14 +205,14 @@ def open_regular(path: Path) -> BinaryIO:
 def read_json(path: Path, limit: int = 16 << 20) -> Any:
     """What a JSON file of at most `limit` bytes holds; ValueError if it is longer, no JSON, or nested too deeply.
 
-    NaN and infinity, which Python's reader would take, are no JSON.
+    NaN and infinity, which Python's reader would take, are no JSON. A byte order mark, as editors put there, is read.
     """
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"more than {limit:,} bytes")
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_no_number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

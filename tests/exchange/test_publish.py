@@ -341,7 +341,7 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
 
     generator = np.random.default_rng(0)
     issame = np.tile([True, False], 300)
-    result = verify(np.where(issame, 0.4, 1.2) + 0.4 * generator.standard_normal(600), issame)
+    result = verify(np.where(issame, 0.8, 1.6) + 0.4 * np.tanh(generator.standard_normal(600)), issame)
     keep_scores(run, {"lfw": result}, open_checkpoint(run).sha256)
     assert publish() == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -369,7 +369,7 @@ def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
     from vitface.config import VIT_PRESETS
 
     config = FaceConfig(backbone, "random", VIT_PRESETS[backbone], 224, lora_rank=16)
-    checkpoint = Checkpoint(Path("x"), Path("x"), None, {}, config, {}, None)
+    checkpoint = Checkpoint(Path("x"), Path("x"), None, {"files": {"model.safetensors": {"sha256": "x"}}}, config)
     text = model_card(checkpoint, "me/x", "data", "mit")
     front = yaml.safe_load(text.split("---\n")[1])
     assert front.get("base_model") == base and front["license"] == "mit"

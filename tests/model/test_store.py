@@ -152,12 +152,14 @@ def test_a_checkpoint_is_verified_once(backbone, tmp_path, monkeypatch):
         lambda written: written.update(thresholds=[1]),
     ],
 )
-def test_damaged_thresholds_are_refused(tiny_run, change):
+def test_damaged_thresholds_are_refused(tiny_run, change, capsys):
     file = tiny_run / "thresholds.json"
     written = json.loads(file.read_text())
     change(written)
     file.write_text(json.dumps(written))
-    with pytest.raises(CheckpointError, match=r"thresholds\.json is damaged; delete it"):
-        open_checkpoint(tiny_run)
+    checkpoint = open_checkpoint(tiny_run)
+    with pytest.raises(CheckpointError, match=r"thresholds\.json is damaged; put a copy back or delete it"):
+        _ = checkpoint.calibration
+    assert checkpoint.thresholds == {} and f"note: {file} is damaged" in capsys.readouterr().err
     file.write_text(json.dumps({**written, "model": "another's"}))
     assert open_checkpoint(tiny_run).thresholds == {}

@@ -396,7 +396,7 @@ def test_a_setting_that_is_newer_than_the_checkpoint_changes_no_model(tmp_path, 
     del written["gate_temperature"]
     (tmp_path / "model.json").write_text(json.dumps(written))
     config, data = resolve({}), {"images": 3, "pixels": None}
-    state = {"settings": resume.settings_of(config), "data": data}
+    state = {"settings": resume.settings_of(config), "data": data, "progress": {"step": 4, "first_step": 4}}
     monkeypatch.setattr(resume, "load_state", lambda checkpoint: state)
     assert resume.state_to_resume(tmp_path, config, model, data) == (state, False)
     with pytest.raises(CheckpointError, match="(?s)is of another model.*gate_temperature: 1.0 -> 0.5"):

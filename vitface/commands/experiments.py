@@ -3,10 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
-from vitface.errors import VitfaceError
+from vitface.errors import VitfaceError, printable
 from vitface.markdown import put_between_markers, table
 from vitface.store.settings import read_config
 
@@ -35,18 +36,23 @@ def add_flags(parser: CommandParser) -> None:
 def experiments_markdown(runs: Path) -> str:
     """The table: for each experiment the recorded result, and the results of every run of it in `runs`."""
     head = ("experiment", "", "trainable parameters", *RECORDED_ON, "settings that differ")
-    rows = []
+    rows, settings = [], {}
+    for run in sorted(runs.glob("*/")):
+        try:
+            settings[run] = read_config(run)
+        except VitfaceError as error:
+            print(f"left out: {printable(str(error))}", file=sys.stderr)
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
         if name in RECORDED:
             trainable, accuracies = RECORDED[name]
             rows.append([name, "recorded", f"{trainable:,}", *(f"{value:.2f}" for value in accuracies)])
-        ours = [run for run in sorted(runs.glob("*/")) if read_config(run).get("exp") == name]
-        rows += [[name, run.name, *_cells(run)] for run in ours] or [[name, "not run"]]
+        ours = {run: given for run, given in settings.items() if given.get("exp") == name}
+        rows += [[name, run.name, *_cells(run, given)] for run, given in ours.items()] or [[name, "not run"]]
     return f"Command: `vitface experiments`. Accuracies in %. {CAVEATS}\n\n{table(head, rows)}\n"
 
 
-def _cells(run: Path) -> list[str]:
-    """Cells of one run: trainable parameters, the accuracy on each benchmark, settings that differ.
+def _cells(run: Path, settings: dict[str, Any]) -> list[str]:
+    """Cells of one run with these settings: trainable parameters, accuracy on each benchmark, settings that differ.
 
     A benchmark has several accuracies if the run was evaluated on several files of its name.
     """
@@ -58,7 +64,8 @@ def _cells(run: Path) -> list[str]:
     try:
         trainable = f"{parameter_counts(meta_model(open_checkpoint(run).config))['all'][1]:,}"
         results = read_run(run)
-    except VitfaceError:  # it is not finished
+    except VitfaceError as error:
+        print(f"{run}: no results: {printable(str(error))}", file=sys.stderr)
         trainable, results = "", {}
     scored = {
         bench: [result for name, result in results.items() if benchmark_of(name) == bench] for bench in RECORDED_ON
@@ -67,13 +74,13 @@ def _cells(run: Path) -> list[str]:
         "; ".join(f"{100 * found.accuracy:.2f} ± {100 * found.std:.2f}" for found in scored[bench]) or "not evaluated"
         for bench in RECORDED_ON
     ]
-    differ = {name: value for name, value in differences(read_config(run)).items() if name not in BOOKKEEPING}
+    differ = {name: value for name, value in differences(settings).items() if name not in BOOKKEEPING}
     return [trainable, *accuracies, ", ".join(f"`{to_flag(name)} {value}`" for name, value in differ.items())]
 
 
 def run(arguments: argparse.Namespace) -> None:
     text = experiments_markdown(arguments.runs)
-    print(text, end="")
+    print(printable(text), end="")
     if arguments.docs:
         put_between_markers(arguments.docs, "The recorded experiments", text)
         print(f"wrote {arguments.docs}", file=sys.stderr)

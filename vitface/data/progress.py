@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -25,10 +26,11 @@ class Progress(tqdm):
         super().__init__(*arguments, **options, disable=os.environ.get("RANK", "0") != "0")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if not self.as_lines:
-            return bool(super().display(msg, pos))
-        self.fp.write(f"{self}\n")
-        self.fp.flush()
+        with suppress(OSError):  # nobody reads it any more, which must not stop the work
+            if not self.as_lines:
+                return bool(super().display(msg, pos))
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
         return True
 
     def close(self) -> None:

@@ -62,15 +62,11 @@ def verify(
     folds = contiguous_folds(len(issame)) if folds is None else folds
     if not folds.max() or not np.bincount(folds).all():
         raise EvaluationError("a fold's threshold comes from the other folds: there must be two or more, none empty")
-    right = right_at_thresholds(distance, issame)
-    accuracies, thresholds = np.zeros(folds.max() + 1), np.zeros(folds.max() + 1)
-    correct = np.zeros(len(issame), bool)
-    for fold in range(len(accuracies)):
-        tested = folds == fold
-        best = right[:, ~tested].mean(axis=1).argmax()
-        thresholds[fold] = THRESHOLDS[best]
-        correct[tested] = right[best, tested]
-        accuracies[fold] = correct[tested].mean()
+    sizes = np.bincount(folds)
+    right = np.array([np.bincount(folds, (distance < t) == issame, len(sizes)) for t in THRESHOLDS])  # (T, folds)
+    thresholds = THRESHOLDS[(right.sum(axis=1, keepdims=True) - right).argmax(axis=0)]
+    correct = (distance < thresholds[folds]) == issame
+    accuracies = np.bincount(folds, correct) / sizes
     return Verification(
         accuracy=float(accuracies.mean()),
         std=float(accuracies.std()),

@@ -9,20 +9,27 @@ DATA.
 """
 
 import dataclasses
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from vitface.errors import CheckpointError
+from vitface.errors import CheckpointError, VitfaceError
 from vitface.evaluation.protocol import Verification, verify
-from vitface.files import open_regular, replace_file
+from vitface.files import replace_file
 from vitface.lock import waiting_lock
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCORES = "scores.safetensors"
+MAX_PAIRS, MAX_FOLDS = 1 << 14, 32  # more than any benchmark has; intervals take memory for each of them
 
 
 def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> None:
@@ -33,14 +40,20 @@ def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> 
         tensors[f"{stem}.distance"], tensors[f"{stem}.folds"] = result.distance, result.folds.astype(np.int64)
         tensors[f"{stem}.issame"] = result.issame.astype(np.uint8)
         if result.people is not None:
-            tensors[f"{stem}.people"] = result.people
+            tensors[f"{stem}.people"] = result.people.astype(np.int64)
     replace_file(path, save(tensors, {"model": model}), private=True)
 
 
 def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> None:
-    """Adds `results` to the scores of a run directory; those of another checkpoint than `model` are dropped."""
+    """Adds `results` to the scores of a run directory; those of another checkpoint than `model` are dropped, and those
+    of a damaged file, with a note."""
     with waiting_lock(run / ".scores.lock"):
-        kept, kept_model = load_scores(run / SCORES) if (run / SCORES).is_file() else ({}, model)
+        try:
+            kept, kept_model = load_scores(run / SCORES)
+        except CheckpointError as error:
+            kept, kept_model = {}, model
+            if (run / SCORES).exists():
+                print(f"note: {error}: only the scores of this evaluation are kept", file=sys.stderr)
         every = [*(kept if kept_model == model else {}).items(), *results.items()]
         save_scores(run / SCORES, labelled((benchmark_of(label), result) for label, result in every), model)
 
@@ -48,24 +61,46 @@ def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> N
 def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
     """(results by benchmark, computed from the scores; the model that gave the scores).
 
-    CheckpointError for a missing or damaged file.
+    CheckpointError for a missing file, and for one that holds anything but the scores of benchmarks.
     """
+    from vitface.store.tensors import load_tensors  # here, so that help does not wait for torch
+
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
     try:
-        open_regular(path).close()
+        sets: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_tensors(path).items():
+            stem, _, part = key.rpartition(".")
+            sets.setdefault(stem, {})[part] = tensor
         with safe_open(path, "np") as file:
             model = (file.metadata() or {}).get("model", "")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except SafetensorError as error:
+        results = [_result(stem, parts) for stem, parts in sets.items()]
+    except VitfaceError as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and evaluate again") from None
-    results = []
-    for stem in (key.removesuffix(".distance") for key in tensors if key.endswith(".distance")):
-        distance, issame, folds = (tensors[f"{stem}.{part}"] for part in ("distance", "issame", "folds"))
-        result = verify(distance, issame.astype(bool), folds, tensors.get(f"{stem}.people"))
-        name, _, data = stem.partition("/")
-        results.append((name, dataclasses.replace(result, data=data)))
     return labelled(results), model
+
+
+def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]:
+    """(NAME, result) of a set of pairs; VitfaceError unless its tensors are what `save_scores` writes of a set."""
+    import torch
+
+    from vitface.store.tensors import first_fault
+
+    count = len(tensors["distance"].flatten()) if "distance" in tensors else 0
+    kinds = {"distance": torch.float64, "issame": torch.uint8, "folds": torch.int64}
+    expected = {part: torch.empty(count, dtype=kind) for part, kind in kinds.items()}
+    if "people" in tensors:
+        expected["people"] = torch.empty((count, 2), dtype=torch.int64)
+    fault = first_fault(tensors, expected, exact_dtype=True)
+    if fault or not count <= MAX_PAIRS or not re.fullmatch(r"[\w-]{1,40}/\w{0,64}", stem):
+        raise CheckpointError(f"{stem[:100]}: {fault or f'{count:,} pairs'}")
+    distance, issame, folds = (tensors[part].numpy() for part in kinds)
+    for part, array, most in (("distance", distance, 4.001), ("issame", issame, 1), ("folds", folds, MAX_FOLDS - 1)):
+        if not (array.min(initial=0) >= 0 and array.max(initial=0) <= most):
+            raise CheckpointError(f"{stem}.{part} has values that are not from 0 to {most:g}")
+    people = tensors["people"].numpy() if "people" in tensors else None
+    name, _, data = stem.partition("/")
+    return name, dataclasses.replace(verify(distance, issame.astype(bool), folds, people), data=data)
 
 
 def benchmark_of(label: str) -> str:

@@ -7,6 +7,8 @@ SHA-256 sums. The frozen backbone stays in its own file, which is found by its S
 
 import dataclasses
 import re
+import sys
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
-from vitface.errors import CheckpointError, expect, is_path
+from vitface.errors import CheckpointError, expect, is_path, printable
 from vitface.files import read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
@@ -34,8 +36,7 @@ class Checkpoint:
     """A face model on disk, whose files are undamaged, and what is recorded about it.
 
     `path` is what the user named; `folder` holds the model files, which `manifest` describes; `run` is the run
-    directory around it, None for a bundle. `settings` are those of the run, {} without one; `calibration` is that of
-    `read_calibration`. `weights` is the backbone's file, if the user named one.
+    directory around it, None for a bundle. `weights` is the backbone's file, if the user named one.
     """
 
     path: Path
@@ -43,8 +44,6 @@ class Checkpoint:
     run: Path | None
     manifest: dict[str, Any]
     config: FaceConfig
-    settings: dict[str, Any]
-    calibration: dict[str, Any] | None
     weights: str | Path | None = None
 
     @property
@@ -52,10 +51,21 @@ class Checkpoint:
         """The SHA-256 of the trained tensors, which identifies the model in scores, thresholds and galleries."""
         return self.manifest["files"]["model.safetensors"]["sha256"]
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Those of the run, {} without one or, with a note, if they are damaged: the model needs none of them."""
+        run = self.run
+        return {} if run is None else _or_note(lambda: read_config(run)) or {}
+
     @property
+    def calibration(self) -> dict[str, Any] | None:
+        """`read_calibration` of this model; CheckpointError if it is damaged."""
+        return read_calibration(self.run or self.folder, self.sha256)
+
+    @cached_property
     def thresholds(self) -> dict[float, float]:
-        """{FAR: cosine} that were calibrated for this model; empty if there are none."""
-        entries = self.calibration["thresholds"] if self.calibration else {}
+        """{FAR: cosine} that were calibrated for this model; empty if there are none or, with a note, if damaged."""
+        entries = (_or_note(lambda: self.calibration) or {}).get("thresholds", {})
         return {float(far): entry["threshold"] for far, entry in entries.items()}
 
     @property
@@ -128,9 +138,16 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
     folder = folder.resolve()
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    settings = {} if run is None else read_config(run)
-    calibration = read_calibration(run or folder, manifest["files"]["model.safetensors"]["sha256"])
-    return Checkpoint(path, folder, run, manifest, config, settings, calibration, weights)
+    return Checkpoint(path, folder, run, manifest, config, weights)
+
+
+def _or_note(read: Callable[[], Any]) -> Any:
+    """What `read` returns; None if that is damaged, which a note on stderr says."""
+    try:
+        return read()
+    except (CheckpointError, OSError) as error:
+        print(f"note: {printable(str(error))}", file=sys.stderr)
+        return None
 
 
 def _check_level(folder: Path) -> None:

@@ -4,39 +4,68 @@ Files may come from strangers: a value that no model can have is refused before 
 """
 
 import csv
+import io
+import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from vitface.config import MAX_IMAGE_SIZE, MAX_SIZE, FaceConfig, ViTConfig, backbone_name
+from vitface.config import MAX_IMAGE_SIZE, MAX_SIZE, FaceConfig, TrainConfig, ViTConfig, backbone_name
 from vitface.errors import CheckpointError
-from vitface.files import read_json
+from vitface.files import open_regular, read_json
 
 MAX_NUMBER, LEAST_TEMPERATURE = 1e6, 1e-6  # beyond them float32 overflows
+MAX_COUNT, MAX_LOG_BYTES = 2**63 - 1, 16 << 20
+EPOCH_COLUMNS = ("epoch", "loss", "holdout_auc", "img_per_s")  # of log.csv; a value may be empty
 MAX_DEPTH, MAX_GRID = 64, 128  # blocks, patches a side: a small file could ask for hours of work else
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings of a run; empty where there is no run, CheckpointError if they are damaged."""
+    """The settings of a run, each of its field's type; empty where there is no run, CheckpointError if damaged."""
     path = run_dir / "config.json"
     if not path.is_file():
         return {}
+    cure = "put a copy of it back; without it, resuming needs all flags of the run again"
     try:
         settings = read_json(path)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is damaged; start afresh in another --save-dir")
-    return settings
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            if name in settings and not _fits(settings[name], hint, MAX_COUNT):
+                raise ValueError(f"{name} cannot be {str(settings[name])[:40]}")
+        return {**settings}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {cure}") from None
 
 
 def read_epochs(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of a run's log.csv, one for each epoch; none where there is no log."""
+    """The rows of a run's log.csv, one for each epoch, of numbers but for "alarms"; none where there is no log.
+
+    Rows that are damaged are left out, with a note.
+    """
     path = run_dir / "log.csv"
-    if not path.is_file():
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_LOG_BYTES).decode("utf-8-sig", errors="replace")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except FileNotFoundError:
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    except (OSError, csv.Error):
+        rows = [{}]
+    whole = [row for row in rows if _is_epoch(row)]
+    if len(whole) < len(rows):
+        print(
+            f"note: {path} is damaged: {len(rows) - len(whole)} of its {len(rows)} rows are left out", file=sys.stderr
+        )
+    return whole
+
+
+def _is_epoch(row: dict[str, str]) -> bool:
+    try:
+        numbers = [float(value or 0) for name, value in row.items() if name != "alarms"]
+    except (ValueError, TypeError):
+        return False
+    cut = None in row.values() or not row.keys() >= {*EPOCH_COLUMNS}
+    return not cut and all(abs(number) <= MAX_COUNT for number in numbers)
 
 
 def vit_config(settings: dict[str, Any]) -> ViTConfig:
@@ -64,24 +93,24 @@ def face_config(settings: dict[str, Any]) -> FaceConfig:
     return config
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # NaN is not
-
-
 def _checked(config: Any) -> Any:
     """Returns `config`; ValueError unless each value has its field's type and a size that a model can have."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if hint is int:
-            good = type(value) is int and 0 <= value <= MAX_SIZE
-        elif hint is float:
-            good = _is_number(value)
-        elif typing.get_origin(hint) is Literal:
-            good = value in typing.get_args(hint)
-        elif typing.get_origin(hint) is tuple:
-            good = len(value) == 3 and all(map(_is_number, value))
-        else:
-            good = isinstance(value, hint)
-        if not good:
-            raise ValueError(f"{name} cannot be {str(value)[:40]}")
+        if not _fits(getattr(config, name), hint, MAX_SIZE):
+            raise ValueError(f"{name} cannot be {str(getattr(config, name))[:40]}")
     return config
+
+
+def _fits(value: Any, hint: Any, most: int) -> bool:
+    """Whether a value from a file has the type of a field, and as a whole number is from 0 to `most`."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind, most) for kind in typing.get_args(hint))
+    if hint is int:
+        return type(value) is int and 0 <= value <= most
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # NaN is not
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return len(value) == 3 and all(_fits(item, float, most) for item in value)
+    return isinstance(value, hint)

@@ -37,7 +37,9 @@ def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is damaged; delete it, the model works without") from None
+        raise CheckpointError(
+            f"{path} is damaged; put a copy back or delete it: without it, pass --threshold"
+        ) from None
     return {"pairs": pairs, "thresholds": found} if found else None
 
 

@@ -98,8 +98,10 @@ def results_markdown(
     """The run on one page: results, learning curve, settings. `held_out` is how many people were."""
     chosen = f"The best epoch was chosen on {held_out} held-out training people, never on a benchmark."
     epochs = read_epochs(run_dir)
-    curve = [[row["epoch"], f"{float(row['loss']):.3f}", row["holdout_auc"][:6], row["img_per_s"]] for row in epochs]
-    skipped = int(epochs[-1].get("skipped") or 0)  # of fp16 alone
+    curve = [
+        [row["epoch"], f"{float(row['loss'] or 'nan'):.3f}", row["holdout_auc"][:6], row["img_per_s"]] for row in epochs
+    ]
+    skipped = int(float(epochs[-1].get("skipped") or 0)) if epochs else 0  # of fp16 alone
     note = f"\n\nSteps skipped because a gradient overflowed in fp16: {skipped}." if skipped else ""
     settings = "\n".join(f"- {key}: {value}" for key, value in dataclasses.asdict(config).items() if value is not None)
     parts = [

@@ -25,7 +25,7 @@ from vitface.training.memory import plan_memory
 from vitface.training.non_finite import NonFiniteError, diagnose, may_skip, non_finite_error
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
-from vitface.training.ranks.process_group import agree, check_same, print0, rank, world_size
+from vitface.training.ranks.process_group import agree, check_same, print0, world_size
 from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import settings_of, state_to_resume
@@ -84,10 +84,13 @@ class Trainer:
                 self._epoch(log, stop)
                 rate = (progress.step - first) * self.config.batch_size / (time.perf_counter() - started)
                 # an epoch whose last step is done is judged before stopping: a step is saved once, in one state
-                is_best = progress.steps_into_epoch == self.data.steps_per_epoch and self._judge(rate, log)
+                done = progress.steps_into_epoch == self.data.steps_per_epoch
+                is_best, lines = self._judge(rate, log) if done else (False, [])
                 if log is not None:
                     log.sync()
                 self.save(is_best)
+                if done:
+                    print0("\n".join(lines))  # after saving: a closed pipe ends the run here
                 if agree(stop.is_set(), [])[0]:
                     raise KeyboardInterrupt
 
@@ -186,8 +189,8 @@ class Trainer:
     def _skipped(self) -> dict[str, int]:
         return {"skipped": self.state.progress.skipped} if self.loss_scale.enabled else {}
 
-    def _judge(self, rate: float, log: RunLog | None) -> bool:
-        """Ends an epoch: computes its held-out AUC, and returns whether it is the best so far."""
+    def _judge(self, rate: float, log: RunLog | None) -> tuple[bool, list[str]]:
+        """Ends an epoch: computes its held-out AUC; returns whether it is the best so far, and what to print."""
         progress, config = self.state.progress, self.config
         loss, (score, found) = progress.epoch_loss / self.data.steps_per_epoch, self.judge_held_out()
         progress.epoch += 1
@@ -202,12 +205,10 @@ class Trainer:
         lines = [f"epoch {progress.epoch}/{config.epochs}  loss {loss:.3f}{judged}  {rate:,.0f} img/s{skipped}"]
         lines += [f"ALARM {name}: {text}" for name, text in found.items() if name not in self.alarmed]
         self.alarmed |= found.keys()
-        if rank() == 0:
-            Progress.write("\n".join(lines))
         if log is not None:
             about = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "holdout_auc": score}
             log.epoch(**about, alarms=", ".join(found), img_per_s=round(rate, 1), **self._skipped())
-        return is_best
+        return is_best, lines
 
     def judge_held_out(self) -> tuple[float | None, dict[str, str]]:
         """AUC over all pairs of the held-out people, and alarms, a sentence by name; (None, {}) where nobody is."""

@@ -14,8 +14,9 @@ step-N/
   manifest.json         step, whether it was the best, sizes and SHA-256 of the files, versions, and its own SHA-256
 """
 
-import json
+import dataclasses
 import shutil
+import typing
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,13 +28,45 @@ import torch
 from torch import Tensor
 
 from vitface.errors import CheckpointError
-from vitface.files import json_bytes, new_folder, remove_folder, replace_link, sha256_bytes, sync_folder, write_synced
+from vitface.files import (
+    json_bytes,
+    new_folder,
+    read_json,
+    remove_folder,
+    replace_link,
+    sha256_bytes,
+    sync_folder,
+    write_synced,
+)
 from vitface.store.faces import MANIFEST_FILE, MODEL_FILES, read_manifest, step_directories
 from vitface.store.tensors import tensor_bytes
 from vitface.version import __version__
 
 KEEP_LAST = 2  # at least 2: the newest one may be found damaged
 ALL_FILES = (*MODEL_FILES, "training.safetensors", "training.json")
+
+
+@dataclasses.dataclass
+class Progress:
+    """The counters of a run. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    first_step: int = 0  # of the current epoch
+    epoch_loss: float = 0.0  # summed over the steps of the current epoch
+    best_epoch: int = 0
+    best_auc: float = -1.0
+    skipped: int = 0  # steps of fp16 whose gradients overflowed
+    skipped_in_a_row: int = 0
+    finished: bool = False
+
+    @property
+    def steps_into_epoch(self) -> int:
+        return self.step - self.first_step
+
+    def restart_epoch(self) -> None:
+        """The current epoch starts again with the next step."""
+        self.first_step, self.epoch_loss = self.step, 0.0
 
 
 def save_checkpoint(
@@ -127,8 +160,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The counters, settings and data of a verified step directory."""
-    return json.loads((path / "training.json").read_text(encoding="utf-8"))
+    """The counters, settings and data of a verified step directory; CheckpointError if they are of other types."""
+    try:
+        state, kinds = read_json(path / "training.json"), typing.get_type_hints(Progress)
+        counters = state["progress"]
+        whole = counters.keys() == kinds.keys() and all(type(counters[key]) is kind for key, kind in kinds.items())
+        if whole and min(counters.values()) >= -1 and isinstance(state["settings"], dict):
+            return {**state, "data": dict(state["data"])}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise CheckpointError(f"{path}/training.json is damaged; resume an earlier step with --resume {path.parent}/step-N")
 
 
 def _fault(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitface.config import TrainConfig
-from vitface.files import replace_file
+from vitface.files import open_regular, replace_file
 
 Tracker = Callable[[dict[str, Any]], None]
 
@@ -35,12 +36,15 @@ class RunLog:
         self.trackers = [start(run_dir, config) for name, start in trackers.items() if getattr(config, name)]
 
     def _keep_until(self, step: int) -> list[dict]:
-        lines = self.jsonl.read_text(encoding="utf-8", errors="replace").splitlines() if self.jsonl.exists() else []
+        data = b""
+        with suppress(FileNotFoundError), open_regular(self.jsonl) as file:
+            data = file.read()
         kept = []
-        for line in lines:
-            with suppress(ValueError):  # a kill cut this line off; its step is repeated
+        for line in data.decode("utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):  # a kill cut this line off; its step is repeated
                 row = json.loads(line)
-                kept += [row] if row["step"] <= step else []
+                whole = isinstance(row, dict) and type(row.get("step")) is int
+                kept += [row] if whole and row["step"] <= step else []
         replace_file(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept).encode())
         return kept
 
@@ -67,10 +71,11 @@ class RunLog:
 
     def _write_csv(self) -> None:
         """Writes the epochs' rows, which log.jsonl has too."""
-        with open(self.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.epochs for name in row)))
-            writer.writeheader()
-            writer.writerows(self.epochs)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.epochs for name in row)))
+        writer.writeheader()
+        writer.writerows(self.epochs)
+        replace_file(self.csv, text.getvalue().encode(errors="backslashreplace"))
 
 
 def _wandb(run_dir: Path, config: TrainConfig) -> Tracker:

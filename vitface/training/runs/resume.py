@@ -87,7 +87,11 @@ def state_to_resume(
         raise CheckpointError(
             f"{config.train_data} is not the data {checkpoint} was trained on; --allow-changed takes it:\n{changes}"
         )
-    return state, bool(changes or changed_settings(config, state))
+    changed = bool(changes or changed_settings(config, state))
+    into_epoch = state["progress"]["step"] - state["progress"]["first_step"]
+    if not changed and not 0 <= into_epoch <= data["images"] // config.batch_size:
+        raise CheckpointError(f"{checkpoint}/training.json is damaged: it is {into_epoch:,} steps into an epoch")
+    return state, changed
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:

@@ -20,32 +20,9 @@ from vitface.training.loss_scale import LossScale
 from vitface.training.ranks.identities import MOMENTS, ShardedMargin, identity_files, load_identities
 from vitface.training.ranks.parallel import Shard
 from vitface.training.ranks.process_group import rank
-from vitface.training.runs.checkpoint import save_checkpoint
+from vitface.training.runs.checkpoint import Progress, save_checkpoint
 
 Margin = MarginLoss | ShardedMargin
-
-
-@dataclasses.dataclass
-class Progress:
-    """The counters of a run. `epoch` epochs are done and judged; `step` may be in the middle of the next one."""
-
-    step: int = 0
-    epoch: int = 0
-    first_step: int = 0  # of the current epoch
-    epoch_loss: float = 0.0  # summed over the steps of the current epoch
-    best_epoch: int = 0
-    best_auc: float = -1.0
-    skipped: int = 0  # steps of fp16 whose gradients overflowed
-    skipped_in_a_row: int = 0
-    finished: bool = False
-
-    @property
-    def steps_into_epoch(self) -> int:
-        return self.step - self.first_step
-
-    def restart_epoch(self) -> None:
-        """The current epoch starts again with the next step."""
-        self.first_step, self.epoch_loss = self.step, 0.0
 
 
 @dataclasses.dataclass
