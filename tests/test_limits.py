@@ -132,6 +132,12 @@ def searched(n, _):
     return rows.top_k(units(2 * n + 1) + 0.1, min(3, n))
 
 
+def searched_in_float16(n, _):
+    rows = Gallery(8, dtype="float16")
+    rows.add([str(i) for i in range(n)], units(n))
+    return rows.top_k(units(9) + 0.1, min(3, n))
+
+
 def clustered(n, _):
     return [cluster(units(n, width=3).numpy(), 0.3)]
 
@@ -159,6 +165,7 @@ CROSSED = {
     "vitface.data.checks.scan.CHUNK": scanned,
     "vitface.data.formats.packing.SHARD": packed,
     "vitface.evaluation.benchmarks.BATCH_SIZE": evaluated,
+    "vitface.gallery.blocks.CHUNK": searched_in_float16,
     "vitface.gallery.clusters.BLOCK": clustered,
     "vitface.gallery.from_folder.CHUNK": gallery,
     "vitface.gallery.gallery.BLOCK": [saved, searched],
@@ -270,6 +277,7 @@ CUTS_NOTHING = {
     "vitface.data.synthetic.canvas.STRIDE": "pixels",
     "vitface.data.images.MAX_PIXELS": "a larger photo is reduced, or refused",
     "vitface.gallery.clusters.MAX_ROWS": "more rows are refused",
+    "vitface.gallery.origins.SAMPLED": "photos that tell whether a folder was moved",
     "vitface.evaluation.protocol.NUM_FOLDS": "the protocol's ten folds",
     "vitface.model.inference.GPU_BATCH": "CPU_BATCH on a GPU: the same code",
     "vitface.model.router.STRIDE": "patches",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from vitface.gallery import from_folder as module
 from vitface.gallery import parts
 from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
-from vitface.gallery.parts import Settings, part_files, read_parts
+from vitface.gallery.parts import Settings, part_files, read_part
 
 KIND = "A gallery that outlives its photos"
 MODEL = tiny_recogniser()
@@ -43,8 +44,8 @@ def photos(tmp_path, monkeypatch):
     return tmp_path / "photos"
 
 
-def replace(photos, name="anna/1.jpg"):
-    Image.new("RGB", (112, 112), (9, 99, 199)).save(photos / name)
+def replace(photos, name="anna/1.jpg", red=9):
+    Image.new("RGB", (112, 112), (red, 99, 199)).save(photos / name)
 
 
 @case("a photo replaced under its name, then `embed` again", "embedded again, and said: 1 replaced since")
@@ -138,12 +139,69 @@ def test_prune_without_the_disk(photos, monkeypatch):
     assert done.gone == [] and done.total == 3 and done.left_out == {"Permission denied": ["ben"]}
 
 
-@case("`embed --prune` of another folder than the gallery's", "refused: it would delete everybody")
+@case("`embed --prune` of another folder than the gallery's", "only rows of that folder are removed")
 def test_prune_with_another_folder(photos):
-    put(photos.parent / "others", "zoe/1.jpg")
-    with pytest.raises(DataError, match="--prune would delete all 3 photos of .*people, first anna/1.jpg"):
-        embed(photos.parent / "others", prune=True)
-    assert embed(photos.parent / "others").total == 4 and rows(photos).keys() >= {"anna/1.jpg", "zoe/1.jpg"}
+    put(photos.parent / "others", "zoe/1.jpg", "zoe/2.jpg")
+    assert embed(photos.parent / "others").total == 5
+    (photos.parent / "others" / "zoe" / "1.jpg").unlink()
+    assert (done := embed(photos.parent / "others", prune=True)).gone == ["zoe/1.jpg"] and done.total == 4
+    assert rows(photos).keys() == {"anna/1.jpg", "ben/1.jpg", "carl/1.jpg", "zoe/2.jpg"}
+
+
+@case(
+    "people embedded one folder after another: `embed faces/anna`, `embed faces/ben`", "rows `anna/1.jpg`, `ben/1.jpg`"
+)
+def test_a_folder_per_person(photos):
+    people = [photos / name for name in ("anna", "ben", "carl")]
+    out, before = photos.parent / "new", rows(photos)
+    for photo in people:
+        done = embed_folder(MODEL, photo, out, Settings("m"), CropReader())
+        assert done.prefix == photo.name and (done.new, done.changed, done.gone) == (1, [], [])
+    gallery = Gallery.load(out)
+    np.testing.assert_allclose(gallery.embeddings, [before[name] for name in gallery.names], atol=1e-6)
+    assert gallery.names == list(before)
+    whole = embed_folder(MODEL, photos, out, Settings("m"), CropReader())  # the folder above: the same names
+    assert (whole.total, whole.new, whole.changed, whole.gone) == (3, 0, [], [])
+    put(photos, "anna/2.jpg")
+    (photos / "ben" / "1.jpg").unlink()
+    done = embed_folder(MODEL, photos, out, Settings("m"), CropReader(), prune=True)
+    assert done.gone == ["ben/1.jpg"] and Gallery.load(out).names == ["anna/1.jpg", "carl/1.jpg", "anna/2.jpg"]
+
+
+@case("`embed faces`, then `embed faces/anna`", "nothing is embedded twice; `--prune` is about anna alone")
+def test_a_person_of_a_folder(photos):
+    put(photos, "anna/2.jpg")
+    (photos / "anna" / "1.jpg").unlink()
+    done = embed_folder(MODEL, photos / "anna", photos.parent / "people", Settings("m"), CropReader(), prune=True)
+    assert (done.new, done.gone, done.total) == (1, ["anna/1.jpg"], 3)
+    assert rows(photos).keys() == {"anna/2.jpg", "ben/1.jpg", "carl/1.jpg"} and embed(photos).new == 0
+
+
+@case(
+    "memory cards that all hold `DCIM/100/1.jpg`", "all are rows: `100/1.jpg`, `DCIM/100/1.jpg`, `three/DCIM/100/1.jpg`"
+)
+def test_names_that_are_taken(tmp_path):
+    out = tmp_path / "people"
+    for card in ("one", "four", "three"):
+        put(tmp_path / card / "DCIM", "100/1.jpg")
+        replace(tmp_path / card / "DCIM", "100/1.jpg", 40 * len(card))
+        for again in (1, 0):
+            done = embed_folder(MODEL, tmp_path / card / "DCIM", out, Settings("m"), CropReader())
+            assert (done.new, done.changed, done.gone, done.skipped) == (again, [], [], [])
+    assert Gallery.load(out).names == ["100/1.jpg", "DCIM/100/1.jpg", "three/DCIM/100/1.jpg"]
+
+
+@case("a later photo of one folder has the name of another folder's", "skipped with both paths; no row is replaced")
+def test_a_name_that_is_taken_later(photos):
+    others = photos.parent / "others"
+    put(others, "zoe/1.jpg")
+    embed(others)
+    put(others, "anna/1.jpg")
+    replace(others)
+    before, done = rows(photos), embed(others)
+    assert len(done.skipped) == 1
+    assert f"{others}/anna/1.jpg: {photos}/anna/1.jpg has a row of that name" in done.skipped[0]
+    assert np.array_equal(rows(photos)["anna/1.jpg"], before["anna/1.jpg"]) and done.total == 4
 
 
 @case("the same file under two names, as a thumbnail folder or a backup leaves it", "both are rows, and it is said")
@@ -152,20 +210,69 @@ def test_copies_are_said(photos):
     assert embed(photos).copies == [("anna/copy.jpg", "anna/1.jpg")]
 
 
-@case("the folder of photos was moved", "nothing is embedded again, nothing is gone")
+@case("the folder of photos was moved", "nothing is embedded again, nothing is gone, `--prune` works there")
 def test_moved_photos(photos):
     moved = photos.rename(photos.parent / "moved")
     assert (done := embed(moved)).new == 0 and done.gone == []
+    (moved / "ben" / "1.jpg").unlink()
+    assert embed(moved, prune=True).gone == ["ben/1.jpg"]
 
 
-@case("a gallery made in Python, then `embed` into it", "rows without a file are named as gone; `--prune` removes them")
+@case("a person's folder was moved and renamed", "the rows keep their names")
+def test_a_moved_folder_of_a_person(photos):
+    out = photos.parent / "one"
+    embed_folder(MODEL, photos / "anna", out, Settings("m"), CropReader())
+    moved = (photos / "anna").rename(photos.parent / "anna-2026")
+    put(moved, "2.jpg")
+    done = embed_folder(MODEL, moved, out, Settings("m"), CropReader())
+    assert (done.new, done.gone, done.prefix) == (1, [], "anna") and Gallery.load(out).names == [
+        "anna/1.jpg",
+        "anna/2.jpg",
+    ]
+
+
+@case("folders of people were embedded one by one, then the folder above was moved", "nothing is embedded again")
+def test_moved_folders_of_people(photos):
+    out = photos.parent / "one"
+    put(photos, "ben/2.jpg")
+    for name in ("anna", "ben"):
+        embed_folder(MODEL, photos / name, out, Settings("m"), CropReader())
+    moved = photos.rename(photos.parent / "moved")
+    (moved / "carl" / "1.jpg").rename(moved / "anna" / "2.jpg")
+    (moved / "ben" / "1.jpg").unlink()
+    done = embed_folder(MODEL, moved, out, Settings("m"), CropReader(), prune=True)
+    assert (done.new, done.gone) == (1, ["ben/1.jpg"])
+    assert Gallery.load(out).names == ["anna/1.jpg", "ben/2.jpg", "anna/2.jpg"]
+
+
+@case("the photos were copied to another disk, with other times, and the copy is embedded", "nothing is embedded again")
+def test_a_copy_of_the_photos(photos):
+    shutil.copytree(photos, photos.parent / "copy", copy_function=shutil.copyfile)
+    done = embed(photos.parent / "copy", prune=True)
+    assert (done.new, done.changed, done.gone, done.skipped) == (0, [], [], [])
+
+
+@case("a gallery made in Python, then `embed --prune` into it", "rows without a file stay")
 def test_a_gallery_made_in_python(tmp_path):
     put(tmp_path / "photos", "anna/1.jpg")
     gallery = Gallery(8, Settings("m"))
     gallery.add(["zoe"], np.eye(8)[:1])
     gallery.save(tmp_path / "people")
-    assert embed(tmp_path / "photos").gone == ["zoe"]
-    assert embed(tmp_path / "photos", prune=True).total == 1
+    done = embed(tmp_path / "photos", prune=True)
+    assert done.gone == [] and rows(tmp_path / "photos").keys() == {"zoe", "anna/1.jpg"}
+
+
+@case("copies of parts that sync programs made: `part-000000 (1).safetensors`, ...", "not read; `embed` names them")
+def test_copies_of_parts(photos):
+    people = photos.parent / "people"
+    names = [
+        "part-000000 (1).safetensors",
+        "part-000000.sync-conflict-20260101-120000-ABC.safetensors",
+        "gallery (1).json",
+    ]
+    for name in names:
+        shutil.copy(people / "part-000000.safetensors", people / name)
+    assert len(Gallery.load(people)) == 3 and embed(photos).total == 3 and parts.strangers(people) == sorted(names)
 
 
 @case('`gallery.remove("anna")` in Python', "her rows are gone, also from what `save` writes")
@@ -179,9 +286,43 @@ def test_remove_in_python(tmp_path):
     assert gallery.remove("ben") == 1 and len(gallery) == 0 and gallery.embeddings.shape == (0, 4)
 
 
+@case(
+    "`Gallery.load(p)`, `remove`, then `save(p)` there",
+    "removed from the disk; other parts stay as they are",
+)
+def test_remove_and_save_in_place(photos):
+    people = photos.parent / "people"
+    gallery, row = Gallery.load(people), rows(photos)["ben/1.jpg"]
+    put(photos, "dora/1.jpg")
+    embed(photos)  # what came meanwhile stays
+    untouched = part_files(people)[0].stat().st_mtime_ns
+    assert gallery.remove("ben") == 1
+    gallery.add(["zoe"], np.eye(8)[:1])
+    for _ in range(2):  # the second time, there is nothing to do
+        gallery.save(people)
+        assert Gallery.load(people).names == ["anna/1.jpg", "carl/1.jpg", "dora/1.jpg", "zoe"]
+    assert part_files(people)[0].stat().st_mtime_ns == untouched
+    disk = b"".join(path.read_bytes() for path in people.rglob("*") if path.is_file())
+    assert row.tobytes() not in disk and b"ben" not in disk
+    assert embed(photos).new == 1  # ben's photo is still there, the others' stamps too
+
+
+@case("`save(p)` of a gallery that was loaded from p, after other rows were removed there", "an error: load it again")
+def test_save_in_place_of_other_rows(photos):
+    people = photos.parent / "people"
+    first, second = Gallery.load(people), Gallery.load(people)
+    first.remove("ben")
+    first.save(people)
+    second.add(["zoe"], np.eye(8)[:1])
+    with pytest.raises(DataError, match="has other rows now than when it was loaded; load it again"):
+        second.save(people)
+    with pytest.raises(DataError, match="is not empty"):
+        vitface.Gallery(8).save(people)
+
+
 @pytest.mark.parametrize("files", ["[]", "7", '[["a"]]', "[" * 3000])
 def test_damaged_stamps_are_named(photos, files):
-    names, embeddings, _ = next(read_parts(photos.parent / "people"))
+    names, embeddings, _ = read_part(part_files(photos.parent / "people")[0])
     metadata = {"format": parts.FORMAT, "names": json.dumps(names), "files": files}
     data = parts.tensor_bytes({"embeddings": embeddings}, metadata)
     part_files(photos.parent / "people")[0].write_bytes(data)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ from conftest import tiny_recogniser
 from PIL import Image
 
 from vitface.data.faces.photos import CropReader
-from vitface.errors import CheckpointError, DataError
+from vitface.errors import DataError
 from vitface.gallery import from_folder as module
 from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings, part_files, read_names
-from vitface.lock import folder_lock
+from vitface.lock import waiting_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 COUNT = 20
@@ -45,7 +46,10 @@ def test_rows_are_the_models_embeddings(photos, tmp_path, num_workers):
     gallery = Gallery.load(tmp_path / "out")
     assert gallery.names == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
     np.testing.assert_allclose(gallery.embeddings, model.embed([photos / n for n in gallery.names]), atol=1e-5)
-    assert gallery.settings == Settings("model") and len(part_files(tmp_path / "out")) == 1
+    assert (
+        gallery.settings == Settings("model", folders=((os.path.realpath(photos), ""),))
+        and len(part_files(tmp_path / "out")) == 1
+    )
 
 
 def test_what_cannot_be_used_is_named_and_tried_again(photos, tmp_path):
@@ -118,15 +122,38 @@ def test_what_does_not_belong_together_is_refused(photos, tmp_path):
 
 def test_one_process_writes_at_a_time(photos, tmp_path):
     embed(photos, tmp_path / "out")
+    (photos / "a" / "00.png").unlink()
     pid = os.fork()
     if not pid:
-        with folder_lock(tmp_path / "out"):
-            signal.pause()
-    try:
-        while not (tmp_path / "out" / ".lock").read_text().endswith(str(pid)):
-            pass
-        with pytest.raises(CheckpointError, match=f"in use by another process \\(process {pid}\\)"):
-            embed(photos, tmp_path / "out")
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with waiting_lock(tmp_path / "out" / ".lock"):
+            (tmp_path / "locked").touch()
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    started = time.monotonic()
+    assert embed(photos, tmp_path / "out").gone == ["a/00.png"] and time.monotonic() - started > 0.2
+    os.waitpid(pid, 0)
+
+
+def test_several_processes_neither_lose_nor_repeat_a_row(photos, tmp_path, monkeypatch):
+    """Four into one gallery, which two make of the same folder and two of one person's each, a part for each batch."""
+    monkeypatch.setattr(module, "PART_SECONDS", -1)
+    sources, children = [photos, photos, photos / "a", photos / "b"], []
+    for source in sources:
+        pid = os.fork()
+        if not pid:
+            try:
+                embed(source, tmp_path / "out")
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+    gallery = Gallery.load(tmp_path / "out")
+    expected = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    assert sorted(gallery.names) == expected
+    np.testing.assert_allclose(
+        gallery.embeddings, tiny_recogniser().embed([photos / n for n in gallery.names]), atol=1e-5
+    )
+    assert embed(photos, tmp_path / "out").new == 0

@@ -25,6 +25,7 @@ def small_blocks(monkeypatch):
     """So that few rows are many blocks."""
     monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(module, "QUERIES", 4)
+    monkeypatch.setattr(module, "MAPPED", 5)
 
 
 def rows(count, dim=12, seed=0):
@@ -105,9 +106,9 @@ def test_edges():
         with pytest.raises(ValueError, match=message):
             gallery.add(names, embeddings)
     assert len(gallery) == 2 and np.array_equal(gallery.embeddings, before)
-    with pytest.raises(ValueError, match="k must be at least 1"):
+    with pytest.raises(ValueError, match="k is a whole number, at least 1, not 0"):
         gallery.search(rows(1), 0)
-    with pytest.raises(ValueError, match="embedding_dim must be at least 1"):
+    with pytest.raises(ValueError, match="embedding_dim is a whole number, at least 1"):
         Gallery(0)
 
 

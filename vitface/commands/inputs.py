@@ -88,4 +88,4 @@ def print_gone(arguments: argparse.Namespace, gone: list[str]) -> None:
     if not gone:
         return
     done = "deleted" if arguments.prune else f"{arguments.out} still has them, --prune deletes them"
-    print(f"{len(gone):,} gone from {arguments.src}, or of another folder: {some(gone)}: {done}", file=sys.stderr)
+    print(f"{len(gone):,} gone from {arguments.src}: {some(gone)}: {done}", file=sys.stderr)

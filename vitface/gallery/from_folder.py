@@ -1,9 +1,10 @@
 """A folder of images -> a gallery on disk, written part by part: an interruption costs half a minute at most."""
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +13,19 @@ import torch
 
 from vitface.data.background import in_processes
 from vitface.data.faces.photos import CropReader
-from vitface.data.folders import some_images, stamp
+from vitface.data.folders import Listing, some_images, stamp
 from vitface.data.images import CROP_SIZE, read_file
 from vitface.data.progress import Progress
 from vitface.errors import DataError, ImageError
 from vitface.files import make_folder, sha256_bytes
 from vitface.gallery import parts
 from vitface.gallery.gallery import BLOCK
-from vitface.gallery.parts import Settings, is_gallery
-from vitface.lock import folder_lock
+from vitface.gallery.origins import Sources
+from vitface.gallery.parts import Origin, Settings, is_gallery
+from vitface.lock import waiting_lock
 from vitface.recogniser import Recogniser
 
+Chunk = tuple[np.ndarray, dict[str, tuple[str, str]], list[str], list[str]]  # see `_read_chunk`
 CHUNK = 64  # images that a process decodes at a time, and that are embedded together
 PART_SECONDS = 30  # work that a power loss may cost
 
@@ -33,7 +36,8 @@ class Embedded:
 
     `total` rows now, `new` of them added; the names whose file was replaced (`changed`: embedded again) or is no longer
     below the source (`gone`); why images were `skipped`; the files that were `left_out`, {reason: names}; `copies`,
-    pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces.
+    pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces. The
+    names of the source's rows begin with `prefix`.
     """
 
     total: int
@@ -44,6 +48,7 @@ class Embedded:
     left_out: dict[str, list[str]]
     copies: list[tuple[str, str]]
     several: list[str]
+    prefix: str
 
 
 def embed_folder(
@@ -55,60 +60,76 @@ def embed_folder(
     num_workers: int = 0,
     prune: bool = False,
 ) -> Embedded:
-    """Embeds every image below `src` that `out` does not have yet; rows are named by the path below `src`.
+    """Embeds every image below `src` that `out` does not have yet; `origins` says how rows are named.
 
-    The row of a file that was replaced is removed and made again; with `prune`, rows whose file is not below `src` are
-    removed too. Images are decoded and aligned in `num_workers` processes while the model works. A part is written
-    every PART_SECONDS and at the end, also after an error or Ctrl-C. DataError if there is no image, or if `out` was
+    The row of a file that was replaced is removed and made again; with `prune`, rows of files that are no longer below
+    `src` are removed too, and those of other folders stay. Images are decoded and aligned in `num_workers` processes
+    while the model works. A part is written every PART_SECONDS and at the end, also after an error or Ctrl-C. Several
+    processes may embed into one gallery; each locks it for moments. DataError if there is no image, or if `out` was
     made by another model or with another alignment.
     """
     found = some_images(src)
     if not is_gallery(out):
         parts.check_new(out)
     make_folder(out.absolute())
-    with folder_lock(out):
-        known = _open_gallery(out, settings)
-        gone = found.gone(known, out, prune)
-        changed = [name for name in found.images if name in known and known[name][0] != stamp(src / name)]
-        for name in (removed := {*changed, *(gone if prune else ())}):
-            del known[name]
-        parts.remove_rows(out, removed)
-        rest = [name for name in found.images if name not in known]
-        chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
-        read = in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers)
-        writer, skipped, several, there = _PartWriter(out), [], [], len(found.images) - len(rest)
-        bar = Progress(desc="embedding", total=len(found.images), initial=there, unit="image", dynamic_ncols=True)
-        with bar, contextlib.closing(writer):
-            for images, used, failures, crowded in read:
-                writer.add(used, model.embed(images))
-                skipped.extend(failures)
-                several.extend(crowded)
-                bar.update(len(used) + len(failures))
-    new, copies = len(rest) - len(skipped), _copies(known, writer.added)
-    return Embedded(len(known) + new, new, changed, gone, skipped, dict(found.left_out), copies, several)
+    writer = _Writer(out)
+    with waiting_lock(out / ".lock"):
+        source = _open_gallery(writer, src, found, settings)
+        empties = len(below := source.below()) == len(writer.rows)
+        gone = [source.name(image) for image in found.gone(below, out, prune and empties)]
+        changed = [source.name(image) for image in found.images if source.is_changed(image)]
+        skipped = [
+            f"{src / image}: {source.path(source.name(image))} has a row of that name; rename one of them"
+            for image in found.images
+            if source.is_taken(image)
+        ]
+        writer.remove({*changed, *(gone if prune else ())})
+    several = _embed_rest(model, writer, source, functools.partial(_read_chunk, src, crops), num_workers, skipped)
+    total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
+    left_out, copies = dict(found.left_out), writer.copies()
+    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix)
 
 
-def _copies(known: dict[str, tuple[str, str]], added: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
-    """(name, name of an earlier row) of the added rows whose files have the same bytes as another one's."""
-    first = {digest: name for name, (_, digest) in reversed({**known, **added}.items()) if digest}
-    return [(name, first[digest]) for name, (_, digest) in added.items() if first[digest] != name]
+def _embed_rest(
+    model: Recogniser,
+    writer: "_Writer",
+    source: Sources,
+    read: Callable[[Sequence[str]], Chunk],
+    num_workers: int,
+    skipped: list[str],
+) -> list[str]:
+    """Embeds the images that have no row, adds to `skipped` why some cannot be, returns those with several faces."""
+    wanted = {image: source.name(image) for image in source.images}
+    rest = [image for image, name in wanted.items() if name not in writer.rows]
+    chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
+    several, there = [], len(wanted) - len(rest)
+    bar = Progress(desc="embedding", total=len(wanted), initial=there, unit="image", dynamic_ncols=True)
+    with bar, contextlib.closing(writer):
+        for images, used, failures, crowded in in_processes(read, chunks, num_workers):
+            origins = {wanted[image]: Origin(made, sha, source.number) for image, (made, sha) in used.items()}
+            writer.add(origins, model.embed(images))
+            skipped.extend(failures)
+            several.extend(crowded)
+            bar.update(len(used) + len(failures))
+    return several
 
 
-def _open_gallery(out: Path, settings: Settings) -> dict[str, tuple[str, str]]:
-    """{name: (stamp, SHA-256)} of the rows that a gallery has already; makes an empty one where there is none."""
-    if not is_gallery(out):
-        parts.write_settings(out, settings)
-        return {}
-    there = parts.read_settings(out)
+def _open_gallery(writer: "_Writer", src: Path, found: Listing, settings: Settings) -> Sources:
+    """Makes a gallery where there is none, reads what rows it has, and adds `src` to its folders."""
+    out = writer.out
+    there = parts.read_settings(out) if is_gallery(out) else settings
     if (there.model, there.align) != (settings.model, settings.align):
         differs = "another model" if there.model != settings.model else "another alignment (--align or --no-align)"
         raise DataError(f"{out} was made with {differs}; embeddings of both cannot be compared, choose a new folder")
-    there = parts.read_parts(out, rows=False)
-    return {name: file for part in there for name, file in zip(part.names, part.files, strict=True)}
+    writer.see_parts()
+    source = Sources(src, found.images, writer.rows, there.folders)
+    if not is_gallery(out) or tuple(source.folders) != there.folders:
+        parts.write_settings(out, dataclasses.replace(there, folders=tuple(source.folders)))
+    return source
 
 
-def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.ndarray, dict, list[str], list[str]]:
-    """(crops uint8 (n, 112, 112, 3), {name: (stamp, SHA-256)} of their files, why the others could not be used, the
+def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> Chunk:
+    """(crops uint8 (n, 112, 112, 3), {image: (stamp, SHA-256)} of their files, why the others could not be used, the
     names of those with several faces)."""
     several, images, used, failures = [], np.empty((len(names), CROP_SIZE, CROP_SIZE, 3), np.uint8), {}, []
     for name in names:
@@ -123,23 +144,56 @@ def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> tuple[np.
     return images[: len(used)], used, failures, several
 
 
-class _PartWriter:
-    """Collects rows and writes them as a part every PART_SECONDS or BLOCK rows, and when it is closed."""
+class _Writer:
+    """Collects rows and writes them as a part every PART_SECONDS or BLOCK rows, and when it is closed.
+
+    `rows` {name: origin} are those of the gallery, with those of other processes once they were seen, and `added` those
+    written by this one.
+    """
 
     def __init__(self, out: Path):
-        self.out, self.rows, self.written = out, [], time.monotonic()
-        self.files: dict[str, tuple[str, str]] = {}  # of the rows
-        self.added: dict[str, tuple[str, str]] = {}  # of these and of the parts written before
+        self.out, self.rows, self.added = out, dict[str, Origin](), dict[str, Origin]()
+        self.seen: set[str] = set()  # names of parts
+        self.waiting: list[tuple[dict[str, Origin], np.ndarray]] = []
+        self.written = time.monotonic()
 
-    def add(self, files: dict[str, tuple[str, str]], embeddings: np.ndarray) -> None:
-        self.files.update(files)
-        self.added.update(files)
-        self.rows.append(embeddings)
-        if len(self.files) >= BLOCK or time.monotonic() - self.written > PART_SECONDS:
+    def see_parts(self) -> None:
+        for file in parts.part_files(self.out):
+            if file.name not in self.seen:
+                self.seen.add(file.name)
+                part = parts.read_part(file, files=True)
+                self.rows.update(zip(part.names, part.files, strict=True))
+
+    def remove(self, names: set[str]) -> None:
+        parts.rewrite(self.out, names)
+        for name in names:
+            del self.rows[name]
+
+    def add(self, origins: dict[str, Origin], embeddings: np.ndarray) -> None:
+        self.waiting.append((origins, embeddings))
+        waits = sum(len(origins) for origins, _ in self.waiting)
+        if waits >= BLOCK or time.monotonic() - self.written > PART_SECONDS:
             self.close()
 
     def close(self) -> None:
-        if self.files:
-            rows = torch.from_numpy(np.concatenate(self.rows))
-            parts.write_part(self.out, list(self.files), rows, list(self.files.values()))
-        self.files, self.rows, self.written = {}, [], time.monotonic()
+        origins = {name: origin for some, _ in self.waiting for name, origin in some.items()}
+        if origins:
+            with waiting_lock(self.out / ".lock"):
+                self._write(origins, np.concatenate([rows for _, rows in self.waiting]))
+        self.waiting, self.written = [], time.monotonic()
+
+    def _write(self, origins: dict[str, Origin], embeddings: np.ndarray) -> None:
+        """Writes the rows that no other process has written meanwhile, in the dtype of the gallery."""
+        self.see_parts()
+        new = [i for i, name in enumerate(origins) if name not in self.rows]
+        added = {name: origin for name, origin in origins.items() if name not in self.rows}
+        if added:
+            rows = torch.from_numpy(embeddings[new]).to(parts.DTYPES[parts.read_settings(self.out).dtype])
+            self.seen.add(parts.write_part(self.out, list(added), rows, list(added.values())).name)
+        self.rows.update(added)
+        self.added.update(added)
+
+    def copies(self) -> list[tuple[str, str]]:
+        """(name, name of an earlier row) of the added rows whose files have the same bytes as another one's."""
+        first = {origin.sha256: name for name, origin in reversed(self.rows.items()) if origin.sha256}
+        return [(name, first[o.sha256]) for name, o in self.added.items() if first[o.sha256] != name]

@@ -1,11 +1,15 @@
 """Named embeddings and exact search for the most similar ones, up to about a million rows.
 
-Rows are stored in blocks: adding rows does not copy the others, and a search needs memory for the scores of QUERIES
-queries in one block, 64 MB. Letters: n, N rows, Q queries, E embedding, k results.
+Rows are kept in blocks: those of a large part on disk are mapped, not read, and adding rows does not copy the others.
+A search needs memory for the scores of QUERIES queries in BLOCK rows, 64 MB. Letters: n, N rows, Q queries,
+E embedding, k results.
 """
 
+import dataclasses
+import operator
+import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitface.errors import DataError
-from vitface.gallery.parts import Settings, read_parts, read_settings, write_part, write_settings
+from vitface.device import known_device
+from vitface.errors import ConfigError, DataError
+from vitface.gallery import parts
+from vitface.gallery.blocks import Block, check_rows, cosines
+from vitface.gallery.parts import DTYPES, Settings
+from vitface.lock import waiting_lock
 
 BLOCK, QUERIES = 1 << 14, 1 << 10
+MAPPED = BLOCK >> 4  # rows of a part; smaller ones are read, as a product of few rows is slow
 
 
 class Match(NamedTuple):
@@ -27,20 +36,30 @@ class Match(NamedTuple):
 
 
 class Gallery:
-    """Embeddings float32 (N, E), unit norm, each with a name; names may repeat, as a person may have many photos.
+    """Embeddings (N, E), unit norm, each with a name; names may repeat, as a person may have many photos.
 
     `settings` name the model of these embeddings and its thresholds; a search does not need them. Rows are kept, and
-    searches run, on `device`.
+    searches run, on `device`. With the `dtype` float16 rows take half the memory; cosines differ by less than 0.001.
     """
 
-    def __init__(self, embedding_dim: int, settings: Settings | None = None, device: str | torch.device = "cpu"):
-        if embedding_dim < 1:
-            raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
-        self.embedding_dim = embedding_dim
-        self.settings = settings or Settings()
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        embedding_dim: int,
+        settings: Settings | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+    ):
+        self.embedding_dim = _at_least_1("embedding_dim", embedding_dim)
+        settings = Settings() if settings is None else settings
+        dtype = dtype or (settings.dtype if isinstance(settings, Settings) else "")
+        if dtype not in DTYPES:
+            raise ConfigError(f"a gallery takes vitface.gallery.parts.Settings and a dtype of {', '.join(DTYPES)}")
+        self.settings = dataclasses.replace(settings, dtype=dtype)
+        self.device = known_device(device)
         self.names: list[str] = []
-        self._blocks: list[Tensor] = []  # (BLOCK, E) each; the last one may have free rows
+        self._blocks: list[Block] = []
+        self._source: Path | None = None  # where it was loaded from
+        self._stored, self._removed = 0, set[str]()  # rows, the first ones, that are in it; names removed since
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,44 +72,78 @@ class Gallery:
     @property
     def embeddings(self) -> np.ndarray:
         """All rows, float32 (N, E), a copy."""
-        rows = [block.cpu() for block in self._filled()]
-        return torch.cat(rows).numpy() if rows else np.zeros((0, self.embedding_dim), np.float32)
+        rows = [block.filled().cpu() for block in self._blocks]
+        return torch.cat(rows).float().numpy() if rows else np.zeros((0, self.embedding_dim), np.float32)
 
-    def add(self, names: Sequence[str], embeddings: np.ndarray | Tensor) -> None:
+    def pieces(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """(names, rows float32 (n, E)) of the whole gallery in order, at most BLOCK rows at a time."""
+        start = 0
+        for block in self._blocks:
+            for rows in block.filled().split(BLOCK):
+                yield self.names[start : start + len(rows)], rows.float().cpu().numpy()
+                start += len(rows)
+
+    def add(self, names: Iterable[str], embeddings: np.ndarray | Tensor) -> None:
         """Adds a row per name: embeddings (n, E) of any norm but zero, which are normalised here.
 
-        ValueError for another shape, or rows that are zero or not finite; then nothing is added.
+        DataError for another shape, or rows that are zero or not finite; then nothing is added.
         """
-        rows = self._unit_rows(embeddings)
-        if isinstance(names, str) or len(names) != len(rows):
-            raise ValueError(f"{len(rows)} embeddings need a list of as many names, not {names!r:.80}")
+        rows = self._unit_rows(embeddings).to(DTYPES[self.settings.dtype])
+        if isinstance(names, str) or not isinstance(names, Iterable) or len(names := list(names)) != len(rows):
+            raise DataError(f"{len(rows)} embeddings need a list of as many names, not {names!r:.80}")
         for name in names:
             if not isinstance(name, str):
-                raise ValueError(f"a name is a string, not {name!r:.40}: pass str(name)")
+                raise DataError(f"a name is a string, not {name!r:.40}: pass str(name)")
+            if not name.isascii() and name != name.encode(errors="replace").decode():
+                raise DataError(f"the name {name!a:.80} has half a character (a surrogate), which is no text")
+        self.names.extend(names)
         while len(rows):
-            used = len(self.names) % BLOCK
-            if not used:
-                self._blocks.append(torch.empty(BLOCK, self.embedding_dim, device=self.device))
-            count = min(BLOCK - used, len(rows))
-            self._blocks[-1][used : used + count] = rows[:count]
-            self.names.extend(names[:count])
-            names, rows = names[count:], rows[count:]
+            block = self._block_with_room(len(rows))
+            count = min(len(block.rows) - block.count, len(rows))
+            block.rows[block.count : block.count + count] = rows[:count]
+            block.count += count
+            rows = rows[count:]
+
+    def _map(self, names: list[str], block: Block) -> None:
+        self.names.extend(names)
+        self._blocks.append(block)
+
+    def _block_with_room(self, wanted: int) -> Block:
+        """The last block, made longer, or a new one; at most twice as long as its rows need."""
+        last = self._blocks[-1] if self._blocks else None
+        if last is None or last.file or last.count >= BLOCK:
+            last = Block(torch.empty(0, self.embedding_dim, dtype=DTYPES[self.settings.dtype], device=self.device))
+            self._blocks.append(last)
+        if last.count == len(last.rows):
+            length = min(BLOCK, max(2 * last.count, last.count + wanted))
+            longer = last.rows.new_empty(length, self.embedding_dim)
+            longer[: last.count] = last.rows
+            last.rows = longer
+        return last
 
     def remove(self, name: str) -> int:
         """Removes the rows of a name, or of all photos in the folder of that name, and returns how many there were.
 
         In a gallery that `vitface embed` made, rows are named by paths, as "anna/1.jpg": "anna" removes all of hers.
+        They are gone from the disk when the gallery was saved.
         """
         if not isinstance(name, str):
-            raise ValueError(f"a name is a string, not {name!r:.40}")
+            raise DataError(f"a name is a string, not {name!r:.40}")
         name = unicodedata.normalize("NFC", name).rstrip("/")
         whose = (unicodedata.normalize("NFC", other) for other in self.names)
-        kept = [i for i, other in enumerate(whose) if other != name and not other.startswith(f"{name}/")]
-        removed, names, rows = len(self) - len(kept), [self.names[i] for i in kept], self.embeddings[kept]
-        if removed:
-            self.names, self._blocks = [], []
-            self.add(names, rows)
-        return removed
+        stays = np.fromiter((other != name and not other.startswith(f"{name}/") for other in whose), bool, len(self))
+        start, blocks = 0, []
+        for block in self._blocks if not stays.all() else ():
+            kept = stays[start : start + block.count]
+            start += block.count
+            if kept.any():
+                rows = block.filled()[torch.from_numpy(kept).to(self.device)]
+                blocks.append(block if kept.all() else Block(rows, len(rows)))
+        if len(stays) != (left := int(stays.sum())):
+            self._removed.update(other for other, kept in zip(self.names, stays, strict=True) if not kept)
+            self._stored = int(stays[: self._stored].sum())
+            self._blocks, self.names = blocks, [other for other, kept in zip(self.names, stays, strict=True) if kept]
+        return len(stays) - left
 
     def search(self, queries: np.ndarray | Tensor, k: int = 5) -> list[list[Match]]:
         """The k rows most similar to each query (Q, E), the best first; all N where there are fewer than k."""
@@ -104,56 +157,115 @@ class Gallery:
     def top_k(self, queries: np.ndarray | Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(cosines float32 (Q, k), row numbers int64 (Q, k)) of the k best rows, descending; min(k, N) columns.
 
-        Exact: every row is compared. Equal cosines are in no particular order. ValueError as for `add`.
+        Exact: every row is compared. Equal cosines are in no particular order. DataError as for `add`.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        unit, k = self._unit_rows(queries), min(k, len(self))
-        parts = [self._best(some, k) for some in unit.split(QUERIES)]
-        scores, rows = zip(*parts, strict=True)
+        k = min(_at_least_1("k", k), len(self))
+        found = [self._best(some, k) for some in self._unit_rows(queries).split(QUERIES)]
+        scores, rows = zip(*found, strict=True)
         return torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
     def _best(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best rows for at most QUERIES queries: those of each block are merged with the best so far."""
         best = queries.new_empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
-        for number, block in enumerate(self._filled()):
-            found = (queries @ block.T).topk(min(k, len(block)), dim=1)
+        start = 0
+        for part in (part for block in self._blocks for part in block.filled().split(BLOCK)):
+            found = cosines(queries, part).topk(min(k, len(part)), dim=1)
             scores = torch.cat([best, found.values], dim=1)
-            rows = torch.cat([rows, found.indices + number * BLOCK], dim=1)
+            rows = torch.cat([rows, found.indices + start], dim=1)
             best, order = scores.topk(min(k, scores.shape[1]), dim=1)
-            rows = rows.gather(1, order)
+            rows, start = rows.gather(1, order), start + len(part)
         return best, rows
 
     def save(self, path: str | Path) -> None:
-        """Writes the gallery into a new or empty folder; DataError if something is in it."""
-        path = Path(path)
-        write_settings(path, self.settings)
-        for number, block in enumerate(self._filled()):
-            write_part(path, self.names[number * BLOCK : (number + 1) * BLOCK], block.cpu())
+        """Writes the gallery into a new or empty folder, or what has changed since `load` into the one it is from.
+
+        There, removed rows are deleted from the disk, added ones get a part, and what others added meanwhile stays.
+        DataError if anything else is in the folder.
+        """
+        path = _folder(path)
+        if self._source is None or not path.exists() or not path.samefile(self._source):
+            parts.check_new(path)
+            self._source = None
+            parts.write_settings(path, self.settings)
+            self._write_from(path, 0)
+            return
+        with waiting_lock(path / ".lock"):
+            there, dtype = parts.read_settings(path), self.settings.dtype
+            stored = (name for name in parts.read_names(path) if name not in self._removed)
+            if not all(name in stored for name in self.names[: self._stored]):  # in this order
+                raise DataError(f"{path} has other rows now than when it was loaded; load it again, or save elsewhere")
+            parts.rewrite(path, self._removed, dtype if dtype != there.dtype else None)
+            parts.write_settings(path, dataclasses.replace(self.settings, folders=there.folders))
+            self._write_from(path, self._stored)
+            self._stored, self._removed = len(self), set()
+
+    def _write_from(self, path: Path, first: int) -> None:
+        """Writes the rows from the number `first` on as parts."""
+        start = 0
+        for block in self._blocks:
+            skip = max(0, first - start)
+            for rows in block.filled()[skip:].split(BLOCK) if skip < block.count else ():
+                parts.write_part(path, self.names[start + skip : start + skip + len(rows)], rows.cpu())
+                skip += len(rows)
+            start += block.count
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Gallery":
-        """The gallery in a folder that `save` or `vitface embed` wrote; DataError for anything else."""
-        settings, gallery = read_settings(Path(path)), None
-        for names, rows, _ in read_parts(Path(path)):
-            gallery = gallery or cls(rows.shape[1], settings, device)
-            if rows.shape[1] != gallery.embedding_dim:
-                raise DataError(f"{path} mixes embeddings of {gallery.embedding_dim} and of {rows.shape[1]} numbers")
-            gallery.add(names, rows)
-        if gallery is None:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: str | None = None) -> "Gallery":
+        """The gallery in a folder that `save` or `vitface embed` wrote; DataError for anything else.
+
+        Its large parts are mapped into memory. Another `dtype` converts the rows; `save` then stores them so.
+        """
+        path = _folder(path)
+        settings, files = parts.read_settings(path), parts.part_files(path)
+        if not files:
             raise DataError(f"{path} holds no embedding yet; make them with vitface embed FOLDER {path}")
+        gallery = cls(parts.read_part(files[0]).embeddings.shape[1], settings, device, dtype)
+        gallery.add_parts(path)
         return gallery
 
-    def _filled(self) -> Iterator[Tensor]:
-        """The rows of each block (n, E); all blocks but the last one have BLOCK rows."""
-        return (block[: len(self) - number * BLOCK] for number, block in enumerate(self._blocks))
+    def add_parts(self, path: Path) -> None:
+        """Adds the rows of a gallery on disk; DataError if it is damaged, or of another width."""
+        if not len(self):
+            self._source = path.resolve()
+        for file in parts.part_files(path):
+            names, rows, _ = parts.read_part(file)
+            if rows.shape[1] != self.embedding_dim:
+                raise DataError(f"{path} mixes embeddings of {self.embedding_dim} and of {rows.shape[1]} numbers")
+            if len(rows) < MAPPED or rows.dtype != DTYPES[self.settings.dtype] or self.device.type != "cpu":
+                check_rows(rows, file)
+                self.add(names, rows)
+            else:
+                self.names.extend(names)
+                self._blocks.append(Block(rows, len(rows), file, file.stat(), checked=False))
+        self._stored = len(self) if self._source == path.resolve() else 0
 
     def _unit_rows(self, embeddings: np.ndarray | Tensor) -> Tensor:
-        rows = torch.as_tensor(embeddings, dtype=torch.float32, device=self.device)
-        if rows.dim() != 2 or rows.shape[1] != self.embedding_dim:
-            raise ValueError(f"embeddings must be (n, {self.embedding_dim}), not {tuple(rows.shape)}")
+        try:
+            rows = torch.as_tensor(embeddings)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(f"embeddings are an array of numbers, not {embeddings!r:.60}") from None
+        if rows.dim() != 2 or rows.shape[1] != self.embedding_dim or rows.is_complex():
+            one = "; for one embedding x, pass x[None]" if rows.dim() == 1 else ""
+            raise DataError(f"embeddings must be (n, {self.embedding_dim}), not {tuple(rows.shape)}{one}")
+        rows = rows.to(self.device, torch.float32)
         norms = rows.norm(dim=1, keepdim=True)
         if not ((norms > 0) & norms.isfinite()).all():
-            raise ValueError("embeddings must be finite and not zero")
+            raise DataError("embeddings must be finite and not zero")
         return rows / norms
+
+
+def _at_least_1(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{name} is a whole number, at least 1, not {value!r:.40}")
+    return number
+
+
+def _folder(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"a gallery is a folder: pass its path, not {path!r:.40}")
+    return Path(path)

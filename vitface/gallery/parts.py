@@ -1,16 +1,20 @@
 """A gallery on disk: a folder of parts that can grow; each part is written whole or not at all.
 
-gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine}}
-part-000000.safetensors  "embeddings" float32 (n, E), unit norm; its metadata has, as JSON, the n names and, where they
-                         are those of files, n pairs: a stamp (size and time) and the SHA-256 of the file
+gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine},
+                         "dtype" of new rows, "folders": [[path, prefix]] that the rows are from, see `origins`}
+part-000000.safetensors  "embeddings" float32 or float16 (n, E), unit norm; its metadata has, as JSON, the n names and,
+                         where they are those of files, n times: a stamp (size and time), the SHA-256 of the file, and
+                         the number of its folder
 
 Rows are removed by writing another part in place of theirs. Reading a gallery executes nothing in it. Embeddings of
 faces are biometric data, and rows are named: keep it private.
 """
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +30,15 @@ from vitface.store.thresholds import number
 
 FORMAT = "vitface-gallery-1"
 SETTINGS_FILE = "gallery.json"
-MAX_SETTINGS_BYTES = 1 << 20
+PART_NAME = re.compile(r"part-\d{6,}\.safetensors")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Folder(NamedTuple):
+    """A folder that was embedded: its real path, and what the names of its rows begin with, "" or "people/anna"."""
+
+    path: str
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -34,12 +46,15 @@ class Settings:
     """How a gallery was made.
 
     `model` is the SHA-256 of the model's trained tensors, None if unknown; `align` is true if photos were aligned. Two
-    images are of the same person if their cosine reaches one of the model's `thresholds` {FAR: cosine}.
+    images are of the same person if their cosine reaches one of the model's `thresholds` {FAR: cosine}. Rows are stored
+    in `dtype`, a key of DTYPES.
     """
 
     model: str | None = None
     align: bool = False
     thresholds: Mapping[float, float] = field(default_factory=dict)
+    dtype: str = "float32"
+    folders: tuple[Folder, ...] = ()
 
 
 def is_gallery(path: Path) -> bool:
@@ -54,12 +69,13 @@ def check_new(path: Path) -> None:
 
 
 def write_settings(path: Path, settings: Settings) -> None:
-    """Makes `path` an empty gallery; DataError if anything is there already."""
-    check_new(path)
-    make_folder(path.absolute())
+    """Makes `path` an empty gallery, or gives a gallery other settings; DataError if something else is there."""
+    if not is_gallery(path):
+        check_new(path)
+        make_folder(path.absolute())
     thresholds = {f"{far:g}": cosine for far, cosine in settings.thresholds.items()}
-    written = {"format": FORMAT, "model": settings.model, "align": settings.align, "thresholds": thresholds}
-    replace_file(path / SETTINGS_FILE, json_bytes(written))
+    written = {"format": FORMAT, **dataclasses.asdict(settings), "thresholds": thresholds}
+    replace_file(path / SETTINGS_FILE, json_bytes(written), private=True)
 
 
 def read_settings(path: Path) -> Settings:
@@ -68,96 +84,128 @@ def read_settings(path: Path) -> Settings:
     if not is_gallery(path):
         raise DataError(f"{path} is not a gallery; make one with vitface embed FOLDER {path}")
     try:
-        written = read_json(file, MAX_SETTINGS_BYTES)
+        written = read_json(file)
         if written["format"] != FORMAT or not isinstance(written["model"], str | None):
             raise ValueError
         thresholds = {float(far): number(cosine, -1) for far, cosine in written["thresholds"].items()}
-        if not all(0 < far < 1 for far in thresholds):
+        folders = tuple(Folder(path, prefix) for path, prefix in written.get("folders", ()))
+        if not all(0 < far < 1 for far in thresholds) or any(
+            type(text) is not str for pair in folders for text in pair
+        ):
             raise ValueError
-        return Settings(written["model"], bool(written["align"]), thresholds)
+        dtype = written.get("dtype", "float32")
+        if dtype not in DTYPES:
+            raise ValueError
+        return Settings(written["model"], bool(written["align"]), thresholds, dtype, folders)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 
 
+class Origin(NamedTuple):
+    """The file that a row was made of: its stamp and SHA-256, and the number of its folder in `Settings.folders`."""
+
+    stamp: str
+    sha256: str
+    folder: int
+
+
+NO_FILE = Origin("", "", -1)
+
+
 class Part(NamedTuple):
-    """n rows: names, embeddings float32 (n, E), and (stamp, SHA-256) of the files, ("", "") where there was none."""
+    """n rows: names, embeddings (n, E), and the files they were made of, NO_FILE if they were not asked for."""
 
     names: list[str]
     embeddings: Tensor
-    files: list[tuple[str, str]]
+    files: list[Origin]
 
 
-def write_part(
-    path: Path, names: Sequence[str], embeddings: Tensor, files: Sequence[tuple[str, str]] | None = None
-) -> None:
-    """Adds a part to a gallery, whole or not at all: embeddings float32 (n, E), unit norm, and their n names."""
-    numbered = (path / f"part-{number:06d}.safetensors" for number in itertools.count(len(part_files(path))))
-    free = next(file for file in numbered if not file.exists())
-    _write(free, Part(list(names), embeddings, list(files or [("", "")] * len(names))))
+def write_part(path: Path, names: Sequence[str], embeddings: Tensor, files: Sequence[Origin] = ()) -> Path:
+    """Adds a part to a gallery, whole or not at all: embeddings (n, E), unit norm, with n names and maybe n files."""
+    free = itertools.count(max((int(file.name[5:-12]) for file in part_files(path)), default=-1) + 1)
+    file = next(file for number in free if not (file := path / f"part-{number:06d}.safetensors").exists())
+    _write(file, Part(list(names), embeddings, list(files)))
+    return file
 
 
 def _write(file: Path, part: Part) -> None:
-    _check_norms(part.embeddings)
+    check_norms(part.embeddings)
     metadata = {"format": FORMAT, "names": json.dumps(part.names)}
-    if any(stamp for stamp, _ in part.files):
+    if any(origin.stamp for origin in part.files):
         metadata["files"] = json.dumps(part.files)
     replace_file(file, tensor_bytes({"embeddings": part.embeddings}, metadata), private=True)
 
 
-def remove_rows(path: Path, names: Collection[str]) -> None:
-    """Removes the rows of these names from the disk; after a stop, of each part all rows or none."""
+def rewrite(path: Path, without: Collection[str] = (), dtype: str | None = None) -> None:
+    """Removes the rows of these names from the disk, and stores the others in `dtype`; None leaves them as they are.
+
+    After a stop, each part is as before or done.
+    """
     for leftover in path.glob(".part-*.part"):  # of a process that was killed
         leftover.unlink()
-    for file in part_files(path) if names else ():
-        kept = [i for i, name in enumerate(read_part(file, rows=False).names) if name not in names]
-        part = read_part(file, rows=bool(kept))
+    for file in part_files(path) if without or dtype else ():
+        part = read_part(file, files=True)
+        kept = [i for i, name in enumerate(part.names) if name not in without]
+        target = DTYPES[dtype] if dtype else part.embeddings.dtype
         if not kept:
             file.unlink()
-        elif len(kept) < len(part.names):
-            _write(file, Part([part.names[i] for i in kept], part.embeddings[kept], [part.files[i] for i in kept]))
+        elif len(kept) < len(part.names) or target != part.embeddings.dtype:
+            rows = part.embeddings[kept].to(target)
+            _write(file, Part([part.names[i] for i in kept], rows, [part.files[i] for i in kept]))
     sync_folder(path)
 
 
-def _check_norms(embeddings: Tensor) -> None:
-    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not smaller either
+def check_norms(embeddings: Tensor) -> None:
+    """ValueError unless all rows are of unit norm."""
+    if not ((embeddings.float().norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not smaller either
         raise ValueError("its rows are not of unit norm")
 
 
 def part_files(path: Path) -> list[Path]:
-    """The parts of a gallery, in order."""
-    return sorted(path.glob("part-*.safetensors"))
+    """The parts of a gallery, in order, without the copies of them that sync programs leave."""
+    return sorted(file for file in path.glob("part-*") if PART_NAME.fullmatch(file.name))
+
+
+def strangers(path: Path) -> list[str]:
+    """What else is in a gallery, as `part-000000 (1).safetensors`; nothing reads it, and hidden files do not count."""
+    own = {SETTINGS_FILE, *(file.name for file in part_files(path))}
+    return sorted(entry.name for entry in path.iterdir() if entry.name not in own and not entry.name.startswith("."))
 
 
 def read_names(path: Path) -> list[str]:
     """The names of all parts, in order, without reading the embeddings; DataError for a damaged part."""
-    return [name for part in read_parts(path, rows=False) for name in part.names]
+    return [name for part in map(read_part, part_files(path)) for name in part.names]
 
 
-def read_parts(path: Path, rows: bool = True) -> Iterator[Part]:
-    """The parts in order, see `read_part`."""
-    return (read_part(file, rows) for file in part_files(path))
+def read_part(file: Path, files: bool = False) -> Part:
+    """A part, its embeddings mapped: they are read, and to be checked, when they are used; DataError if it is damaged.
 
-
-def read_part(file: Path, rows: bool = True) -> Part:
-    """A part, without `rows` with no embeddings; DataError if it is damaged."""
+    With `files`, those that the rows were made of, too.
+    """
     try:
         open_regular(file).close()
         with safe_open(file, "pt") as part:
             metadata = part.metadata() or {}
             if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
                 raise ValueError("not a part of a gallery")
-            names, stored = json.loads(metadata["names"]), part.get_slice("embeddings")
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("its names are not a list of strings")
-            files = json.loads(metadata["files"]) if "files" in metadata else [("", "")] * len(names)
-            files = [(str(stamp), str(digest)) for stamp, digest in files]
-            shape = tuple(stored.get_shape())
-            if stored.get_dtype() != "F32" or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
-                raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
-            if len(files) != len(names):
-                raise ValueError(f"{len(names)} names, but {len(files)} files")
-            embeddings = stored[:] if rows else torch.empty(0, shape[1])
-            _check_norms(embeddings)
-            return Part(names, embeddings, files)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} is damaged ({error}); delete it, and run the same embed command again") from None
+            names, embeddings = json.loads(metadata["names"]), part.get_tensor("embeddings")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names are not a list of strings")
+        "".join(names).encode()
+        shape = tuple(embeddings.shape)
+        if embeddings.dtype not in DTYPES.values() or len(shape) != 2 or len(names) != shape[0] or not shape[1]:
+            raise ValueError(f"{len(names)} names for embeddings of shape {shape}")
+        origins = [NO_FILE] * len(names)
+        if files and "files" in metadata:
+            origins = [
+                Origin(str(stamp), str(sha), int(folder)) for stamp, sha, folder in json.loads(metadata["files"])
+            ]
+        if len(origins) != len(names):
+            raise ValueError(f"{len(names)} names, but {len(origins)} files")
+        return Part(names, embeddings, origins)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, why: object) -> DataError:
+    return DataError(f"{file} is damaged ({why}); delete it, and run the same embed command again")
