@@ -113,7 +113,7 @@ def gallery(n, path):
         Image.fromarray(crop).save(path / "photos" / f"{i:02d}.png")
     embed_folder(tiny_recogniser(), path / "photos", path / "gallery", Settings("model"), CropReader())
     rows = Gallery.load(path / "gallery")
-    return rows.embeddings, [int(name[:2]) for name in rows.names]
+    return rows.embeddings, [int(Path(name).stem) for name in rows.names]
 
 
 def saved(n, path):
@@ -278,9 +278,10 @@ CUTS_NOTHING = {
     "vitface.data.images.MAX_PIXELS": "a larger photo is reduced, or refused",
     "vitface.gallery.clusters.MAX_ROWS": "more rows are refused",
     "vitface.gallery.origins.SAMPLED": "photos that tell whether a folder was moved",
-    "vitface.evaluation.protocol.NUM_FOLDS": "the protocol's ten folds",
+    "vitface.metrics.NUM_FOLDS": "the protocol's ten folds",
     "vitface.model.inference.GPU_BATCH": "CPU_BATCH on a GPU: the same code",
     "vitface.model.router.STRIDE": "patches",
+    "vitface.recogniser.SHOWN": "names in a message",
     "vitface.training.loop.LOG_EVERY": "lines of a log",
     "vitface.training.memory.PROBE": "images of a measurement",
     "vitface.training.setup.SYNTHETIC_IMAGES": "images of a drawn person",

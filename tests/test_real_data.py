@@ -75,7 +75,7 @@ def test_photos_are_verified_by_a_model_trained_on_real_faces(real_data, vit_tin
         answers[first, second] = verdict["score"]
     assert main(["embed", str(photos[0].parent), str(tmp_path / "people"), *detector]) == 0
     gallery = vitface.Gallery.load(tmp_path / "people")
-    assert gallery.names == [path.name for path in photos] and list(gallery.thresholds) == [0.01]
+    assert gallery.names == [f"raw_faces/{path.name}" for path in photos] and list(gallery.thresholds) == [0.01]
     score = gallery.embeddings @ gallery.embeddings.T
     for (first, second), cosine in answers.items():
         assert cosine == pytest.approx(score[photos.index(first), photos.index(second)], abs=2e-2)  # bf16
