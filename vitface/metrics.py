@@ -1,9 +1,12 @@
-"""The metrics of scores and labels: AUC, ROC, EER, thresholds. numpy only.
+"""The metrics of scores and labels: AUC, ROC, EER, thresholds; and of groups. numpy only.
 
 A score rises with similarity; `issame` bool (M,) is true for a pair of the same person. Letters: M pairs.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vitface.errors import EvaluationError
 
@@ -76,3 +79,32 @@ def contiguous_folds(count: int) -> np.ndarray:
     """The fold of each of `count` pairs in file order; the first count % NUM_FOLDS folds are one pair longer."""
     parts = np.array_split(np.arange(count), NUM_FOLDS)
     return np.repeat(np.arange(NUM_FOLDS), [len(part) for part in parts])
+
+
+class Agreement(NamedTuple):
+    """Precision and recall in [0, 1]: is together what belongs together? `f` is their harmonic mean."""
+
+    precision: float
+    recall: float
+
+    @property
+    def f(self) -> float:
+        return 2 * self.precision * self.recall / (self.precision + self.recall) if any(self) else 0.0
+
+
+def agreement(group: ArrayLike, person: ArrayLike) -> tuple[Agreement, Agreement]:
+    """The group and the person of each image, numbers or strings (N,) -> (pairwise, BCubed).
+
+    Pairwise: of the pairs of images in one group, which are of one person, and the reverse; 1 where there is no pair.
+    BCubed: the same share for each image, itself included, and the mean over images (Bagga and Baldwin 1998).
+    """
+    _, group, in_group = np.unique(group, return_inverse=True, return_counts=True)
+    _, person, of_person = np.unique(person, return_inverse=True, return_counts=True)
+    cells, shared = np.unique(group * len(of_person) + person, return_counts=True)
+    in_group, of_person = (counts.astype(float) for counts in (in_group, of_person))
+    pairs, joint = ([(n * (n - 1)).sum() for n in (in_group, of_person)], (shared * (shared - 1.0)).sum())
+    each = [shared**2 / in_group[cells // len(of_person)], shared**2 / of_person[cells % len(of_person)]]
+    return (
+        Agreement(*(float(joint / count) if count else 1.0 for count in pairs)),
+        Agreement(*(float(share.sum() / len(group)) for share in each)),
+    )

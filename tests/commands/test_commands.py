@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from conftest import optional
 from PIL import Image
 
 import vitface
@@ -88,7 +87,6 @@ def test_photos_are_aligned_unless_they_are_crops(faces, tmp_path, monkeypatch, 
 
 
 def test_embed_search_cluster(faces, tiny_run, capsys):
-    optional("scipy")
     code, out, _ = call(capsys, "embed", faces, "people", "--num-workers", 0, "--json")
     assert code == 0 and json.loads(out) | {"total": 6, "new": 6, "skipped": [], "gone": []} == json.loads(out)
     (faces / "p0" / "bad.png").write_bytes(b"?")
@@ -121,6 +119,14 @@ def test_embed_search_cluster(faces, tiny_run, capsys):
     assert out.startswith(
         "6 images; people at cosine -1.0000: 1, of whom with several images: 1\n     0      6 images  p0/0.png, "
     )
+    assert out.endswith(
+        "\nif each of the 3 folders is a person: pairwise F 0.3333, precision 0.2000, recall 1.0000; "
+        "BCubed F 0.5000, precision 0.3333, recall 1.0000\n"
+    )
+    gallery = vitface.Gallery.load("people")
+    gallery.add(["2024/summer/1.jpg"], gallery.embeddings[:1])
+    gallery.save("albums")
+    assert "folders" not in call(capsys, "cluster", "albums", "--threshold", -1)[1]
 
 
 def test_nobody_reaches_the_threshold(faces, tmp_path, capsys):
