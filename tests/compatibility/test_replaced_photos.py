@@ -9,9 +9,10 @@ import pytest
 from cases import case
 from conftest import tiny_recogniser
 from PIL import Image
-from test_whose_photos import put
+from test_whose_photos import AnyName, put
 
 import vitface
+from vitface.data.faces.folder import Finder, align_folder
 from vitface.data.faces.photos import CropReader
 from vitface.errors import DataError
 from vitface.gallery import from_folder as module
@@ -260,6 +261,48 @@ def test_a_gallery_made_in_python(tmp_path):
     gallery.save(tmp_path / "people")
     done = embed(tmp_path / "photos", prune=True)
     assert done.gone == [] and rows(tmp_path / "photos").keys() == {"zoe", "anna/1.jpg"}
+
+
+def align(src, out, **changes):
+    return align_folder(src, out, Finder(AnyName()), **changes)
+
+
+@case("`align faces/anna aligned`, then `align faces/ben aligned`", "refused with the command that keeps both crops")
+def test_crops_of_two_folders(photos):
+    out, ben = photos.parent / "aligned", photos / "ben"
+    replace(photos, "ben/1.jpg")
+    align(photos / "anna", out)
+    crop = (out / "1.jpg").read_bytes()
+    with pytest.raises(DataError, match=f"crop of {photos}/anna/1.jpg, .*\n  vitface align {ben} {out}/ben"):
+        align(ben, out)
+    assert (out / "1.jpg").read_bytes() == crop
+    align(ben, out / "ben")
+    assert (out / "ben" / "1.jpg").read_bytes() != crop
+
+
+@case("`align --prune` of another folder with the same OUT", "crops of the first folder stay, and are not called gone")
+def test_crops_of_another_folder_are_not_pruned(photos):
+    out, others = photos.parent / "aligned", put(photos.parent / "others", "zoe/1.jpg", "zoe/2.jpg")
+    align(photos, out)
+    align(others, out)
+    (others / "zoe" / "2.jpg").unlink()
+    assert align(others, out, prune=True).gone == ["zoe/2.jpg"] and align(photos, out, prune=True).gone == []
+    assert sorted(path.parent.name for path in out.rglob("*.jpg")) == ["anna", "ben", "carl", "zoe"]
+
+
+@case(
+    "a folder of aligned photos was moved, or copied and deleted, then `align`", "its crops stay; `--prune` works there"
+)
+@pytest.mark.parametrize("keeps_times", [True, False])
+def test_crops_of_a_moved_folder(photos, keeps_times):
+    out, moved = photos.parent / "aligned", photos.parent / "moved"
+    align(photos, out)
+    shutil.copytree(photos, moved, copy_function=shutil.copy2 if keeps_times else shutil.copyfile)
+    shutil.rmtree(photos)
+    (moved / "ben" / "1.jpg").unlink()
+    done = align(moved, out, prune=True)
+    assert done.gone == ["ben/1.jpg"] and done.changed == ([] if keeps_times else ["anna/1.jpg", "carl/1.jpg"])
+    assert sorted(path.parent.name for path in out.rglob("*.jpg")) == ["anna", "carl"]
 
 
 @case("copies of parts that sync programs made: `part-000000 (1).safetensors`, ...", "not read; `embed` names them")

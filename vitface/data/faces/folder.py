@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ from vitface.files import check_output, make_folder, replace_file
 MAX_PIXEL = 1e6
 CROPPED = ("ok", "several")
 POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
-COLUMNS = ["file", "status", "faces", *POINTS, "reason", "stamp"]
+COLUMNS = ["file", "status", "faces", *POINTS, "reason", "folder", "stamp"]
 
 
 @dataclass(frozen=True)
 class Row:
     """The line of a photo in align.csv; `landmarks` (5, 2) where a face was found, in pixels of the file, turned by its
-    EXIF; `stamp` tells whether the file was replaced since."""
+    EXIF; `stamp` tells whether the file was replaced since, `folder` where it is."""
 
     file: str
     status: str
@@ -42,10 +43,11 @@ class Row:
     landmarks: np.ndarray | None = None
     reason: str = ""
     stamp: str = ""
+    folder: str = ""
 
     def cells(self) -> list[str]:
         points = [""] * 10 if self.landmarks is None else [f"{value:.2f}" for value in self.landmarks.ravel()]
-        return [self.file, self.status, str(self.faces), *points, self.reason, self.stamp]
+        return [self.file, self.status, str(self.faces), *points, self.reason, self.folder, self.stamp]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     """Aligns every image below `src` into `out`; DataError if there is no image.
 
     Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced or the finder has other
-    landmarks for them. With `prune`, the crops of photos that are gone are deleted.
+    landmarks for them. With `prune`, the crops of photos that are gone from `src` are deleted. DataError if a crop
+    would take the place of another folder's.
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
@@ -95,7 +98,7 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
     found = some_images(src)
     make_folder(out.absolute())
     names, known = found.images, read_report(out / "align.csv")
-    gone = found.gone(known, out, prune)
+    gone = found.gone(_from_here(known, src, names, out), out, prune)
     changed = [name for name in names if name in known and _is_stale(known[name], src / name, finder)]
     for name in [*changed, *(gone if prune else ())]:
         remove_crop(out, name)
@@ -112,6 +115,30 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
             file.flush()
             statuses[row.status] += 1
     return Aligned(statuses, changed, gone, dict(found.left_out))
+
+
+def _from_here(known: dict[str, dict[str, str]], src: Path, images: list[str], out: Path) -> list[str]:
+    """The names of `known` photos that are from `src`, or from a folder that was moved there, whose lines then say so.
+
+    DataError if one of the images has the name of another folder's photo.
+    """
+    here = os.path.realpath(src)
+    shared = [name for name in images if name in known and known[name]["folder"] != here]
+    moved = set()
+    for name in shared:
+        size, folder = known[name]["stamp"].partition("-")[0], known[name]["folder"]
+        if stamp(src / name).startswith(f"{size}-") and not os.path.exists(os.path.join(folder, name)):
+            moved.add(folder)
+    for line in known.values():
+        line["folder"] = here if line["folder"] in moved else line["folder"]
+    for name in shared:
+        if known[name]["folder"] != here and known[name]["stamp"] != stamp(src / name):
+            own = shlex.join(["vitface", "align", str(src), str(out / Path(here).name)])
+            raise DataError(
+                f"{out} has the crop of {known[name]['folder']}/{name}, and that of {src / name} would take its place; "
+                f"align the folder above both, or this one into a folder of its own:\n  {own}"
+            )
+    return [name for name, line in known.items() if line["folder"] == here]
 
 
 def _is_stale(line: dict[str, str], path: Path, finder: Finder) -> bool:
@@ -200,7 +227,7 @@ def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
     except ImageError as error:
         row = Row(name, "damaged", reason=str(error).removeprefix(f"{src / name}: "))
     landmarks = None if row.landmarks is None else (row.landmarks + 0.5) * reduction - 0.5
-    return dataclasses.replace(row, landmarks=landmarks, stamp=made_of)
+    return dataclasses.replace(row, landmarks=landmarks, stamp=made_of, folder=os.path.realpath(src))
 
 
 def write_crop(path: Path, crop: np.ndarray) -> None:
