@@ -88,5 +88,5 @@ def waiting_lock(path: Path) -> Iterator[None]:
     """Inside, this process has the lock on the file `path`; it waits until no other process has it."""
     with _open(path) as file:
         while not _locked(file, path):
-            time.sleep(0.1)
+            time.sleep(0.01)
         yield

@@ -21,6 +21,8 @@ class Row(NamedTuple):
     outcome: str
 
 
+# What reading a file may take, MB of memory and seconds of a core: for each MB of the file, and for any file, or image
+EACH, ANY, PICTURE = (100, 4), (96, 2), (1024, 8)
 HOSTILE = "; nothing is executed, memory stays bounded"
 ROWS = {
     "kill saving": Row(
@@ -67,6 +69,46 @@ ROWS = {
     "rec": Row("mutated .rec and .idx files", Cases("20,000", 500, 20_000), "named error or valid samples" + HOSTILE),
     "images": Row(
         "mutated JPEG, PNG and WebP images", Cases("5,000", 200, 5000), "named error or a valid image" + HOSTILE
+    ),
+    "bundles": Row(
+        "mutated models with their backbone and thresholds, half of them sealed again",
+        Cases("20,000", 300, 20_000),
+        "named error or a model of finite embeddings and thresholds in range" + HOSTILE,
+    ),
+    "PEFT": Row(
+        "mutated PEFT folders", Cases("-", 300, 5000), "named error or finite adapters that fit the backbone" + HOSTILE
+    ),
+    "galleries": Row(
+        "mutated galleries", Cases("20,000", 300, 20_000), "named error or named rows of unit norm" + HOSTILE
+    ),
+    "packed": Row(
+        "mutated packed folders, half of them sealed again",
+        Cases("20,000", 300, 20_000),
+        "named error or images whose labels have names" + HOSTILE,
+    ),
+    "scores": Row(
+        "mutated scores.safetensors", Cases("20,000", 300, 20_000), "named error or scores of whole folds" + HOSTILE
+    ),
+    "pair lists": Row(
+        "mutated pair lists of every published form",
+        Cases("20,000", 300, 20_000),
+        "named error or a valid set" + HOSTILE,
+    ),
+    "tables": Row(
+        "mutated align.csv, landmarks, domain labels and logs of a run",
+        Cases("20,000", 300, 20_000),
+        "named error or numbers in range; a damaged line of a log or a report is left out" + HOSTILE,
+    ),
+    "writers": Row(
+        "rounds in which three processes keep scores in one file",
+        Cases("500", 20, 500),
+        "each finds its own after each round; in the end all are there, and nothing else",
+    ),
+    "amplifiers": Row(
+        "small files that ask for the most: thousands of scans and segments, shared ends, claimed sizes, deep nesting",
+        Cases("-", 53, 106),
+        f"memory of at most {EACH[0]} bytes and {EACH[1] * 1000 / 1024:.0f} us of a core for each byte, above "
+        f"{ANY[0]} MB and {ANY[1]} s; an image {PICTURE[0]} MB and {PICTURE[1]} s, however small its file",
     ),
     "non-finite": Row(
         "NaN or infinity injected at step k: pixels, activation, loss, gradient, parameter",

@@ -1,8 +1,10 @@
-"""Where hostile files are opened: a process of its own that notices execution and growing memory."""
+"""Where hostile files are opened: a process of its own that notices execution, growing memory and hanging."""
 
+import faulthandler
 import os
 import pickle
 import resource
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from tiny import in_child
 
 MAX_GROWTH = 256 << 20
+MAX_SECONDS = 20.0  # of one attempt, whatever else the machine does
 EXECUTION = {
     "ctypes.dlopen",
     "exec",
@@ -28,8 +31,8 @@ EXECUTION = {
 def assault(attempt: Callable[[int], str], cases: int, warm_up: Callable[[], object]) -> None:
     """Calls `attempt(0)` ... `attempt(cases - 1)`, each of which names its outcome, in a process of its own.
 
-    Asserts that both "error" and "valid" came out, that nothing was executed, and that memory grew by less than
-    MAX_GROWTH. That the watch is awake is shown by a pickle that names a function.
+    Asserts that both "error" and "valid" came out, that nothing was executed, that memory grew by less than MAX_GROWTH,
+    and that no attempt took MAX_SECONDS. That the watch is awake is shown by a pickle that names a function.
     """
     assert in_child(lambda: _watched(attempt, cases, warm_up)) == 0
 
@@ -50,7 +53,16 @@ def _watched(attempt, cases, warm_up):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
     resource.setrlimit(resource.RLIMIT_AS, (pages + 2 * MAX_GROWTH, resource.RLIM_INFINITY))
-    outcomes = Counter(attempt(case) for case in range(cases))
+    outcomes: Counter[str] = Counter()
+    faulthandler.register(signal.SIGALRM, chain=True)  # says where it hangs, and ends the process
+    for case in range(cases):
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+        try:
+            outcomes[attempt(case)] += 1
+        except BaseException:
+            print(f"case {case}", file=sys.stderr)
+            raise
+    signal.setitimer(signal.ITIMER_REAL, 0)
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
     assert not events, events
     assert growth < MAX_GROWTH, growth

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import randomise_adapters, tiny_config, tiny_face
 from matrix import ROWS, sizes
+from mutation import NUMBERS, mutated, mutated_json, mutated_tensors, rewrite
 from PIL import Image
 from sandbox import assault
 
@@ -44,38 +45,6 @@ def encoded(kind, side, seed=0, **options):
     return stream.getvalue()
 
 
-def mutated(rng, data, pieces) -> bytes:
-    """`data` after one to four of: a byte or a bit changed, a piece put in or over, cut, doubled, shuffled."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at, kind = rng.randrange(len(data) + 1), rng.randrange(7)
-        end = min(len(data), at + rng.choice([1, 2, 4, 8, 64]))
-        if kind == 0 and at < len(data):
-            data[at] = rng.randrange(256)
-        elif kind == 1 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            data[at:at] = rng.choice(pieces)
-        elif kind == 3:
-            piece = rng.choice(pieces)
-            data[at : at + len(piece)] = piece
-        elif kind == 4:
-            del data[at:end]
-        elif kind == 5:
-            data[at:at] = data[at:end]
-        else:
-            other = rng.randrange(len(data) + 1)
-            data[at:end] = data[other : other + end - at]
-        data = data or bytearray(b"\0")
-    return bytes(data)
-
-
-def rewrite(path, data):
-    """A new file: to truncate one that is there makes some file systems wait for the disk."""
-    path.unlink()
-    path.write_bytes(data)
-
-
 def seal(step):
     """The manifest of the files as they are."""
     files = [step / name for name in ("model.safetensors", "model.json")]
@@ -83,7 +52,6 @@ def seal(step):
     (step / "manifest.json").write_text(json.dumps({"files": sealed}))
 
 
-NUMBERS = [struct.pack("<I", value) for value in (0, 1, 16, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)]
 OPCODES = [
     *b"cos\nsystem\n|(S'true'\ntR|Pid\n|c_codecs\nencode\n|cbuiltins\neval\n|h\0|q\0".split(b"|"),
     *b"\x8c\x05numpy\x8c\x07ndarray\x93|r\xff\xff\xff\x7f|B\xff\xff\xff\x7f|\x82\x01".split(b"|"),
@@ -187,37 +155,6 @@ def test_images(ran, cases):
     ran(ROWS["images"].fault, cases)
 
 
-def other_value(rng, value):
-    """Something else in place of a JSON value."""
-    strange = [None, True, -1, 0, 1, 7, 1 << 13, 1 << 40, 2**63, 1e308, float("nan"), "", "F64", "I8", "x" * 99]
-    if isinstance(value, int) and rng.random() < 0.5:
-        return value + rng.choice([-8, -1, 1, 4, 8])
-    return rng.choice([*strange, [], [1], {}])
-
-
-def mutated_json(rng, value):
-    """A JSON object with one entry changed, removed, added or renamed, at any depth."""
-    at = value = json.loads(json.dumps(value))
-    while True:
-        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-        if not keys:
-            return value
-        key = rng.choice(keys)
-        if isinstance(at[key], dict | list) and rng.random() < 0.7:
-            at = at[key]
-            continue
-        kind = rng.randrange(6)
-        if kind == 0:
-            del at[key]
-        elif kind == 1 and isinstance(at, dict):
-            at[rng.choice(["../../x", "head.extra", "__class__", str(key) + "."])] = at[key]
-        elif kind == 2 and isinstance(at, dict):
-            at[rng.choice(keys)], at[key] = at[key], at[rng.choice(keys)]
-        else:
-            at[key] = other_value(rng, at[key])
-        return value
-
-
 @pytest.fixture
 def adapter(tmp_path, monkeypatch):
     """A step directory with an adapter for the tiny backbone, and its model."""
@@ -227,26 +164,6 @@ def adapter(tmp_path, monkeypatch):
     settings = {**vars(model.config), "backbone": "tiny", "vit": vars(model.config.vit)}
     step = save_checkpoint(tmp_path / "run", 1, trained_tensors(model), settings, {}, {}, True)
     return step, model, settings
-
-
-def mutated_adapter(rng, data) -> bytes:
-    """A safetensors file changed in its header's length, its JSON, its bytes or its values."""
-    length = int.from_bytes(data[:8], "little")
-    header, values = data[8 : 8 + length], data[8 + length :]
-    kind = rng.randrange(6)
-    if kind == 0:
-        return rng.choice([0, 1, length - 1, length + 8, 1 << 21, 10**8 + 1, 1 << 63]).to_bytes(8, "little") + data[8:]
-    if kind == 1:
-        return data[:8] + mutated(rng, header, [b"{", b"}", b'"', b":", b",", b"[", b"\\u0000", b"9" * 20]) + values
-    if kind == 2:
-        return data[: rng.randrange(len(data))]
-    if kind == 3:
-        at = rng.randrange(0, len(values) - 4, 4)
-        number = struct.pack("<f", rng.choice([float("nan"), float("inf"), 3.5, -1e38]))
-        return data[: 8 + length] + values[:at] + number + values[at + 4 :]
-    changed = json.dumps(mutated_json(rng, json.loads(header))).encode()
-    changed += b" " * (-len(changed) % 8)
-    return len(changed).to_bytes(8, "little") + changed + values + bytes(rng.choice([0, 0, 0, 4]))
 
 
 @sizes("safetensors")
@@ -259,7 +176,7 @@ def test_adapter_files(adapter, ran, cases):
         return all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
     def attempt_reading():
-        rewrite(tensors, mutated_adapter(rng, original))
+        rewrite(tensors, mutated_tensors(rng, original))
         try:
             found = read_tensors(tensors, trained)
         except CheckpointError as error:
@@ -269,7 +186,7 @@ def test_adapter_files(adapter, ran, cases):
         return "valid"
 
     def attempt_loading():
-        rewrite(tensors, mutated_adapter(rng, original))
+        rewrite(tensors, mutated_tensors(rng, original))
         try:
             load_trained(model, tensors)
         except CheckpointError:

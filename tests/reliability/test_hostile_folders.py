@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_recogniser
+from matrix import ROWS, sizes
+from tiny import start
 
 import vitface
 from vitface.errors import CheckpointError
@@ -81,31 +83,24 @@ def test_what_a_user_names_may_be_a_pipe_and_is_not_written_through_a_link(victi
     assert read == [b"numbers"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def test_writers_of_one_file_lose_nothing(tmp_path):
-    """Three processes, each with its own results in one run; each reads between its writes, and never half a file."""
-    generator, failures = np.random.default_rng(0), []
-    issame = np.arange(40) % 2 == 0
-    results = {name: verify(generator.random(40), issame) for name in ("lfw", "cfp_fp", "agedb_30")}
+@sizes("writers")
+def test_three_writers_of_one_file_lose_nothing(tmp_path, ran, cases):
+    """Each keeps other scores of its own benchmark in each round, and finds them afterwards, whatever the others do."""
+    names, issame = ("lfw", "cfp_fp", "agedb_30"), np.arange(40) % 2 == 0
 
-    def write(name):
-        try:
-            for _ in range(20):
-                keep_scores(tmp_path, {name: results[name]}, "model")
-                load_scores(tmp_path / SCORES)
-        except Exception as error:
-            failures.append(error)
+    def write(number):
+        generator = np.random.default_rng(number)
+        for _ in range(cases):
+            result = verify(generator.random(40), issame)
+            keep_scores(tmp_path, {names[number]: result}, "model")
+            found, _ = load_scores(tmp_path / SCORES)
+            assert (found[names[number]].distance == result.distance).all()
 
-    pids = []
-    for name in results:  # processes, for a lock is the process's
-        pid = os.fork()
-        if pid == 0:
-            write(name)
-            os._exit(len(failures))
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
-    found, _ = load_scores(tmp_path / SCORES)
-    assert set(found) == set(results)
+    writers = [start(lambda number=number: write(number)) for number in range(3)]
+    assert [os.waitpid(pid, 0)[1] for pid in writers] == [0, 0, 0]
+    assert set(load_scores(tmp_path / SCORES)[0]) == set(names)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".scores.lock", SCORES]
+    ran(ROWS["writers"].fault, cases)
 
 
 def test_what_tells_of_people_is_for_its_owner_alone(tmp_path):

@@ -12,6 +12,7 @@ from vitface.errors import ImageError
 MAX_SCANS, MAX_SEGMENTS, MAX_APP1 = 100, 300, 100  # segments of one kind: a colour profile may have 255 parts
 START, SCAN, END, APP1 = 0xD8, 0xDA, 0xD9, 0xE1
 _AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker: in coded pixels, others follow 0xff
+_AFTER_PADDING = re.compile(rb"[^\xff]")
 _ALONE = {0x01, START, *range(0xD0, 0xD8)}  # markers without a segment
 
 
@@ -20,8 +21,9 @@ def check_jpeg(data: bytes) -> None:
     at, kinds = 2, Counter[int]()
     while at + 3 < len(data) and data[at] == 0xFF and data[at + 1] != END:
         marker = data[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
+        if marker == 0xFF:
+            found = _AFTER_PADDING.search(data, at)
+            at = found.start() - 1 if found else len(data)
             continue
         if marker in _ALONE:
             at += 2

@@ -26,20 +26,20 @@ def table_text(rows: Iterable[Sequence[object]]) -> str:
 
 
 def read_table(path: str | Path, needed: Collection[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file, {column: cell}, each after the number of its line. What a short row lacks is "", what a
-    long one has more is left out.
+    """The rows of a CSV file, {needed column: cell}, each after the number of its line; "" where a row is too short.
 
-    DataError if the file cannot be read, is no CSV, or lacks one of the `needed` columns.
+    DataError if the file cannot be read, is no CSV, or lacks one of these columns.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+    rows = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
-        found = [(rows.line_num, {name: _plain(row[name]) for name in rows.fieldnames or ()}) for row in rows]
+        first, *others = [(rows.line_num, row) for row in rows if row] or [(0, [])]
     except csv.Error as error:
         raise DataError(f"{path}: line {rows.line_num + 1} is no CSV ({error})") from None
-    lacking = [name for name in needed if name not in (rows.fieldnames or ())]
+    lacking = [name for name in needed if name not in first[1]]
     if lacking:
         raise DataError(f"{path} lacks the columns {', '.join(lacking)}; its first line must have {','.join(needed)}")
-    return found
+    places = [(name, first[1].index(name)) for name in needed]
+    return [(number, {name: _plain(row[at]) if at < len(row) else "" for name, at in places}) for number, row in others]
 
 
 def _plain(cell: str) -> str:

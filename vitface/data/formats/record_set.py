@@ -16,7 +16,7 @@ from vitface.data.formats import recordio
 from vitface.data.formats.stored import Samples, file_identity
 from vitface.data.images import decode_image
 from vitface.errors import DataError
-from vitface.files import replace_file
+from vitface.files import open_regular, replace_file
 
 FILES = ("train.rec", "train.idx", "property")
 MAX_LABEL = (1 << 24) - 1  # above, float32 has no exact whole numbers
@@ -129,7 +129,8 @@ def _property_notes(path: Path, people: list[str], images: int) -> list[str]:
     holes = f"; labels go up to {last}, those without an image are skipped" if last >= len(people) else ""
     if not path.exists():
         return [f"{path.parent}: no file `property`; {len(people):,} people were counted from the labels{holes}"]
-    text = path.read_bytes()[:100]
+    with open_regular(path) as file:
+        text = file.read(100)
     correct = f"correct it, or delete it: people are then counted from the labels, there are {len(people)}"
     try:
         first, *rest = text.removeprefix(b"\xef\xbb\xbf").strip().split(b"\n")

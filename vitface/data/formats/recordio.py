@@ -131,9 +131,12 @@ def read_records(data: mmap | bytes, offsets: np.ndarray, where: str) -> Records
     labels[whole] = words.view("<f4")[label_at]
     ends[whole] = _end(4 * at + _PART.size, length)
     filled[whole] = length > header
-    for i in np.flatnonzero(~whole).tolist():
+    others, end = np.flatnonzero(~whole), 0
+    for i in others[np.argsort(offsets[others])].tolist():
+        if offsets[i] < end:  # now, for many records could have the same long end
+            raise DataError(f"{where}: two records overlap at byte {offsets[i]}; is this its .idx?")
         record = read_record(data, int(offsets[i]), where)
-        labels[i], ends[i], filled[i] = record.labels[0], record.end, bool(record.image)
+        labels[i], ends[i], filled[i], end = record.labels[0], record.end, bool(record.image), record.end
     return Records(labels, ends, filled)
 
 
