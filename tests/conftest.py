@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, what a test starts inc
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
 from vitface.model.face import FaceModel
@@ -163,3 +164,16 @@ def backbone(tmp_path, tiny_preset):
     vit = tiny_vit(seed=3)
     save_backbone(tmp_path / "tiny.safetensors", "tiny", vit.config, vit.state_dict(), {"file": "x", "licence": "none"})
     return tmp_path / "tiny.safetensors", vit
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation inside returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, tuple | list) else [out]:
+            own = isinstance(item, torch.Tensor) and not (item._is_view() and func.is_view)
+            self.numel = max(self.numel, item.numel() if own else 0)
+        return out

@@ -32,7 +32,7 @@ def known_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """`known_device`, which was tried; ConfigError if it cannot be used here.
 
     On the CPU, freed memory stays with the process from now on.

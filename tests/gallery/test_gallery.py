@@ -7,11 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import optional
+from conftest import Largest, optional
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitface
 from vitface.errors import DataError
@@ -66,19 +65,6 @@ def test_search_agrees_with_scikit_learn():
     scores, found = gallery.top_k(queries, 7)
     np.testing.assert_array_equal(found, nearest)
     np.testing.assert_allclose(scores, 1 - distances, atol=1e-6)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any operation inside returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, tuple | list) else [out]:
-            own = isinstance(item, torch.Tensor) and not (item._is_view() and func.is_view)
-            self.numel = max(self.numel, item.numel() if own else 0)
-        return out
 
 
 def test_memory_does_not_grow_with_rows_and_queries():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitface.device import known_device
+from vitface.device import resolve_device
 from vitface.errors import ConfigError, DataError
 from vitface.gallery import parts
 from vitface.gallery.blocks import Block, check_rows, cosines
@@ -55,7 +55,7 @@ class Gallery:
         if dtype not in DTYPES:
             raise ConfigError(f"a gallery takes vitface.gallery.parts.Settings and a dtype of {', '.join(DTYPES)}")
         self.settings = dataclasses.replace(settings, dtype=dtype)
-        self.device = known_device(device)
+        self.device = resolve_device(device)
         self.names: list[str] = []
         self._blocks: list[Block] = []
         self._source: Path | None = None  # where it was loaded from
@@ -218,10 +218,13 @@ class Gallery:
         """
         path = _folder(path)
         settings, files = parts.read_settings(path), parts.part_files(path)
+        none = f"{path} holds no embedding yet; make them with vitface embed FOLDER {path}"
         if not files:
-            raise DataError(f"{path} holds no embedding yet; make them with vitface embed FOLDER {path}")
+            raise DataError(none)
         gallery = cls(parts.read_part(files[0]).embeddings.shape[1], settings, device, dtype)
         gallery.add_parts(path)
+        if not len(gallery):
+            raise DataError(none)
         return gallery
 
     def add_parts(self, path: Path) -> None:
@@ -242,6 +245,8 @@ class Gallery:
 
     def _unit_rows(self, embeddings: np.ndarray | Tensor) -> Tensor:
         try:
+            if not isinstance(embeddings, Tensor):
+                embeddings = np.require(embeddings, requirements=["C", "W"])  # torch takes no others
             rows = torch.as_tensor(embeddings)
         except (TypeError, ValueError, RuntimeError):
             raise DataError(f"embeddings are an array of numbers, not {embeddings!r:.60}") from None

@@ -88,15 +88,13 @@ def read_settings(path: Path) -> Settings:
         if written["format"] != FORMAT or not isinstance(written["model"], str | None):
             raise ValueError
         thresholds = {float(far): number(cosine, -1) for far, cosine in written["thresholds"].items()}
+        dtype, align = written.get("dtype", "float32"), written["align"]
         folders = tuple(Folder(path, prefix) for path, prefix in written.get("folders", ()))
-        if not all(0 < far < 1 for far in thresholds) or any(
-            type(text) is not str for pair in folders for text in pair
-        ):
+        for path_and_prefix in folders:
+            "".join(path_and_prefix).encode(errors="surrogateescape")
+        if dtype not in [*DTYPES] or not isinstance(align, bool) or not all(0 < far < 1 for far in thresholds):
             raise ValueError
-        dtype = written.get("dtype", "float32")
-        if dtype not in DTYPES:
-            raise ValueError
-        return Settings(written["model"], bool(written["align"]), thresholds, dtype, folders)
+        return Settings(written["model"], align, thresholds, dtype, folders)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     gallery = Gallery.load(arguments.gallery)
     model, checkpoint = load_model(arguments)
     made_by = gallery.settings.model
-    if made_by not in (None, checkpoint.sha256):
+    if made_by not in (None, checkpoint.sha256) or gallery.embedding_dim != model.config.embedding_dim:
         raise ConfigError(
             f"{arguments.gallery} was made by another model than {checkpoint.path}; name it with --checkpoint"
         )
