@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from numbers import Integral
@@ -64,6 +65,11 @@ def is_path(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number, of Python's or numpy's types."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def command(*words: object) -> str:
+    """`vitface WORDS...` to copy into a shell, which takes each word as it is, whatever characters a path has."""
+    return shlex.join(["vitface", *map(str, words)])
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -23,11 +23,37 @@ if sys.platform == "win32":
         file.seek(1 << 30)  # far behind the text, so that others can still read it
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
+
+    @contextmanager
+    def _locked_folder(folder: Path) -> Iterator[bool]:
+        yield True  # nobody can delete an open file
 else:
     import fcntl
 
+    _folders: set[int] = set()  # descriptors of locked folders; a forked worker must not keep them locked
+    os.register_at_fork(after_in_child=lambda: [os.close(_folders.pop()) for _ in [*_folders]])
+
     def _lock(file: IO[str]) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @contextmanager
+    def _locked_folder(folder: Path) -> Iterator[bool]:
+        """Inside, the folder itself is locked, which holds though somebody deletes .lock; False if another has it.
+
+        A disk without such locks, as NFS, has that of the file alone.
+        """
+        descriptor = os.open(folder, os.O_RDONLY)
+        _folders.add(descriptor)
+        try:
+            free = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                free = error.errno != errno.EWOULDBLOCK
+            yield free
+        finally:
+            _folders.discard(descriptor)
+            os.close(descriptor)
 
 
 def _locked(file: IO[str], path: Path) -> bool:
@@ -66,12 +92,12 @@ def _open(path: Path) -> IO[str]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Inside, this process has the lock FOLDER/.lock; CheckpointError names the process that has it already.
+    """Inside, this process has the locks of a folder; CheckpointError names the process that has them already.
 
     A data loading worker that outlives its process does not hold it.
     """
-    with _open(folder / ".lock") as file:
-        if not _locked(file, folder / ".lock"):
+    with _open(folder / ".lock") as file, _locked_folder(folder) as free:
+        if not free or not _locked(file, folder / ".lock"):
             file.seek(0)
             raise CheckpointError(
                 f"{folder} is in use by another process ({file.read() or 'just starting'}); wait for it, stop it, or "

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitface.config import backbone_name
-from vitface.errors import WeightsError, in_one_line
+from vitface.errors import WeightsError, command, in_one_line
 from vitface.files import cache_home, sha256_file
 from vitface.store.backbones import read_backbone
 from vitface.version import __version__
@@ -40,14 +40,14 @@ def fetch_backbone(name: str) -> Conversion | None:
     if source.url is None:
         raise WeightsError(
             f"no original of {name} is pinned; convert a file of {source.origin} that you have:\n"
-            f"  vitface convert {name} --src FILE --out {cache_home() / f'{name}.safetensors'}"
+            f"  {command('convert', name, '--src', 'FILE', '--out', cache_home() / f'{name}.safetensors')}"
         )
     file, out = cache_home() / "sources" / source.url.rsplit("/", 1)[1], cache_home() / f"{name}.safetensors"
     with suppress(WeightsError):
         read_backbone(out)
         return None
     if not file.is_file():
-        download(source, file, f"3. vitface convert {name} --src {file} --out {out}")
+        download(source, file, f"3. {command('convert', name, '--src', file, '--out', out)}")
     elif sha256_file(file) != source.sha256:
         raise WeightsError(f"{file} does not have the published sha256, {source.sha256}; delete it and fetch again")
     done = convert_backbone(name, file, out)

@@ -1,6 +1,7 @@
 """PEFT's folders both ways, against PEFT itself on models of transformers and on modules with timm's names."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -329,6 +330,17 @@ def test_split_layers_add_up_to_the_fused_one(rank, alpha, scaling, parts, tmp_p
         torch.testing.assert_close(
             s_ours * b @ a, s * torch.cat(deltas[3 * block : 3 * block + 3]), atol=1e-9, rtol=1e-9
         )
+
+
+def test_split_layers_that_add_up_to_more_than_a_model_may_have(tmp_path, monkeypatch):
+    module = "base_model.model.encoder.layer.{}.attention.{}_proj.lora_{}.weight"
+    shapes = {"A": (3, 16), "B": (16, 3)}
+    parts = itertools.product((0, 1), "qkv", "AB")
+    save_file({module.format(b, p, side): torch.randn(shapes[side]) for b, p, side in parts}, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 1}))
+    monkeypatch.setattr("vitface.exchange.from_peft.MAX_SIZE", 8)
+    with pytest.raises(ExchangeError, match="q, k and v together have rank 9; a model's is at most 8"):
+        read_peft(tmp_path, "dinov2_vits14", tiny_config())
 
 
 def written(tmp_path, **changes):

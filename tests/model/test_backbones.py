@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vitface.errors import WeightsError
+from vitface.store import backbones
 from vitface.store.backbones import find_backbone, load_backbone, save_backbone
 
 
@@ -41,20 +42,24 @@ def test_random_is_a_function_of_the_name(tiny_preset):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_places_in_order(backbone, tmp_path, monkeypatch):
+def test_places_in_order(backbone, tmp_path, monkeypatch, capsys):
     path, _ = backbone
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     path.rename(tmp_path / "kept")
+    backbones._say.cache_clear()
     with pytest.raises(WeightsError, match="vitface fetch tiny"):
         load_backbone("tiny")
-    (tmp_path / "home").mkdir()
-    os.link(tmp_path / "kept", tmp_path / "home" / "tiny.safetensors")
-    assert find_backbone("tiny") == tmp_path / "home" / "tiny.safetensors"
     (tmp_path / "weights").mkdir()
     os.link(tmp_path / "kept", tmp_path / "weights" / "tiny.safetensors")
-    assert str(find_backbone("tiny")) == "weights/tiny.safetensors"
+    for _ in range(2):
+        assert str(find_backbone("tiny")) == "weights/tiny.safetensors"
+    assert capsys.readouterr().err == "backbone: weights/tiny.safetensors, of the current folder\n"
+    (tmp_path / "home").mkdir()
+    os.link(tmp_path / "kept", tmp_path / "home" / "tiny.safetensors")
+    assert find_backbone("tiny") == tmp_path / "home" / "tiny.safetensors"  # not that of somebody's folder
     load_backbone("tiny", image_size=32)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

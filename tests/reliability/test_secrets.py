@@ -143,6 +143,50 @@ def test_ordinary_settings_pass(value):
     assert resolve({"train_data": value}).train_data == value
 
 
+WORDS = {  # none of them real
+    "W&B": "wandb " + "0123456789" * 4,
+    "AWS": "wJalrXUtnFEMI7K/MDENGbPxRfiCYEXAMPLEKEY1",
+    "AWS, named": "aws_secret_access_key = abcdefgh",
+    "header": "Authorization: Bearer abcDEF0123456789",
+    "password": "password: hunter2!",
+    "JSON": '"api_key": "abcdef123"',
+    "Azure": "https://x.blob.core.windows.net/faces?sv=2024&sig=abc%2Bdef%3D",
+    "npm": "npm_" + "aB3d" * 9,
+    "PyPI": "pypi-AgEIcHlwaS5vcmc" + "aB3-" * 9,
+    "Stripe": "sk_live_" + "aB3d" * 6,
+    "Slack": "xapp-1-A0123456789-0123",
+    "SSH": "-----BEGIN OPENSSH PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_secrets_of_other_makers(kind):
+    assert find_secret(f"see {WORDS[kind]} there", {})
+
+
+@pytest.mark.parametrize(
+    "name", ["SECRET_KEY", "GITHUB_PAT", "OPENAI_KEY", "KAGGLE_KEY", "DB_PASS", "db_password", "MYSQL_PWD", "my_token"]
+)
+def test_variables_that_hold_secrets(name):
+    assert find_secret("data/hunter22", {name: "hunter22"}) == f"the value of ${name}"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "PATH", "MONKEY", "KEYBOARD", "BYPASS", "PYTHONPATH", "TOKENIZERS"])
+def test_variables_that_hold_none(name):
+    assert find_secret("data/hunter22", {name: "hunter22"}) is None
+
+
+@pytest.mark.parametrize("text", ["a://" + ":" * 300_000, "eyJ-" * 100_000, "a://x:" * 50_000, "aB3" * 100_000])
+def test_a_long_text_is_searched_once(text):
+    """In a time that grows as its square, this test would take hours."""
+    assert find_secret(text, {}) in (None, "an AWS key")
+
+
+@pytest.mark.parametrize("text", ["The class token: prepended", "key points: five", "commit@" + "0123456789" * 4])
+def test_words_of_a_card_pass(text):
+    assert find_secret(text, {}) is None
+
+
 def test_a_bare_key_is_known_by_being_in_the_environment():
     key = "0123456789abcdef0123"
     assert find_secret(f"runs/{key}", {}) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, output_file, print_result
 from vitface.config import TrainConfig
-from vitface.errors import ConfigError, DataError
+from vitface.errors import ConfigError, DataError, command
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
 EXAMPLES = """examples:
@@ -45,7 +45,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         print(f"  skipped {why}")
     if packed.skipped[10:]:
         print(f"  and {len(packed.skipped) - 10} more, listed in {arguments.out / 'manifest.json'}")
-    print(f"next: vitface train --train-data {arguments.out}")
+    print(f"next: {command('train', '--train-data', arguments.out)}")
 
 
 def _index_flags(parser: CommandParser) -> None:
@@ -95,7 +95,7 @@ def _build(arguments: argparse.Namespace) -> None:
     finder = make_finder(arguments, min_face=0)
     pairs = build(arguments.name, arguments.src, arguments.out, finder, arguments.pairs, arguments.num_workers)
     print(f"wrote {arguments.out / arguments.name}.bin: {len(pairs.issame):,} pairs, {int(pairs.issame.sum()):,} same")
-    print(f"next: vitface data check {arguments.out / arguments.name}.bin")
+    print(f"next: {command('data', 'check', arguments.out / f'{arguments.name}.bin')}")
 
 
 def _show_flags(parser: CommandParser) -> None:
@@ -140,10 +140,11 @@ def _draw(arguments: argparse.Namespace) -> None:
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
     others = arguments.people - TrainConfig.holdout_people
-    flags = "" if others > 0 else " --holdout-people 0"
+    flags = [] if others > 0 else ["--holdout-people", 0]
     images = arguments.images * (others if others > 0 else arguments.people)
-    flags += f" --batch-size {images}" if images < TrainConfig.batch_size else ""
-    print(f"next: vitface train --train-data {arguments.out} --backbone vit_nano --image-size 112{flags}")
+    flags += ["--batch-size", images] if images < TrainConfig.batch_size else []
+    small = ("--backbone", "vit_nano", "--image-size", 112)
+    print(f"next: {command('train', '--train-data', arguments.out, *small, *flags)}")
 
 
 ACTIONS = {

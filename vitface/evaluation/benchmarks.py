@@ -17,7 +17,7 @@ from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.formats.published import PAIRS, bin_in, check_pairs, find_list, missing
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
-from vitface.errors import DataError, EvaluationError
+from vitface.errors import DataError, EvaluationError, command
 from vitface.evaluation.alarms import judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
 from vitface.files import sha256_bytes
@@ -78,11 +78,11 @@ def available(data_dir: str | Path) -> list[str]:
 def next_command(checkpoint: Path, data_dir: str | Path | None, train_data: str | None = None) -> str:
     """The command that evaluates a model on what there is; where there is no benchmark, the one that describes it."""
     if data_dir and available(data_dir):
-        folder = "" if Path(data_dir) == Path("data") else f" --data-dir {data_dir}"
-        return f"vitface evaluate --checkpoint {checkpoint} --bench all{folder}"
+        folder = [] if Path(data_dir) == Path("data") else ["--data-dir", data_dir]
+        return command("evaluate", "--checkpoint", checkpoint, "--bench", "all", *folder)
     if train_data in SYNTHETIC:
-        return f"vitface evaluate --checkpoint {checkpoint} --bench {train_data}"
-    return f"vitface info {checkpoint}"
+        return command("evaluate", "--checkpoint", checkpoint, "--bench", train_data)
+    return command("info", checkpoint)
 
 
 def evaluate_benchmark(

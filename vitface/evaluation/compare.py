@@ -9,7 +9,7 @@ import numpy as np
 
 from vitface.config import BOOKKEEPING
 from vitface.data.synthetic.worlds import SYNTHETIC
-from vitface.errors import CheckpointError, ConfigError, EvaluationError
+from vitface.errors import CheckpointError, ConfigError, EvaluationError, command
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.scores import SCORES, benchmark_of, labelled, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
@@ -59,7 +59,7 @@ class Comparison:
 
 def read_run(run: Path) -> dict[str, Verification]:
     """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
-    trained, again = (run / "checkpoints").is_dir(), f"vitface evaluate --checkpoint {run} --bench all"
+    trained, again = (run / "checkpoints").is_dir(), command("evaluate", "--checkpoint", run, "--bench", "all")
     if not (run / SCORES).is_file():
         advice = f"it was not evaluated yet; do it with\n  {again}" if trained else "it is no run; name run directories"
         raise CheckpointError(f"{run} has no scores ({SCORES} is missing): {advice}")
@@ -101,8 +101,8 @@ def compare(a: Side, b: Side) -> Comparison:
     every = on_common_data([*a.results, *b.results])
     names = [name for name in every[0] if benchmark_of(name) not in SYNTHETIC] or list(every[0])
     if not names:
-        command = "vitface evaluate --checkpoint RUN --bench NAME"
-        raise EvaluationError(f"{a.name} and {b.name} have no benchmark in common; evaluate them with\n  {command}")
+        again = "vitface evaluate --checkpoint RUN --bench NAME"
+        raise EvaluationError(f"{a.name} and {b.name} have no benchmark in common; evaluate them with\n  {again}")
     for name, results in itertools.product(names, every):
         ours, theirs = every[0][name], results[name]
         if not (np.array_equal(ours.issame, theirs.issame) and np.array_equal(ours.folds, theirs.folds)):

@@ -91,6 +91,8 @@ def read_peft(folder: Path, backbone: str, config: ViTConfig, own_base: bool = F
         notes.append(f"left out, as no part of the vision tower: {', '.join(dropped[:3])}{more}")
     fused = {layer: _fuse(parts, config.embed_dim) for layer, parts in layers.items()}
     rank, scaling = max(len(a) for a, _ in fused.values()), "rslora" if found["use_rslora"] else "lora"
+    if rank > MAX_SIZE:
+        raise ExchangeError(f"{folder}: q, k and v together have rank {rank:,}; a model's is at most {MAX_SIZE:,}")
     targets = "attn+mlp" if any(".mlp." in layer for layer in layers) else "attn"
     grown = rank / found["r"]
     settings = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vitface.device import resolve_device
-from vitface.errors import ConfigError, DataError
+from vitface.errors import ConfigError, DataError, command
 from vitface.gallery import parts
 from vitface.gallery.blocks import Block, check_rows, cosines
 from vitface.gallery.parts import DTYPES, Settings
@@ -218,7 +218,7 @@ class Gallery:
         """
         path = _folder(path)
         settings, files = parts.read_settings(path), parts.part_files(path)
-        none = f"{path} holds no embedding yet; make them with vitface embed FOLDER {path}"
+        none = f"{path} holds no embedding yet; make them with {command('embed', 'FOLDER', path)}"
         if not files:
             raise DataError(none)
         gallery = cls(parts.read_part(files[0]).embeddings.shape[1], settings, device, dtype)

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.errors import DataError
+from vitface.errors import DataError, command
 from vitface.files import json_bytes, make_folder, open_regular, read_json, replace_file, sync_folder
 from vitface.store.tensors import tensor_bytes
 from vitface.store.thresholds import number
@@ -82,7 +82,7 @@ def read_settings(path: Path) -> Settings:
     """The settings of a gallery; DataError if `path` is not one."""
     file = path / SETTINGS_FILE
     if not is_gallery(path):
-        raise DataError(f"{path} is not a gallery; make one with vitface embed FOLDER {path}")
+        raise DataError(f"{path} is not a gallery; make one with {command('embed', 'FOLDER', path)}")
     try:
         written = read_json(file)
         if written["format"] != FORMAT or not isinstance(written["model"], str | None):

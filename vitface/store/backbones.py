@@ -5,9 +5,11 @@ origin, as JSON. Source checkpoints (Meta's .pth, OpenAI's archive, ...) are not
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.config import MAX_IMAGE_SIZE, VIT_PRESETS, ViTConfig, backbone_name
-from vitface.errors import ConfigError, WeightsError, expect, is_path, is_whole
+from vitface.errors import ConfigError, WeightsError, command, expect, is_path, is_whole
 from vitface.files import cache_home, open_regular, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
@@ -87,19 +89,27 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
 def find_backbone(name: str) -> Path:
     """The first of `backbone_files`; if there is none, WeightsError names the places and the fetch command."""
     for path in backbone_files(name):
+        if path.parent == Path("weights"):
+            _say(f"backbone: {path}, of the current folder")
         return path
     raise WeightsError(
-        f"no weights for {name}: looked for {name}.safetensors in ./weights, {cache_home()} and the package. Get them "
+        f"no weights for {name}: looked for {name}.safetensors in {cache_home()}, the package and ./weights. Get them "
         f"with\n  vitface fetch {name}\nor name a converted file with --weights FILE"
     )
 
 
+@functools.cache
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def backbone_files(name: str) -> list[Path]:
-    """Every existing NAME.safetensors in ./weights, $VITFACE_HOME (default ~/.cache/vitface) and the package."""
+    """Every existing NAME.safetensors in $VITFACE_HOME (default ~/.cache/vitface), the package and, as the current
+    folder may be somebody else's, last in ./weights."""
     packaged = importlib.import_module("vitface.weights").__path__  # of a clone also weights/ at its top
-    folders = [Path("weights"), *packaged]
+    folders = [*packaged, Path("weights")]
     with suppress(ConfigError):
-        folders.insert(1, cache_home())
+        folders.insert(0, cache_home())
     return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
 
 
@@ -120,7 +130,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
     if metadata.get("format") != BACKBONE_FORMAT:
         raise WeightsError(
             f"{path} is not a converted file; convert it first:\n"
-            f"  vitface convert NAME --src {path} --out weights/NAME.safetensors\n"
+            f"  {command('convert', 'NAME', '--src', path, '--out', 'weights/NAME.safetensors')}\n"
             f"with NAME one of {', '.join(VIT_PRESETS)}"
         )
     try:

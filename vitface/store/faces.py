@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
-from vitface.errors import CheckpointError, expect, is_path, printable
+from vitface.errors import CheckpointError, command, expect, is_path, printable
 from vitface.files import read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
@@ -175,7 +175,7 @@ def best_checkpoint(run: Path) -> Path:
     """
     steps = step_directories(run)
     if not steps:
-        again = f"vitface train --save-dir {run} --resume auto"
+        again = command("train", "--save-dir", run, "--resume", "auto")
         raise CheckpointError(f"{run} has no checkpoint step-N yet; train on with\n  {again}")
     return next((step for step in steps if read_manifest(step, ()).get("is_best")), steps[0])
 

@@ -8,24 +8,26 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vitface.config import TrainConfig
+from vitface.config import TrainConfig, backbone_name
 from vitface.data.synthetic.worlds import SYNTHETIC
-from vitface.errors import ConfigError, EvaluationError
+from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read_run
 from vitface.evaluation.judging import judged, judged_frozen
 from vitface.evaluation.routing import synthetic_routing
-from vitface.evaluation.scores import SCORES, save_scores
+from vitface.evaluation.scores import SCORES, load_scores, save_scores
 from vitface.files import check_output, json_bytes, replace_file
 from vitface.markdown import table
 from vitface.model.counts import parameter_counts
 from vitface.recogniser import Recogniser, load
+from vitface.store.backbones import weights_sha256
 from vitface.store.faces import meta_model, open_checkpoint
 from vitface.study.controls import CONTROLS, shuffled_gate
 from vitface.training.run import run
@@ -76,24 +78,30 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
             control = CONTROLS.get(variant)
             run(config, with_frozen=False, change=control and functools.partial(control, seed=seed))
             if variant == "dalora":
-                shuffled = functools.partial(judged, open_checkpoint(cell, base.weights), device, shuffled_gate)
-                judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", shuffled, config, names)
+                checkpoint = open_checkpoint(cell, base.weights)
+                shuffled = functools.partial(judged, checkpoint, device, shuffled_gate)
+                judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", shuffled, checkpoint.sha256, config, names)
         if done == 1:
             frozen = functools.partial(judged_frozen, base.backbone, base.weights, base.image_size, device)
-            judge(folder / FROZEN, frozen, base, names)
+            backbone = weights_sha256(backbone_name(base.backbone), base.weights)
+            judge(folder / FROZEN, frozen, f"{backbone}, {base.image_size} px", base, names)
         write_table(base, list(grid), seeds[:done], folder, command)
         print(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
 
 
-def judge(cell: Path, make: Callable[[], Recogniser], config: TrainConfig, names: list[str]) -> None:
-    """Evaluates a model that no run trained, once; EvaluationError if a benchmark cannot be judged."""
-    if (cell / SCORES).is_file():
-        return
+def judge(cell: Path, make: Callable[[], Recogniser], model: str, config: TrainConfig, names: list[str]) -> None:
+    """Evaluates a model that no run trained, unless the scores there are of `model`, which identifies it.
+
+    EvaluationError if a benchmark cannot be judged.
+    """
+    with suppress(CheckpointError):
+        if load_scores(cell / SCORES)[1] == model:
+            return
     evaluation = evaluate_all(make().embed, names, config.val_data or "")
     if evaluation.failures:
         raise EvaluationError("; ".join(evaluation.failures))
     cell.mkdir(parents=True, exist_ok=True)
-    save_scores(cell / SCORES, evaluation.results, cell.name)
+    save_scores(cell / SCORES, evaluation.results, model)
 
 
 def write_table(base: TrainConfig, trained: list[str], seeds: list[int], folder: Path, command: str) -> None:

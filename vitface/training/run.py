@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vitface.config import TrainConfig
-from vitface.errors import ConfigError, VitfaceError
+from vitface.errors import ConfigError, VitfaceError, command
 from vitface.evaluation.benchmarks import next_command
 from vitface.files import check_output, json_bytes, make_folder, replace_file
 from vitface.lock import folder_lock
@@ -106,7 +106,7 @@ def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen
     try:
         trainer.fit(log)
     except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
-        steps, again = step_directories(run_dir), f"vitface train --save-dir {run_dir} --resume auto"
+        steps, again = step_directories(run_dir), command("train", "--save-dir", run_dir, "--resume", "auto")
         if steps:
             print0(f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}")
         else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vitface.commands.parser import CommandParser
 from vitface.config import backbone_name
-from vitface.errors import ConfigError, WeightsError
+from vitface.errors import ConfigError, WeightsError, command
 from vitface.weights.sources import SOURCES
 
 if TYPE_CHECKING:
@@ -69,4 +69,4 @@ def next_command(name: str, path: Path) -> str:
         found = find_backbone(name).resolve() == path.resolve()
     except WeightsError:
         found = False
-    return f"vitface train --backbone {name}" + ("" if found else f" --weights {path}")
+    return command("train", "--backbone", name, *([] if found else ["--weights", path]))

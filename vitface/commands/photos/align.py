@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared
+from vitface.errors import command
 
 EXAMPLES = """examples:
   vitface fetch yunet                      the detector, once
@@ -32,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     done = align_folder(arguments.src, out, finder, arguments.num_workers, arguments.prune)
     print("\n".join(summary(done)))
     print_gone(arguments, done.gone)
-    print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: vitface data check {out}")
+    print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: {command('data', 'check', out)}")
     return 0 if done.statuses["ok"] + done.statuses["several"] else 1

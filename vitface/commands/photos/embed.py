@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, print_result
-from vitface.errors import ConfigError
+from vitface.errors import ConfigError, command
 
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     changed = f" ({len(done.changed):,} replaced since: {some(done.changed)})" if done.changed else ""
     counts = f"{done.total:,} images, {done.new:,} of them new{changed}, {len(done.skipped):,} skipped"
     named = f"\nthe names of this folder's rows begin with {done.prefix}/" if done.prefix else ""
-    text = f"{arguments.out}: {counts}{named}\nnext: vitface search {arguments.out} PHOTO, or cluster {arguments.out}"
+    out = arguments.out
+    text = f"{out}: {counts}{named}\nnext: {command('search', out, 'PHOTO')}, or {command('cluster', out)}"
     print_result(arguments, dataclasses.asdict(done), text)
     for why in (*(f"skipped {why}" for why in done.skipped), *left_out_lines(done.left_out)):
         print(why, file=sys.stderr)

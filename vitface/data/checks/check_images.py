@@ -11,7 +11,7 @@ from vitface.data.formats.samples import FolderSamples
 from vitface.data.formats.stored import Images
 from vitface.data.images import CROP_SIZE, to_crop
 from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
-from vitface.errors import DataError
+from vitface.errors import DataError, command
 
 MIN_IMAGES = 32  # the mean of fewer images does not look like a face
 ALIGNED = 0.5  # correlation of the mean face's dark spots with eyes and mouth; aligned sets have 0.7
@@ -106,7 +106,7 @@ def size_alarm(images: Images, where: str) -> str | None:
     source = where if isinstance(images, FolderSamples) else "SRC"
     return (
         f"{where}: {len(other)} of {len(chosen)} images looked at are no aligned crops of 112 x 112 but, for example, "
-        f"{usual}; results on them mean little: align the photos first, vitface align {source} OUT"
+        f"{usual}; results on them mean little: align the photos first, {command('align', source, 'OUT')}"
     )
 
 
