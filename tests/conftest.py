@@ -47,11 +47,10 @@ def optional(name: str) -> ModuleType:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int | None:
-    """One process, 0 workers, for single files, which end before a second one has loaded torch, and for what needs the
-    whole machine: full-size runs and a GPU. Otherwise as many as xdist finds cores for."""
+    """One process, 0 workers, for single files, which end before a second one has loaded torch, and for a GPU. For all
+    else as many as xdist finds cores for."""
     files = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
-    small = {"not slow", "not gpu"} <= set(config.option.markexpr.split(" and "))
-    return 0 if files or not small else None
+    return 0 if files or config.option.markexpr == "gpu" else None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -64,8 +63,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def threads(request):
-    """One thread, so that sums are added in one order; full-size runs take all there are."""
-    torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
+    """One thread, so that sums are added in one order; full-size runs take all that no other worker has."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ and request.node.get_closest_marker("slow")
+    torch.set_num_threads(os.cpu_count() or 1 if alone else 1)
     yield
     torch.set_num_threads(1)
 

@@ -109,11 +109,13 @@ def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_three_commands_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_three_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = marked_blocks((ROOT / "README.md").read_text(), "test_docs.py, slow")
     lines = command_lines(block)
     assert len(lines) == 4 and [run_line(line) for line in lines] == [0] * 4
+    frozen, adapted = re.findall(r"^synthetic .*?(\d+\.\d+) ± ", capsys.readouterr().out, re.MULTILINE)[:2]
+    assert float(adapted) >= float(frozen) + 10
     assert "<h2>Where CLS looks</h2>" in (tmp_path / "report.html").read_text()
     assert read_image(tmp_path / "out.png").std() > 10
 

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import resource
 import struct
 import time
 from io import BytesIO
@@ -23,7 +22,6 @@ from vitface.errors import ConfigError, DataError, ImageError
 from vitface.training.setup import open_inputs
 
 MAGIC = struct.pack("<I", 0xCED7230A)
-MUTATIONS = 20_000
 DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 
 
@@ -286,15 +284,6 @@ def test_a_file_cut_after_opening_is_an_error_not_a_wrong_image(tmp_path):
 @pytest.mark.parametrize("name", ["train.rec", "train.idx", "property"])
 def test_mutations_give_samples_or_a_data_error(tmp_path, name):
     open_mutations(tmp_path, name, 400)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_mutations_in_bounded_memory(tmp_path):
-    open_mutations(tmp_path, "train.rec", 200)  # what is loaded once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    open_mutations(tmp_path, "train.rec", MUTATIONS)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-    print(f"{MUTATIONS} mutated .rec files")
 
 
 def open_mutations(tmp_path, name, count):

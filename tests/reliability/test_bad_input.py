@@ -2,10 +2,11 @@
 
 import io
 import json
-import pickle
 import random
 import shutil
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ from vitface.store.faces import load_trained, open_checkpoint, trained_tensors
 from vitface.store.settings import face_config
 from vitface.store.tensors import read_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+
+from test_pairs import LEGAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -62,13 +67,7 @@ OPCODES = [
 
 @sizes("bin")
 def test_bin_files(ran, cases):
-    rng = random.Random(0)
-    images = [encoded("JPEG", 16, seed) for seed in range(4)]
-    columns = [np.frombuffer(image, np.uint8).reshape(-1, 1) for image in images]
-    flags = ([True, False], [np.True_, np.False_])
-    originals = [pickle.dumps((images, flags[p % 2]), protocol=p) for p in range(6)]
-    originals += [pickle.dumps((columns, flags[p % 2]), protocol=p) for p in range(6)]
-    originals += [pickle.dumps([columns, np.array([1, 0])], protocol=p) for p in (2, 5)]
+    rng, originals = random.Random(0), list(LEGAL.values())
 
     def attempt(case):
         try:

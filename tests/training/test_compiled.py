@@ -58,8 +58,7 @@ def losses_of(run_dir, world, **changes):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks, and torch's own in its compiler
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("changes", [{}, {"partial_fc": 0.5}, {"grad_accum": 2}], ids=str)
+@pytest.mark.parametrize(("changes", "world"), [({}, 1), ({"partial_fc": 0.5}, 2), ({"grad_accum": 2}, 2)], ids=str)
 def test_a_compiled_run_learns_what_an_eager_one_learns(tmp_path, world, changes):
     eager, compiled = (losses_of(tmp_path / str(on), world, compile=on, **changes) for on in (False, True))
     assert len(eager) == 3 and compiled == pytest.approx(eager, rel=1e-4)
