@@ -1,6 +1,8 @@
 """Folders from somebody else, with links where files are expected: nothing outside them is written."""
 
 import os
+import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -12,9 +14,11 @@ import pytest
 import torch
 from conftest import tiny_recogniser
 from matrix import ROWS, sizes
-from tiny import start
+from tiny import in_child, start
 
 import vitface
+from vitface.data.faces.folder import write_crop
+from vitface.data.images import read_image
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores
@@ -81,6 +85,22 @@ def test_what_a_user_names_may_be_a_pipe_and_is_not_written_through_a_link(victi
     write_output(tmp_path / "pipe", b"numbers")
     reader.join(10)
     assert read == [b"numbers"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_crop_on_a_full_disk_is_not_there(tmp_path):
+    """The disk takes 4 kB of each file; Pillow's own writer would leave a cut JPEG there, and say nothing."""
+    crop = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for name in ("a.jpg", "b.png"):
+            with pytest.raises(OSError, match="File too large"):
+                write_crop(tmp_path / name, crop)
+
+    assert in_child(write) == 0 and not list(tmp_path.iterdir())
+    write_crop(tmp_path / "a.jpg", crop)
+    assert read_image(tmp_path / "a.jpg").shape == crop.shape
 
 
 @sizes("writers")
