@@ -6,6 +6,7 @@ A constant that is new is in none of the three lists, which fails: so nobody add
 import ast
 import importlib
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_recogniser
-from drawn import drawn_faces
+from drawn import drawn_faces, jpeg
 from PIL import Image
 
 from vitface.data.background import in_thread
@@ -23,7 +24,7 @@ from vitface.data.checks.check_people import images_to_compare
 from vitface.data.checks.scan import scan
 from vitface.data.faces.photos import CropReader
 from vitface.data.formats.packing import pack
-from vitface.data.formats.samples import FolderSamples
+from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.data.formats.stored import Samples
 from vitface.evaluation import benchmarks, routing
 from vitface.gallery.clusters import cluster
@@ -74,6 +75,19 @@ def units(count, width=8):
 def scanned(n, _):
     found = scan(Crops(n), 0, np.arange(n))
     return found.digests, found.sizes, found.redness, found.contrast, found.mean_face, found.patterns
+
+
+def recorded(n, folder):
+    """A set of n people: each image is read twice, so pages are released between two reads and behind the last."""
+    records = [struct.pack("<IfQQ", 0, i, i, 0) + jpeg(crop) for i, crop in enumerate(crops(n))]
+    data, listed = b"", ""
+    for number, record in enumerate(records):
+        listed += f"{number}\t{len(data)}\n"
+        data += struct.pack("<II", 0xCED7230A, len(record)) + record + bytes(-len(record) % 4)
+    (folder / "train.rec").write_bytes(data)
+    (folder / "train.idx").write_text(listed)
+    samples = RecordSamples(folder)
+    return samples.labels, np.stack([samples.read(i) for i in [*range(n), *range(n)]])
 
 
 def nearest(n, _):
@@ -162,7 +176,9 @@ def attended(n, _):
 CROSSED = {
     "vitface.data.background.AHEAD": in_order,
     "vitface.data.checks.check_faces.CHUNK": [nearest, embedded_by_a_check],
+    "vitface.data.checks.scan.CACHED_IMAGES": scanned,
     "vitface.data.checks.scan.CHUNK": scanned,
+    "vitface.data.formats.recordio.BLOCK": recorded,
     "vitface.data.formats.packing.SHARD": packed,
     "vitface.evaluation.benchmarks.BATCH_SIZE": evaluated,
     "vitface.gallery.blocks.CHUNK": searched_in_float16,

@@ -16,9 +16,12 @@ from vitface.data.progress import Progress
 from vitface.errors import DataError
 
 CHUNK = 256
+CACHED_IMAGES = 32
 PATTERN_SIDE = 28
 FLAT = 3.0  # grey levels
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+BLANK = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)  # in place of a damaged image
+MIDDLE = np.pad(np.full((72, 56), 1 / (72 * 56), np.float32), ((28, 12), (28, 28))).ravel()  # of a face: means there
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,38 @@ def scan(images: Images, num_workers: int, compared: np.ndarray) -> Scan:
 
 
 def _scan_chunk(images: Images, compared: np.ndarray, start: int) -> tuple:
-    stop = min(start + CHUNK, len(images))
-    damaged, sizes = [], np.zeros((stop - start, 2), np.int64)
-    crops = np.zeros((stop - start, CROP_SIZE, CROP_SIZE, 3), np.uint8)
-    for row, index in enumerate(range(start, stop)):
-        try:
-            image = images.image(index)
-            crops[row], sizes[row] = to_crop(image, images.where(index)), image.shape[:2]
-        except DataError as error:
-            damaged.append(str(error))
-    digests = np.array([hashlib.sha256(crop.data).digest()[:16] for crop in crops], "S16")
-    red, green, blue = crops[:, 28:100, 28:84].mean((1, 2), dtype=np.float32).T
-    redness = 3 * (red - blue) / np.maximum(red + green + blue, 1)
-    grey = crops @ LUMA
-    patterns = local_contrast(grey[compared[(compared >= start) & (compared < stop)] - start])
-    return damaged, grey.sum(0, dtype=np.float64), digests, sizes, redness, grey.std((1, 2)), patterns
+    """The numbers of CHUNK images, of a few at a time: they stay in the cache, and a core changes its work seldom."""
+    count = min(CHUNK, len(images) - start)
+    kept = set(compared[(compared >= start) & (compared < start + count)].tolist())
+    damaged, sizes, digests, greys = [], np.zeros((count, 2), np.int64), [], []
+    mean, total, contrast = np.zeros((count, 3)), np.zeros(CROP_SIZE**2), np.zeros(count)
+    pixels = np.empty((CROP_SIZE**2, 3), np.float32)
+    for first in range(0, count, CACHED_IMAGES):
+        crops = [BLANK] * min(CACHED_IMAGES, count - first)
+        for row in range(first, first + len(crops)):
+            try:
+                image = images.image(start + row)
+                crops[row - first] = np.ascontiguousarray(to_crop(image, images.where(start + row)))
+                sizes[row] = image.shape[:2]
+            except DataError as error:
+                damaged.append(str(error))
+        for row, crop in enumerate(crops, first):
+            digests.append(hashlib.sha256(crop.data).digest()[:16])
+            np.copyto(pixels, crop.reshape(-1, 3))
+            grey = pixels @ LUMA
+            mean[row], contrast[row] = MIDDLE @ pixels, _deviation(grey)
+            total += grey
+            if start + row in kept:
+                greys.append(grey)
+    redness = (mean[:, 0] - mean[:, 2]) / np.maximum(mean.mean(1), 1 / 3)
+    patterns = local_contrast(np.reshape(greys, (-1, CROP_SIZE, CROP_SIZE)))
+    return damaged, total.reshape(CROP_SIZE, CROP_SIZE), np.array(digests, "S16"), sizes, redness, contrast, patterns
+
+
+def _deviation(grey: np.ndarray) -> float:
+    """`grey.std()`, by products, in a third of its time."""
+    above = grey - grey @ np.full_like(grey, 1 / len(grey))
+    return float(above @ above / len(grey)) ** 0.5
 
 
 def local_contrast(grey: np.ndarray) -> np.ndarray:

@@ -30,8 +30,9 @@ class RecordSamples(Samples):
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self._rec = Path(path), str(Path(path) / "train.rec")
         self._map: mmap | None = None
+        self._read_since = 0  # images, since pages were released
         try:
             self._read()
         except OSError as error:
@@ -63,10 +64,14 @@ class RecordSamples(Samples):
 
     def image(self, index: int) -> np.ndarray:
         record = recordio.read_record(self._data(), int(self._offsets[index]), self.where(index))
+        self._read_since += 1
+        if self._read_since >= recordio.BLOCK:
+            recordio.release(self._data())
+            self._read_since = 0
         return decode_image(record.image, self.where(index))
 
     def where(self, index: int) -> str:
-        return f"{self.path / 'train.rec'}, record {self._keys[index]}"
+        return f"{self._rec}, record {self._keys[index]}"
 
     def _data(self) -> mmap:
         if self._map is None:

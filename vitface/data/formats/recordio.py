@@ -11,6 +11,7 @@ The .idx file has one `key <tab> offset` line per record. Letters: n records.
 """
 
 import itertools
+import mmap as mmap_module
 import struct
 from collections.abc import Iterator
 from mmap import mmap
@@ -24,6 +25,7 @@ from vitface.errors import DataError
 
 MAGIC = 0xCED7230A
 MAX_FLAG = 16
+BLOCK = 1 << 15  # records whose pages are in memory together
 REBUILD = "rebuild the .idx: vitface data index"
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
@@ -115,6 +117,20 @@ def read_record(data: mmap | bytes, offset: int, where: str) -> Record:
 
 def read_records(data: mmap | bytes, offsets: np.ndarray, where: str) -> Records:
     """What is to be known of the records at `offsets` (n,) before their images are read; DataError as `read_record`."""
+    blocks = []
+    for at in range(0, len(offsets), BLOCK):
+        blocks.append(_read_block(data, offsets[at : at + BLOCK], where))
+        release(data)
+    return Records(*map(np.concatenate, zip(*blocks, strict=True)))
+
+
+def release(data: mmap | bytes) -> None:
+    """Lets go of the pages of a mapped file that were read; otherwise a whole pass is held in memory."""
+    if isinstance(data, mmap) and hasattr(data, "madvise"):  # not on Windows
+        data.madvise(mmap_module.MADV_DONTNEED)
+
+
+def _read_block(data: mmap | bytes, offsets: np.ndarray, where: str) -> Records:
     size, count = len(data), len(offsets)
     labels, ends, filled = np.empty(count, np.float32), np.empty(count, np.int64), np.empty(count, bool)
     words = np.frombuffer(data, "<u4", size // 4)

@@ -4,6 +4,7 @@ Opening checks everything that can be checked without decoding an image (offsets
 decoded when it is read. Samples can be handed to worker processes: their pickle holds names and numbers only.
 """
 
+import os
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -80,7 +81,7 @@ class FolderSamples(Samples):
         return file_identity(self.path, self._images)
 
     def where(self, index: int) -> str:
-        return str(self.path / self._images[index])
+        return os.path.join(self.path, self._images[index])
 
     def image(self, index: int) -> np.ndarray:
         return read_image(self.where(index))
