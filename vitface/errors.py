@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 
 class VitfaceError(ValueError):
@@ -77,7 +79,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.7))
 
 
-UNSEEN = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+UNSEEN = "[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def printable(text: str) -> str:
@@ -90,8 +92,8 @@ def printable(text: str) -> str:
 
 
 def in_one_line(name: str) -> str:
-    """`printable`, also without tabs and ends of lines."""
-    return re.sub(r"[\t\n]", _escaped, printable(name))
+    """`printable`, also without ends of lines."""
+    return re.sub(r"\n", _escaped, printable(name))
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -116,15 +118,53 @@ def in_words(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {error.strerror}{f'; {cure}' if cure else ''}"
 
 
+class PrintableStream:
+    """A stream whose text is `printable`, whoever wrote it: no name of a file or a person steers the terminal."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._wrapped = stream  # the name by which tqdm finds out that two streams are one
+
+    def write(self, text: str) -> int:
+        return self._wrapped.write(printable(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+def raw(stream: Any) -> Any:
+    """The stream itself, for what steers the terminal on purpose."""
+    return getattr(stream, "_wrapped", stream)
+
+
+@contextmanager
+def _printable_streams() -> Iterator[None]:
+    """Inside, what is written to stdout and stderr is printable; in notebooks they are left as they are."""
+    before = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+            setattr(sys, name, PrintableStream(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def exit_code(action: Callable[[], int | None]) -> int:
     """Runs a command's action and returns its exit code, 0 for None; 2 after a printed error, 130 after Ctrl-C.
 
     The errors that are printed are `VitfaceError` and those of the operating system (a full disk, a read-only folder).
     Where nobody reads the output any more, as after `| head`, the code is 141, as for other programs.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in notebooks
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+    with _printable_streams():
+        return _exit_code(action)
+
+
+def _exit_code(action: Callable[[], int | None]) -> int:
     try:
         code = action() or 0
         if sys.stdout is not None:
@@ -135,7 +175,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
         return 141
     except (VitfaceError, OSError) as error:
         text = in_words(error) if isinstance(error, OSError) else str(error)
-        print(f"error: {printable(text)}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

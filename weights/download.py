@@ -13,9 +13,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vitface.config import backbone_name
+from vitface.data.progress import Progress
 from vitface.errors import WeightsError, command, in_one_line
 from vitface.files import cache_home, sha256_file
 from vitface.store.backbones import read_backbone
@@ -130,7 +129,7 @@ def _transfer(url: str, part: Path) -> None:
         slow = _Slow()
         with (
             open(part, "ab" if resumed else "wb") as out,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
+            Progress(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
         ):
             while chunk := response.read1(1 << 16):
                 if out.tell() + len(chunk) > (total or MAX_BYTES):

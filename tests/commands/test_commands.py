@@ -15,6 +15,7 @@ from vitface.commands.inputs import NO_THRESHOLD
 from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.formats.pair_lists import PAIR_LISTS
 from vitface.data.images import read_image
+from vitface.store.faces import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -142,12 +143,12 @@ def test_nobody_reaches_the_threshold(faces, tmp_path, capsys):
 def test_info(faces, tiny_run, capsys):
     code, out, _ = call(capsys, "info", tiny_run, "--json")
     found = json.loads(out)
-    model = vitface.load(tiny_run)
+    model = open_checkpoint(tiny_run).load()
     assert code == 0 and found["kind"] == "checkpoint" and found["step"] == 7
     assert found["thresholds"] == {"0.01": 0.2, "0.001": 0.6}
     assert found["settings"]["lora_rank"] == 4 and found["settings"]["num_domains"] == 3
-    assert found["parameters"]["all"]["total"] == sum(p.numel() for p in model.model.parameters())
-    assert found["parameters"]["all"]["trained"] == sum(p.numel() for p in model.model.parameters() if p.requires_grad)
+    assert found["parameters"]["all"]["total"] == sum(p.numel() for p in model.parameters())
+    assert found["parameters"]["all"]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     code, out, _ = call(capsys, "info")
     assert code == 0 and "lora_rank          4\n" in out and "of them trained" in out
     call(capsys, "embed", faces, "people", "--num-workers", 0)
@@ -193,7 +194,7 @@ def test_explain(faces, tiny_run, tmp_path, capsys):
         (["search", "faces", "A", "--top", "0"], "--top must be at least 1"),
         (["cluster", "nowhere"], "nowhere is not a gallery"),
         (["info", "nowhere"], "nowhere is neither a run directory nor a checkpoint"),
-        (["explain", "A", "-o", "out.png", "--block", "9"], "--block must be 0 to 1"),
+        (["explain", "A", "-o", "out.png", "--block", "9"], "block must be 0 to 1"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_do(faces, capsys, arguments, message):

@@ -259,5 +259,5 @@ def test_python_and_commands_agree(tiny_run, tmp_path):
     command = ["embed", str(tmp_path / "faces"), str(tmp_path / "people"), "--device", "cpu"]
     assert main([*command, "--checkpoint", str(tiny_run), "--num-workers", "0"]) == 0
     gallery = vitface.Gallery.load(tmp_path / "people")
-    paths = [tmp_path / "faces" / name for name in gallery.names]
+    paths = [tmp_path / name for name in gallery.names]
     np.testing.assert_array_equal(vitface.load(tiny_run).embed(paths), gallery.embeddings)

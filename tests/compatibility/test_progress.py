@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cases import case
+from PIL import Image
 
 from vitface.config import resolve
 from vitface.data import progress
@@ -14,8 +15,10 @@ from vitface.data.progress import Progress
 from vitface.evaluation.benchmarks import _embed_all, in_order
 from vitface.evaluation.protocol import verify
 from vitface.training.finish import Evaluation, tracked_results
+from vitface.training.ranks import process_group
 from vitface.training.runs import log
 from vitface.training.runs.log import RunLog
+from vitface.training.setup import open_inputs
 
 KIND = "What runs say while they run"
 
@@ -152,3 +155,20 @@ def test_tensorboard_takes_the_numbers(tmp_path, monkeypatch):
     track = log._tensorboard(tmp_path, resolve({}))
     track({"step": 3, "adapted/lfw/accuracy": 0.9, "adapted/ROC": log.Curves("ROC", "x", {})})
     assert ("adapted/lfw/accuracy", 0.9, 3) in scalars and not any("ROC" in name for name, *_ in scalars)
+
+
+@case("notes about the data under `torchrun`", "printed once, by the first process")
+def test_notes_are_printed_by_rank_0(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
+    for person in "ab":
+        (tmp_path / "set" / person).mkdir(parents=True)
+        Image.fromarray(np.zeros((112, 112, 3), np.uint8)).save(tmp_path / "set" / person / "1.png")
+    (tmp_path / "set" / "a" / "2.png").write_bytes(b"damaged")
+    (tmp_path / "set" / "a" / "3.psd").touch()
+    config = resolve({"exp": "demo", "weights": "random", "train_data": str(tmp_path / "set"), "num_workers": 0})
+    said = []
+    for rank in (0, 1):
+        monkeypatch.setattr(process_group, "rank", lambda rank=rank: rank)
+        assert len(open_inputs(config)) == 2
+        said.append(capsys.readouterr().out)
+    assert "left out 1: a/3.psd" in said[0] and "1 images were skipped, see " in said[0] and said[1] == ""

@@ -12,7 +12,7 @@ from vitface.errors import ConfigError
 from vitface.files import check_output
 
 KIND = "Where a command writes"
-POINTS = "file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\nx.jpg,1,1,9,1,5,5,1,9,9,9\n"
+POINTS = "file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\n1.jpg,38,51,73,51,56,71,41,92,70,92\n"
 COMMANDS = {
     "`train --save-dir`": "train --exp demo --save-dir {}",
     "`train --resume auto --save-dir`": "train --exp demo --save-dir {} --resume auto",

@@ -14,7 +14,8 @@ from test_check import drawn_faces
 import vitface.__main__
 from vitface.data.faces.alignment import TEMPLATE, align_face, similarity
 from vitface.data.faces.detect import Face, FaceDetector, central_face
-from vitface.data.faces.folder import Finder, align_folder, crop_path, read_landmarks
+from vitface.data.faces.folder import Finder, align_folder, crop_path
+from vitface.data.faces.landmarks import read_landmarks
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import read_bin
 from vitface.data.images import read_image

@@ -133,7 +133,8 @@ def test_evaluate_says_what_is_missing_and_writes_json_before_it_fails(tmp_path,
     write_bin(tmp_path / "data" / "cplfw.bin", pairs.images, ISSAME)
     assert main(["evaluate", *frozen, "--bench", "cplfw", "--json", "bad.json"]) == 2
     assert "below chance" in capsys.readouterr().err
-    assert "cplfw" in json.loads((tmp_path / "bad.json").read_text())["benchmarks"]
+    written = json.loads((tmp_path / "bad.json").read_text())
+    assert "cplfw" in written["benchmarks"] and written["alarms"] == [] and "below chance" in written["failures"][0]
 
 
 def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):

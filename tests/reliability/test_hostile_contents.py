@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitface.data.faces.folder import COLUMNS, POINTS, Finder, align_folder, read_landmarks, read_report
+from vitface.data.faces.folder import COLUMNS, Finder, align_folder, read_report
+from vitface.data.faces.landmarks import POINTS, read_landmarks
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.samples import read_domains

@@ -12,6 +12,7 @@ import torch
 
 from vitface.__main__ import main
 from vitface.config import VIT_PRESETS
+from vitface.data import progress
 from vitface.errors import WeightsError
 from vitface.model.vit import ViT
 from vitface.store.backbones import find_backbone, load_backbone, read_backbone
@@ -132,7 +133,8 @@ def assert_complete(home, content: bytes) -> None:
     assert [*(home / "sources").iterdir()] == []
 
 
-def test_a_download_is_checked_converted_and_found(server, content, tmp_path, capsys):
+def test_a_download_is_checked_converted_and_found(server, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)  # each line of a log
     done = fetch_backbone("dinov2")
     assert done is not None and done.published and done.used == len(read_backbone(done.out)[2])
     assert_complete(tmp_path / "home", content)

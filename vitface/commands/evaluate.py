@@ -100,7 +100,8 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
         try_to_keep(run, evaluation.results, checkpoint.sha256)
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
-        written = {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
+        written = {"alarms": evaluation.alarms, "failures": evaluation.failures}
+        written |= {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
         write_output(arguments.json, json_bytes(written))
     if arguments.output:
         title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vitface.data.faces.detect import FaceDetector, several_faces
-from vitface.data.faces.folder import Finder, read_landmarks
+from vitface.data.faces.folder import Finder
+from vitface.data.faces.landmarks import read_landmarks
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import some
 from vitface.device import dtype_note, resolve_device

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from vitface.config import VIT_ALIASES, VIT_PRESETS, TrainConfig, to_flag
-from vitface.errors import did_you_mean, printable
+from vitface.errors import did_you_mean
 
 OWN_FILES = ("config.json", "gallery.json", "manifest.json", "model.json", "thresholds.json", "training.json")
 
@@ -121,7 +121,7 @@ def add_shared(parser: argparse._ActionsContainer, *flags: str) -> None:
 
 def print_result(arguments: argparse.Namespace, result: Any, text: str) -> None:
     """Prints the `result` of a command as JSON if --json is given, otherwise as `text`."""
-    print(json.dumps(result, indent=1) if arguments.json else printable(text))
+    print(json.dumps(result, indent=1) if arguments.json else text)
 
 
 def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:

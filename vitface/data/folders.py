@@ -110,7 +110,8 @@ def left_out_lines(left_out: dict[str, list[str]]) -> Iterator[str]:
 
 def some(names: list[str], shown: int = SHOWN) -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:shown]) + (f", and {len(names) - shown:,} more" if len(names) > shown else "")
+    more = f", and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(map(in_one_line, names[:shown])) + more
 
 
 def stamp(path: Path) -> str:

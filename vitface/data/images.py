@@ -30,7 +30,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vitface.data.jpeg import check_jpeg
-from vitface.errors import DataError, ImageError
+from vitface.errors import DataError, ImageError, in_one_line
 from vitface.files import open_regular
 
 CROP_SIZE = 112
@@ -76,7 +76,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_photo(path: str | Path) -> tuple[np.ndarray, int]:
     """`read_image`, and by how much it was reduced: the file has that many pixels for each one, in both directions."""
-    return _decode_safely(read_file(path), str(path))
+    return _decode_safely(read_file(path), in_one_line(str(path)))
 
 
 def _decode_safely(data: bytes, where: str) -> tuple[np.ndarray, int]:
@@ -98,10 +98,10 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
         with open_regular(Path(path)) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise ImageError(f"{path}: {size} bytes, an image may have {limit}")
+                raise ImageError(f"{in_one_line(str(path))}: {size} bytes, an image may have {limit}")
             return file.read(limit)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
+        raise ImageError(f"{in_one_line(str(path))}: {error.strerror or error}") from None
 
 
 def read_text(path: str | Path) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vitface.errors import raw
+
 LINE_SECONDS = 60.0
 LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -23,6 +25,7 @@ class Progress(tqdm):
         if self.as_lines:
             options |= dict(mininterval=LINE_SECONDS, maxinterval=2 * LINE_SECONDS, delay=LINE_SECONDS)
             options |= dict(miniters=1, dynamic_ncols=False, bar_format=LINE)
+        options.setdefault("file", raw(sys.stderr))
         super().__init__(*arguments, **options, disable=os.environ.get("RANK", "0") != "0")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

@@ -68,7 +68,8 @@ def open_inputs(config: TrainConfig) -> Samples:
     samples = attempt(lambda: read_samples(config))
     if problems:
         raise ConfigError("\n\n".join(problems))
-    print("".join(f"{note}\n" for note in samples.notes), end="")
+    for note in samples.notes:
+        print0(note)
     if isinstance(samples, RecordSamples | FolderSamples):
         samples.alarm = size_alarm(samples, str(samples.path))
         if samples.alarm:
@@ -77,6 +78,10 @@ def open_inputs(config: TrainConfig) -> Samples:
         samples.verify()
     elif config.pack and isinstance(samples, RecordSamples | FolderSamples):
         packed = cached(samples, cache_home() / "packed", config.num_workers, print)
+        if packed.skipped:
+            print0(
+                f"{len(packed.skipped)} images were skipped, see {packed.path / 'manifest.json'}: {packed.skipped[0]}"
+            )
         if samples.domains is not None and packed.skipped:
             raise ConfigError(f"--domain-labels: remove the damaged images first, such as {packed.skipped[0]}")
         packed.domains, packed.alarm, samples = samples.domains, samples.alarm, packed

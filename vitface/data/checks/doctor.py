@@ -26,7 +26,7 @@ from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.formats.published import PAIRS, benchmark_named, is_bin, is_home
 from vitface.data.formats.samples import RecordSamples, load_samples
-from vitface.errors import DataError
+from vitface.errors import DataError, in_one_line
 
 SHOWN = 5  # files of a finding
 SAME_ALIGNMENT = 0.8  # correlation of two sets' dark spots; sets with the same alignment have 0.9
@@ -152,8 +152,8 @@ def report_text(report: Report) -> str:
         lines.append("  nothing wrong was found")
     for finding in report.findings:
         head = "note" if finding.severity == "note" else f"{finding.severity.upper()} {finding.name}"
-        lines.append(f"  {head}: {finding.what}")
-        lines += [f"    {name}" for name in finding.files[:SHOWN]]
+        lines.append(f"  {head}: {in_one_line(finding.what)}")
+        lines += [f"    {in_one_line(name)}" for name in finding.files[:SHOWN]]
         if finding.files[SHOWN:]:
             lines.append(f"    and {len(finding.files) - SHOWN:,} more, which --json lists")
         lines.append(f"    {finding.do}")

@@ -19,16 +19,15 @@ import numpy as np
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face, several_faces
+from vitface.data.faces.landmarks import POINTS, match_photos, points_of
 from vitface.data.folders import left_out_lines, some, some_images, stamp
 from vitface.data.images import encode_image, read_photo
 from vitface.data.progress import Progress
 from vitface.data.tables import read_table, table_text
-from vitface.errors import DataError, ImageError
+from vitface.errors import DataError, ImageError, in_one_line
 from vitface.files import check_output, make_folder, replace_file
 
-MAX_PIXEL = 1e6
 CROPPED = ("ok", "several")
-POINTS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 COLUMNS = ["file", "status", "faces", *POINTS, "reason", "folder", "stamp"]
 
 
@@ -53,12 +52,14 @@ class Row:
 @dataclass(frozen=True)
 class Aligned:
     """The number of photos by status, those of earlier calls included; the photos that were replaced since and aligned
-    again; those that are gone since; and the files that were left out, {reason: names}."""
+    again; those that are gone since; the files that were left out, {reason: names}; and the names in the finder's
+    landmarks that are no photo's."""
 
     statuses: Counter[str]
     changed: list[str]
     gone: list[str]
     left_out: dict[str, list[str]]
+    unmatched: list[str]
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,13 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
 
     Photos that OUT/align.csv lists with a crop are not aligned again, unless they were replaced or the finder has other
     landmarks for them. With `prune`, the crops of photos that are gone from `src` are deleted. DataError if a crop
-    would take the place of another folder's.
+    would take the place of another folder's, or if the finder has only landmarks, and none of a photo.
     """
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out} is inside {src}, where its crops would count as photos; choose another folder")
     check_output(out, ["align.csv"])
     found = some_images(src)
+    finder, unmatched = _for_photos(finder, src, found.images)
     make_folder(out.absolute())
     names, known = found.images, read_report(out / "align.csv")
     gone = found.gone(_from_here(known, src, names, out), out, prune)
@@ -114,7 +116,20 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
             file.write(table_text([row.cells()]))
             file.flush()
             statuses[row.status] += 1
-    return Aligned(statuses, changed, gone, dict(found.left_out))
+    return Aligned(statuses, changed, gone, dict(found.left_out), unmatched)
+
+
+def _for_photos(finder: Finder, src: Path, photos: list[str]) -> tuple[Finder, list[str]]:
+    """The finder with the landmarks of these photos, see `match_photos`."""
+    if not finder.landmarks:
+        return finder, []
+    landmarks, unmatched = match_photos(finder.landmarks, src, photos)
+    if not landmarks and finder.detector is None:
+        raise DataError(
+            f"none of the {len(unmatched):,} rows of the landmarks is for a photo in {src}: "
+            f"they name {some(unmatched)}; the photos are {some(photos)}"
+        )
+    return dataclasses.replace(finder, landmarks=landmarks), unmatched
 
 
 def _from_here(known: dict[str, dict[str, str]], src: Path, images: list[str], out: Path) -> list[str]:
@@ -146,7 +161,7 @@ def _is_stale(line: dict[str, str], path: Path, finder: Finder) -> bool:
     given = finder.landmarks.get(line["file"])
     if line["stamp"] != stamp(path) or given is None:
         return line["stamp"] != stamp(path)
-    return not np.allclose(_points(line), given.ravel(), atol=0.02, rtol=0)
+    return not np.allclose(points_of(line), given.ravel(), atol=0.02, rtol=0)
 
 
 def crop_path(out: Path, name: str) -> Path:
@@ -179,40 +194,16 @@ def read_report(path: Path) -> dict[str, dict[str, str]]:
 def _is_whole(row: dict[str, str]) -> bool:
     """Whether a line has what was written; a kill may have cut it off, then its photo is aligned again."""
     try:
-        _points(row)
+        points_of(row)
     except ValueError:
         return False
     return bool(row["stamp"])
-
-
-def _points(row: dict[str, str]) -> np.ndarray:
-    """The ten numbers of a line, (10,) float64; ValueError if they are none, or no pixels of any image."""
-    points = np.array([float(row[name]) for name in POINTS])
-    if not (np.abs(points) <= MAX_PIXEL).all():
-        raise ValueError
-    return points
 
 
 def _write_report(path: Path, known: dict[str, dict[str, str]], left_out: list[Row]) -> None:
     """An align.csv of the photos that have a crop, and of the files that were left out."""
     rows = [COLUMNS, *(list(row.values()) for row in known.values()), *(row.cells() for row in left_out)]
     replace_file(path, table_text(rows).encode())
-
-
-def read_landmarks(path: Path) -> dict[str, np.ndarray]:
-    """{file: landmarks (5, 2)} of a CSV with the columns file, x1, y1, ... x5, y5, without rows that have none.
-
-    DataError names the line that is wrong.
-    """
-    landmarks = {}
-    for number, row in read_table(path, ["file", *POINTS]):
-        if not row["x1"]:
-            continue
-        try:
-            landmarks[row["file"]] = _points(row).reshape(5, 2)
-        except ValueError:
-            raise DataError(f"{path}: line {number} does not hold ten numbers of pixels") from None
-    return landmarks
 
 
 def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
@@ -225,7 +216,7 @@ def _align_photo(src: Path, out: Path, finder: Finder, name: str) -> Row:
             assert row.landmarks is not None
             write_crop(crop_path(out, name), align_face(image, row.landmarks))
     except ImageError as error:
-        row = Row(name, "damaged", reason=str(error).removeprefix(f"{src / name}: "))
+        row = Row(name, "damaged", reason=str(error).removeprefix(f"{in_one_line(str(src / name))}: "))
     landmarks = None if row.landmarks is None else (row.landmarks + 0.5) * reduction - 0.5
     return dataclasses.replace(row, landmarks=landmarks, stamp=made_of, folder=os.path.realpath(src))
 
@@ -250,4 +241,6 @@ def summary(done: Aligned) -> Iterator[str]:
     if done.changed:
         why = "were replaced or have other landmarks, and were aligned again"
         yield f"{len(done.changed):>8,} of them {why}: {some(done.changed)}"
+    if done.unmatched:
+        yield f"{len(done.unmatched):>8,} rows of landmarks are no photo's: {some(done.unmatched)}"
     yield from left_out_lines(done.left_out)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitface.data.faces.alignment import align_face
 from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face
 from vitface.data.images import CROP_SIZE, check_rgb, decode_image, read_image, to_array, to_crop
-from vitface.errors import ConfigError, ImageError, WeightsError, expect
+from vitface.errors import ConfigError, ImageError, WeightsError, expect, in_one_line
 
 Photo = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
@@ -39,7 +39,7 @@ class CropReader:
         return self.read(image, where)[0]
 
     def read(self, image: Photo, where: str | None = None) -> tuple[np.ndarray, int]:
-        where = where or (str(image) if isinstance(image, str | os.PathLike) else "image")
+        where = in_one_line(where or (str(image) if isinstance(image, str | os.PathLike) else "image"))
         pixels = _pixels(image, where)
         align = self.arrays if isinstance(image, np.ndarray | Tensor) else self.others
         if not align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):

@@ -62,10 +62,6 @@ def cached(samples: Source, cache: Path, num_workers: int, report: Callable[[str
             once = f"packing {samples.path} into {out}, once (--no-pack decodes while training instead)"
             report(f"{error} (which is done now)" if out.exists() else once)
             packed = _pack(samples, out, num_workers)
-    if packed.skipped:
-        report(
-            f"{len(packed.skipped)} images were skipped, see {out / 'manifest.json'}; the first: {packed.skipped[0]}"
-        )
     return packed
 
 

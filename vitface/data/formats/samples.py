@@ -17,7 +17,7 @@ from vitface.data.formats.record_set import RecordSamples
 from vitface.data.formats.stored import Samples, file_identity, numbered
 from vitface.data.images import read_image
 from vitface.data.tables import read_table
-from vitface.errors import DataError
+from vitface.errors import DataError, in_one_line
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 EMPTY_SHOWN = 20  # names of folders in a message
@@ -110,12 +110,13 @@ def _check_people(root: Path, people: dict[str, Listing], deeper: dict[str, list
     lower = {name: deeper[name] for name in empty if name in deeper}
     if lower:
         name, images = max(lower.items(), key=lambda item: len(item[1]))
-        lines.append(f"in {len(lower)} of them images lie one level down, such as {images[0]}")
+        lines.append(f"in {len(lower)} of them images lie one level down, such as {in_one_line(images[0])}")
         if len(lower) == len(people) and len(images) > 1:
             lines.append(f"  if {name} is a set of people, as train and val are: --train-data {root / name}")
         lines.append(f"  if {name} is a person, move the images up: mv -n {root / name}/*/* {root / name}/")
     for name in empty:
-        lines += [f"{name}: {line}" for line in left_out_lines(people[name].left_out)][: EMPTY_SHOWN - len(lines)]
+        why = [f"{in_one_line(name)}: {line}" for line in left_out_lines(people[name].left_out)]
+        lines += why[: EMPTY_SHOWN - len(lines)]
     if len(lower) < len(empty):
         lines.append(
             f"add images, or remove the folders; this removes those without a file: find {root} -type d -empty -delete"

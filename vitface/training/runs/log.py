@@ -6,12 +6,14 @@ import io
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitface.config import TrainConfig
+from vitface.errors import raw
 from vitface.files import open_regular, replace_file
 
 Tracker = Callable[[dict[str, Any]], None]
@@ -82,6 +84,7 @@ def _wandb(run_dir: Path, config: TrainConfig) -> Tracker:
     import wandb
 
     settings, own = dataclasses.asdict(config), wandb_id(run_dir)
+    sys.stdout, sys.stderr = raw(sys.stdout), raw(sys.stderr)  # W&B prints colours
     run = wandb.init(project="vitface", name=run_dir.name, id=own, resume="allow", dir=str(run_dir), config=settings)
 
     def track(values: dict[str, Any]) -> None:
