@@ -228,10 +228,10 @@ ROWS = [
         "what_is_printed_moves_no_cursor names_are_shown_in_one_line a_name_in_a_gallery_is_no_line_and_no_formula",
     ),
     Hostile(
-        "exchanged people, pixels (of packed data) and domain labels",
+        "exchanged people, domain labels, pixels of packed images, names and sizes of others",
         "resume refuses them, and takes the same ones",
         "reliability/test_resuming.py",
-        "exchanged_people_pixels_and_domain_labels_are_other_data",
+        "exchanged_people_pixels_and_domain_labels_are_other_data exchanged_photos_are_other_files",
     ),
     Hostile(
         "an exported ONNX file",

@@ -15,10 +15,12 @@ import pytest
 import torch
 from disk import Disk
 from matrix import ROWS, sizes
+from PIL import Image
 from safetensors.torch import load_file, save
 from tiny import EPOCHS, STEPS_PER_EPOCH, Faces, fingerprint, in_child, settings, start, use_tiny
 
 from vitface.config import BOOKKEEPING
+from vitface.data.formats.samples import FolderSamples
 from vitface.errors import CheckpointError, exit_code
 from vitface.lock import folder_lock
 from vitface.training import loop, setup
@@ -406,20 +408,23 @@ class ChangedFaces(Faces):
         super().__init__()
         vars(self).update(changes)
 
+    files = None  # which `changes` may name
+
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
         ({"names": list("9876543210")}, "names"),
         ({"pixels": "other"}, "pixels"),
+        ({"files": "other"}, "files"),
         ({"domains": 1 - np.arange(40) % 2}, "domain labels"),
         ({}, None),
-        ({"pixels": None}, None),
+        ({"pixels": None, "files": None}, None),
     ],
 )
 def test_exchanged_people_pixels_and_domain_labels_are_other_data(tmp_path, monkeypatch, changes, what):
     """The numbers and labels of the images are the same in all cases; the last two are the controls."""
-    own = {"pixels": "packed", "domains": np.arange(40) % 2}
+    own = {"pixels": "packed", "files": "sizes", "domains": np.arange(40) % 2}
     monkeypatch.setattr(setup, "open_inputs", lambda config: ChangedFaces(**own))
     stop_at(3, tmp_path / "run", monkeypatch)
     monkeypatch.setattr(setup, "open_inputs", lambda config: ChangedFaces(**{**own, **changes}))
@@ -428,3 +433,16 @@ def test_exchanged_people_pixels_and_domain_labels_are_other_data(tmp_path, monk
         return
     with pytest.raises(CheckpointError, match=rf"is not the data (.|\n)*data, {what}: "):
         resume(tmp_path / "run")
+
+
+def test_exchanged_photos_are_other_files(tmp_path):
+    """Of a folder that is not packed names and sizes are known; a copy of it is the same set."""
+    for i in range(4):
+        path = tmp_path / "faces" / f"person {i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32 + i, 32)).save(path)
+    shutil.copytree(tmp_path / "faces", tmp_path / "copy", copy_function=shutil.copyfile)
+    before = FolderSamples(tmp_path / "faces").files
+    assert before == FolderSamples(tmp_path / "copy").files != FolderSamples(tmp_path / "copy").identity()
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "copy" / "person 0" / "0.jpg")
+    assert FolderSamples(tmp_path / "copy").files != before

@@ -289,13 +289,14 @@ def test_packed_decoded_and_any_number_of_workers_train_the_same(tmp_path, monke
         run(resolve({**flags, **changes, "save_dir": str(tmp_path / name)}))
     printed = capsys.readouterr().out
     assert printed.count(f"packing {tmp_path / 'people'} into") == 1
-    pixels = set()
-    for name in ways:  # of packed images alone their SHA-256 is known
+    known = set()
+    for name in ways:  # of packed images their SHA-256 is known, of others the names and sizes of files
         last = tmp_path / name / "checkpoints" / "last"
         state = json.loads((last / "training.json").read_text())
-        pixels.add(state["data"].pop("pixels"))
+        known.add((state["data"].pop("pixels"), state["data"].pop("files")))
         ways[name] = [state, *((last / file).read_bytes() for file in ("model.safetensors", "training.safetensors"))]
-    assert ways["packed"] == ways["again"] == ways["decoded"] == ways["workers"] and len(pixels) == 2
+    assert ways["packed"] == ways["again"] == ways["decoded"] == ways["workers"] and len(known) == 2
+    assert sorted(map(str, map(bool, next(zip(*known, strict=True))))) == ["False", "True"]
     (packed,) = (path for path in (tmp_path / "home" / "packed").iterdir() if path.is_dir())
     run(resolve({**flags, "train_data": str(packed), "save_dir": str(tmp_path / "direct")}))
     direct, as_packed = fingerprint(tmp_path / "direct"), fingerprint(tmp_path / "packed")

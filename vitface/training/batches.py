@@ -37,10 +37,12 @@ class TrainingData:
     micro_batch: int  # b
 
     def fingerprint(self) -> dict[str, int | str | None]:
-        """Identifies the data by its split, the people's names, the domain labels and, of packed data, the pixels."""
+        """Identifies the data by its split, the people's names, the domain labels, and the pixels of packed images, or
+        the names and sizes of files."""
         names = sha256_bytes("\0".join(self.samples.names).encode("utf-8", "surrogateescape"))
         domains = None if self.domains is None else sha256_bytes(self.domains.astype("<i8").tobytes())
-        return {**self.split.fingerprint(), "names": names, "domain labels": domains, "pixels": self.samples.pixels}
+        images = {"pixels": self.samples.pixels, "files": self.samples.files}
+        return {**self.split.fingerprint(), "names": names, "domain labels": domains, **images}
 
 
 class Batch(NamedTuple):

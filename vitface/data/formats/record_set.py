@@ -6,6 +6,7 @@ not; keys begin at 0 or 1; labels may have holes. Training must not lose images 
 that record 0 claims, or reach from the first to the last byte of the file.
 """
 
+import functools
 import os
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -57,6 +58,10 @@ class RecordSamples(Samples):
 
     def identity(self) -> str:
         return file_identity(self.path, [name for name in FILES if (self.path / name).exists()])
+
+    @functools.cached_property
+    def files(self) -> str:
+        return file_identity(self.path, FILES[:1], times=False)
 
     def image_names(self) -> list[str]:
         """The records' keys, as --domain-labels names them."""

@@ -4,6 +4,7 @@ Opening checks everything that can be checked without decoding an image (offsets
 decoded when it is read. Samples can be handed to worker processes: their pickle holds names and numbers only.
 """
 
+import functools
 import os
 from collections import defaultdict
 from contextlib import suppress
@@ -79,6 +80,10 @@ class FolderSamples(Samples):
 
     def identity(self) -> str:
         return file_identity(self.path, self._images)
+
+    @functools.cached_property
+    def files(self) -> str:
+        return file_identity(self.path, self._images, times=False)
 
     def where(self, index: int) -> str:
         return os.path.join(self.path, self._images[index])

@@ -41,6 +41,11 @@ class Samples(Images):
     alarm: str | None = None
     pixels: str | None = None
 
+    @property
+    def files(self) -> str | None:
+        """A SHA-256 of the names and sizes of the files; None of images that are in none, or packed."""
+        return None
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -51,10 +56,10 @@ def numbered(names: Sequence[str]) -> np.ndarray:
     return np.array([number[name] for name in names], np.int64)
 
 
-def file_identity(folder: Path, names: Iterable[str]) -> str:
-    """A hash of the files' names, sizes and times, which changes when the set does."""
+def file_identity(folder: Path, names: Iterable[str], times: bool = True) -> str:
+    """A hash of the files' names and sizes, and of their `times`, which a copy may not keep."""
     digest = hashlib.sha256()
     for name in names:
         status = (folder / name).stat()
-        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns if times else ''}\n".encode())
     return digest.hexdigest()

@@ -80,8 +80,9 @@ def state_to_resume(
         raise CheckpointError(f"{checkpoint} is of another model or was trained on another backbone file:\n{changes}")
     state = load_state(checkpoint)
     before = dict(state["data"])
-    if before.get("pixels") is None or data["pixels"] is None:  # known of packed data alone
-        before["pixels"] = data["pixels"]
+    for key in ("pixels", "files"):  # known of packed data alone, and of other
+        if before.get(key) is None or data.get(key) is None:
+            before[key] = data.get(key)
     changes = difference(before, data, "data, {}".format)
     if changes and not config.allow_changed:
         raise CheckpointError(
