@@ -57,6 +57,12 @@ ROWS = [
         "a_folder_that_is_not_there_is_not_asked_for what_is_no_repository_is_not_asked_for",
     ),
     Hostile(
+        "an `align.csv` that names crops outside its folder",
+        "none is deleted",
+        FOLDERS,
+        "a_report_of_crops_elsewhere_deletes_nothing",
+    ),
+    Hostile(
         "a disk that fills while a crop is written",
         "an error; no cut crop is left",
         FOLDERS,

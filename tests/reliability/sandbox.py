@@ -43,6 +43,8 @@ def _watched(attempt, cases, warm_up):
     def watch(event, arguments):
         if event == "exec" and Path(arguments[0].co_filename).is_file():
             return  # Python itself imports a module, on first use
+        if event == "ctypes.dlopen" and arguments[0] is None:
+            return  # no file, but this process
         if event in EXECUTION:
             events[f"{event} {arguments}"] += 1
 

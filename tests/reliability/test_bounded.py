@@ -26,7 +26,8 @@ from matrix import ANY, EACH, PICTURE, ROWS, sizes
 from test_bad_input import encoded
 from tiny import in_child
 
-from vitface.data.faces.folder import COLUMNS, POINTS, read_landmarks, read_report
+from vitface.data.faces.folder import COLUMNS, read_report
+from vitface.data.faces.landmarks import POINTS, read_landmarks
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import read_bin

@@ -22,16 +22,8 @@ from test_bad_input import encoded
 
 from vitface.config import resolve
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.folder import (
-    COLUMNS,
-    POINTS,
-    Finder,
-    Row,
-    _is_stale,
-    _write_report,
-    read_landmarks,
-    read_report,
-)
+from vitface.data.faces.folder import COLUMNS, Finder, Row, _is_stale, _write_report, read_report
+from vitface.data.faces.landmarks import POINTS, read_landmarks
 from vitface.data.folders import stamp
 from vitface.data.formats.packed import CROP_SHAPE, PackedSamples
 from vitface.data.formats.packing import pack
@@ -246,6 +238,7 @@ def read_tables(folder, changed):
             finder = Finder(dict.fromkeys(PHOTOS, LANDMARKS))
             for photo, line in read_report(folder / changed).items():
                 assert set(line) == set(COLUMNS) and line["file"] == photo and line["status"] in ("ok", "several")
+                assert ".." not in Path(photo).parts and not Path(photo).is_absolute()
                 assert _is_stale({**line, "stamp": stamp(folder / changed)}, folder / changed, finder) in (True, False)
         case "landmarks.csv":
             for points in read_landmarks(folder / changed).values():

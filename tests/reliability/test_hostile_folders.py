@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import tiny_recogniser
 from matrix import ROWS, sizes
+from PIL import Image
 from tiny import in_child, start
 
 import vitface
-from vitface.data.faces.folder import write_crop
+from vitface.data.faces.folder import COLUMNS, Finder, Row, align_folder, write_crop
 from vitface.data.images import read_image
+from vitface.data.tables import table_text
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores
@@ -144,3 +146,19 @@ def test_no_module_of_the_current_folder_is_run(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "unreadable" in done.stdout and not done.stderr, done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_report_of_crops_elsewhere_deletes_nothing(victim, tmp_path):
+    """In somebody's folder align.csv says that a file outside it is the crop of a photo that is gone."""
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    for folder in (out, photos):
+        folder.mkdir()
+    marks = np.array([[38.0, 52.0], [74.0, 51.0], [56.0, 72.0], [42.0, 92.0], [71.0, 92.0]])
+    Image.new("RGB", (120, 120)).save(photos / "a.jpg")
+    victim.rename(tmp_path / "mine.jpg")
+    names = ("../mine.jpg", str(tmp_path / "mine.jpg"))
+    rows = [Row(name, "ok", 1, marks, "", "1 2", str(photos.resolve())).cells() for name in (*names, "a.jpg")]
+    (out / "align.csv").write_text(table_text([COLUMNS, *rows]))
+    done = align_folder(photos, out, Finder({"a.jpg": marks}), prune=True)
+    (tmp_path / "mine.jpg").rename(victim)
+    assert done.statuses == {"ok": 1} and not done.gone and (out / "a.jpg").is_file()

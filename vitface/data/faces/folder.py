@@ -192,12 +192,13 @@ def read_report(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _is_whole(row: dict[str, str]) -> bool:
-    """Whether a line has what was written; a kill may have cut it off, then its photo is aligned again."""
+    """Whether a line, of a photo below the folder, has what was written; else, as after a kill, it is aligned again."""
     try:
         points_of(row)
     except ValueError:
         return False
-    return bool(row["stamp"])
+    outside = os.path.isabs(row["file"]) or ".." in Path(row["file"]).parts  # its crop would be deleted there
+    return bool(row["stamp"]) and not outside
 
 
 def _write_report(path: Path, known: dict[str, dict[str, str]], left_out: list[Row]) -> None:
