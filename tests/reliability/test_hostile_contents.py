@@ -244,3 +244,11 @@ def test_photos_of_any_name_are_aligned_once(tmp_path):
         done = align_folder(tmp_path / "photos", tmp_path / "out", Finder(dict.fromkeys(names, marks)))
         assert done.statuses == {"ok": len(names)} and not done.changed and not done.gone
         assert read_report(tmp_path / "out" / "align.csv").keys() == set(names)
+
+
+@pytest.mark.parametrize("text", ["x", "10\t300", "1", "1 a.jpg", "0\ta.jpg\tb.jpg"])
+@pytest.mark.parametrize("name", ["lfw", "calfw", "cplfw", "cfp_fp", "agedb_30"])
+def test_a_list_of_one_line(tmp_path, name, text):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=str(tmp_path)):
+        read_pair_list(name, tmp_path / "list.txt", tmp_path)

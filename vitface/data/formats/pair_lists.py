@@ -71,7 +71,7 @@ _LFW_FORM = "10<TAB>300 in the first line, then lines name<TAB>1<TAB>2 (same), n
 def _lfw_pairs(path: Path) -> list[Pair]:
     """LFW's View 2: a line `10 300`, then per fold 300 lines `name i j` (same) and 300 `name i name j` (different)."""
     (where, first), *lines = _lines(path)
-    if _labelled(first) or _labelled(lines[0][1] if lines else ""):
+    if _labelled(first) or (lines and _labelled(lines[0][1])):
         return _labelled_pairs(path)
     num_folds, half = _lfw_header(first, where, path, len(lines))
     if 2 * half * num_folds != len(lines):
