@@ -252,6 +252,13 @@ def identify(start: bytes) -> tuple[str, str] | None:
 
 
 def identify_file(path: Path) -> tuple[str, str] | None:
-    """`identify` of a file; OSError if it cannot be read."""
-    with open_regular(path) as file:
-        return identify(file.read(BEGINNING))
+    """`identify` of a file, which also knows text; None if it cannot be read."""
+    if path.is_dir():
+        return "a folder", ""
+    try:
+        with open_regular(path) as file:
+            start = file.read(BEGINNING)
+    except OSError:
+        return None
+    is_text = start and b"\0" not in start and not any(start.decode("utf-8", "ignore").count(c) for c in "\1\2\3\4")
+    return identify(start) or (("a text file", "") if is_text else None)

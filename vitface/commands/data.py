@@ -73,7 +73,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     for file in arguments.against:
         if not file.is_file():
-            raise ConfigError(f"--against {file}: no such file")
+            what = f"a folder; name the files in it: {file}/lfw.bin" if file.is_dir() else "no such file"
+            raise ConfigError(f"--against {file}: {what}")
     embed = load_model(arguments)[0].embed if arguments.checkpoint else None
     reports = check(arguments.path, arguments.against, arguments.num_workers, embed)
     print_result(arguments, list(map(dataclasses.asdict, reports)), "\n".join(map(report_text, reports)))
@@ -139,9 +140,14 @@ def _draw(arguments: argparse.Namespace) -> None:
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"
         write_crop(arguments.out / name, samples.read(i))
     print(f"wrote {len(samples):,} crops of {arguments.people:,} people, who do not exist, to {arguments.out}")
-    others = arguments.people - TrainConfig.holdout_people
-    flags = [] if others > 0 else ["--holdout-people", 0]
-    images = arguments.images * (others if others > 0 else arguments.people)
+    if arguments.people < 2:
+        print("one person cannot be trained on: draw two or more into another folder")
+        return
+    usual = TrainConfig.holdout_people
+    held_out = min(arguments.people // 5, usual)
+    held_out = held_out if held_out > 1 else 0
+    flags = ["--holdout-people", held_out] if held_out < usual else []
+    images = arguments.images * (arguments.people - held_out)
     flags += ["--batch-size", images] if images < TrainConfig.batch_size else []
     small = ("--backbone", "vit_nano", "--image-size", 112)
     print(f"next: {command('train', '--train-data', arguments.out, *small, *flags)}")

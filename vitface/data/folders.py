@@ -20,7 +20,7 @@ from vitface.errors import DataError, in_one_line
 
 IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|pjpeg|mpo|a?png|webp|bmp|dib|tiff?|gif|p[bgnp]m|jp2|j2k|hei[cf]|hif|avif)$")
 UNREAD = re.compile(  # camera raw, and formats that few photos have
-    r"\.(dng|cr[23]|nef|arw|orf|rw2|raf|pef|srw|x3f|jxl|jxr|heics|avifs|psd|tga|ico|icns|pcx|sgi|xcf|exr|svg|eps|jp[fx])$"
+    r"\.(dng|cr[23]|nef|arw|orf|rw2|raf|pef|srw|x3f|jxl|jxr|heics|avifs|psd|tga|hdr|pdf|ico|icns|pcx|sgi|xcf|exr|svg|eps|jp[fx])$"
 )
 ALMOST = re.compile(r"\.(jpe?g|png|webp|heic)([^.]{1,8}|\.(part|crdownload|download|tmp|bak|\d+))$")  # .jpg_large
 CLOUD_COPY = re.compile(r"\.(.+)\.icloud")  # macOS' name for a file that is in iCloud only
@@ -28,7 +28,13 @@ SYSTEM_FOLDERS = {  # of macOS' archives, network storage and Windows
     *("__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"),
     *("system volume information", "lost+found", "thumbnails", "thumbs", "_thumbs"),
 }
-HARMLESS = "a folder of the system, or of thumbnails", "a link to a folder that it is in"
+FILM = re.compile(r"\.(mp4|m4v|mov|avi|mkv|webm|mpe?g|3gp|wmv)$")
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.(gz|bz2|xz)|7z|rar)$")
+HARMLESS = (
+    "a folder of the system, or of thumbnails",
+    "a link to a folder that it is in",
+    "a film",
+)
 SHOWN = 3
 
 
@@ -155,6 +161,10 @@ def _why_not(entry: os.DirEntry) -> str | None:
         return _not_a_file(entry) or _codec_lacking(image[1])
     if unread := UNREAD.search(name):
         return f"{unread[0]} is not read; save it as JPEG or PNG"
+    if FILM.search(name):
+        return HARMLESS[2]
+    if ARCHIVE.search(name):
+        return "an archive; if it holds photos, unpack it"
     if ALMOST.search(name) or ("." not in name and _begins_as_image(entry)):
         return "not named as an image; if it is a whole one, rename it to end in .jpg, .png, ..."
     return ""

@@ -31,7 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from vitface.data.jpeg import check_jpeg
 from vitface.errors import DataError, ImageError, in_one_line
-from vitface.files import open_regular
+from vitface.files import BEGINNING, identify, open_regular
 
 CROP_SIZE = 112
 MIN_SIDE = 16
@@ -202,6 +202,8 @@ def _open(data: bytes) -> ImageFile:
     if data[4:8] == b"ftyp":
         return _open_ftyp(data)
     formats = "JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, JPEG 2000, AVIF or HEIC"
+    if other := identify(data[:BEGINNING]):
+        raise ImageError(f"no image but {': '.join(filter(None, other))}")
     raise ImageError(f"not a {formats} image (it begins with {data[:8]!r})" if data else "empty file")
 
 
@@ -250,6 +252,10 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode == "F":
+        raise ImageError(
+            "its pixels are floating-point numbers of an unknown range; save it with 8 bits, as PNG or JPEG"
+        )
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255
         grey = np.asarray(image)

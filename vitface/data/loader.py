@@ -46,6 +46,8 @@ def split_people(samples: Samples, holdout_people: int, max_samples: int | None,
     if max_samples is not None and max_samples < len(indices):
         indices = np.sort(rng.permutation(indices)[:max_samples])
     names, labels = np.unique(samples.labels[indices], return_inverse=True)
+    if len(samples.names) < 2:
+        raise ConfigError("the training data has one person only; training tells people apart: add others")
     if len(names) < 2:
         raise ConfigError(
             f"{len(names)} people are left to train on, of {np.count_nonzero(counts)} in the data; "

@@ -30,15 +30,18 @@ def read_table(path: str | Path, needed: Collection[str]) -> list[tuple[int, dic
 
     DataError if the file cannot be read, is no CSV, or lacks one of these columns.
     """
-    rows = csv.reader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    mark = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")  # Excel writes ; in many countries
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
         first, *others = [(rows.line_num, row) for row in rows if row] or [(0, [])]
     except csv.Error as error:
         raise DataError(f"{path}: line {rows.line_num + 1} is no CSV ({error})") from None
-    lacking = [name for name in needed if name not in first[1]]
+    names = [name.strip().lower() for name in first[1]]
+    lacking = [name for name in needed if name not in names]
     if lacking:
         raise DataError(f"{path} lacks the columns {', '.join(lacking)}; its first line must have {','.join(needed)}")
-    places = [(name, first[1].index(name)) for name in needed]
+    places = [(name, names.index(name)) for name in needed]
     return [(number, {name: _plain(row[at]) if at < len(row) else "" for name, at in places}) for number, row in others]
 
 

@@ -62,10 +62,13 @@ def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
     if file := bin_in(folder, name):
         pairs = read_bin(file)
     elif found := find_list(folder, name):
-        pairs = read_pair_list(name, *found)
+        file, pairs = found[0], read_pair_list(name, *found)
     else:
         raise DataError(missing(name, folder))
-    check_pairs(name, pairs, BENCHMARKS[name].pairs)
+    try:
+        check_pairs(name, pairs, BENCHMARKS[name].pairs)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
     return pairs
 
 

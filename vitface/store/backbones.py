@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitface.config import MAX_IMAGE_SIZE, VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import ConfigError, WeightsError, command, expect, is_path, is_whole
-from vitface.files import cache_home, open_regular, replace_file, sha256_file
+from vitface.files import cache_home, identify_file, open_regular, replace_file, sha256_file
 from vitface.model.vit import ViT, init_weights
 from vitface.store.settings import vit_config
 from vitface.store.tensors import first_fault, tensor_bytes
@@ -128,6 +128,10 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
             raise WeightsError(f"{path}: damaged ({error}); fetch or convert it again") from None
         metadata = {}
     if metadata.get("format") != BACKBONE_FORMAT:
+        if (other := identify_file(path)) and not other[0].startswith(("a zip", "a pickle")):  # as torch.save's are
+            what, do = other
+            hint = "name a converted file, NAME.safetensors; vitface fetch NAME gets one. Data: vitface data check PATH"
+            raise WeightsError(f"{path} holds no weights but is {what}; {do or hint}")
         raise WeightsError(
             f"{path} is not a converted file; convert it first:\n"
             f"  {command('convert', 'NAME', '--src', path, '--out', 'weights/NAME.safetensors')}\n"

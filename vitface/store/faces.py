@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig, backbone_name
 from vitface.errors import CheckpointError, command, expect, is_path, printable
-from vitface.files import read_json, sha256_file
+from vitface.files import identify_file, read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
 from vitface.store import hub
@@ -132,7 +132,8 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
         folder = best_checkpoint(folder)
     if not folder.is_dir():
         on_hub = f", or, for a model on the Hub, write hf://{path}" if hub.REPOSITORY.fullmatch(path.as_posix()) else ""
-        fault = f"{folder} is neither a run directory nor a checkpoint"
+        other = identify_file(folder)
+        fault = f"{folder} is {f'{other[0]}, ' if other else ''}neither a run directory nor a checkpoint"
         raise CheckpointError(f"{fault}; train one with vitface train{on_hub}")
     _check_level(folder)
     folder = folder.resolve()

@@ -8,6 +8,7 @@ from vitface.data.folders import list_folder
 from vitface.data.formats.packed import is_packed
 from vitface.data.formats.pair_lists import PAIR_LISTS
 from vitface.data.formats.published import is_bin, is_home, is_list, list_in
+from vitface.data.formats.samples import misnamed
 from vitface.errors import DataError
 
 MAX_DEPTH = 4
@@ -77,7 +78,9 @@ def _visit(folder: Path, found: Sets, depth: int, seen: set[str]) -> None:
     if loose and not lists:
         found.unchecked[folder] = f"{len(loose)} images lie in it directly, such as {loose[0]}"
     for file in others:
-        if file.suffix.lower() in FOREIGN and not is_set:
+        if file.suffix.lower() == ".rec" and not is_set:
+            found.unchecked[file] = f"a set's files are called train.rec and train.idx: {misnamed(folder)}"
+        elif file.suffix.lower() in FOREIGN and not is_set:
             found.unchecked[file] = f"{file.suffix} is no format of vitface"
         elif is_list(file) and not lists:
             found.unchecked[file] = "a pair list whose crops do not lie beside it"

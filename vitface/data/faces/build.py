@@ -4,6 +4,7 @@ The pairs are written fold by fold, in each fold the same pairs first, as in LFW
 the usual protocol are then the published ones. A list without folds keeps its order.
 """
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def build(name: str, src: Path, out: Path, finder: Finder, pairs: Path | None, n
 
 def _find(src: Path, relative: str, what: str) -> Path:
     """The file whose path ends in `relative` below `src`, outside the aligned crops that some releases contain."""
-    found = [path for path in src.rglob(Path(relative).name) if path.as_posix().endswith("/" + relative)]
+    ending = "/" + unicodedata.normalize("NFC", relative)  # of accents, disks have either form
+    found = [path for path in src.rglob("*") if unicodedata.normalize("NFC", path.as_posix()).endswith(ending)]
     found = sorted((path for path in found if "aligned" not in path.as_posix()), key=lambda path: len(path.parts))
     if not found:
         raise DataError(f"{src} does not hold {relative}, {what}")

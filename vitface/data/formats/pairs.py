@@ -82,7 +82,8 @@ def read_bin(path: str | Path) -> VerificationSet:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; a verification set is a .bin file such as lfw.bin")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; a verification set is a .bin file such as lfw.bin")
     try:
         size = path.stat().st_size
         if not 1 <= size <= MAX_BIN_BYTES:
@@ -91,7 +92,10 @@ def read_bin(path: str | Path) -> VerificationSet:
             images, issame = parse_bin(data, str(path))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    return VerificationSet(path.stem, images, np.array(issame, bool))
+    try:
+        return VerificationSet(path.stem, images, np.array(issame, bool))
+    except DataError as error:
+        raise DataError(f"{path}: {str(error).removeprefix(f'{path.stem}: ')}") from None
 
 
 def write_bin(path: str | Path, images: Sequence[bytes], issame: Iterable[bool]) -> None:

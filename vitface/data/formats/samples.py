@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -42,9 +43,18 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
         return PackedSamples(path)
     for nested in sorted(path.glob("*/train.rec")):
         raise DataError(f"{path} holds no train.rec, but {nested.parent} does; pass --train-data {nested.parent}")
-    for other in sorted(path.glob("*.rec")):
-        raise DataError(f"{other}: a set's files are called train.rec and train.idx; rename it, and its .idx")
+    if how := misnamed(path):
+        raise DataError(f"{path}: a set's files are called train.rec and train.idx: {how}")
     return FolderSamples(path)
+
+
+def misnamed(folder: Path) -> str:
+    """The commands that rename a set's files, TRAIN.REC or others, if there is one .rec; else ""."""
+    found = {kind: [x for x in folder.iterdir() if x.suffix.lower() == kind] for kind in (".rec", ".idx")}
+    if len(found[".rec"]) != 1:
+        return ", ".join(f"{x.name} is one" for x in found[".rec"])
+    moves = [f"mv {quote(str(x[0]))} {quote(str(folder / f'train{kind}'))}" for kind, x in found.items() if len(x) == 1]
+    return " && ".join(moves)
 
 
 class FolderSamples(Samples):
@@ -138,4 +148,6 @@ def read_domains(path: str | Path, image_names: list[str]) -> np.ndarray:
     missing = [name for name in image_names if not domain_of.get(name)]
     if missing:
         raise DataError(f"{path} has no domain for {len(missing)} of {len(image_names)} images, first {missing[0]}")
+    if len(found := {domain_of[name] for name in image_names}) < 2:
+        raise DataError(f"{path} has one domain only, {found.pop()!r}: leave --domain-labels out, or label two or more")
     return numbered([domain_of[name] for name in image_names])
