@@ -15,7 +15,7 @@ from vitface.errors import ConfigError, did_you_mean
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-MAX_SIZE, MAX_IMAGE_SIZE = 1 << 13, 1 << 10  # of anything in a model, of its images; larger model files are refused
+MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
 Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
 
 
@@ -113,7 +113,7 @@ class Bounds:
     most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.above < value and self.least <= value <= self.most
+        return abs(value) < math.inf and self.above < value and self.least <= value <= self.most
 
     def __str__(self) -> str:
         lower = f"at least {self.least}" if self.least > self.above else f"above {self.above}"
@@ -147,12 +147,12 @@ class TrainConfig:
     embedding_dim: int = flag(512, "size of the embedding", least=1, most=MAX_SIZE)
 
     lora_rank: int = flag(16, "rank of an adapter", group="adapters", least=1, most=MAX_SIZE)
-    lora_alpha: float = flag(64.0, "strength of the adapters: W' = W + alpha / rank · B A", above=0)
+    lora_alpha: float = flag(64.0, "strength of adapters: W' = W + alpha / rank · B A", above=0, most=MAX_NUMBER)
     lora_targets: Literal["attn", "attn+mlp"] = flag("attn", "layers that get adapters")
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a router")
     num_domains: int = flag(3, "DA-LoRA's adapters per layer", least=1, most=MAX_SIZE)
     router_depth: int = flag(3, "frozen blocks that the router looks through", least=1)
-    gate_temperature: float = flag(1.0, "router's softmax temperature; below 1 an image uses fewer adapters", above=0)
+    gate_temperature: float = flag(1.0, "router's softmax temperature; below 1: fewer adapters an image", least=1e-6)
     balance_loss_weight: float = flag(0.01, "weight of the loss that keeps all domains in use", least=0)
     domain_labels: str | None = flag(None, "CSV with columns image, domain; none: no labels, not even synthetic ones")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vitface.errors import ConfigError
-from vitface.files import replace_file
+from vitface.files import open_regular, replace_file
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -16,11 +16,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def put_between_markers(path: Path, title: str, text: str) -> None:
     """Replaces the generated section `title` of a document, or adds it at the end; the rest stays as it is."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = ""
+    if path.exists():
+        with open_regular(path) as file:
+            before = file.read().decode("utf-8", errors="surrogateescape")
     first, last = f"<!-- {title}: generated, do not edit -->\n", f"<!-- end of {title} -->\n"
     head, begun, rest = before.partition(first)
     if begun and last not in rest:
         raise ConfigError(f"{path} has the marker {first.strip()} without {last.strip()}; put it back or remove both")
     tail = rest.partition(last)[2]
     gap = "" if begun or not head else "\n"
-    replace_file(path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode())
+    replace_file(
+        path, f"{head}{gap}{first}\n## {title}\n\n{text}\n{last}{tail}".encode("utf-8", errors="surrogateescape")
+    )

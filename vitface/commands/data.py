@@ -5,11 +5,22 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import FINDER_FLAGS, CommandParser, add_shared, new_path, output_file, print_result
-from vitface.config import TrainConfig
+from vitface.commands.parser import (
+    FINDER_FLAGS,
+    CommandParser,
+    add_shared,
+    bounds_of,
+    new_path,
+    number,
+    output_file,
+    print_result,
+)
+from vitface.config import Bounds, TrainConfig
 from vitface.errors import ConfigError, DataError, command
 
 RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
+MAX_DRAWN = 1_000_000
+SEED = number(int, bounds_of("seed"))
 EXAMPLES = """examples:
   vitface data check data                         everything in the folder; exit code 1 if something is wrong
   vitface data check data/my-people --against data/lfw.bin --checkpoint runs/a
@@ -104,10 +115,20 @@ def _show_flags(parser: CommandParser) -> None:
     add("path", type=Path, metavar="PATH", help="training set")
     add("--out", type=output_file(".png"), default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
     add("--augment", choices=["none", "flip", "strong"], default="strong", help="as in training (default: strong)")
-    add("--count", type=int, default=8, help="images, a row each (default: 8)")
-    add("--epochs", type=int, default=6, help="columns: what these epochs make of it (default: 6)")
-    add("--image-size", type=int, default=112, help="input side of the model (default: 112)")
-    add("--seed", type=int, default=0, help="chooses the images and their augmentation (default: 0)")
+    add("--count", type=number(int, Bounds(least=1)), default=8, help="images, a row each (default: 8)")
+    add(
+        "--epochs",
+        type=number(int, Bounds(least=1)),
+        default=6,
+        help="columns: what these epochs make of it (default: 6)",
+    )
+    add(
+        "--image-size",
+        type=number(int, bounds_of("image_size")),
+        default=112,
+        help="input side of the model (default: 112)",
+    )
+    add("--seed", type=SEED, default=0, help="chooses the images and their augmentation (default: 0)")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -126,15 +147,17 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _draw_flags(parser: CommandParser) -> None:
     parser.add_argument("out", type=new_path, metavar="OUT", help="a new folder")
-    parser.add_argument("--people", type=int, default=5, help="how many (default: 5)")
-    parser.add_argument("--images", type=int, default=60, help="of each (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses their photos (default: 0)")
+    parser.add_argument("--people", type=number(int, Bounds(least=1)), default=5, help="how many (default: 5)")
+    parser.add_argument("--images", type=number(int, Bounds(least=1)), default=60, help="of each (default: 60)")
+    parser.add_argument("--seed", type=SEED, default=0, help="chooses their photos (default: 0)")
 
 
 def _draw(arguments: argparse.Namespace) -> None:
     from vitface.data.faces.folder import write_crop
     from vitface.data.synthetic.worlds import SyntheticSamples
 
+    if arguments.people * arguments.images > MAX_DRAWN:
+        raise ConfigError(f"more than {MAX_DRAWN:,} photos: lower --people or --images")
     samples = SyntheticSamples(arguments.people, arguments.images, arguments.seed)
     for i in range(len(samples)):
         name = f"person-{samples.labels[i] + 1:02d}/{i % arguments.images + 1:03d}.jpg"

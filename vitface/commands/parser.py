@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vitface.config import VIT_ALIASES, VIT_PRESETS, TrainConfig, to_flag
-from vitface.errors import did_you_mean
+from vitface.config import MAX_NUMBER, VIT_ALIASES, VIT_PRESETS, Bounds, TrainConfig, to_flag
+from vitface.errors import did_you_mean, printable
 
+MAX_COUNT = 2**63 - 1
 OWN_FILES = ("config.json", "gallery.json", "manifest.json", "model.json", "thresholds.json", "training.json")
 
 
@@ -31,6 +32,9 @@ class CommandParser(argparse.ArgumentParser):
         It expands ~ where the shell leaves it, as in --save-dir=~/runs.
         """
         words, known = [*map(_expand_home, args or ())], self._option_string_actions
+        for before, word in zip(["", *words], words, strict=False):
+            if "\0" in word or word == "" or (word[:2] == "--" and word[-1] == "="):
+                self.error(f"an empty text or one with the character 0{before and f' after {printable(before)}'}")
         if self._subparsers is None:  # a parser with subcommands has no flags of its own
             for word in words[: words.index("--") if "--" in words else None]:
                 flag = word.partition("=")[0]
@@ -50,12 +54,28 @@ def _expand_home(word: str) -> str:
     return f"{flag}{equals}{os.path.expanduser(value)}"
 
 
-def worker_count(text: str) -> int:
-    """An argument's `type`: a number of processes, as `TrainConfig.num_workers`."""
-    bounds = TrainConfig.__dataclass_fields__["num_workers"].metadata["bounds"]
-    if not text.lstrip("-").isdigit() or int(text) not in bounds:
-        raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-    return int(text)
+def number(kind: type[int] | type[float], bounds: Bounds | None = None) -> Callable[[str], Any]:
+    """An argument's `type`: a number that any computation can take, within `bounds` if there are some."""
+    most = MAX_COUNT if kind is int else MAX_NUMBER
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = bounds or ("a whole number" if kind is int else "a number")
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text[:40]}") from None
+        if abs(value) > most:
+            raise argparse.ArgumentTypeError(f"must be from -{most:g} to {most:g}, not {text[:40]}")
+        if bounds is not None and value not in bounds:
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    return parse
+
+
+def bounds_of(field: str) -> Bounds:
+    """Those of a field of `TrainConfig`."""
+    return TrainConfig.__dataclass_fields__[field].metadata["bounds"]
 
 
 def in_a_folder(text: str) -> Path:
@@ -71,6 +91,8 @@ def output_file(suffix: str) -> Callable[[str], Path]:
 
     def file(text: str) -> Path:
         path = in_a_folder(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
         if path.is_file() and (path.suffix.lower() != suffix or path.name in OWN_FILES):
             raise argparse.ArgumentTypeError(f"{path} exists and is no {suffix} file to replace; name another")
         return path
@@ -90,7 +112,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/"),
     "--weights": dict(metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"),
     "--backbone": dict(choices=[*VIT_ALIASES, *VIT_PRESETS], help="this frozen backbone, without a trained head"),
-    "--image-size": dict(type=int, help="input side in pixels, with --backbone only (default: 224)"),
+    "--image-size": dict(
+        type=number(int, bounds_of("image_size")), help="input side in pixels, with --backbone only (default: 224)"
+    ),
     "--device": dict(default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)"),
     "--align": dict(
         action=argparse.BooleanOptionalAction,
@@ -101,9 +125,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--prune": dict(action="store_true", help="delete what OUT has of photos that are no longer there"),
     "--detector": dict(type=Path, metavar="ONNX", help="YuNet's file; default: the fetched one"),
     "--landmarks": dict(type=Path, metavar="CSV", help="file, x1, y1, ... x5, y5; such photos need no detector"),
-    "--num-workers": dict(type=worker_count, default=os.cpu_count() or 1, help="processes (default: all cores)"),
-    "--far": dict(type=float, metavar="RATE", help="false accept rate; default: the lowest calibrated"),
-    "--threshold": dict(type=float, metavar="COSINE", help="your own threshold, from -1 to 1"),
+    "--num-workers": dict(
+        type=number(int, bounds_of("num_workers")), default=os.cpu_count() or 1, help="processes (default: all cores)"
+    ),
+    "--far": dict(type=number(float), metavar="RATE", help="false accept rate; default: the lowest calibrated"),
+    "--threshold": dict(type=number(float), metavar="COSINE", help="your own threshold, from -1 to 1"),
     "--docs": dict(type=output_file(".md"), metavar="FILE.md", help="also put the table there, between two markers"),
     "--json": dict(action="store_true", help="print the result as JSON"),  # see `print_result`
 }
@@ -151,4 +177,4 @@ def _options(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    return {"type": hint, "metavar": hint.__name__.upper()}
+    return {"type": hint if hint is str else number(hint), "metavar": hint.__name__.upper()}

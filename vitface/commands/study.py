@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vitface.commands.parser import CommandParser, add_settings, add_shared
+from vitface.commands.parser import CommandParser, add_settings, add_shared, bounds_of, number
 from vitface.config import resolve
 from vitface.markdown import put_between_markers
 
@@ -29,7 +29,13 @@ def add_flags(parser: CommandParser) -> None:
     parser.usage = "vitface study NAME [flags]"
     add = parser.add_argument
     add("name", choices=STUDIES, help="which study; the flags of train change its settings")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
+    add(
+        "--seeds",
+        type=number(int, bounds_of("seed")),
+        nargs="+",
+        default=[0, 1, 2],
+        help="one run of each variant per seed",
+    )
     add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
     add_shared(parser, "--docs")
     add_settings(parser, without=SET_BY_THE_STUDY)

@@ -11,18 +11,22 @@ from vitface.data.preprocess import resize, to_float
 from vitface.errors import ConfigError
 
 GAP, CAPTION = 4, 14  # pixels
+MAX_PIXELS = 50_000_000  # of a sheet
 
 
 def contact_sheet(samples: Samples, count: int, policy: str, epochs: int, side: int, seed: int) -> Image.Image:
     """A row for each of `count` images, drawn by `seed`: the image as it is stored, then as each epoch augments it.
 
-    Every image is resized to `side` pixels as the model does it (bicubic). ConfigError for a count below one.
+    Every image is resized to `side` pixels as the model does it (bicubic). ConfigError for too few or too many.
     """
     if min(count, epochs, side) < 1:
         raise ConfigError("a sheet needs at least one image, one epoch and a side of one pixel")
+    pixels = min(count, len(samples)) * (epochs + 1) * side**2
+    if pixels > MAX_PIXELS:
+        raise ConfigError(f"a sheet of {pixels:,} pixels; lower --count, --epochs or --image-size")
     indices = np.sort(np.random.default_rng([seed, 4]).permutation(len(samples))[:count])
-    pixels = to_float(torch.from_numpy(np.stack([samples.read(int(i)) for i in indices])))
-    columns = [pixels, *(augment(pixels, plan(uniforms(seed, epoch, indices)), policy) for epoch in range(epochs))]
+    crops = to_float(torch.from_numpy(np.stack([samples.read(int(i)) for i in indices])))
+    columns = [crops, *(augment(crops, plan(uniforms(seed, epoch, indices)), policy) for epoch in range(epochs))]
     shown = torch.stack([resize(column, side, "bicubic") for column in columns]).clamp(0, 1)
     cells = rearrange(shown.mul(255).round().byte(), "columns rows c h w -> rows columns h w c").numpy()
     sheet = Image.new("RGB", (len(columns) * (side + GAP) - GAP, len(indices) * (side + GAP + CAPTION)), "white")

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, output_file, print_result
+from vitface.commands.parser import (
+    MODEL_FLAGS,
+    PHOTO_FLAGS,
+    CommandParser,
+    add_shared,
+    number,
+    output_file,
+    print_result,
+)
 from vitface.data.images import encode_image
 from vitface.errors import ConfigError
 from vitface.files import write_output
@@ -20,7 +28,9 @@ found alike: a model with the head "patches" reads every patch, not only CLS.
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("photo", type=Path, metavar="PHOTO", help="a photo, or an aligned crop")
     parser.add_argument("-o", "--out", type=output_file(".png"), required=True, metavar="PNG", help="the picture")
-    parser.add_argument("--block", type=int, default=-1, help="block whose attention is shown (default: the last)")
+    parser.add_argument(
+        "--block", type=number(int), default=-1, help="block whose attention is shown (default: the last)"
+    )
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
 

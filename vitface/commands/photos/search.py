@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
+from vitface.commands.parser import (
+    MODEL_FLAGS,
+    PHOTO_FLAGS,
+    THRESHOLD_FLAGS,
+    CommandParser,
+    add_shared,
+    number,
+    print_result,
+)
 from vitface.errors import ConfigError, in_one_line
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ A false accept rate is per comparison: at FAR 0.001, a stranger has one false ma
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="how many to show (default: 5)")
+    parser.add_argument("--top", type=number(int), default=5, metavar="K", help="how many to show (default: 5)")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
