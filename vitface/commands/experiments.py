@@ -7,7 +7,7 @@ from typing import Any
 
 from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
-from vitface.errors import VitfaceError, printable
+from vitface.errors import VitfaceError
 from vitface.markdown import put_between_markers, table
 from vitface.store.settings import read_config
 
@@ -41,7 +41,7 @@ def experiments_markdown(runs: Path) -> str:
         try:
             settings[run] = read_config(run)
         except VitfaceError as error:
-            print(f"left out: {printable(str(error))}", file=sys.stderr)
+            print(f"left out: {error}", file=sys.stderr)
     for name in (name for name in EXPERIMENTS if name.startswith("exp_")):
         if name in RECORDED:
             trainable, accuracies = RECORDED[name]
@@ -65,7 +65,7 @@ def _cells(run: Path, settings: dict[str, Any]) -> list[str]:
         trainable = f"{parameter_counts(meta_model(open_checkpoint(run).config))['all'][1]:,}"
         results = read_run(run)
     except VitfaceError as error:
-        print(f"{run}: no results: {printable(str(error))}", file=sys.stderr)
+        print(f"{run}: no results: {error}", file=sys.stderr)
         trainable, results = "", {}
     scored = {
         bench: [result for name, result in results.items() if benchmark_of(name) == bench] for bench in RECORDED_ON
@@ -80,7 +80,7 @@ def _cells(run: Path, settings: dict[str, Any]) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     text = experiments_markdown(arguments.runs)
-    print(printable(text), end="")
+    print(text, end="")
     if arguments.docs:
         put_between_markers(arguments.docs, "The recorded experiments", text)
         print(f"wrote {arguments.docs}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from vitface.config import MAX_NUMBER, VIT_ALIASES, VIT_PRESETS, Bounds, TrainConfig, to_flag
-from vitface.errors import did_you_mean, printable
+from vitface.errors import did_you_mean
 
 MAX_COUNT = 2**63 - 1
 OWN_FILES = ("config.json", "gallery.json", "manifest.json", "model.json", "thresholds.json", "training.json")
@@ -34,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
         words, known = [*map(_expand_home, args or ())], self._option_string_actions
         for before, word in zip(["", *words], words, strict=False):
             if "\0" in word or word == "" or (word[:2] == "--" and word[-1] == "="):
-                self.error(f"an empty text or one with the character 0{before and f' after {printable(before)}'}")
+                self.error(f"an empty text or one with the character 0{before and f' after {before}'}")
         if self._subparsers is None:  # a parser with subcommands has no flags of its own
             for word in words[: words.index("--") if "--" in words else None]:
                 flag = word.partition("=")[0]
