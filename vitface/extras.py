@@ -5,7 +5,7 @@ import importlib.util
 from vitface.errors import ConfigError
 
 YUNET_SHA256 = "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0"  # of the fetched face detector
-PACKAGES = {"cv2": "opencv-python-headless"}  # module -> its package, where that has another name
+PACKAGES = {"cv2": "opencv-python-headless", "faiss": "faiss-cpu"}  # module -> its package, where that has another name
 
 
 def require(purpose: str, *modules: str, otherwise: str = "") -> None:

@@ -189,3 +189,31 @@ def test_search_on_a_gpu_finds_what_the_cpu_finds():
     for ours, theirs in zip(on_gpu.top_k(rows(9, seed=1), 5), on_cpu.top_k(rows(9, seed=1), 5), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_allclose(on_gpu.embeddings, on_cpu.embeddings, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+@given(st.integers(1, 70), st.integers(1, 80), st.integers(0, 9))
+def test_float16_changes_the_order_of_nearly_equal_scores_only(num_queries, count, k, seed):
+    embeddings, queries = rows(count, seed=seed), rows(num_queries, seed=seed + 10)
+    gallery = Gallery(12, dtype="float16")
+    gallery.add([f"n{i}" for i in range(count)], embeddings)
+    scores, found = gallery.top_k(queries, k)
+    exact = unit(queries) @ unit(embeddings).T
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, found, 1), atol=5e-4)
+    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :k], atol=1e-3)
+    assert (np.diff(scores, axis=1) <= 0).all() and all(len(set(row)) == len(row) for row in found.tolist())
+
+
+def test_float16_takes_half_the_disk_and_is_kept(tmp_path):
+    gallery = filled(40, 512)
+    gallery.save(tmp_path / "whole")
+    half = Gallery.load(tmp_path / "whole", dtype="float16")
+    half.save(tmp_path / "half")
+    size = {name: sum(p.stat().st_size for p in part_files(tmp_path / name)) for name in ("whole", "half")}
+    assert 0.5 < size["half"] / size["whole"] < 0.55
+    loaded = Gallery.load(tmp_path / "half")
+    assert loaded.settings.dtype == "float16" and loaded.embeddings.dtype == np.float32
+    np.testing.assert_allclose(loaded.embeddings, gallery.embeddings, atol=3e-4)
+    Gallery.load(tmp_path / "whole", dtype="float16").save(tmp_path / "whole")  # in place
+    assert sum(p.stat().st_size for p in part_files(tmp_path / "whole")) < 0.55 * size["whole"]
+    np.testing.assert_allclose(Gallery.load(tmp_path / "whole").embeddings, loaded.embeddings, atol=1e-4)

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitface.device import resolve_device
 from vitface.errors import ConfigError, DataError, command
 from vitface.gallery import parts
-from vitface.gallery.blocks import Block, check_rows, cosines
+from vitface.gallery.blocks import Block, best, check_rows
 from vitface.gallery.parts import DTYPES, Settings
 from vitface.lock import waiting_lock
 
@@ -166,16 +166,15 @@ class Gallery:
 
     def _best(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best rows for at most QUERIES queries: those of each block are merged with the best so far."""
-        best = queries.new_empty(len(queries), 0)
+        scores = queries.new_empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         start = 0
         for part in (part for block in self._blocks for part in block.filled().split(BLOCK)):
-            found = cosines(queries, part).topk(min(k, len(part)), dim=1)
-            scores = torch.cat([best, found.values], dim=1)
-            rows = torch.cat([rows, found.indices + start], dim=1)
-            best, order = scores.topk(min(k, scores.shape[1]), dim=1)
-            rows, start = rows.gather(1, order), start + len(part)
-        return best, rows
+            cosines, found = best(queries, part, min(k, len(part)))
+            cosines = torch.cat([scores, cosines], dim=1)
+            scores, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            rows, start = torch.cat([rows, found + start], dim=1).gather(1, order), start + len(part)
+        return scores, rows
 
     def save(self, path: str | Path) -> None:
         """Writes the gallery into a new or empty folder, or what has changed since `load` into the one it is from.

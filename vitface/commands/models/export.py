@@ -1,6 +1,7 @@
-"""Write a trained model for other programs: PEFT, ONNX Runtime, torch.export, or as a backbone without adapters."""
+"""Write a trained model, or a gallery, for other programs: PEFT, ONNX, torch.export; FAISS, Parquet, pgvector."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,20 @@ EXAMPLES = """examples:
   vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
   vitface export runs/a --format peft-transformers --out adapter
   vitface export runs/a --format merged --out merged           LoRA folded into a backbone file, and the head
+  vitface export people --format faiss --out index             a gallery: index.faiss and names.json
+  vitface export people --format parquet --out people.parquet
+  vitface export people --format pgvector --out tables         load.sql for psql, and the rows
+
+docs/scaling.md says which engine serves what.
 """
+GALLERY_FORMATS = ("faiss", "parquet", "pgvector")
 FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
 
 
 def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, or hf://owner/name")
-    add("--format", choices=FORMATS, required=True, help="what to write; see docs/exchange.md")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run (its best), checkpoint, hf://owner/name; or a gallery")
+    add("--format", choices=(*FORMATS, *GALLERY_FORMATS), required=True, help="what to write; see docs/exchange.md")
     add("--out", type=new_path, required=True, help="file or folder that does not exist yet")
     add("--transformers-version", type=int, choices=[4, 5], default=5, help="whose module names; default: 5")
     add("--no-flip", action="store_true", help="onnx, torch: embed without the mirror image; halves the work")
@@ -41,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.recogniser import Recogniser
     from vitface.store.faces import open_checkpoint
 
+    if arguments.format in GALLERY_FORMATS:
+        return _export_gallery(arguments.checkpoint, arguments.format, arguments.out)
     if arguments.layout != "nhwc" and arguments.format not in ("onnx", "torch"):
         raise ConfigError("--layout goes with --format onnx or torch")
     if arguments.format == "onnx":
@@ -54,6 +63,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.out}: a face model for --checkpoint, its backbone {backbone} for --weights")
     else:
         _export_peft(checkpoint.load(), arguments)
+
+
+def _export_gallery(path: Path, to: str, out: Path) -> None:
+    from vitface.gallery.exports import export
+    from vitface.gallery.gallery import Gallery
+
+    gallery = Gallery.load(path)
+    export(gallery, to, out)
+    print(
+        f"wrote {out}: {len(gallery):,} rows of {gallery.embedding_dim} numbers, names and thresholds; keep it private"
+    )
+    if to == "pgvector":
+        print(f"next: cd {shlex.quote(str(out))} && psql -d DATABASE -f load.sql")
 
 
 def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:
