@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from vitface.data.images import CROP_SIZE
 from vitface.data.synthetic.worlds import synthetic_pairs
@@ -74,6 +75,8 @@ def trace(model: FaceModel, flip: bool = True, layout: Layout = "nhwc") -> Expor
 
 def torch_bytes(program: ExportedProgram) -> bytes:
     """The contents of a .pt2 file, which torch.export.load reads."""
+    for node in (node for module in program.graph_module.modules() for node in getattr(module, "graph", Graph()).nodes):
+        node.meta.pop("stack_trace", None)  # from which line of which file of this machine it is
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()

@@ -12,6 +12,7 @@ from vitface.data.formats.published import PAIRS, benchmark_named, check_pairs
 from vitface.errors import DataError
 from vitface.metrics import auc, auc_deviation
 
+BLOCK = 1 << 13  # pairs whose images are compared at once
 SURE = 3.0  # standard deviations of a random AUC
 
 
@@ -107,7 +108,9 @@ def unrelated_labels(data: Benchmark) -> str | None:
     issame = data.pairs.issame
     if min(issame.sum(), (~issame).sum()) < MIN_PAIRS:
         return None
-    similarity = np.einsum("ij,ij->i", *(data.scan.patterns[data.rows[side::2]] for side in (0, 1)))
+    pairs = data.rows.reshape(-1, 2)
+    blocks = np.array_split(pairs, len(pairs) // BLOCK + 1)  # an image may be in any number of pairs
+    similarity = np.concatenate([np.einsum("ij,ij->i", *data.scan.patterns[block.T]) for block in blocks])
     score, inverted = auc(similarity, issame), auc_deviation(similarity, issame) < -SURE
     fault = "the labels are inverted" if inverted else "the labels are in another order than the pairs"
     if score < 0.55:
