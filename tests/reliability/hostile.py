@@ -204,6 +204,24 @@ ROWS = [
         "counters_of_other_types counters_that_cannot_be settings_of_other_types",
     ),
     Hostile(
+        "every flag of every command at its extremes: negative, huge, NaN, empty, `hpu`",
+        "one line before anything starts",
+        "reliability/test_hostile_arguments.py",
+        "numbers paths_and_texts what_is_said numbers_in_python",
+    ),
+    Hostile(
+        "a pair list of one line, in place of each list",
+        "named error",
+        CONTENTS,
+        "a_list_of_one_line",
+    ),
+    Hostile(
+        "a study whose run was trained again",
+        "judged again",
+        COMMANDS,
+        "a_study_judges_a_run_that_was_trained_again",
+    ),
+    Hostile(
         "a user without a home",
         "what needs none runs; else `set VITFACE_HOME`",
         SURROUNDINGS,
@@ -232,6 +250,12 @@ ROWS = [
         "printed as text, in one line",
         SURROUNDINGS,
         "what_is_printed_moves_no_cursor names_are_shown_in_one_line a_name_in_a_gallery_is_no_line_and_no_formula",
+    ),
+    Hostile(
+        "the same in what every command and other libraries print",
+        "escaped in one place; a bar still moves",
+        "reliability/test_hostile_names.py",
+        "names_do_not_steer_the_terminal what_other_libraries_print_is_escaped_too a_bar_still_moves_the_cursor",
     ),
     Hostile(
         "exchanged people, domain labels, pixels of packed images, names and sizes of others",
