@@ -198,7 +198,8 @@ def open_regular(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        is_folder = os.path.isdir(path)
+        raise OSError(errno.EINVAL, "a folder; name a file" if is_folder else "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 

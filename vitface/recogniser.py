@@ -1,5 +1,6 @@
 """`vitface.load` and the `Recogniser` that it returns: a face model and the methods that an application needs."""
 
+import io
 import itertools
 import os
 import warnings
@@ -103,8 +104,11 @@ class Recogniser:
         what is none; ConfigError for other arguments that cannot be; CheckpointError if an embedding is not finite, and
         so compares with nothing. A warning names photos in which several faces were found.
         """
+        return self._rows(images, align, flip, batch_size)
+
+    def _rows(self, images: Images, align: Align, flip: bool = True, batch_size: int | None = None) -> np.ndarray:
         expect(isinstance(flip, bool | np.bool_), "flip", flip, "True or False")
-        rows = embed_batches(self.model, self._batches(images, align, flip, batch_size), flip)[0]
+        rows = embed_batches(self.model, self._batches(images, align, flip, batch_size, frames=5), flip)[0]
         if not np.isfinite(rows).all():
             raise CheckpointError("the model gives NaN for an image, no embedding: it is damaged, or made to mislead")
         return rows
@@ -122,14 +126,14 @@ class Recogniser:
             if align is None and sides[0] == sides[1] != CROP_SIZE:
                 text = f"an array of {sides[0]} x {sides[1]} pixels is taken for an aligned face"
                 warnings.warn(f"{text}; align=True finds the face in it, align=False says that it is one", stacklevel=2)
-        rows = self.embed([first, second], align=align)
+        rows = self._rows([first, second], align)
         return Verdict(float(rows[0] @ rows[1]), *threshold)
 
     def domain_weights(self, images: Images, batch_size: int | None = None, align: Align = None) -> np.ndarray:
         """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA. `images`
         and `align` are those of `embed`."""
         batches = self._batches(images, align, batch_size=batch_size)
-        rows = [route_crops(self.model, batch).cpu().numpy() for batch in batches]
+        rows = [*map(lambda batch: route_crops(self.model, batch).cpu().numpy(), batches)]
         return np.concatenate(rows) if rows else np.zeros((0, self.config.num_domains), np.float32)
 
     def attention(self, images: Images, block: int = -1, align: Align = None) -> np.ndarray:
@@ -138,14 +142,16 @@ class Recogniser:
         depth = self.config.vit.depth
         blocks = f"0 to {depth - 1}, or -1 for the last"
         expect(is_whole(block) and -depth <= block < depth, "block", block, blocks)
-        rows = [attend_crops(self.model, batch, block).cpu().numpy() for batch in self._batches(images, align)]
+        batches = self._batches(images, align)
+        rows = [*map(lambda batch: attend_crops(self.model, batch, block).cpu().numpy(), batches)]
         side, heads = self.config.vit.grid(self.config.image_size), self.config.vit.num_heads
         return np.concatenate(rows) if rows else np.zeros((0, heads, side, side), np.float32)
 
     def _batches(
-        self, images: Images, align: Align = None, flip: bool = False, batch_size: int | None = None
+        self, images: Images, align: Align = None, flip: bool = False, batch_size: int | None = None, frames: int = 3
     ) -> Iterator[Crops]:
-        """The images as crops, in batches; warns at the end of those with several faces."""
+        """The images as crops, in batches; warns at the end of those with several faces, where a method was called,
+        `frames` above this one."""
         size = "a whole number from 1, or None"
         expect(batch_size is None or (is_whole(batch_size) and batch_size > 0), "batch_size", batch_size, size)
         reader, numbers, several = CropReader(align), itertools.count(), []
@@ -162,7 +168,7 @@ class Recogniser:
             yield np.stack(crops)
         if several:
             more = f"; and {len(several) - SHOWN:,} more photos with several" if several[SHOWN:] else ""
-            warnings.warn("; ".join(several[:SHOWN]) + more, stacklevel=4)
+            warnings.warn("; ".join(several[:SHOWN]) + more, stacklevel=frames)
 
 
 def _checked(crops: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ def _checked(crops: Tensor) -> Tensor:
 def _several(images: Images) -> Images:
     """The images; TypeError for a single one, whose rows or bytes would be taken for images, and for those that have no
     order."""
-    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image | Mapping | Set)
+    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image | Mapping | Set | io.IOBase)
     if isinstance(images, np.ndarray | Tensor):
         if images.ndim == 1 and isinstance(images, np.ndarray):
             return images.tolist()  # of paths

@@ -83,6 +83,7 @@ SINGLE = {
     "nothing": None,
     "a dictionary": {"a.jpg": CROPS[0]},
     "a set": {"a.jpg"},
+    "an open file": io.BytesIO(b"x"),
 }
 
 
@@ -195,7 +196,7 @@ WRONG = {
     "`load_backbone(None)`": (backbone(None), "name must be that of a backbone"),
     "`load_backbone([])`": (backbone([]), "name must be that of a backbone"),
     "`load_backbone(weights=7)`": (backbone(weights=7), "weights must be a file's path, 'random' or None"),
-    '`load_backbone(weights=".")`': (backbone(weights="."), "is not a converted file"),
+    '`load_backbone(weights=".")`': (backbone(weights="."), "holds no weights but is a folder"),
 }
 
 

@@ -97,6 +97,10 @@ def test_two_faces_are_warned_of(crowd):
     for call in (MODEL.embed, MODEL.domain_weights, MODEL.attention):
         with pytest.warns(UserWarning, match=f"^{crowd}: {TAKEN}; image 2: {TAKEN}$"):
             call([crowd, CROP, PHOTO], align=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call([crowd, CROP])
+        assert caught[0].filename == __file__  # the line that called it
     with pytest.warns(UserWarning, match=f"^{crowd}: {TAKEN}$"):
         assert MODEL.verify(crowd, CROP).score == pytest.approx(1, abs=1e-5)
     with pytest.warns(UserWarning, match=f"{TAKEN}; and 2 more photos with several$"):
@@ -127,11 +131,16 @@ def test_two_faces_are_said(crowd, tmp_path, tiny_run, capsys):
     assert result[0]["matches"][0]["name"] == "album/party.png"
 
 
-@case("a face of 20 pixels in the middle, a large one beside it", "the large one")
-def test_a_face_that_is_too_small_for_a_crop_is_not_taken():
-    tiny = Face(np.array([490.0, 490, 20, 20]), TEMPLATE / 6 + 490, 0.9)
-    large = Face(np.array([60.0, 60, 250, 300]), TEMPLATE * 3 + 60, 0.9)
+def face(x, y, side):
+    return Face(np.array([x, y, side, side], float), TEMPLATE / 112 * side + [x, y], 0.9)
+
+
+@case("a passer-by in the middle, a face more than twice as wide beside it", "the large one")
+def test_a_small_face_in_the_middle_is_not_taken():
+    tiny, small, half, large = face(490, 490, 20), face(450, 450, 100), face(400, 400, 130), face(60, 60, 250)
     assert central_face([tiny, large], 1000, 1000) is large and central_face([tiny], 1000, 1000) is tiny
+    assert central_face([small, large], 1000, 1000) is large and central_face([half, large], 1000, 1000) is half
+    assert central_face([tiny, face(60, 60, 35)], 1000, 1000).box[2] == 35
 
 
 @pytest.mark.parametrize(

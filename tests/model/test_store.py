@@ -104,8 +104,10 @@ def test_neither_run_nor_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint"):
         vitface.load(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no manifest.json"):
-        vitface.load(tmp_path / "empty")
+    (tmp_path / "a.jpg").touch()
+    for path in (tmp_path / "empty", tmp_path / "a.jpg"):
+        with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint"):
+            vitface.load(path)
 
 
 def test_an_open_checkpoint_knows_its_run(tiny_run):

@@ -130,12 +130,13 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
     folder = hub.download(path) if hub.is_repository(path) else path
     if (folder / "checkpoints").is_dir():
         folder = best_checkpoint(folder)
-    if not folder.is_dir():
-        on_hub = f", or, for a model on the Hub, write hf://{path}" if hub.REPOSITORY.fullmatch(path.as_posix()) else ""
-        other = identify_file(folder)
+    _check_level(folder)
+    if not any((folder / name).exists() for name in (*MODEL_FILES, MANIFEST_FILE)):
+        hubs = hub.REPOSITORY.fullmatch(path.as_posix()) and not folder.exists()
+        on_hub = f", or, for a model on the Hub, write hf://{path}" if hubs else ""
+        other = None if folder.is_dir() else identify_file(folder)
         fault = f"{folder} is {f'{other[0]}, ' if other else ''}neither a run directory nor a checkpoint"
         raise CheckpointError(f"{fault}; train one with vitface train{on_hub}")
-    _check_level(folder)
     folder = folder.resolve()
     manifest, config = read_manifest(folder, MODEL_FILES), read_face_config(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None

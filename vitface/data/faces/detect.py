@@ -97,14 +97,16 @@ def no_usable_face(faces: list[Face], image: np.ndarray, min_face: float = MIN_F
 def central_face(faces: list[Face], height: int, width: int) -> Face:
     """The face that is large and near the middle: area minus twice its squared distance from there (InsightFace).
 
-    One that is large enough for a crop comes before all others.
+    Only faces that are half as wide as the largest count, and are wide enough for a crop, if any is.
     """
+    largest = max(map(_side, faces))
+    least = max(largest / 2, min(MIN_FACE, largest))
 
     def weight(face: Face) -> float:
         offset = face.box[:2] + face.box[2:] / 2 - np.array([width, height]) / 2
         return float(face.box[2] * face.box[3] - 2 * (offset**2).sum())
 
-    return max([face for face in faces if _side(face) >= MIN_FACE] or faces, key=weight)
+    return max((face for face in faces if _side(face) >= least), key=weight)
 
 
 def several_faces(count: int) -> str:
