@@ -273,3 +273,17 @@ def test_scores_are_of_every_kind_that_is_written(tmp_path):
     result = verify(np.where(SAME, 0.5, 1.5) + 0.001 * np.arange(40), SAME, (np.arange(40) % 10).astype("i4"), people)
     save_scores(tmp_path / SCORES, {"cfp_fp": dataclasses.replace(result, data="b" * 64)}, "m")
     np.testing.assert_array_equal(load_scores(tmp_path / SCORES)[0]["cfp_fp"].people, people)
+
+
+def test_an_epoch_is_saved_before_its_line_is_printed(tmp_path, monkeypatch):
+    """As in `vitface train | head -1`."""
+    use_tiny(monkeypatch)
+
+    def closed(text):
+        if text.startswith("epoch"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("vitface.training.loop.print0", closed)
+    with pytest.raises(BrokenPipeError):
+        run(settings(tmp_path / "run"))
+    assert load_state(tmp_path / "run" / "checkpoints" / "step-4")["progress"]["epoch"] == 1
