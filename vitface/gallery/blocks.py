@@ -10,7 +10,7 @@ from torch import Tensor
 from vitface.errors import DataError
 from vitface.gallery import parts
 
-CHUNK = 1 << 10  # float16 rows that are made float32 at a time: they stay in a core's cache
+CHUNK = 1 << 9  # float16 rows that are made float32 at a time: they stay in a core's cache
 
 
 @dataclass
