@@ -287,3 +287,18 @@ def test_an_epoch_is_saved_before_its_line_is_printed(tmp_path, monkeypatch):
     with pytest.raises(BrokenPipeError):
         run(settings(tmp_path / "run"))
     assert load_state(tmp_path / "run" / "checkpoints" / "step-4")["progress"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[[]]"])
+def test_a_manifest_that_is_none(tiny_run, capsys, text):
+    (tiny_run / "checkpoints" / "step-7" / "manifest.json").write_text(text)
+    for words in (["info", str(tiny_run)], ["info", str(tiny_run / "checkpoints" / "step-7")]):
+        assert main(words) == 2 and "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_a_manifest_of_nested_versions(tiny_run, capsys):
+    path = tiny_run / "checkpoints" / "step-7" / "manifest.json"
+    nested = '{"a":' * 900 + "1" + "}" * 900
+    path.write_text(path.read_text().replace('"vitface_version": ', f'"vitface_version": {nested}, "other": '))
+    assert main(["info", str(tiny_run)]) == 0
+    assert main(["info", str(tiny_run), "--json"]) == 0

@@ -193,7 +193,7 @@ def read_manifest(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
     CheckpointError unless these `files` are there and unchanged since it was written.
     """
     try:
-        manifest = read_json(folder / MANIFEST_FILE)
+        manifest = {**read_json(folder / MANIFEST_FILE)}
         for name in files:
             file, sealed = folder / name, manifest["files"][name]
             if file.stat().st_size != sealed["size"] or sha256_file(file) != sealed["sha256"]:

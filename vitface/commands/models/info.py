@@ -37,13 +37,14 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "gallery", "images": len(read_names(path)), **dataclasses.asdict(read_settings(path))}
     checkpoint = open_checkpoint(path)
     counts = parameter_counts(meta_model(checkpoint.config))
+    of_manifest = {key: value for key, value in checkpoint.manifest.items() if isinstance(value, str | int)}
     epochs = read_epochs(checkpoint.run) if checkpoint.run else []
     settings = dataclasses.asdict(checkpoint.config)
     del settings["vit"]
     return {
         "kind": "checkpoint",
         "checkpoint": str(checkpoint.folder),
-        **{key: checkpoint.manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
+        **{key: of_manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
         "sha256": checkpoint.sha256,
         "settings": settings,
         "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
