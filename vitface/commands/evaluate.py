@@ -12,7 +12,7 @@ from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.published import missing
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
-from vitface.evaluation.benchmarks import BENCHMARKS, available, evaluate_all, read_benchmark
+from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, available, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import benchmark_of, keep_scores
@@ -31,6 +31,8 @@ EXAMPLES = """examples:
   vitface evaluate --bench lfw --routing               how DA-LoRA's domain weights depend on pose
   vitface evaluate --compare runs/lora-s* runs/dalora-s*   is DA-LoRA better than LoRA?
   vitface evaluate --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
+  vitface evaluate --bench all --dry-run               how long will it take?
+  torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
 
 
@@ -49,7 +51,7 @@ def add_flags(parser: CommandParser) -> None:
     )
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=output_file(".json"), metavar="FILE", help="also write the results there")
-    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size")
+    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size", "--dry-run")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         return compare_runs(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
-    return evaluate_model(*open_model(arguments), arguments)
+    from vitface.training.ranks.process_group import as_one, local_device
+
+    arguments.device = local_device(arguments.device)
+    with as_one(arguments.device):
+        return evaluate_model(*open_model(arguments), arguments)
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
@@ -83,15 +89,48 @@ def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint |
 
 
 def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
-    """Prints the results, adds them to the run's scores, and writes --json and --output."""
+    """Evaluates over all ranks; the first one prints the results and writes them."""
     from vitface.evaluation.judging import evaluate_frozen
-    from vitface.evaluation.page import report_page
+    from vitface.training.ranks.parallel import in_turns
+    from vitface.training.ranks.process_group import broadcast, check_same, rank
 
     if arguments.routing:
         check_routing(model, arguments.bench)
-    run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
+    data_dir = arguments.data_dir
     names = benchmark_names(arguments.bench, data_dir)
-    evaluation = evaluate_all(model.embed, names, data_dir) if checkpoint else evaluate_frozen(model, names, data_dir)
+    check_same({"model": checkpoint and checkpoint.sha256, "benchmarks": names})
+    if arguments.dry_run:
+        return predict(model, names, data_dir)
+    if checkpoint:
+        evaluation = evaluate_all(model.embed, names, data_dir, in_turns)
+    else:
+        evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast)
+    if rank() == 0:
+        show(evaluation, model, checkpoint, arguments)
+    return 2 if evaluation.failures else 0
+
+
+def predict(model: "Recogniser", names: list[str], data_dir: Path) -> int:
+    """Prints how long the evaluation will take, from a measured batch; 2 if a benchmark cannot be read."""
+    from vitface.training.estimate import duration, final_evaluation, seconds_per_image
+    from vitface.training.ranks.process_group import all_gather
+
+    needed = final_evaluation(model.model, names, str(data_dir), with_frozen=False)
+    rate = sum(all_gather(1 / (2 * seconds_per_image(model.model))))  # each image also mirrored
+    text = f"{needed.images:,} images of {', '.join(names)}: about {duration(needed.images / rate)}"
+    print(f"{text}, at {rate:,.1f} images/s before reading; nothing was evaluated")
+    for problem in needed.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if needed.problems else 0
+
+
+def show(
+    evaluation: Evaluation, model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace
+) -> None:
+    """Prints the results, adds them to the run's scores, and writes --json and --output."""
+    from vitface.evaluation.page import report_page
+
+    run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
     if evaluation.results:
         print(results_table(evaluation.results))
     if evaluation.kept:
@@ -111,7 +150,6 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     problems = [f"ALARM {text}" for text in evaluation.alarms] + [f"error: {text}" for text in evaluation.failures]
     if problems:
         print("\n".join(problems), file=sys.stderr)
-    return 2 if evaluation.failures else 0
 
 
 def try_to_keep(run: Path, results: Mapping[str, Verification], model: str) -> None:

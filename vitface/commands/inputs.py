@@ -12,11 +12,12 @@ from vitface.data.faces.folder import Finder
 from vitface.data.faces.landmarks import read_landmarks
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import some
-from vitface.device import dtype_note, resolve_device
+from vitface.device import dtype_note, inference_dtype, resolve_device
 from vitface.errors import CheckpointError, ConfigError, in_one_line
 from vitface.recogniser import Recogniser
 from vitface.store.faces import Checkpoint, open_checkpoint, step_directories
 from vitface.store.thresholds import choose_threshold
+from vitface.training.ranks.process_group import broadcast
 
 NO_THRESHOLD = (
     "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "
@@ -44,7 +45,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
     device = resolve_device(arguments.device)
     checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
     trained = checkpoint.config
-    model = Recogniser.from_checkpoint(checkpoint, device).prepare()
+    dtype = broadcast(inference_dtype(trained.dtype, device, trained.vit.embed_dim))  # each rank has measured its own
+    model = Recogniser.from_checkpoint(checkpoint, device, dtype).prepare()
     if model.config.dtype != trained.dtype:
         note = dtype_note(model.config.dtype, device, trained.vit.embed_dim)
         print(f"dtype: {note}; trained in {trained.dtype}", file=sys.stderr)

@@ -128,6 +128,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--num-workers": dict(
         type=number(int, bounds_of("num_workers")), default=os.cpu_count() or 1, help="processes (default: all cores)"
     ),
+    "--dry-run": dict(action="store_true", help="say how long it will take, from a measured second; writes nothing"),
     "--far": dict(type=number(float), metavar="RATE", help="false accept rate; default: the lowest calibrated"),
     "--threshold": dict(type=number(float), metavar="COSINE", help="your own threshold, from -1 to 1"),
     "--docs": dict(type=output_file(".md"), metavar="FILE.md", help="also put the table there, between two markers"),

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from vitface.gallery.parts import Origin, Settings, is_gallery
 from vitface.lock import waiting_lock
 from vitface.recogniser import Recogniser
 
+Work = Callable[[Sequence[Sequence[str]]], Iterator[tuple[Any, np.ndarray]]]  # see `chunk_embedder`
+Spread = Callable[[Work, Sequence[Sequence[str]]], Iterator[tuple[Any, np.ndarray]]]
 Chunk = tuple[np.ndarray, dict[str, tuple[str, str]], list[str], list[str]]  # see `_read_chunk`
 CHUNK = 64  # images that a process decodes at a time, and that are embedded together
 PART_SECONDS = 30  # work that a power loss may cost
@@ -59,14 +62,15 @@ def embed_folder(
     crops: CropReader,
     num_workers: int = 0,
     prune: bool = False,
+    spread: Spread = lambda work, chunks: work(chunks),
 ) -> Embedded:
     """Embeds every image below `src` that `out` does not have yet; `origins` says how rows are named.
 
     The row of a file that was replaced is removed and made again; with `prune`, rows of files that are no longer below
     `src` are removed too, and those of other folders stay. Images are decoded and aligned in `num_workers` processes
-    while the model works. A part is written every PART_SECONDS and at the end, also after an error or Ctrl-C. Several
-    processes may embed into one gallery; each locks it for moments. DataError if there is no image, or if `out` was
-    made by another model or with another alignment.
+    while the model works; `spread` may share the work with other ranks, see `over_ranks`. A part is written every
+    PART_SECONDS and at the end, also after an error or Ctrl-C. Several processes may embed into one gallery; each locks
+    it for moments. DataError if there is no image, or if `out` was made by another model or with another alignment.
     """
     found = some_images(src)
     if not is_gallery(out):
@@ -84,20 +88,50 @@ def embed_folder(
             if source.is_taken(image)
         ]
         writer.remove({*changed, *(gone if prune else ())})
-    several = _embed_rest(model, writer, source, functools.partial(_read_chunk, src, crops), num_workers, skipped)
+    work = chunk_embedder(model, src, crops, num_workers)
+    several = _embed_rest(functools.partial(spread, work), writer, source, skipped)
     total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
     left_out, copies = dict(found.left_out), writer.copies()
     return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix)
 
 
-def _embed_rest(
-    model: Recogniser,
-    writer: "_Writer",
-    source: Sources,
-    read: Callable[[Sequence[str]], Chunk],
-    num_workers: int,
-    skipped: list[str],
-) -> list[str]:
+def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int) -> Work:
+    """The function from chunks of the images below `src` to, for each, what `_read_chunk` says of it, and its rows."""
+
+    def embedded(chunks: Sequence[Sequence[str]]) -> Iterator[tuple[Any, np.ndarray]]:
+        for images, *about in in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers):
+            yield about, model.embed(images)
+
+    return embedded
+
+
+def without_row(src: Path, out: Path) -> list[str]:
+    """The images below `src` that `embed_folder` would embed into `out`, which need not exist."""
+    images, writer, folders = some_images(src).images, _Writer(out), ()
+    if is_gallery(out):
+        folders = parts.read_settings(out).folders
+        writer.see_parts()
+    source = Sources(src, images, writer.rows, folders)
+    return [image for image in images if source.name(image) not in writer.rows or source.is_changed(image)]
+
+
+def images_per_second(embed: Work, images: Sequence[str], num_workers: int) -> float:
+    """The rate of a `chunk_embedder` with so many processes, measured for about a second on images from everywhere."""
+    sample = [images[i] for i in np.random.default_rng(0).permutation(len(images))[:10_000]]
+    chunks = [sample[at : at + CHUNK] for at in range(0, len(sample), CHUNK)]
+    start, count, warm = time.perf_counter(), 0, min(max(1, num_workers), len(chunks) - 1)
+    with contextlib.closing(embed(chunks)) as embedded:  # type: ignore[arg-type]  # a generator
+        for number, (chunk, _) in enumerate(zip(chunks, embedded, strict=False)):
+            count += len(chunk)
+            seconds = time.perf_counter() - start
+            if number < warm:  # until each process has started, and the model is warm
+                start, count = time.perf_counter(), 0
+            elif seconds > 1:
+                break
+    return count / seconds
+
+
+def _embed_rest(embed: Work, writer: "_Writer", source: Sources, skipped: list[str]) -> list[str]:
     """Embeds the images that have no row, adds to `skipped` why some cannot be, returns those with several faces."""
     wanted = {image: source.name(image) for image in source.images}
     rest = [image for image, name in wanted.items() if name not in writer.rows]
@@ -105,9 +139,9 @@ def _embed_rest(
     several, there = [], len(wanted) - len(rest)
     bar = Progress(desc="embedding", total=len(wanted), initial=there, unit="image", dynamic_ncols=True)
     with bar, contextlib.closing(writer):
-        for images, used, failures, crowded in in_processes(read, chunks, num_workers):
+        for (used, failures, crowded), rows in embed(chunks):
             origins = {wanted[image]: Origin(made, sha, source.number) for image, (made, sha) in used.items()}
-            writer.add(origins, model.embed(images))
+            writer.add(origins, rows)
             skipped.extend(failures)
             several.extend(crowded)
             bar.update(len(used) + len(failures))

@@ -63,6 +63,17 @@ def seconds_per_image(model: FaceModel) -> float:
     return seconds / len(batch)
 
 
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 25 min, 3 h 20 min, 2 days 5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(minutes / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
 @dataclasses.dataclass(frozen=True)
 class FinalEvaluation:
     """What the end of a run will evaluate: `images` to embed, each twice, and why some benchmarks cannot be read."""

@@ -4,15 +4,21 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, CommandParser, add_shared, print_result
 from vitface.errors import ConfigError, command
+
+if TYPE_CHECKING:
+    from vitface.gallery.from_folder import Embedded, Work
 
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
   vitface embed aligned people --no-align --checkpoint runs/a
   vitface embed photos people --prune              also removes whoever is no longer in photos
   vitface embed photos/anna people                 a person's folder: rows are named anna/1.jpg, as with photos
+  vitface embed photos people --dry-run            how long will it take? writes nothing
+  torchrun --nproc-per-node 2 -m vitface embed photos people     two GPUs, the same rows
 
 Embeddings are written every half minute. A second call embeds only the images that the gallery does not have yet, or
 that were replaced, so the same command continues a stopped run and adds new photos. A gallery keeps the folders its
@@ -28,20 +34,58 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
     half = "of a new gallery's rows (default: float32); float16 takes half the memory, cosines change by under 0.001"
     parser.add_argument("--gallery-dtype", choices=["float32", "float16"], help=half)
-    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--prune", "--num-workers", "--json")
+    add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--prune", "--num-workers", "--dry-run", "--json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import crop_reader, load_model, print_gone
-    from vitface.data.folders import HARMLESS, left_out_lines, some
-    from vitface.gallery.from_folder import embed_folder
-    from vitface.gallery.parts import Settings, strangers
+    from vitface.training.ranks.process_group import as_one, local_device, local_share
+
+    arguments.device = local_device(arguments.device)
+    arguments.num_workers = local_share(arguments.num_workers)
+    with as_one(arguments.device):
+        return _embed(arguments)
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import crop_reader, load_model
+    from vitface.gallery.from_folder import chunk_embedder, embed_folder
+    from vitface.gallery.parts import Settings
+    from vitface.training.ranks.parallel import over_ranks
+    from vitface.training.ranks.process_group import check_same, rank
 
     dtype = _dtype(arguments)
     crops = crop_reader(arguments)
     model, checkpoint = load_model(arguments)
+    check_same({"model": checkpoint.sha256})
+    src, out, num_workers = arguments.src, arguments.out, arguments.num_workers
+    work = chunk_embedder(model, src, crops, num_workers)
+    if arguments.dry_run:
+        return _predict(work, arguments)
+    if rank() > 0:
+        return sum(0 for _ in over_ranks(work))
     settings = Settings(checkpoint.sha256, arguments.align, checkpoint.thresholds, dtype)
-    done = embed_folder(model, arguments.src, arguments.out, settings, crops, arguments.num_workers, arguments.prune)
+    return _report(embed_folder(model, src, out, settings, crops, num_workers, arguments.prune, over_ranks), arguments)
+
+
+def _predict(work: "Work", arguments: argparse.Namespace) -> int:
+    """Prints how long the images without a row will take, from what all ranks do in a second."""
+    from vitface.gallery.from_folder import images_per_second, without_row
+    from vitface.training.estimate import duration
+    from vitface.training.ranks.process_group import all_gather
+
+    images = without_row(arguments.src, arguments.out)
+    rate = sum(all_gather(images_per_second(work, images, arguments.num_workers) if images else 1.0))
+    found = {"images": len(images), "images_per_second": rate, "seconds": len(images) / rate}
+    text = f"{len(images):,} images to embed: about {duration(len(images) / rate)}, at {rate:,.1f} images/s"
+    print_result(arguments, found, f"{text}; nothing was written")
+    return 0
+
+
+def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
+    from vitface.commands.inputs import print_gone
+    from vitface.data.folders import HARMLESS, left_out_lines, some
+    from vitface.gallery.parts import strangers
+
     changed = f" ({len(done.changed):,} replaced since: {some(done.changed)})" if done.changed else ""
     counts = f"{done.total:,} images, {done.new:,} of them new{changed}, {len(done.skipped):,} skipped"
     named = f"\nthe names of this folder's rows begin with {done.prefix}/" if done.prefix else ""

@@ -5,7 +5,7 @@ gradients that make this the gradient of the mean over all ranks' images. Letter
 forward pass, B = W · b images of all ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 
 from vitface.errors import DataError, VitfaceError
 from vitface.evaluation.benchmarks import Work, in_order
-from vitface.training.ranks.process_group import all_gather, rank, world_size
+from vitface.training.ranks.process_group import all_gather, broadcast, rank, world_size
 
 
 class Shard(nn.Parameter):
@@ -147,19 +147,35 @@ def in_turns(work: Work, count: int) -> np.ndarray:
     """
     if world_size() == 1:
         return in_order(work, count)
-    mine, failure, turns = {}, "", range(rank(), count, world_size())
-    try:
-        mine = {turn: np.asarray(rows, np.float32) for turn, rows in zip(turns, work(turns), strict=True)}
-    except VitfaceError as error:
-        failure = str(error)
-    everyone = all_gather([failure, [rows.shape for rows in mine.values()]])
-    for theirs, _ in everyone:
-        if theirs:
-            raise DataError(theirs)
-    shapes = [everyone[turn % world_size()][1][turn // world_size()] for turn in range(count)]
-    rows = torch.zeros(sum(length for length, _ in shapes), shapes[0][1])
-    for turn, part in enumerate(rows.split([length for length, _ in shapes])):
-        if turn in mine:
-            part.copy_(torch.from_numpy(mine[turn]))
-    dist.all_reduce(rows)  # each row is zero on all ranks but one
-    return rows.numpy()
+    turned = over_ranks(lambda turns: zip(turns, work(turns), strict=True), range(count))
+    return np.concatenate([rows for _, rows in turned])
+
+
+def over_ranks(work: Callable[[Any], Iterator[tuple[Any, np.ndarray]]], items: Sequence[Any] = ()) -> Iterator[Any]:
+    """Yields on all ranks what `work` yields of rank 0's items: of each a JSON value and an array float32 (n, E).
+
+    Each rank does every W-th item. DataError on all ranks if the work of one fails.
+    """
+    if world_size() == 1:
+        yield from work(items)
+        return
+    items = broadcast(list(items))
+    mine = work(items[rank() :: world_size()])
+    for start in range(0, len(items), world_size()):
+        about, rows, failure = None, np.zeros((0, 0), np.float32), ""
+        try:
+            if start + rank() < len(items):
+                about, rows = next(mine)
+        except VitfaceError as error:
+            failure = str(error)
+        everyone = all_gather([about, rows.shape, failure])
+        for *_, theirs in everyone:
+            if theirs:
+                raise DataError(theirs)
+        whole = torch.zeros(sum(length for _, (length, _), _ in everyone), everyone[0][1][1])
+        parts = whole.split([length for _, (length, _), _ in everyone])
+        if len(rows):
+            parts[rank()].copy_(torch.from_numpy(np.asarray(rows, np.float32)))
+        dist.all_reduce(whole)  # each row is zero on all ranks but one
+        for (about, *_), part in zip(everyone[: len(items) - start], parts, strict=False):
+            yield about, part.numpy()

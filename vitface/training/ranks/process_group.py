@@ -14,8 +14,9 @@ import os
 import secrets
 import threading
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def print0(text: str) -> None:
 def launched() -> int:
     """The number of processes that were started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_share(count: int) -> int:
+    """Of so many processes of a machine, those of this rank, at least one of any."""
+    return -(-count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def local_device(name: str) -> str:
@@ -92,6 +98,24 @@ def process_group(device: str, seconds: float = RANK_TIMEOUT) -> Iterator[None]:
         _watch = None
         watch.stopped.set()
         dist.destroy_process_group()
+
+
+@contextmanager
+def as_one(device: str) -> Iterator[None]:
+    """`process_group` for a command of which rank 0 alone prints; an error is told once, by the first that has it."""
+    watch = None
+    try:
+        with process_group(device):
+            watch = _watch
+            if rank() == 0:
+                yield
+                return
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+    except (VitfaceError, OSError) as error:
+        if watch is not None and not watch.is_first_to_tell():
+            raise SystemExit(2) from error
+        raise
 
 
 def _meet(store: Store, number: int, count: int, timeout: datetime.timedelta) -> str:
@@ -147,6 +171,13 @@ class _Watch:
         with suppress(RuntimeError):
             self.store.set(f"error/{self.number}", "" if isinstance(error, RankError) else text)
 
+    def is_first_to_tell(self) -> bool:
+        """Whether no rank has asked this before."""
+        try:
+            return self.store.add("told", 1) == 1
+        except RuntimeError:  # the store is gone, and with it the other ranks
+            return True
+
     def reason(self, error: BaseException) -> RankError | None:
         """Why a collective failed, None if no rank is missing; takes a few heartbeats."""
         answers: list[RankError | None] = []
@@ -197,13 +228,14 @@ def all_gather(value: Any) -> list[Any]:
     """Every rank's JSON value, in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(zlib.compress(json.dumps(value).encode(), 1)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)]))
     longest = max(int(size) for size in sizes)
     padded = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]))
-    return [json.loads(bytes(each[: int(size)].tolist())) for each, size in zip(padded, sizes, strict=True)]
+    texts = (zlib.decompress(each[: int(size)].numpy().tobytes()) for each, size in zip(padded, sizes, strict=True))
+    return [json.loads(text) for text in texts]
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
