@@ -108,7 +108,7 @@ def test_a_part_of_many_rows_is_searched_in_pieces(people, monkeypatch):
     assert [match.name for (match,) in gallery.search(rows[[7, 1900]], 1)] == ["n7", "n1900"]
     with Largest() as largest:
         gallery.search(rows[:40], 1)
-    assert largest.numel <= 40 * 16  # the scores of all rows are 40 x 2000
+    assert largest.numel <= rows.numel() < 40 * 2000  # which all scores together are
 
 
 def test_a_part_that_is_cut_while_it_is_mapped(people):
