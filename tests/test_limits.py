@@ -20,6 +20,7 @@ from PIL import Image
 from vitface.data.background import in_thread
 from vitface.data.checks.check_faces import Scores, embed_all
 from vitface.data.checks.check_images import size_alarm
+from vitface.data.checks.check_pairs import similarities
 from vitface.data.checks.check_people import images_to_compare
 from vitface.data.checks.scan import scan
 from vitface.data.faces.photos import CropReader
@@ -93,6 +94,11 @@ def recorded(n, folder):
 def nearest(n, _):
     people, images = units(n).double().numpy(), units(2 * n + 5).double().numpy()
     return Scores(people, images).nearest_image()
+
+
+def similar(n, _):
+    pairs = np.random.default_rng(0).integers(0, 5, (n, 2))
+    return [similarities(units(5).numpy(), pairs)]
 
 
 def embedded_by_a_check(n, _):
@@ -176,6 +182,7 @@ def attended(n, _):
 CROSSED = {
     "vitface.data.background.AHEAD": in_order,
     "vitface.data.checks.check_faces.CHUNK": [nearest, embedded_by_a_check],
+    "vitface.data.checks.check_pairs.BLOCK": similar,
     "vitface.data.checks.scan.CACHED_IMAGES": scanned,
     "vitface.data.checks.scan.CHUNK": scanned,
     "vitface.data.formats.recordio.BLOCK": recorded,

@@ -120,8 +120,11 @@ def check_output(folder: Path, ours: Collection[str]) -> None:
 def replace_file(path: Path, data: bytes, private: bool = False) -> None:
     """Replaces a file: at any moment there is the old one or the new one, and after a failure the old one.
 
-    Of several processes that do so at once, the last one wins. A `private` file is for its owner alone.
+    Of several processes that do so at once, the last one wins. A `private` file is for its owner alone. ConfigError for
+    a device, which root could replace, too.
     """
+    if not path.is_symlink() and (path.is_char_device() or path.is_block_device()):
+        raise ConfigError(f"{path} is a device, which no file should replace; name a file")
     partial = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.part")
     try:
         write_synced(partial, data, private)
@@ -136,8 +139,8 @@ def replace_file(path: Path, data: bytes, private: bool = False) -> None:
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Writes where the user asked for it: into a device or a pipe such as /dev/stdout, else with `replace_file`."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    """Writes where the user asked for it: into a pipe or a terminal such as /dev/stdout, else with `replace_file`."""
+    if path.is_char_device() or path.is_fifo():
         path.write_bytes(data)
     else:
         replace_file(path, data)

@@ -137,6 +137,12 @@ ROWS = [
         "a_pipe_in_a_files_place_is_not_waited_for",
     ),
     Hostile(
+        "a device such as `/dev/null` as the place to write, for root",
+        "written to or refused, never replaced",
+        FOLDERS,
+        "a_device_is_written_to_or_refused_and_never_replaced",
+    ),
+    Hostile(
         "a JPEG of thousands of scans or segments",
         "refused before it is decoded",
         "data/test_images.py",

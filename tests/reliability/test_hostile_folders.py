@@ -21,7 +21,7 @@ import vitface
 from vitface.data.faces.folder import COLUMNS, Finder, Row, align_folder, write_crop
 from vitface.data.images import read_image
 from vitface.data.tables import table_text
-from vitface.errors import CheckpointError
+from vitface.errors import CheckpointError, ConfigError
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores
 from vitface.files import new_folder, replace_file, write_output, write_synced
@@ -87,6 +87,19 @@ def test_what_a_user_names_may_be_a_pipe_and_is_not_written_through_a_link(victi
     write_output(tmp_path / "pipe", b"numbers")
     reader.join(10)
     assert read == [b"numbers"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_device_is_written_to_or_refused_and_never_replaced(tmp_path):
+    """Root may replace /dev/null, after which nothing on the machine works."""
+    null = tmp_path / "null"
+    try:
+        os.mknod(null, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    write_output(null, b"numbers")
+    with pytest.raises(ConfigError, match=r"null is a device, which no file should replace; name a file"):
+        replace_file(null, b"numbers")
+    assert null.is_char_device() and list(tmp_path.iterdir()) == [null]
 
 
 def test_a_crop_on_a_full_disk_is_not_there(tmp_path):

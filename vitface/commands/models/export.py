@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vitface.commands.parser import CommandParser, add_shared, new_path
 from vitface.errors import ConfigError, ExchangeError
 from vitface.extras import require
-from vitface.files import replace_file
+from vitface.files import write_output
 
 if TYPE_CHECKING:
     from vitface.model.face import FaceModel
@@ -88,7 +88,7 @@ def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:
     else:
         data = onnx_bytes(program, model, layout)
         checked = f"; cosine with PyTorch at least {check_onnx(data, model, flip, layout):.7f} in ONNX Runtime"
-    replace_file(arguments.out, data)
+    write_output(arguments.out, data)
     print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model, layout)['images']}")
 
 

@@ -108,10 +108,14 @@ def unrelated_labels(data: Benchmark) -> str | None:
     issame = data.pairs.issame
     if min(issame.sum(), (~issame).sum()) < MIN_PAIRS:
         return None
-    pairs = data.rows.reshape(-1, 2)
-    blocks = np.array_split(pairs, len(pairs) // BLOCK + 1)  # an image may be in any number of pairs
-    similarity = np.concatenate([np.einsum("ij,ij->i", *data.scan.patterns[block.T]) for block in blocks])
+    similarity = similarities(data.scan.patterns, data.rows.reshape(-1, 2))
     score, inverted = auc(similarity, issame), auc_deviation(similarity, issame) < -SURE
     fault = "the labels are inverted" if inverted else "the labels are in another order than the pairs"
     if score < 0.55:
         return f"the similarity of pixels does not fit the labels (AUC {score:.2f}, on LFW 0.73): {fault}"
+
+
+def similarities(patterns: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Patterns (M, P) of images, pairs (N, 2) -> (N,); an image may be in any number of pairs."""
+    blocks = np.array_split(pairs, len(pairs) // BLOCK + 1)
+    return np.concatenate([np.einsum("ij,ij->i", *patterns[block.T]) for block in blocks])
