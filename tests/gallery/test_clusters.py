@@ -155,6 +155,14 @@ def test_memory_does_not_grow_with_the_pairs(monkeypatch):
     assert max(most) <= 16 * 1000
 
 
+def test_kept_pairs_are_not_copied_at_every_block(monkeypatch):
+    monkeypatch.setattr(clusters, "BLOCK", 16)  # 2,016 blocks
+    joins, join = [], clusters._Pairs.join
+    monkeypatch.setattr(clusters._Pairs, "join", lambda self: (join(self), joins.append(len(self.cosines)))[0])
+    found = clusters._close_pairs(torch.from_numpy(drawn(0, 1000, 64, 100)), 0.3)
+    assert found.complete and joins[-1] == len(found.cosines) > 1000 and len(joins) < 25
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_agreement_is_that_of_scikit_learn_and_of_the_definition(images):
     learn = optional("sklearn.metrics.cluster")

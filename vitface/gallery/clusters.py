@@ -65,11 +65,20 @@ class _Pairs:
     def __init__(self, like: Tensor, floor: float):
         self.pairs, self.cosines = like.new_empty(2, 0, dtype=torch.long), like.new_empty(0)
         self.floor, self.complete, self.most = floor, True, PAIRS * len(like)
+        self.new: list[tuple[Tensor, Tensor]] = []
+        self.waiting = 0
 
     def add(self, pairs: Tensor, cosines: Tensor) -> None:
         good = cosines >= self.floor if self.complete else cosines > self.floor
-        self.pairs = torch.cat([self.pairs, pairs[:, good]], dim=1)
-        self.cosines = torch.cat([self.cosines, cosines[good]])
+        self.new.append((pairs[:, good], cosines[good]))
+        self.waiting += len(self.new[-1][1])
+        if self.waiting > min(len(self.cosines), self.most - len(self.cosines)):  # so each is copied a few times only
+            self.join()
+
+    def join(self) -> None:
+        """Adds the new pairs to the others, of which the best remain."""
+        pairs, cosines = zip((self.pairs, self.cosines), *self.new, strict=True)
+        self.pairs, self.cosines, self.new, self.waiting = torch.cat(pairs, dim=1), torch.cat(cosines), [], 0
         if len(self.cosines) > self.most:
             self.cosines, best = self.cosines.topk(-(-self.most // 2), sorted=False)
             self.pairs = self.pairs[:, best]
@@ -91,6 +100,7 @@ def _close_pairs(means: Tensor, threshold: float) -> _Pairs:
         cosines = _products(means, pairs) if few else (means[rows] @ means[columns].T)[near]
         if len(cosines):
             kept.add(pairs, cosines)
+    kept.join()
     return kept
 
 
