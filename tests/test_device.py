@@ -25,6 +25,15 @@ def plant(monkeypatch, lead):
     monkeypatch.setattr(device, "lead_of_fp32", lambda dtype, width: lead)
 
 
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch, name, current):
+    """`set_device` takes no device without a number."""
+    seen, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda count, device: zeros(count))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch._utils._get_device_index(device)))
+    assert device.resolve_device(name) == torch.device(name) and seen == current
+
+
 @pytest.mark.parametrize(
     ("bf16", "capability", "dtype"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
 )

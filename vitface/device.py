@@ -45,7 +45,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ConfigError(f"--device {name} cannot be used here, {gpus}: {str(error).splitlines()[0]}") from None
     if device.type == "cpu":
         _keep_freed_memory()
-    elif device.type == "cuda":
+    elif device.index is not None:  # plain "cuda" is the current one
         torch.cuda.set_device(device)  # for what asks for the current one, as kernels in Triton do
     return device
 

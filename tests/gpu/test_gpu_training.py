@@ -97,6 +97,7 @@ def test_memory_does_not_grow_in_a_thousand_steps(step):
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
+    loss = step()
     before = used()
     for _ in range(1000):
         loss = step()
