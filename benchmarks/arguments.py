@@ -1,6 +1,7 @@
 """What the model benchmarks share: their flags, their images and weights, and the contest itself."""
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def make_parser(name: str, description: str | None, examples: str) -> argparse.A
     parser.add_argument("--peers", default="timm,transformers", help="comma list of timm, transformers; or none")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="also compiled forms")
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="on a GPU, after which no contestant is begun")
     parser.add_argument("--only", metavar="CONTESTANT", help=argparse.SUPPRESS)  # see `contest`
     return parser
 
@@ -70,7 +72,9 @@ def run(
     if args.only is not None:
         contest.serve(contestants[args.only])
         return
-    results = contest.hold([str(HERE / script), *argv], contestants, args.batch_size, args.repetitions)
+    on_gpu = args.device.type == "cuda"
+    command = [str(HERE / script), *argv]
+    results = contest.hold(command, contestants, args.batch_size, args.repetitions, args.minutes, on_gpu)
     limits = {}
     for dtype in args.dtypes:
         rate = statistics.median(gemm_rates(args.device, dtype, SIDE[args.device.type]))

@@ -6,16 +6,21 @@ contestant that runs out of memory must not end the others. So a benchmark start
 repetition for each line that it reads.
 
 A group with more than two contestants begins with a heat: each runs alone, and the fastest two reach the final, in
-which all groups take turns. On a GPU, whose memory would not hold all, each finalist runs on its own.
+which all groups take turns. On a GPU, whose memory would not hold all, each runs once, on its own: the groups in turn,
+and of each the last one first, which is the compiled one. Each is printed when it is done, and none is begun after
+`--minutes`.
 """
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +29,7 @@ import torch
 from timing import seconds, synchronise
 
 WARMUP, HEAT, FINALISTS = 2, 3, 2
+OVER = "the time was over"
 PACKAGES = {"timm": "timm", "transformers": "transformers", "peft": "peft"}
 PACKAGES |= {"openvino": "openvino", "onnxruntime": "onnx onnxruntime", "triton": "triton"}
 
@@ -60,15 +66,67 @@ def serve(contestant: Contestant) -> None:
         print(seconds(step), file=channel)
 
 
-def hold(command: list[str], contestants: dict[str, Contestant], images: int, repetitions: int) -> Results:
-    """Runs all `contestants`; `command` is that of the benchmark without `--only`. SystemExit if one of ours fails."""
-    results, entrants = Results(), []
+def hold(
+    command: list[str],
+    contestants: dict[str, Contestant],
+    images: int,
+    repetitions: int,
+    minutes: float = math.inf,
+    on_gpu: bool = False,
+) -> Results:
+    """Runs all `contestants`; `command` is that of the benchmark without `--only`. SystemExit if all of ours fail."""
+    results, entrants, end = Results(), [], time.monotonic() + 60 * minutes
     for name, contestant in contestants.items():
         missing = [module for module in contestant.needs if importlib.util.find_spec(module) is None]
         if missing:
             results.left_out[name] = f"pip install {' '.join(PACKAGES[module] for module in missing)}"
         else:
             entrants.append(name)
+    if on_gpu:
+        _one_by_one(command, contestants, entrants, images, repetitions, end, results)
+    else:
+        _heats_and_final(command, contestants, entrants, images, repetitions, results)
+    for name in results.final:
+        results.heat.pop(name, None)
+    for name, why in results.left_out.items():
+        print(f"{name}: left out, {why}", file=sys.stderr)
+    ours = {name for name, contestant in contestants.items() if contestant.group == "vitface"}
+    if not ours & (results.final.keys() | results.heat.keys()):
+        raise SystemExit(f"{', '.join(ours)} failed")
+    return results
+
+
+def _one_by_one(
+    command: list[str],
+    contestants: dict[str, Contestant],
+    entrants: list[str],
+    images: int,
+    repetitions: int,
+    end: float,
+    results: Results,
+) -> None:
+    groups: dict[str, list[str]] = {}
+    for name in reversed(entrants):
+        groups.setdefault(contestants[name].group, []).append(name)
+    order = dict.fromkeys(name for row in itertools.zip_longest(*reversed(groups.values())) for name in row if name)
+    for name in order:
+        if time.monotonic() > end:
+            results.left_out[name] = OVER
+            continue
+        _turns(command, [name], images, repetitions, results, results.final)
+        if rates := results.final.get(name):
+            spread = f"({min(rates):.1f} to {max(rates):.1f})"
+            print(f"{name}: {statistics.median(rates):.1f} img/s {spread}", flush=True)
+
+
+def _heats_and_final(
+    command: list[str],
+    contestants: dict[str, Contestant],
+    entrants: list[str],
+    images: int,
+    repetitions: int,
+    results: Results,
+) -> None:
     for group in dict.fromkeys(contestants[name].group for name in entrants):
         names = [name for name in entrants if contestants[name].group == group]
         if len(names) > FINALISTS:
@@ -76,16 +134,7 @@ def hold(command: list[str], contestants: dict[str, Contestant], images: int, re
                 _turns(command, [name], images, HEAT, results, results.heat)
             names = sorted(set(names) & results.heat.keys(), key=lambda name: -statistics.median(results.heat[name]))
         entrants = [name for name in entrants if contestants[name].group != group] + names[:FINALISTS]
-    together = [entrants] if not torch.cuda.is_available() else [[name] for name in entrants]
-    for names in together:
-        _turns(command, names, images, repetitions, results, results.final)
-    for name in results.final:
-        results.heat.pop(name, None)
-    for name, why in results.left_out.items():
-        print(f"{name}: left out, {why}", file=sys.stderr)
-        if contestants[name].group == "vitface":
-            raise SystemExit(f"{name} failed")
-    return results
+    _turns(command, entrants, images, repetitions, results, results.final)
 
 
 def _turns(command: list[str], names: list[str], images: int, repetitions: int, results: Results, found: dict) -> None:

@@ -173,6 +173,20 @@ def test_contestants_take_turns_in_processes_of_their_own(tmp_path, capsys):
         contest.hold([str(script)], {"broken": entrant("vitface")}, images=4, repetitions=1)
 
 
+@pytest.mark.slow
+def test_on_a_gpu_each_runs_alone_the_groups_in_turn_and_none_after_the_time(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(benchmarks=str(ROOT / "benchmarks")))
+    entrants = {"vitface": entrant("vitface"), **{name: entrant("peers") for name in ("slow", "fast", "broken")}}
+    results = contest.hold([str(script)], entrants, images=4, repetitions=2, on_gpu=True)
+    assert list(results.final) == ["vitface", "fast", "slow"] and not results.heat
+    assert {len(rates) for rates in results.final.values()} == {2}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["vitface", "fast", "slow"] and "img/s (" in lines[0]
+    with pytest.raises(SystemExit, match="vitface failed"):
+        contest.hold([str(script)], entrants, images=4, repetitions=1, minutes=0, on_gpu=True)
+
+
 def test_packed_attention_is_timed_on_cuda_only():
     args = train_step.arguments(["--device", "cpu", "--dtypes", "fp32", "bf16", "--peers", "none"])
     assert not [name for name in train_step.contestants(args) if "packed" in name]
