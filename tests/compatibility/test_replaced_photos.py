@@ -98,6 +98,16 @@ def test_a_person_is_removed(photos):
     assert row.tobytes() not in disk and b"ben" not in disk
 
 
+@case("a folder moved below another one, then a person of it deleted", "said: rows of photos whose folder is not there")
+def test_rows_of_a_lost_folder_are_said(photos):
+    embed(photos)
+    more = photos.parent / "nest" / "more"
+    put(more, "1.jpg")
+    os.rename(photos, photos.parent / "nest" / "deep")
+    done = embed_folder(MODEL, more, photos.parent / "people", Settings("m"), CropReader())
+    assert done.lost == {str(photos): ["anna/1.jpg", "ben/1.jpg", "carl/1.jpg"]}
+
+
 @case("one of many rows of a part removed", "only that part is written again")
 def test_a_row_of_a_part(tmp_path):
     put(tmp_path / "photos", *(f"p{i}/1.jpg" for i in range(5)))
@@ -274,11 +284,11 @@ def test_crops_of_two_folders(photos):
     replace(photos, "ben/1.jpg")
     align(photos / "anna", out)
     crop = (out / "1.jpg").read_bytes()
-    with pytest.raises(DataError, match=f"crop of {photos}/anna/1.jpg, .*\n  vitface align {ben} {out}/ben"):
+    with pytest.raises(DataError, match=f"crop of {photos}/anna/1.jpg, .*\n  vitface align {ben} {out}-ben"):
         align(ben, out)
     assert (out / "1.jpg").read_bytes() == crop
-    align(ben, out / "ben")
-    assert (out / "ben" / "1.jpg").read_bytes() != crop
+    align(ben, photos.parent / "aligned-ben")
+    assert (photos.parent / "aligned-ben" / "1.jpg").read_bytes() != crop
 
 
 @case("`align --prune` of another folder with the same OUT", "crops of the first folder stay, and are not called gone")

@@ -40,7 +40,8 @@ class Embedded:
     `total` rows now, `new` of them added; the names whose file was replaced (`changed`: embedded again) or is no longer
     below the source (`gone`); why images were `skipped`; the files that were `left_out`, {reason: names}; `copies`,
     pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces. The
-    names of the source's rows begin with `prefix`.
+    names of the source's rows begin with `prefix`. `lost` are the folders of other rows that are not there any more,
+    {folder: the names of its rows}.
     """
 
     total: int
@@ -52,6 +53,7 @@ class Embedded:
     copies: list[tuple[str, str]]
     several: list[str]
     prefix: str
+    lost: dict[str, list[str]]
 
 
 def embed_folder(
@@ -92,7 +94,7 @@ def embed_folder(
     several = _embed_rest(functools.partial(spread, work), writer, source, skipped)
     total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
     left_out, copies = dict(found.left_out), writer.copies()
-    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix)
+    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix, source.lost())
 
 
 def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int) -> Work:

@@ -70,6 +70,14 @@ class Sources:
         start = f"{self.here}/"
         return [path[len(start) :] for path in self.names if path.startswith(start)]
 
+    def lost(self) -> dict[str, list[str]]:
+        """The rows of the folders that are not there any more, {folder: names}."""
+        found: dict[str, list[str]] = {}
+        for name, origin in self.rows.items():
+            if 0 <= origin.folder < len(self.folders):
+                found.setdefault(self.folders[origin.folder].path, []).append(name)
+        return {folder: names for folder, names in found.items() if not os.path.isdir(folder)}
+
     def is_taken(self, image: str) -> bool:
         """Whether the name of an image is that of a row that was made of another photo."""
         name = self.name(image)

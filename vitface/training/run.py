@@ -35,6 +35,8 @@ def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = N
         with process_group(config.device):
             config = dataclasses.replace(config, dtype=broadcast(config.dtype))  # each rank has measured its own
             if config.dry_run:
+                if config.save_dir:
+                    check_output(Path(config.save_dir), RUN_FILES)
                 trainer = Trainer(config, None, change)
                 print0(header(trainer, with_frozen=False))
                 trainer.fit(None)

@@ -34,7 +34,9 @@ def describe(path: Path) -> dict[str, Any]:
         count = sum(tensor.numel() for tensor in tensors.values())
         return {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
     if is_gallery(path):
-        return {"kind": "gallery", "images": len(read_names(path)), **dataclasses.asdict(read_settings(path))}
+        about = dataclasses.asdict(read_settings(path))
+        folders = [folder for folder, _ in about.pop("folders")]
+        return {"kind": "gallery", "images": len(read_names(path)), **about, "folders": folders}
     checkpoint = open_checkpoint(path)
     counts = parameter_counts(meta_model(checkpoint.config))
     of_manifest = {key: value for key, value in checkpoint.manifest.items() if isinstance(value, str | int)}

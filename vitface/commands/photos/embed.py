@@ -102,6 +102,13 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
         print(f"the same file under two names, {len(done.copies):,} times: {pairs}", file=sys.stderr)
     if others := strangers(arguments.out):
         print(f"{arguments.out} also holds {some(others)}: nothing reads it, delete it", file=sys.stderr)
+    for folder, names in done.lost.items():
+        print(
+            f"{len(names):,} rows are of photos in {folder}, which is not there: {some(names)}; if these were deleted, "
+            f'delete the rows in Python: gallery = vitface.Gallery.load("{out}"), gallery.remove(NAME) of each, '
+            f'gallery.save("{out}")',
+            file=sys.stderr,
+        )
     print_gone(arguments, done.gone)
     return 1 if done.skipped or done.left_out.keys() - set(HARMLESS) else 0
 

@@ -109,7 +109,7 @@ def _training_report(
 
 @finds("error", "fix what the message names, or get the set again")
 def unreadable(error: DataError) -> str:
-    return str(error)
+    return " ".join(str(error).split("\n"))
 
 
 @finds("warning", "unpack it, put images into folders SET/PERSON/IMAGE.jpg (docs/data.md), or move it elsewhere")

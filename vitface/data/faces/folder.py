@@ -148,7 +148,7 @@ def _from_here(known: dict[str, dict[str, str]], src: Path, images: list[str], o
         line["folder"] = here if line["folder"] in moved else line["folder"]
     for name in shared:
         if known[name]["folder"] != here and known[name]["stamp"] != stamp(src / name):
-            own = shlex.join(["vitface", "align", str(src), str(out / Path(here).name)])
+            own = shlex.join(["vitface", "align", str(src), f"{out}-{Path(here).name}"])
             raise DataError(
                 f"{out} has the crop of {known[name]['folder']}/{name}, and that of {src / name} would take its place; "
                 f"align the folder above both, or this one into a folder of its own:\n  {own}"
