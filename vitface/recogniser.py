@@ -101,16 +101,16 @@ class Recogniser:
 
         `flip` sums the embeddings of the image and its mirror image before normalising, as the benchmarks' protocol
         does. `batch_size` is chosen for the device by default. ImageError names an image that cannot be used, TypeError
-        what is none; ConfigError for other arguments that cannot be; CheckpointError if an embedding is not finite, and
-        so compares with nothing. A warning names photos in which several faces were found.
+        what is none; ConfigError for other arguments that cannot be; CheckpointError if an embedding is not of unit
+        norm (NaN, 0), and so compares with nothing. A warning names photos in which several faces were found.
         """
         return self._rows(images, align, flip, batch_size)
 
     def _rows(self, images: Images, align: Align, flip: bool = True, batch_size: int | None = None) -> np.ndarray:
         expect(isinstance(flip, bool | np.bool_), "flip", flip, "True or False")
         rows = embed_batches(self.model, self._batches(images, align, flip, batch_size, frames=5), flip)[0]
-        if not np.isfinite(rows).all():
-            raise CheckpointError("the model gives NaN for an image, no embedding: it is damaged, or made to mislead")
+        if not (np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01).all():  # NaN is not smaller either
+            raise CheckpointError("the model gives NaN or 0 for an image, no embedding: it is damaged, or misleads")
         return rows
 
     def verify(self, first: Photo, second: Photo, far: float | None = None, align: Align = None) -> Verdict:

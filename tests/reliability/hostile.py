@@ -88,10 +88,10 @@ ROWS = [
         "what_is_no_json a_file_without_end",
     ),
     Hostile(
-        "a model whose embedding is NaN",
+        "a model whose embedding is NaN or 0",
         'an error, not "different people"',
         CONTENTS,
-        "nan_is_no_verdict",
+        "nan_and_zero_are_no_verdict",
     ),
     Hostile(
         "settings that no model can have, or that ask for more than the file can fill",

@@ -176,11 +176,13 @@ def test_packed_folders_say_what_they_hold(tmp_path, change, labels):
         PackedSamples(tmp_path)
 
 
-def test_nan_is_no_verdict():
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_nan_and_zero_are_no_verdict(value):
     model = tiny_recogniser()
     with torch.no_grad():
-        next(model.model.head.parameters()).fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="NaN"):
+        for parameter in model.model.head.parameters():
+            parameter.fill_(value)
+    with pytest.raises(CheckpointError, match="NaN or 0"):
         model.verify(*np.zeros((2, 112, 112, 3), np.uint8))
 
 
