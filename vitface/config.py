@@ -16,6 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
+LEAST_TEMPERATURE = 1e-6  # of the router's softmax; below it float32 overflows
 Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
 
 
@@ -152,7 +153,7 @@ class TrainConfig:
     use_dalora: bool = flag(False, "DA-LoRA: several adapters per layer, mixed per image by a router")
     num_domains: int = flag(3, "DA-LoRA's adapters per layer", least=1, most=MAX_SIZE)
     router_depth: int = flag(3, "frozen blocks that the router looks through", least=1)
-    gate_temperature: float = flag(1.0, "router's softmax temperature; below 1: fewer adapters an image", least=1e-6)
+    gate_temperature: float = flag(1.0, "router's softmax temperature; low: fewer adapters", least=LEAST_TEMPERATURE)
     balance_loss_weight: float = flag(0.01, "weight of the loss that keeps all domains in use", least=0)
     domain_labels: str | None = flag(None, "CSV with columns image, domain; none: no labels, not even synthetic ones")
 

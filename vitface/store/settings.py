@@ -11,11 +11,19 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from vitface.config import MAX_IMAGE_SIZE, MAX_NUMBER, MAX_SIZE, FaceConfig, TrainConfig, ViTConfig, backbone_name
+from vitface.config import (
+    LEAST_TEMPERATURE,
+    MAX_IMAGE_SIZE,
+    MAX_NUMBER,
+    MAX_SIZE,
+    FaceConfig,
+    TrainConfig,
+    ViTConfig,
+    backbone_name,
+)
 from vitface.errors import CheckpointError
 from vitface.files import open_regular, read_json
 
-LEAST_TEMPERATURE = 1e-6  # below it float32 overflows
 MAX_COUNT, MAX_LOG_BYTES = 2**63 - 1, 16 << 20
 EPOCH_COLUMNS = ("epoch", "loss", "holdout_auc", "img_per_s")  # of log.csv; a value may be empty
 MAX_DEPTH, MAX_GRID = 64, 128  # blocks, patches a side: a small file could ask for hours of work else

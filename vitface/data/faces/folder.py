@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from vitface.data.folders import left_out_lines, some, some_images, stamp
 from vitface.data.images import encode_image, read_photo
 from vitface.data.progress import Progress
 from vitface.data.tables import read_table, table_text
-from vitface.errors import DataError, ImageError, in_one_line
+from vitface.errors import DataError, ImageError, command, in_one_line
 from vitface.files import check_output, make_folder, replace_file
 
 CROPPED = ("ok", "several")
@@ -148,7 +147,7 @@ def _from_here(known: dict[str, dict[str, str]], src: Path, images: list[str], o
         line["folder"] = here if line["folder"] in moved else line["folder"]
     for name in shared:
         if known[name]["folder"] != here and known[name]["stamp"] != stamp(src / name):
-            own = shlex.join(["vitface", "align", str(src), f"{out}-{Path(here).name}"])
+            own = command("align", src, f"{out}-{Path(here).name}")
             raise DataError(
                 f"{out} has the crop of {known[name]['folder']}/{name}, and that of {src / name} would take its place; "
                 f"align the folder above both, or this one into a folder of its own:\n  {own}"

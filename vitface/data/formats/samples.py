@@ -42,7 +42,8 @@ def load_samples(path: str | Path) -> "RecordSamples | FolderSamples | PackedSam
     if is_packed(path):
         return PackedSamples(path)
     for nested in sorted(path.glob("*/train.rec")):
-        raise DataError(f"{path} holds no train.rec, but {nested.parent} does; pass --train-data {nested.parent}")
+        one = nested.parent
+        raise DataError(f"{path} holds no train.rec, but {one} does; pass --train-data {quote(str(one))}")
     if how := misnamed(path):
         raise DataError(f"{path}: a set's files are called train.rec and train.idx: {how}")
     return FolderSamples(path)
@@ -125,17 +126,17 @@ def _check_people(root: Path, people: dict[str, Listing], deeper: dict[str, list
     lower = {name: deeper[name] for name in empty if name in deeper}
     if lower:
         name, images = max(lower.items(), key=lambda item: len(item[1]))
+        folder = quote(str(root / name))
         lines.append(f"in {len(lower)} of them images lie one level down, such as {in_one_line(images[0])}")
         if len(lower) == len(people) and len(images) > 1:
-            lines.append(f"  if {name} is a set of people, as train and val are: --train-data {root / name}")
-        lines.append(f"  if {name} is a person, move the images up: mv -n {root / name}/*/* {root / name}/")
+            lines.append(f"  if {name} is a set of people, as train and val are: --train-data {folder}")
+        lines.append(f"  if {name} is a person, move the images up: mv -n {folder}/*/* {folder}/")
     for name in empty:
         why = [f"{in_one_line(name)}: {line}" for line in left_out_lines(people[name].left_out)]
         lines += why[: EMPTY_SHOWN - len(lines)]
     if len(lower) < len(empty):
-        lines.append(
-            f"add images, or remove the folders; this removes those without a file: find {root} -type d -empty -delete"
-        )
+        remove = f"find {quote(str(root))} -type d -empty -delete"
+        lines.append(f"add images, or remove the folders; this removes those without a file: {remove}")
     raise DataError("\n".join(lines))
 
 
