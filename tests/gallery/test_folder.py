@@ -104,7 +104,11 @@ def test_a_killed_run_loses_what_was_not_yet_a_part(photos, tmp_path, monkeypatc
     assert len(read_names(tmp_path / "out")) == 12 and len(part_files(tmp_path / "out")) == 3
     assert embed(photos, tmp_path / "out").new == COUNT - 12
     part_files(tmp_path / "out")[1].unlink()  # as the message about a damaged part says
-    assert embed(photos, tmp_path / "out").new == 4 and len(Gallery.load(tmp_path / "out")) == COUNT
+    with pytest.raises(DataError, match=r"part-000001\.safetensors with 4 rows is lost; copy it back, or embed again"):
+        Gallery.load(tmp_path / "out")
+    done = embed(photos, tmp_path / "out")
+    assert done.new == 4 and done.lost_parts == ["part-000001.safetensors"]
+    assert len(Gallery.load(tmp_path / "out")) == COUNT
 
 
 def test_what_does_not_belong_together_is_refused(photos, tmp_path):

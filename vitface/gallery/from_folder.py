@@ -41,7 +41,7 @@ class Embedded:
     below the source (`gone`); why images were `skipped`; the files that were `left_out`, {reason: names}; `copies`,
     pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces. The
     names of the source's rows begin with `prefix`. `lost` are the folders of other rows that are not there any more,
-    {folder: the names of its rows}.
+    {folder: the names of its rows}, and `lost_parts` those of the gallery that were not there.
     """
 
     total: int
@@ -54,6 +54,7 @@ class Embedded:
     several: list[str]
     prefix: str
     lost: dict[str, list[str]]
+    lost_parts: list[str]
 
 
 def embed_folder(
@@ -94,7 +95,7 @@ def embed_folder(
     several = _embed_rest(functools.partial(spread, work), writer, source, skipped)
     total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
     left_out, copies = dict(found.left_out), writer.copies()
-    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix, source.lost())
+    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix, source.lost(), writer.lost)
 
 
 def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int) -> Work:
@@ -158,6 +159,8 @@ def _open_gallery(writer: "_Writer", src: Path, found: Listing, settings: Settin
         differs = "another model" if there.model != settings.model else "another alignment (--align or --no-align)"
         raise DataError(f"{out} was made with {differs}; embeddings of both cannot be compared, choose a new folder")
     writer.see_parts()
+    if is_gallery(out):
+        writer.lost = parts.settle(out, writer.seen)
     source = Sources(src, found.images, writer.rows, there.folders)
     if not is_gallery(out) or tuple(source.folders) != there.folders:
         parts.write_settings(out, dataclasses.replace(there, folders=tuple(source.folders)))
@@ -189,15 +192,16 @@ class _Writer:
 
     def __init__(self, out: Path):
         self.out, self.rows, self.added = out, dict[str, Origin](), dict[str, Origin]()
-        self.seen: set[str] = set()  # names of parts
+        self.seen: dict[str, int] = {}  # parts, and their rows when they were read
+        self.lost: list[str] = []  # parts that were listed and are not there
         self.waiting: list[tuple[dict[str, Origin], np.ndarray]] = []
         self.written = time.monotonic()
 
     def see_parts(self) -> None:
         for file in parts.part_files(self.out):
             if file.name not in self.seen:
-                self.seen.add(file.name)
                 part = parts.read_part(file, files=True)
+                self.seen[file.name] = len(part.names)
                 self.rows.update(zip(part.names, part.files, strict=True))
 
     def remove(self, names: set[str]) -> None:
@@ -225,7 +229,8 @@ class _Writer:
         added = {name: origin for name, origin in origins.items() if name not in self.rows}
         if added:
             rows = torch.from_numpy(embeddings[new]).to(parts.DTYPES[parts.read_settings(self.out).dtype])
-            self.seen.add(parts.write_part(self.out, list(added), rows, list(added.values())).name)
+            file = parts.write_part(self.out, list(added), rows, list(added.values()))
+            self.seen[file.name] = len(added)
         self.rows.update(added)
         self.added.update(added)
 

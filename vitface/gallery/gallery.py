@@ -104,10 +104,6 @@ class Gallery:
             block.count += count
             rows = rows[count:]
 
-    def _map(self, names: list[str], block: Block) -> None:
-        self.names.extend(names)
-        self._blocks.append(block)
-
     def _block_with_room(self, wanted: int) -> Block:
         """The last block, made longer, or a new one; at most twice as long as its rows need."""
         last = self._blocks[-1] if self._blocks else None
@@ -219,6 +215,7 @@ class Gallery:
         settings, files = parts.read_settings(path), parts.part_files(path)
         none = f"{path} holds no embedding yet; make them with {command('embed', 'FOLDER', path)}"
         if not files:
+            parts.check_list(path, {})
             raise DataError(none)
         gallery = cls(parts.read_part(files[0]).embeddings.shape[1], settings, device, dtype)
         gallery.add_parts(path)
@@ -230,8 +227,10 @@ class Gallery:
         """Adds the rows of a gallery on disk; DataError if it is damaged, or of another width."""
         if not len(self):
             self._source = path.resolve()
+        found: dict[str, int] = {}
         for file in parts.part_files(path):
             names, rows, _ = parts.read_part(file)
+            found[file.name] = len(names)
             if rows.shape[1] != self.embedding_dim:
                 raise DataError(f"{path} mixes embeddings of {self.embedding_dim} and of {rows.shape[1]} numbers")
             if len(rows) < MAPPED or rows.dtype != DTYPES[self.settings.dtype] or self.device.type != "cpu":
@@ -240,6 +239,7 @@ class Gallery:
             else:
                 self.names.extend(names)
                 self._blocks.append(Block(rows, len(rows), file, file.stat(), checked=False))
+        parts.check_list(path, found)
         self._stored = len(self) if self._source == path.resolve() else 0
 
     def _unit_rows(self, embeddings: np.ndarray | Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """A gallery on disk: a folder of parts that can grow; each part is written whole or not at all.
 
 gallery.json             {"format", "model": SHA-256 of the model or null, "align", "thresholds": {FAR: cosine},
-                         "dtype" of new rows, "folders": [[path, prefix]] that the rows are from, see `origins`}
-part-000000.safetensors  "embeddings" float32 or float16 (n, E), unit norm; its metadata has, as JSON, the n names and,
-                         where they are those of files, n times: a stamp (size and time), the SHA-256 of the file, and
-                         the number of its folder
+                         "dtype" of new rows, "folders": [[path, prefix]] that the rows are from, see `origins`,
+                         "parts": {file: n, or null while it is written}}
+part-000000.safetensors  "embeddings" float32 or float16 (n, E), unit norm; its metadata has its own name and, as JSON,
+                         the n names and, where they are those of files, n times: a stamp (size and time), the SHA-256
+                         of the file, and the number of its folder
+
+Who writes parts holds the gallery's lock, and lists a part before it writes, changes or deletes it. So a part that was
+lost, copied from elsewhere or exchanged is known from the list, also after a stop, and without a lock.
 
 Rows are removed by writing another part in place of theirs. Reading a gallery executes nothing in it. Embeddings of
 faces are biometric data, and rows are named: keep it private.
@@ -23,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.errors import DataError, command
+from vitface.errors import DataError, command, is_whole
 from vitface.files import json_bytes, make_folder, open_regular, read_json, replace_file, sync_folder
 from vitface.store.tensors import tensor_bytes
 from vitface.store.thresholds import number
@@ -32,6 +36,7 @@ FORMAT = "vitface-gallery-1"
 SETTINGS_FILE = "gallery.json"
 PART_NAME = re.compile(r"part-\d{6,}\.safetensors")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+Listed = dict[str, int | None]  # {part: its rows, None while it is written}
 
 
 class Folder(NamedTuple):
@@ -68,18 +73,28 @@ def check_new(path: Path) -> None:
         raise DataError(f"{path} is not empty; choose a new folder for the gallery")
 
 
-def write_settings(path: Path, settings: Settings) -> None:
-    """Makes `path` an empty gallery, or gives a gallery other settings; DataError if something else is there."""
+def write_settings(path: Path, settings: Settings, listed: Listed | None = None) -> None:
+    """Makes `path` an empty gallery, or gives a gallery other settings, and another list of its parts.
+
+    DataError if something else is there.
+    """
     if not is_gallery(path):
         check_new(path)
         make_folder(path.absolute())
+    elif listed is None:
+        listed = _read(path)[1]
     thresholds = {f"{far:g}": cosine for far, cosine in settings.thresholds.items()}
-    written = {"format": FORMAT, **dataclasses.asdict(settings), "thresholds": thresholds}
+    written = {"format": FORMAT, **dataclasses.asdict(settings), "thresholds": thresholds, "parts": listed or {}}
     replace_file(path / SETTINGS_FILE, json_bytes(written), private=True)
 
 
 def read_settings(path: Path) -> Settings:
     """The settings of a gallery; DataError if `path` is not one."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Settings, Listed]:
+    """The settings of a gallery, and its parts by gallery.json, where it lists any."""
     file = path / SETTINGS_FILE
     if not is_gallery(path):
         raise DataError(f"{path} is not a gallery; make one with {command('embed', 'FOLDER', path)}")
@@ -94,7 +109,10 @@ def read_settings(path: Path) -> Settings:
             "".join(path_and_prefix).encode(errors="surrogateescape")
         if dtype not in [*DTYPES] or not isinstance(align, bool) or not all(0 < far < 1 for far in thresholds):
             raise ValueError
-        return Settings(written["model"], align, thresholds, dtype, folders)
+        listed = dict(written.get("parts", dict.fromkeys(part.name for part in part_files(path))))
+        if not all(PART_NAME.fullmatch(name) and (rows is None or is_whole(rows)) for name, rows in listed.items()):
+            raise ValueError
+        return Settings(written["model"], align, thresholds, dtype, folders), listed
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
 
@@ -120,15 +138,18 @@ class Part(NamedTuple):
 
 def write_part(path: Path, names: Sequence[str], embeddings: Tensor, files: Sequence[Origin] = ()) -> Path:
     """Adds a part to a gallery, whole or not at all: embeddings (n, E), unit norm, with n names and maybe n files."""
+    settings, listed = _read(path)
     free = itertools.count(max((int(file.name[5:-12]) for file in part_files(path)), default=-1) + 1)
     file = next(file for number in free if not (file := path / f"part-{number:06d}.safetensors").exists())
+    write_settings(path, settings, {**listed, file.name: None})
     _write(file, Part(list(names), embeddings, list(files)))
+    write_settings(path, settings, {**listed, file.name: len(names)})
     return file
 
 
 def _write(file: Path, part: Part) -> None:
     check_norms(part.embeddings)
-    metadata = {"format": FORMAT, "names": json.dumps(part.names)}
+    metadata = {"format": FORMAT, "part": file.name, "names": json.dumps(part.names)}
     if any(origin.stamp for origin in part.files):
         metadata["files"] = json.dumps(part.files)
     replace_file(file, tensor_bytes({"embeddings": part.embeddings}, metadata), private=True)
@@ -141,7 +162,12 @@ def rewrite(path: Path, without: Collection[str] = (), dtype: str | None = None)
     """
     for leftover in path.glob(".part-*.part"):  # of a process that was killed
         leftover.unlink()
-    for file in part_files(path) if without or dtype else ():
+    if not without and not dtype:
+        return
+    settings, listed = _read(path)
+    files = part_files(path)
+    write_settings(path, settings, {**listed, **dict.fromkeys(file.name for file in files)})
+    for file in files:
         part = read_part(file, files=True)
         kept = [i for i, name in enumerate(part.names) if name not in without]
         target = DTYPES[dtype] if dtype else part.embeddings.dtype
@@ -150,7 +176,57 @@ def rewrite(path: Path, without: Collection[str] = (), dtype: str | None = None)
         elif len(kept) < len(part.names) or target != part.embeddings.dtype:
             rows = part.embeddings[kept].to(target)
             _write(file, Part([part.names[i] for i in kept], rows, [part.files[i] for i in kept]))
+        listed[file.name] = len(kept)
     sync_folder(path)
+    write_settings(path, settings, {name: rows for name, rows in listed.items() if rows != 0})
+
+
+def settle(path: Path, found: Mapping[str, int]) -> list[str]:
+    """Takes parts that are lost off the list, and lists the rows of those that a stop left open; returns the lost ones.
+
+    `found` {name: rows} are all parts that are there; DataError if one is not what the list says. For who has the lock.
+    """
+    settings, listed = _read(path)
+    settled: Listed = {name: rows or found[name] for name, rows in listed.items() if name in found}
+    if settled != listed:
+        write_settings(path, settings, settled)
+    check_list(path, found)
+    return [name for name, rows in listed.items() if rows and name not in found]
+
+
+def check_list(path: Path, found: Mapping[str, int]) -> None:
+    """DataError unless the parts that were `found` {name: rows} are those that the gallery lists.
+
+    What other processes change meanwhile is no fault.
+    """
+    listed = _read(path)[1]
+    for name in sorted({*listed, *found}):
+        file, expected = path / name, listed.get(name, 0)
+        if expected in (None, found.get(name, 0)):
+            continue
+        count = len(read_part(file).names) if file.exists() else 0
+        if not count and expected:
+            raise DataError(f"{file} with {expected:,} rows is lost; copy it back, or {remake(path)}")
+        if not expected and count:
+            raise DataError(
+                f"{file} is not listed in {SETTINGS_FILE}: if it was copied here, delete it; if {SETTINGS_FILE} is an "
+                f"older one, bring the newer one back"
+            )
+        if count != expected:
+            raise damaged(file, f"{count:,} rows, and {SETTINGS_FILE} lists {expected:,}")
+
+
+def remake(path: Path) -> str:
+    """How the rows of a part that is lost are made again, the end of a sentence."""
+    try:
+        settings = read_settings(path)
+    except DataError:
+        settings = Settings()
+    photos = () if settings.align else ("--no-align",)
+    lines = [command("embed", folder, path, *photos) for folder, _ in settings.folders]
+    if not lines:
+        return f'add its rows again after deleting its entry of "parts" in {SETTINGS_FILE}'
+    return "\n  ".join(["embed again the folders that the gallery is of, which adds what is missing:", *lines])
 
 
 def check_norms(embeddings: Tensor) -> None:
@@ -171,8 +247,10 @@ def strangers(path: Path) -> list[str]:
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of all parts, in order, without reading the embeddings; DataError for a damaged part."""
-    return [name for part in map(read_part, part_files(path)) for name in part.names]
+    """The names of all parts, in order, without reading the embeddings; DataError for a damaged or lost part."""
+    names = {file.name: read_part(file).names for file in part_files(path)}
+    check_list(path, {part: len(of_part) for part, of_part in names.items()})
+    return [*itertools.chain(*names.values())]
 
 
 def read_part(file: Path, files: bool = False) -> Part:
@@ -186,6 +264,8 @@ def read_part(file: Path, files: bool = False) -> Part:
             metadata = part.metadata() or {}
             if metadata.get("format") != FORMAT or list(part.keys()) != ["embeddings"]:
                 raise ValueError("not a part of a gallery")
+            if (name := metadata.get("part", file.name)) != file.name:
+                raise ValueError(f"a copy of {name:.40}")
             names, embeddings = json.loads(metadata["names"]), part.get_tensor("embeddings")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its names are not a list of strings")
@@ -206,4 +286,4 @@ def read_part(file: Path, files: bool = False) -> Part:
 
 
 def damaged(file: Path, why: object) -> DataError:
-    return DataError(f"{file} is damaged ({why}); delete it, and run the same embed command again")
+    return DataError(f"{file} is damaged ({why}); delete it, and {remake(file.parent)}")

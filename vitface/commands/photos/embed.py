@@ -84,7 +84,7 @@ def _predict(work: "Work", arguments: argparse.Namespace) -> int:
 def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import print_gone
     from vitface.data.folders import HARMLESS, left_out_lines, some
-    from vitface.gallery.parts import strangers
+    from vitface.gallery.parts import remake, strangers
 
     changed = f" ({len(done.changed):,} replaced since: {some(done.changed)})" if done.changed else ""
     counts = f"{done.total:,} images, {done.new:,} of them new{changed}, {len(done.skipped):,} skipped"
@@ -102,6 +102,8 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
         print(f"the same file under two names, {len(done.copies):,} times: {pairs}", file=sys.stderr)
     if others := strangers(arguments.out):
         print(f"{arguments.out} also holds {some(others)}: nothing reads it, delete it", file=sys.stderr)
+    if done.lost_parts:
+        print(f"{some(done.lost_parts)} was lost; if it held rows of other folders, {remake(out)}", file=sys.stderr)
     for folder, names in done.lost.items():
         print(
             f"{len(names):,} rows are of photos in {folder}, which is not there: {some(names)}; if these were deleted, "
