@@ -164,6 +164,7 @@ class TrainConfig:
     holdout_people: int = flag(10, "training people kept aside to choose the epoch by; 0: the last epoch", least=0)
     max_samples: int | None = flag(None, "train on at most this many images", least=1)
     augment: Literal["none", "flip", "strong"] = flag("strong", "random changes to training images")
+    degrade: str | None = flag(None, "training images as sensors give them: lowres,blur:1-4,jpeg,nir or all")
     pack: bool = flag(True, "decode the images once, into $VITFACE_HOME, not in every epoch", bookkeeping=True)
     num_workers: int = flag(2, "processes that decode images", least=0, most=1024, bookkeeping=True)
 

@@ -115,6 +115,7 @@ def _show_flags(parser: CommandParser) -> None:
     add("path", type=Path, metavar="PATH", help="training set")
     add("--out", type=output_file(".png"), default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
     add("--augment", choices=["none", "flip", "strong"], default="strong", help="as in training (default: strong)")
+    add("--degrade", metavar="SENSORS", help="as in training, such as lowres:12-28,nir or all; default: none")
     add("--count", type=number(int, Bounds(least=1)), default=8, help="images, a row each (default: 8)")
     add(
         "--epochs",
@@ -132,14 +133,21 @@ def _show_flags(parser: CommandParser) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from vitface.data.degrade import parse_sensors
     from vitface.data.formats.samples import load_samples
     from vitface.data.images import encode_image
     from vitface.data.show import contact_sheet
     from vitface.files import write_output
 
-    samples = load_samples(arguments.path)
+    sensors = () if arguments.degrade is None else parse_sensors(arguments.degrade)
     sheet = contact_sheet(
-        samples, arguments.count, arguments.augment, arguments.epochs, arguments.image_size, arguments.seed
+        load_samples(arguments.path),
+        arguments.count,
+        arguments.augment,
+        arguments.epochs,
+        arguments.image_size,
+        arguments.seed,
+        sensors,
     )
     write_output(arguments.out, encode_image(sheet, "PNG"))
     print(f"wrote {arguments.out}: as stored, then as epochs 1 to {arguments.epochs} show it to the model")

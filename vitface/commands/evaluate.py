@@ -12,7 +12,7 @@ from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.published import missing
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
-from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, available, evaluate_all, read_benchmark
+from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json, results_table
 from vitface.evaluation.scores import benchmark_of, keep_scores
@@ -31,6 +31,8 @@ EXAMPLES = """examples:
   vitface evaluate --bench lfw --routing               how DA-LoRA's domain weights depend on pose
   vitface evaluate --compare runs/lora-s* runs/dalora-s*   is DA-LoRA better than LoRA?
   vitface evaluate --checkpoint runs/a --bench lfw --gate shuffled   each image with another one's domain weights
+  vitface evaluate --bench lfw --degrade lowres:16     both photos of a pair are 16 pixels wide, and enlarged
+  vitface evaluate --bench lfw --degrade-probe lowres --output report.html   the second one only: a curve over sizes
   vitface evaluate --bench all --dry-run               how long will it take?
   torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
@@ -43,6 +45,12 @@ def add_flags(parser: CommandParser) -> None:
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
     add("--routing", action="store_true", help="also print DA-LoRA's domain weights by pose, and on procedural faces")
+    add(
+        "--degrade",
+        metavar="SENSORS",
+        help="photos as a sensor gives them: lowres:16, blur:2, jpeg:5, nir:16; lowres: a curve",
+    )
+    add("--degrade-probe", metavar="SENSORS", help="the same for the second photo of each pair only")
     add(
         "--output",
         type=output_file(".html"),
@@ -96,13 +104,13 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
 
     if arguments.routing:
         check_routing(model, arguments.bench)
-    data_dir = arguments.data_dir
+    data_dir, conditions = arguments.data_dir, conditions_of(arguments)
     names = benchmark_names(arguments.bench, data_dir)
     check_same({"model": checkpoint and checkpoint.sha256, "benchmarks": names})
     if arguments.dry_run:
-        return predict(model, names, data_dir)
-    if checkpoint:
-        evaluation = evaluate_all(model.embed, names, data_dir, in_turns)
+        return predict(model, names, data_dir, sum(1 + bool(each and each.probe) for each in conditions))
+    if checkpoint or conditions != [None]:
+        evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions)
     else:
         evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast)
     if rank() == 0:
@@ -110,14 +118,33 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     return 2 if evaluation.failures else 0
 
 
-def predict(model: "Recogniser", names: list[str], data_dir: Path) -> int:
-    """Prints how long the evaluation will take, from a measured batch; 2 if a benchmark cannot be read."""
+def conditions_of(arguments: argparse.Namespace) -> list[Degraded | None]:
+    """What --degrade or --degrade-probe makes of the pairs, [None] for nothing: a kind without an amount is a curve."""
+    from vitface.data.degrade import KINDS, parse_sensors
+
+    text, probe = arguments.degrade or arguments.degrade_probe, arguments.degrade is None
+    if text is None:
+        return [None]
+    if not probe and arguments.degrade_probe is not None:
+        raise ConfigError(
+            "--degrade is for both photos of a pair, --degrade-probe for the second one: name one of them"
+        )
+    if arguments.routing:
+        raise ConfigError("--routing is about photos as they are; leave --degrade out")
+    steps = [f"{text}:{amount:g}" for amount in KINDS[text].steps] if text in KINDS else [text]
+    return [Degraded(parse_sensors(step), probe) for step in steps]
+
+
+def predict(model: "Recogniser", names: list[str], data_dir: Path, times: int) -> int:
+    """Prints how long the evaluation will take, in which each photo is embedded `times` times, from a measured batch;
+    2 if a benchmark cannot be read."""
     from vitface.training.estimate import duration, final_evaluation, seconds_per_image
     from vitface.training.ranks.process_group import all_gather
 
     needed = final_evaluation(model.model, names, str(data_dir), with_frozen=False)
     rate = sum(all_gather(1 / (2 * seconds_per_image(model.model))))  # each image also mirrored
-    text = f"{needed.images:,} images of {', '.join(names)}: about {duration(needed.images / rate)}"
+    images = times * needed.images
+    text = f"{images:,} images of {', '.join(names)}: about {duration(images / rate)}"
     print(f"{text}, at {rate:,.1f} images/s before reading; nothing was evaluated")
     for problem in needed.problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -135,7 +162,14 @@ def show(
         print(results_table(evaluation.results))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
-    if checkpoint and run and evaluation.results and checkpoint.is_best and not arguments.gate:
+    if (
+        checkpoint
+        and run
+        and evaluation.results
+        and checkpoint.is_best
+        and not arguments.gate
+        and not evaluation.degraded
+    ):
         try_to_keep(run, evaluation.results, checkpoint.sha256)
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:

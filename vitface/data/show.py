@@ -6,6 +6,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vitface.data.augment import augment, plan, uniforms
+from vitface.data.degrade import Sensors, degrade, draw
 from vitface.data.formats.stored import Samples
 from vitface.data.preprocess import resize, to_float
 from vitface.errors import ConfigError
@@ -14,8 +15,11 @@ GAP, CAPTION = 4, 14  # pixels
 MAX_PIXELS = 50_000_000  # of a sheet
 
 
-def contact_sheet(samples: Samples, count: int, policy: str, epochs: int, side: int, seed: int) -> Image.Image:
-    """A row for each of `count` images, drawn by `seed`: the image as it is stored, then as each epoch augments it.
+def contact_sheet(
+    samples: Samples, count: int, policy: str, epochs: int, side: int, seed: int, sensors: Sensors = ()
+) -> Image.Image:
+    """A row for each of `count` images, drawn by `seed`: the image as it is stored, then as each epoch degrades it by
+    one of the `sensors`, whose name is written on it, and augments it.
 
     Every image is resized to `side` pixels as the model does it (bicubic). ConfigError for too few or too many.
     """
@@ -26,14 +30,19 @@ def contact_sheet(samples: Samples, count: int, policy: str, epochs: int, side: 
         raise ConfigError(f"a sheet of {pixels:,} pixels; lower --count, --epochs or --image-size")
     indices = np.sort(np.random.default_rng([seed, 4]).permutation(len(samples))[:count])
     crops = to_float(torch.from_numpy(np.stack([samples.read(int(i)) for i in indices])))
-    columns = [crops, *(augment(crops, plan(uniforms(seed, epoch, indices)), policy) for epoch in range(epochs))]
-    shown = torch.stack([resize(column, side, "bicubic") for column in columns]).clamp(0, 1)
+    drawn = [draw(sensors, seed, epoch, indices) for epoch in range(epochs)]
+    planned = [plan(uniforms(seed, epoch, indices)) for epoch in range(epochs)]
+    columns = [augment(degrade(crops, drawn[epoch]), planned[epoch], policy) for epoch in range(epochs)]
+    shown = torch.stack([resize(column, side, "bicubic") for column in (crops, *columns)]).clamp(0, 1)
     cells = rearrange(shown.mul(255).round().byte(), "columns rows c h w -> rows columns h w c").numpy()
-    sheet = Image.new("RGB", (len(columns) * (side + GAP) - GAP, len(indices) * (side + GAP + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", ((epochs + 1) * (side + GAP) - GAP, len(indices) * (side + GAP + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
     for row, index in enumerate(indices.tolist()):
         top = row * (side + GAP + CAPTION)
-        draw.text((0, top), f"{samples.names[samples.labels[index]]}, image {index}", fill="black")
+        pen.text((0, top), f"{samples.names[samples.labels[index]]}, image {index}", fill="black")
         for column, cell in enumerate(cells[row]):
-            sheet.paste(Image.fromarray(cell), (column * (side + GAP), top + CAPTION))
+            left = column * (side + GAP)
+            sheet.paste(Image.fromarray(cell), (left, top + CAPTION))
+            name = drawn[column - 1].text(row) if column else ""
+            pen.text((left + 2, top + side), name, fill="white", stroke_width=1, stroke_fill="black")
     return sheet

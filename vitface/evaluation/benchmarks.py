@@ -7,9 +7,11 @@ crops under the published names (see `published`, which also takes names that ar
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from vitface.errors import DataError, EvaluationError, command
 from vitface.evaluation.alarms import judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
 from vitface.files import sha256_bytes
+
+if TYPE_CHECKING:
+    from vitface.data.degrade import Sensors
 
 BATCH_SIZE = 128
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
@@ -35,6 +40,18 @@ def in_order(work: Work, count: int) -> np.ndarray:
 
 
 InTurns = Callable[[Work, int], np.ndarray]  # `in_order`, or the same over several processes
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """Pairs of which both images, or only the second one, the `probe`, are as `sensors` give them."""
+
+    sensors: "Sensors"
+    probe: bool = False
+
+    def label(self, name: str) -> str:
+        """The name of a benchmark's results: "lfw lowres:16", "lfw lowres:16 probe"."""
+        return " ".join([name, ",".join(map(str, self.sensors)), *["probe"] * self.probe])
 
 
 @dataclass(frozen=True)
@@ -89,24 +106,24 @@ def next_command(checkpoint: Path, data_dir: str | Path | None, train_data: str 
 
 
 def evaluate_benchmark(
-    embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order
+    embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order, degraded: Degraded | None = None
 ) -> tuple[Verification, list[str]]:
-    """(The result of the field's protocol on one benchmark, alarms).
+    """(The result of the field's protocol on one benchmark, `degraded` or as it is, alarms).
 
     DataError as for `read_benchmark`, EvaluationError if nothing can be computed from the embeddings.
     """
     if name in SYNTHETIC:
         images, people, data = _synthetic_benchmark(name)
-        rows = _embed_all(embed, images.__getitem__, len(images), in_turns, name)
-        first, second, folds, alarms, issame = rows[::2], rows[1::2], None, [], people[:, 0] == people[:, 1]
+        first, second = _embed_both(embed, images.__getitem__, np.arange(len(images)), in_turns, name, degraded)
+        folds, alarms, issame = None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
-        first, second = embed_pairs(embed, pairs, in_turns)
+        first, second = embed_pairs(embed, pairs, in_turns, degraded)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
         data = pairs.sha256()
     check_embeddings(np.concatenate([first, second]))
     result = dataclasses.replace(verify(pair_distance(first, second), issame, folds, people), data=data)
-    return result, [*alarms, *order_alarms(name, first, second, issame)]
+    return result, [*alarms, *([] if degraded else order_alarms(name, first, second, issame))]
 
 
 def pairs_sha256(name: str, data_dir: str | Path) -> str:
@@ -120,19 +137,40 @@ def _synthetic_benchmark(world: str) -> tuple[np.ndarray, np.ndarray, str]:
     return images, people, sha256_bytes(images.tobytes())
 
 
-def embed_pairs(embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order) -> tuple[np.ndarray, np.ndarray]:
+def embed_pairs(
+    embed: Embed, pairs: VerificationSet, in_turns: InTurns = in_order, degraded: Degraded | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of the pairs' (first, second) images, (N, E) each; an image of several pairs is embedded once."""
     images, rows = pairs.distinct()
-    embeddings = _embed_all(embed, images.read, len(images), in_turns, pairs.name)[rows]
-    return embeddings[::2], embeddings[1::2]
+    return _embed_both(embed, images.read, rows, in_turns, pairs.name, degraded)
 
 
-def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns, name: str) -> np.ndarray:
+def _embed_both(
+    embed: Embed,
+    read: Callable[[int], np.ndarray],
+    rows: np.ndarray,
+    in_turns: InTurns,
+    name: str,
+    degraded: Degraded | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`embed_pairs` of the images that `read` gives; `rows` (2 N,) says which of them the pairs show."""
+    count = int(rows.max()) + 1
+    second = _embed_all(embed, read, count, in_turns, name, degraded.sensors if degraded else ())
+    first = _embed_all(embed, read, count, in_turns, name) if degraded and degraded.probe else second
+    return first[rows[::2]], second[rows[1::2]]
+
+
+def _embed_all(
+    embed: Embed, read: Callable[[int], np.ndarray], count: int, in_turns: InTurns, name: str, sensors: "Sensors" = ()
+) -> np.ndarray:
     from vitface.data.background import in_thread  # here, so that help does not wait for torch and tqdm
+    from vitface.data.degrade import degrade_crops
     from vitface.data.progress import Progress
 
     def read_batch(turn: int) -> np.ndarray:
-        return np.stack([read(i) for i in range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))])
+        numbers = range(turn * BATCH_SIZE, min((turn + 1) * BATCH_SIZE, count))
+        crops = np.stack([read(i) for i in numbers])
+        return degrade_crops(crops, sensors, np.array(numbers)) if sensors else crops
 
     def embed_batches(turns: Sequence[int]) -> Iterator[np.ndarray]:
         for turn, crops in zip(turns, in_thread(read_batch, turns), strict=True):  # decoded while the device works
@@ -147,23 +185,35 @@ def _embed_all(embed: Embed, read: Callable[[int], np.ndarray], count: int, in_t
 class Evaluation:
     """Results by benchmark; `alarms` are about implausible sets or results, `failures` about those without a result.
 
-    `kept` names the benchmarks whose results are those of an earlier evaluation.
+    `kept` names the benchmarks whose results are those of an earlier evaluation, `degraded` what happened to the pairs
+    of those that are not as they were published.
     """
 
     results: dict[str, Verification]
     alarms: list[str]
     failures: list[str]
     kept: Sequence[str] = ()
+    degraded: dict[str, Degraded] = dataclasses.field(default_factory=dict)
 
 
-def evaluate_all(embed: Embed, names: list[str], data_dir: str | Path, in_turns: InTurns = in_order) -> Evaluation:
-    """Evaluates the named benchmarks one after the other; a failure of one does not stop the others."""
+def evaluate_all(
+    embed: Embed,
+    names: list[str],
+    data_dir: str | Path,
+    in_turns: InTurns = in_order,
+    conditions: Sequence[Degraded | None] = (None,),
+) -> Evaluation:
+    """Evaluates the named benchmarks one after the other, under each of the `conditions`; a failure of one does not
+    stop the others. A result near chance is an alarm unless the pairs were degraded."""
     evaluation = Evaluation({}, [], [])
-    for name in names:
+    for name, degraded in itertools.product(names, conditions):
+        label = degraded.label(name) if degraded else name
         try:
-            evaluation.results[name], alarms = evaluate_benchmark(embed, name, data_dir, in_turns=in_turns)
-            evaluation.alarms.extend(alarms)
-            evaluation.alarms.extend(judge(name, evaluation.results[name]))
+            evaluation.results[label], alarms = evaluate_benchmark(embed, name, data_dir, in_turns, degraded)
+            found = judge(label, evaluation.results[label])
+            alarms += [] if degraded else found
+            evaluation.alarms.extend(alarm for alarm in alarms if alarm not in evaluation.alarms)
+            evaluation.degraded.update({label: degraded} if degraded else {})
         except (DataError, EvaluationError) as error:
             evaluation.failures.append(str(error))
     return evaluation

@@ -17,6 +17,7 @@ from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import synthetic_routing
+from vitface.evaluation.scores import benchmark_of
 from vitface.metrics import roc
 from vitface.recogniser import Recogniser
 from vitface.store.settings import read_epochs
@@ -46,7 +47,8 @@ def report_page(
         title=title,
         problems=[*evaluation.alarms, *evaluation.failures],
         results=results_json(results),
-        benchmarks=BENCHMARKS,
+        categories_of={name: BENCHMARKS[benchmark_of(name)].category for name in results},
+        degraded=degraded_curves(evaluation),
         learning=learning_curve(run) if run else [],
         roc=roc_chart(results) if results else None,
         scores=[histogram(name, result) for name, result in results.items()],
@@ -91,18 +93,45 @@ def histogram(name: str, result: Verification) -> Chart:
     return line_chart(title, "cosine", "share of pairs", curves)
 
 
+def degraded_curves(evaluation: Evaluation) -> list[Chart]:
+    """Accuracy by the amount of a sensor, for each kind of which several amounts were evaluated."""
+    from vitface.data.degrade import KINDS
+
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for label, degraded in evaluation.degraded.items():
+        if len(degraded.sensors) == 1:
+            sensor, curve = degraded.sensors[0], benchmark_of(label) + ", the second photo only" * degraded.probe
+            point = sensor.low, 100 * evaluation.results[label].accuracy
+            charts.setdefault(sensor.kind, {}).setdefault(curve, []).append(point)
+    return [
+        line_chart(
+            f"Accuracy by {kind}",
+            f"{kind}, {KINDS[kind].unit}",
+            "accuracy in %",
+            {n: _xy(c) for n, c in curves.items()},
+        )
+        for kind, curves in charts.items()
+        if min(map(len, curves.values())) > 1
+    ]
+
+
+def _xy(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.array(sorted(points)).T
+    return x, y
+
+
 def category_bars(results: dict[str, Verification]) -> Chart:
     groups: dict[str, dict[str, float]] = {}
     for name, result in results.items():
-        groups.setdefault(BENCHMARKS[name].category, {})[name] = 100 * result.accuracy
+        groups.setdefault(BENCHMARKS[benchmark_of(name)].category, {})[name] = 100 * result.accuracy
     return bar_chart("Accuracy by what makes a benchmark hard", "category", "accuracy in %", groups, 100)
 
 
 def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str, Pictures]:
-    """The four most distant same pairs and the four nearest different pairs of every real benchmark."""
+    """The four most distant same pairs and the four nearest different pairs of every real benchmark, not degraded."""
     found = {}
     for name, result in results.items():
-        if name in SYNTHETIC:
+        if name in SYNTHETIC or name not in BENCHMARKS:
             continue
         images = EncodedImages(name, read_benchmark(name, data_dir).images)
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):

@@ -133,18 +133,18 @@ class FaceModel(nn.Module):
         """`stem` makes the patch embeddings of crops from now on (see `vitface.model.inference`)."""
         self.stem = stem
 
-    def forward(self, images: Tensor) -> FaceOutput:
-        return self.embed_tokens(self.vit.tokens(images))
+    def forward(self, images: Tensor, domains: Tensor | None = None) -> FaceOutput:
+        return self.embed_tokens(self.vit.tokens(images), domains)
 
-    def embed_tokens(self, tokens: Tensor) -> FaceOutput:
+    def embed_tokens(self, tokens: Tensor, domains: Tensor | None = None) -> FaceOutput:
         """The input of the first block (B, N, D), see `tokens` -> `FaceOutput`."""
-        weights, logits = self.route(tokens)
+        weights, logits = self.route(tokens, domains)
         seen = self.vit.encode(tokens, Mix(weights), self.config.head_levels)
         return FaceOutput(self.head(seen), weights, logits)
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def route(self, tokens: Tensor, domains: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The input of the first block -> domain weights and their logits, (B, K) each; None for plain LoRA."""
-        return (None, None) if self.router is None else self.router(tokens, self.vit.blocks)
+        return (None, None) if self.router is None else self.router(tokens, self.vit.blocks, domains)
 
     def tokens(self, crops: Tensor) -> Tensor:
         """Crops, uint8 (B, 112, 112, 3) -> the input of the first block (B, N, D)."""

@@ -28,8 +28,9 @@ class Router(nn.Module):
         self.fc1 = nn.Linear(embed_dim, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_domains)
 
-    def forward(self, tokens: Tensor, blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
-        """`blocks` are those of the ViT, whose first `depth` are run frozen and without a gradient."""
+    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`blocks` are those of the ViT, whose first `depth` are run frozen and without a gradient. The known `domains`
+        (B,) are for a control that reads them instead (see `vitface.study.controls`)."""
         with torch.no_grad():
             x = subsample_patches(tokens)
             for block in blocks[: self.depth]:

@@ -33,7 +33,7 @@ def _fix(model: FaceModel, logits) -> None:
 class ShuffledRouter(Router):
     """A router that gives each image the domain weights of the image half a batch further on."""
 
-    def forward(self, tokens: Tensor, blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights, logits = super().forward(tokens, blocks)
         return weights.roll(max(len(weights) // 2, 1), 0), logits
 

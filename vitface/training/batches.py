@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitface.config import TrainConfig
 from vitface.data.augment import augment, plan, uniforms
+from vitface.data.degrade import Drawn, Sensors, degrade, draw
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import Split, epoch_order, read_batches
 from vitface.data.preprocess import to_float
@@ -35,6 +36,8 @@ class TrainingData:
     domains: np.ndarray | None  # (n,) of all samples, if the data labels as many domains as the model has
     steps_per_epoch: int
     micro_batch: int  # b
+    sensors: Sensors = ()  # of --degrade
+    sensor_domains: bool = False  # an image's domain is its sensor, 0 for none
 
     def fingerprint(self) -> dict[str, int | str | None]:
         """Identifies the data by its split, the people's names, the domain labels, and the pixels of packed images, or
@@ -76,15 +79,20 @@ def rank_batches(
     for number, (where, crops) in enumerate(batches):
         indices = split.indices[where]
         planned = to_device(plan(uniforms(config.seed, epoch, indices)), device)
-        images = training_input(model, to_device(crops, device), planned, config.augment)
+        drawn = draw(data.sensors, config.seed, epoch, indices) if data.sensors else None
+        images = training_input(model, to_device(crops, device), planned, config.augment, drawn)
         labels = to_device(torch.from_numpy(split.labels[where]), device)
-        domains = None if data.domains is None else to_device(torch.from_numpy(data.domains[indices]), device)
+        kinds = drawn.kinds if drawn and data.sensor_domains else None
+        known = kinds if data.domains is None else data.domains[indices]
+        domains = None if known is None else to_device(torch.from_numpy(known), device)
         yield Batch(images, labels, domains, split.labels[whole[number // config.grad_accum]])
 
 
-def training_input(model: FaceModel, crops: Tensor, planned: Tensor, policy: str) -> Tensor:
-    """Crops, uint8 (b, 112, 112, 3) -> input of the model: augmented by `policy` as `planned`, resized, normalised."""
-    return model.preprocess(augment(to_float(crops), planned, policy))
+def training_input(model: FaceModel, crops: Tensor, planned: Tensor, policy: str, drawn: Drawn | None = None) -> Tensor:
+    """Crops, uint8 (b, 112, 112, 3) -> input of the model: degraded as `drawn`, augmented by `policy` as `planned`,
+    resized, normalised."""
+    images = to_float(crops)
+    return model.preprocess(augment(degrade(images, drawn) if drawn else images, planned, policy))
 
 
 class Ahead(Iterator[Batch]):

@@ -9,6 +9,7 @@ import numpy as np
 
 from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
 from vitface.data.checks.check_images import size_alarm
+from vitface.data.degrade import Sensors, parse_sensors
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import cached
 from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples, read_domains
@@ -65,6 +66,7 @@ def open_inputs(config: TrainConfig) -> Samples:
     attempt(lambda: find_weights(config))
     attempt(lambda: require("tracking this run", *(name for name in ("wandb", "tensorboard") if getattr(config, name))))
     attempt(lambda: final_benchmarks(config))
+    attempt(lambda: sensors_of(config))
     samples = attempt(lambda: read_samples(config))
     if problems:
         raise ConfigError("\n\n".join(problems))
@@ -137,8 +139,16 @@ def open_data(config: TrainConfig) -> TrainingData:
     domains = samples.domains if config.use_dalora and config.domain_labels != "none" else None
     if domains is not None and domains.max() + 1 != config.num_domains:
         domains = None
-    steps = len(split.indices) // config.batch_size
-    return TrainingData(samples, split, domains, steps, micro_batch_size(config))
+    steps, sensors = len(split.indices) // config.batch_size, sensors_of(config)
+    by_sensor = config.use_dalora and config.domain_labels is None and config.num_domains == len(sensors) + 1
+    return TrainingData(
+        samples, split, domains, steps, micro_batch_size(config), sensors, by_sensor and domains is None
+    )
+
+
+def sensors_of(config: TrainConfig) -> Sensors:
+    """Those of --degrade; ConfigError if it names none."""
+    return () if config.degrade is None else parse_sensors(config.degrade)
 
 
 def held_out_text(people: int) -> str:

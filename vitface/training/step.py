@@ -56,7 +56,7 @@ def schedule(step: int, total_steps: int, steps_per_epoch: int) -> float:
 
 def total_loss(model: nn.Module, margin: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """The losses of a micro-batch, scalars by name: "loss", which is minimised, and its parts "margin_loss", ..."""
-    embedding, weights, logits = model(batch.images)
+    embedding, weights, logits = model(batch.images, batch.domains)
     losses = {"margin_loss": margin(embedding, batch.labels)}
     loss = losses["margin_loss"]
     if weights is not None and weights.requires_grad:  # a router that is not trained learns nothing

@@ -1,0 +1,74 @@
+"""Benchmarks whose photos are as a sensor gives them: which photos, under which names, and as a curve."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vitface.__main__ import main
+from vitface.data.degrade import degrade_crops, parse_sensors
+from vitface.evaluation import benchmarks
+from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, Degraded, evaluate_all
+
+PAIRS = 60
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    benchmarks._synthetic_benchmark.cache_clear()
+    monkeypatch.setitem(BENCHMARKS, "synthetic", Benchmark("synthetic", PAIRS))
+    yield
+    benchmarks._synthetic_benchmark.cache_clear()
+
+
+def thumbnails(images):
+    """An embedding of 14 x 14 pixels, whole numbers: it shows which photos were embedded."""
+    return images[:, 4::8, 4::8].reshape(len(images), -1).astype(np.float32) + 1
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_both_photos_or_only_the_second_are_degraded(few_pairs, probe):
+    images, people, _ = benchmarks._synthetic_benchmark("synthetic")
+    changed = degrade_crops(images, parse_sensors("nir:30"), np.arange(2 * PAIRS))
+    degraded = Degraded(parse_sensors("nir:30"), probe)
+    evaluation = evaluate_all(thumbnails, ["synthetic"], "", conditions=[degraded])
+    label = "synthetic nir:30" + " probe" * probe
+    assert evaluation.degraded == {label: degraded} and list(evaluation.results) == [label]
+    first, second = thumbnails(images if probe else changed)[::2], thumbnails(changed)[1::2]
+    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first.astype("f8"), second.astype("f8")))
+    np.testing.assert_allclose(evaluation.results[label].distance, 2 - 2 * (first * second).sum(axis=1), atol=1e-6)
+    np.testing.assert_array_equal(evaluation.results[label].issame, people[:, 0] == people[:, 1])
+
+
+def test_a_kind_without_an_amount_is_a_curve_in_the_report(few_pairs, tiny_run, tmp_path, capsys):
+    page, results = tmp_path / "report.html", tmp_path / "results.json"
+    common = ["evaluate", "--checkpoint", str(tiny_run), "--bench", "synthetic", "--json", str(results)]
+    assert main([*common, "--degrade-probe", "lowres", "--output", str(page)]) == 0
+    names = [f"synthetic lowres:{side} probe" for side in (8, 12, 16, 20, 24, 32, 48, 64, 112)]
+    assert list(json.loads(results.read_text())["benchmarks"]) == names
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names) and "average" not in shown
+    text = page.read_text()
+    assert "<h2>Degraded photos</h2>" in text and "lowres, side in pixels" in text
+    assert "synthetic, the second photo only" in text
+    assert not (tiny_run / "scores.safetensors").exists()  # those of the photos as they are would be replaced
+    assert main([*common]) == 0
+    plain = json.loads(results.read_text())["benchmarks"]["synthetic"]["accuracy"]
+    assert main([*common, "--degrade", "lowres:112"]) == 0
+    assert json.loads(results.read_text())["benchmarks"]["synthetic lowres:112"]["accuracy"] == plain
+    assert main([*common, "--degrade", "lowres:16", "--dry-run"]) == 0
+    assert f"\n{2 * PAIRS} images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        ("--degrade lowres:16 --degrade-probe lowres:16", "name one of them"),
+        ("--degrade lowres:200", "at least 4 and at most 112, such as lowres:12"),
+        ("--degrade lowres:16 --routing", "leave --degrade out"),
+        ("--degrade-probe fog", "unknown kind 'fog'"),
+    ],
+)
+def test_what_cannot_be_degraded_is_refused(few_pairs, tiny_run, capsys, flags, answer):
+    assert main(["evaluate", "--checkpoint", str(tiny_run), "--bench", "synthetic", *flags.split()]) == 2
+    assert answer in capsys.readouterr().err
