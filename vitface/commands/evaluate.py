@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitface.commands.evaluate_ijb import evaluate_ijb
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
-from vitface.data.formats.published import missing
+from vitface.data.formats.published import IJB, MODES, missing
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
 from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
@@ -34,13 +35,14 @@ EXAMPLES = """examples:
   vitface evaluate --bench lfw --degrade lowres:16     both photos of a pair are 16 pixels wide, and enlarged
   vitface evaluate --bench lfw --degrade-probe lowres --output report.html   the second one only: a curve over sizes
   vitface evaluate --bench all --dry-run               how long will it take?
+  vitface evaluate --bench ijbc --data-dir IJB_release templates of faces: 1:1 and 1:N; goes on where it was stopped
   torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
 
 
 def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
-    add("--bench", choices=[*BENCHMARKS, "all"], help="which benchmark; 'all': each that has a file")
+    add("--bench", choices=[*BENCHMARKS, *IJB, "all"], help="which benchmark; 'all': each that has a file, but IJB")
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
@@ -59,7 +61,9 @@ def add_flags(parser: CommandParser) -> None:
     )
     add("--show-faces", action="store_true", help="with --output: show the hardest pairs, real people's faces")
     add("--json", type=output_file(".json"), metavar="FILE", help="also write the results there")
-    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size", "--dry-run")
+    how = "N1: an embedding counts with its norm, D1: with the detector's score, F1: its mirror image is added"
+    add("--pooling", choices=MODES, default=MODES[0], help=f"of IJB's faces to templates; {how} (default: {MODES[0]})")
+    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size", "--num-workers", "--dry-run")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments.device = local_device(arguments.device)
     with as_one(arguments.device):
-        return evaluate_model(*open_model(arguments), arguments)
+        evaluate = evaluate_ijb if arguments.bench in IJB else evaluate_model
+        return evaluate(*open_model(arguments), arguments)
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":

@@ -34,15 +34,19 @@ def read_table(path: str | Path, needed: Collection[str]) -> list[tuple[int, dic
     mark = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")  # Excel writes ; in many countries
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
-        first, *others = [(rows.line_num, row) for row in rows if row] or [(0, [])]
+        names = [name.strip().lower() for name in next((row for row in rows if row), [])]
+        places = {name: names.index(name) for name in needed if name in names}
+        # only these cells are kept: a file may have many more
+        found = [
+            (rows.line_num, {name: _plain(row[at]) if at < len(row) else "" for name, at in places.items()})
+            for row in rows
+            if row
+        ]
     except csv.Error as error:
         raise DataError(f"{path}: line {rows.line_num + 1} is no CSV ({error})") from None
-    names = [name.strip().lower() for name in first[1]]
-    lacking = [name for name in needed if name not in names]
-    if lacking:
+    if lacking := [name for name in needed if name not in places]:
         raise DataError(f"{path} lacks the columns {', '.join(lacking)}; its first line must have {','.join(needed)}")
-    places = [(name, names.index(name)) for name in needed]
-    return [(number, {name: _plain(row[at]) if at < len(row) else "" for name, at in places}) for number, row in others]
+    return found
 
 
 def _plain(cell: str) -> str:

@@ -3,7 +3,7 @@
 It shows what `report.results_json` holds, and charts of the same results; its text and markup are in report.html.j2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from vitface.data.formats.pairs import EncodedImages
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, read_benchmark
+from vitface.evaluation.ijb.results import result_text
+from vitface.evaluation.ijb.scoring import TemplateResult
 from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import results_json
@@ -34,11 +36,12 @@ def report_page(
     data_dir: Path,
     faces: bool,
     routing: Mapping[str, dict[str, Any]],
+    templates: Sequence[TemplateResult] = (),
 ) -> str:
     """The whole page as HTML.
 
-    `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, and `routing`
-    {benchmark: `benchmark_routing`} the router's weights by pose.
+    `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, `routing`
+    {benchmark: `benchmark_routing`} the router's weights by pose, and `templates` results on IJB.
     """
     results = evaluation.results
     return render(
@@ -57,6 +60,7 @@ def report_page(
         attention=attention_maps(model),
         routing=routing_section(model, routing) if model.config.num_domains > 1 else None,
         settings=vars(model.config),
+        templates=[(result_text(result), template_chart(result)) for result in templates],
     )
 
 
@@ -78,6 +82,12 @@ def roc_chart(results: dict[str, Verification]) -> Chart:
         far, tar, _ = roc(-result.distance, result.issame)
         curves[name] = far[far > 0], tar[far > 0]
     return line_chart("ROC", "false accept rate (log)", "true accept rate", curves, log_x=True)
+
+
+def template_chart(result: TemplateResult) -> Chart:
+    """True accept rate over false accept rate of IJB's pairs, from 1e-6."""
+    title = f"{result.name} {result.mode}, 1:1"
+    return line_chart(title, "false accept rate (log)", "true accept rate", {result.mode: result.curve}, log_x=True)
 
 
 def histogram(name: str, result: Verification) -> Chart:

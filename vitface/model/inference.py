@@ -31,12 +31,13 @@ Crops = np.ndarray | Tensor  # uint8 (B, 112, 112, 3)
 
 
 @torch.no_grad()
-def embed_crops(model: FaceModel, crops: Crops, flip: bool = True) -> tuple[Tensor, Tensor | None]:
+def embed_crops(model: FaceModel, crops: Crops, flip: bool = True, unit: bool = True) -> tuple[Tensor, Tensor | None]:
     """Crops, uint8 (B, 112, 112, 3) -> (embeddings float32 (B, E), unit norm; the router's weights (B, K), rows sum to
     one, None for plain LoRA), in one pass on the model's device.
 
     `flip` adds the embedding of the mirror image before normalising, as the field's protocol does; the weights are
-    those of the image itself. RuntimeError in train mode, ValueError for other shapes.
+    those of the image itself. Without `unit`, embeddings keep their norm. RuntimeError in train mode, ValueError for
+    other shapes.
     """
     pixels = _pixels(model, crops)
     if flip:
@@ -45,17 +46,19 @@ def embed_crops(model: FaceModel, crops: Crops, flip: bool = True) -> tuple[Tens
     if flip:
         embeddings = embeddings[::2] + embeddings[1::2]
         weights = None if weights is None else weights[::2]
-    return F.normalize(embeddings, dim=1), weights
+    return F.normalize(embeddings, dim=1) if unit else embeddings, weights
 
 
-def embed_batches(model: FaceModel, batches: Iterable[Crops], flip: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def embed_batches(
+    model: FaceModel, batches: Iterable[Crops], flip: bool = True, unit: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """`embed_crops` of one batch after the other: embeddings (N, E) and weights (N, K), ones (N, 1) for plain LoRA.
 
     A GPU is waited for when the batch after is queued, so that it has work all the time.
     """
     rows = [(torch.zeros(0, model.config.embedding_dim), torch.zeros(0, model.config.num_domains))]
     for batch in batches:
-        embeddings, weights = embed_crops(model, batch, flip)
+        embeddings, weights = embed_crops(model, batch, flip, unit)
         rows.append((embeddings, embeddings.new_ones(len(batch), 1) if weights is None else weights))
         rows[-2] = (rows[-2][0].cpu(), rows[-2][1].cpu())
     embeddings, gates = (torch.cat([part.cpu() for part in parts]).numpy() for parts in zip(*rows, strict=True))

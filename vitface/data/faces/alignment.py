@@ -45,6 +45,11 @@ def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
             f"the landmarks are {off:.0f} px off a face's, as when left and right, or x and y, are exchanged: left is "
             f"the image's left, y counts from the top"
         )
+    return warp_face(image, matrix)
+
+
+def warp_face(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) and a matrix of `similarity` -> the crop, uint8 (112, 112, 3), black beyond the image."""
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     inverse[:, 2] += 0.5 - inverse[:, :2].sum(1) / 2  # Pillow's pixel centres are at .5
     size = (CROP_SIZE, CROP_SIZE)

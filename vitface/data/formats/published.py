@@ -18,6 +18,8 @@ from vitface.errors import DataError
 from vitface.metrics import contiguous_folds
 
 PAIRS = {"lfw": 6000, "cfp_ff": 7000, "cfp_fp": 7000, "cplfw": 6000, "agedb_30": 6000, "calfw": 6000}
+IJB = {"ijbb": (227_630, 12_115, 8_010_270), "ijbc": (469_375, 23_124, 15_658_489)}  # faces, templates, pairs
+MODES = [f"N{n}D{d}F{f}" for n in (1, 0) for d in (1, 0) for f in (1, 0)]  # InsightFace's: norm, detector, flip
 _COPY = re.compile(r"[ _]?\(\d+\)$| - copy$| copy$")  # what browsers and desktops add
 
 

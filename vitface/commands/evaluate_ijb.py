@@ -1,0 +1,91 @@
+"""`vitface evaluate --bench ijbb|ijbc`: templates of faces instead of pairs of images."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitface.errors import ConfigError, in_one_line
+from vitface.files import json_bytes, write_output
+
+if TYPE_CHECKING:
+    from vitface.evaluation.ijb.embedding import StoredRows
+    from vitface.evaluation.ijb.scoring import TemplateResult
+    from vitface.recogniser import Recogniser
+    from vitface.store.faces import Checkpoint
+
+
+def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
+    """Embeds the faces over all ranks, where that is still to be done; the first rank scores them and prints."""
+    from vitface.data.formats.ijb_lists import read_faces, read_protocol
+    from vitface.evaluation.ijb.embedding import StoredRows
+    from vitface.evaluation.ijb.scoring import evaluate_templates
+    from vitface.training.ranks.parallel import over_ranks
+    from vitface.training.ranks.process_group import check_same, local_share, rank
+
+    if arguments.routing or arguments.show_faces:
+        raise ConfigError(f"--routing and --show-faces are for pairs of images; {arguments.bench} has templates")
+    faces = read_faces(arguments.bench, arguments.data_dir)
+    about = f"{checkpoint.sha256 if checkpoint else 'frozen'} {arguments.gate}"
+    check_same({"model": about, "crops": len(faces.crops)})
+    rows = StoredRows(faces, model, "F1" in arguments.pooling, about)
+    protocol = read_protocol(faces) if rank() == 0 else None  # its errors come before the hours
+    numbers = rows.missing() if rank() == 0 else []
+    if arguments.dry_run:
+        return _predict(rows, numbers)
+    rows.complete(numbers, local_share(arguments.num_workers), over_ranks, rank() == 0)
+    if protocol is None:
+        return 0
+    parts = map(rows.part, range(-(-len(faces.crops) // len(rows.part(0)))))
+    result = evaluate_templates(faces, protocol, parts, arguments.pooling)
+    _show(result, protocol.alarms, rows.folder, model, checkpoint, arguments)
+    return 0
+
+
+def _predict(rows: "StoredRows", numbers: list[int]) -> int:
+    """Prints how long the faces that have no embedding yet will take, from a measured batch."""
+    from vitface.evaluation.ijb.embedding import PART
+    from vitface.training.estimate import duration, seconds_per_image
+    from vitface.training.ranks.process_group import all_gather
+
+    images, total = min(len(numbers) * PART, len(rows.faces.crops)), len(rows.faces.crops)
+    rate = sum(all_gather(1 / ((1 + rows.flip) * seconds_per_image(rows.model.model))))
+    text = f"{images:,} of {total:,} faces to embed: about {duration(images / rate)}, at {rate:,.1f} faces/s"
+    print(f"{text} before reading; nothing was evaluated")
+    return 0
+
+
+def _show(
+    result: "TemplateResult",
+    alarms: list[str],
+    folder: Path,
+    model: "Recogniser",
+    checkpoint: "Checkpoint | None",
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints the result, keeps it in the run, and writes --json and --output."""
+    from vitface.evaluation.benchmarks import Evaluation
+    from vitface.evaluation.ijb.results import keep_result, result_json, result_text
+    from vitface.evaluation.page import report_page
+
+    print(result_text(result))
+    print(f"embeddings: {folder}, for other --pooling; delete it when you are done", file=sys.stderr)
+    if result.auc < 0.55:
+        alarms = [*alarms, f"{result.name}: AUC {result.auc:.4f} is chance level: the model or the crops are broken"]
+    run = checkpoint and checkpoint.run
+    if checkpoint and run and checkpoint.is_best and not arguments.gate:
+        try:
+            keep_result(run, result, checkpoint.sha256)
+        except OSError as error:
+            print(f"warning: the result was not kept in {run} ({error.strerror})", file=sys.stderr)
+    if arguments.json:
+        entry = {"alarms": alarms, "failures": [], "benchmarks": {result.name: result_json(result)}}
+        write_output(arguments.json, json_bytes(entry))
+    if arguments.output:
+        title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
+        data = Evaluation({}, alarms, [])
+        page = report_page(title, model, data, run, arguments.data_dir, False, {}, [result])
+        write_output(arguments.output, page.encode())
+        print(f"wrote {arguments.output}")
+    for alarm in alarms:
+        print(f"ALARM {in_one_line(alarm)}", file=sys.stderr)

@@ -1,0 +1,151 @@
+"""IJB's protocols: embeddings of faces -> templates -> verification 1:1 and search 1:N. numpy and torch only.
+
+Scores are cosines in float64, rounded to 12 decimals, so that equal templates tie in whatever order a product adds. A
+template of which nothing is left (all its faces have the detector's score 0) is the zero vector, with cosine 0 to all.
+Letters: N faces, T templates, M pairs, E embedding.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vitface.data.formats.ijb_lists import Faces, Gallery, Protocol
+from vitface.errors import EvaluationError
+
+FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+FPIRS = (1e-2, 1e-1)
+RANKS = (1, 5, 10)
+PRODUCT = 1 << 23  # cosines in memory at a time
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search in one gallery finds: shares of the `mated` probes, whose person is in it.
+
+    `rank[k]`: their person is among the k best. `tpir[f]`: it is the best, and above a threshold that a share f of the
+    `unmated` probes reach at most; NaN where there is none. A template that ties with the right one counts as better.
+    """
+
+    gallery: str
+    mated: int
+    unmated: int
+    rank: dict[int, float]
+    tpir: dict[float, float]
+
+
+@dataclass(frozen=True)
+class TemplateResult:
+    """The result of one of the MODES of pooling on "ijbb" or "ijbc"; `tar` by false accept rate; the two `searches`.
+
+    `counts` are of faces, templates, pairs, and of them same ones; `curve` is (FAR, TAR) to draw.
+    """
+
+    name: str
+    mode: str
+    counts: dict[str, int]
+    tar: dict[float, float]
+    auc: float
+    curve: tuple[np.ndarray, np.ndarray]
+    searches: list[Search]
+
+
+def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndarray], mode: str) -> TemplateResult:
+    """The result from embeddings of the faces in their order, not normalised, in arrays float32 (n, E).
+
+    EvaluationError if nothing can be computed from them, or if different pairs are the more similar ones.
+    """
+    templates = pool(faces, parts, mode)
+    score = pair_scores(templates, protocol.pairs)
+    same, different = np.sort(score[protocol.issame]), np.sort(score[~protocol.issame])
+    area = sum(np.searchsorted(different, same, side).mean() for side in ("left", "right")) / (2 * len(different))
+    if area < 0.45:
+        raise EvaluationError(f"{faces.name}: AUC {area:.4f} is below chance: the labels are inverted, or shifted")
+    rates = np.logspace(-6, 0, 121)
+    searches = [search(templates, gallery, protocol.lists[-1]) for gallery in protocol.lists[:-1]]
+    counts = (len(faces.crops), len(templates), len(score), len(same))
+    return TemplateResult(
+        faces.name,
+        mode,
+        dict(zip(("faces", "templates", "pairs", "same"), counts, strict=True)),
+        {far: tar_at_far(same, different, far) for far in FARS},
+        float(area),
+        (rates, np.array([tar_at_far(same, different, far) for far in rates])),
+        searches,
+    )
+
+
+def pool(faces: Faces, parts: Iterable[np.ndarray], mode: str) -> np.ndarray:
+    """Templates float64 (T, E), of unit norm or zero: the mean over the faces of each media, summed over media.
+
+    A face counts with its norm (N1) or without (N0), and with the detector's score (D1) or without (D0).
+    """
+    _, group, sizes = np.unique(
+        faces.row * (faces.media.max() + 1) + faces.media, return_inverse=True, return_counts=True
+    )
+    weights = (faces.score if "D1" in mode else np.ones(len(group))) / sizes[group]
+    rows, sums, start = torch.from_numpy(faces.row), torch.zeros(0), 0
+    for part in parts:
+        some = slice(start, start := start + len(part))
+        scale = weights[some] if "N1" in mode else weights[some] / np.linalg.norm(part.astype("f8"), axis=1)
+        if not len(sums):
+            sums = torch.zeros(len(faces.templates), part.shape[1], dtype=torch.float64)
+        sums.index_add_(0, rows[some], torch.from_numpy(part * scale[:, None]))
+    templates = sums.numpy()
+    return templates / np.maximum(np.linalg.norm(templates, axis=1, keepdims=True), np.finfo("f8").tiny)
+
+
+def products(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows of `first`, their cosines with all of `second`), PRODUCT of them at a time."""
+    step = max(1, PRODUCT // len(second))
+    for start in range(0, len(first), step):
+        block = slice(start, start + step)
+        yield block, first[block] @ second.T
+
+
+def pair_scores(templates: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The cosines float64 (M,) of pairs (M, 2) of rows.
+
+    All cosines of the templates on the left with those on the right are computed, in blocks, and the pairs' are picked:
+    a product of matrices is many times faster than M products of rows that lie anywhere.
+    """
+    (left, first), (right, second) = (np.unique(side, return_inverse=True) for side in pairs.T)
+    scores, second_templates = np.empty(len(pairs)), templates[right]
+    step = max(1, PRODUCT // len(right))
+    block_of = first // step
+    order = np.argsort(block_of.astype(np.min_scalar_type(int(block_of.max()))), kind="stable")
+    ends = np.cumsum(np.bincount(block_of))
+    for (block, cosines), start, end in zip(
+        products(templates[left], second_templates), [0, *ends], ends, strict=False
+    ):
+        some = order[start:end]
+        scores[some] = cosines[first[some] - block.start, second[some]]
+    return np.round(scores, 12, out=scores)
+
+
+def tar_at_far(same: np.ndarray, different: np.ndarray, far: float) -> float:
+    """The share of `same` scores that are accepted by the lowest threshold that at most a share `far` of the
+    `different` ones, which are sorted, reach."""
+    accepted = int(round(far * len(different), 6))
+    return 1.0 if accepted >= len(different) else float((same > different[-1 - accepted]).mean())
+
+
+def search(templates: np.ndarray, gallery: Gallery, probes: Gallery) -> Search:
+    """Searches all probes in a gallery; DataError if it has nobody of them."""
+    order = np.argsort(gallery.subjects)
+    place = np.searchsorted(gallery.subjects[order], probes.subjects)
+    mate = order[np.minimum(place, len(order) - 1)]
+    mated = gallery.subjects[mate] == probes.subjects
+    rank, own, best = np.zeros(len(mate), int), np.zeros(len(mate)), np.zeros(len(mate))
+    for block, cosines in products(templates[probes.rows], templates[gallery.rows]):
+        cosines = cosines.round(12)
+        own[block] = np.take_along_axis(cosines, mate[block, None], axis=1)[:, 0]
+        rank[block] = (cosines >= own[block, None]).sum(axis=1)
+        best[block] = cosines.max(axis=1)
+    if not mated.any():
+        raise EvaluationError(f"no probe is of a person in {gallery.name}: the lists are of different sets")
+    found, unmated = np.where(rank[mated] == 1, own[mated], -np.inf), np.sort(best[~mated])
+    tpir = {far: tar_at_far(found, unmated, far) if len(unmated) else float("nan") for far in FPIRS}
+    ranks = {k: float((rank[mated] <= k).mean()) for k in RANKS}
+    return Search(gallery.name, int(mated.sum()), len(unmated), ranks, tpir)
