@@ -165,4 +165,4 @@ def test_a_stopped_embedding_goes_on(command, tmp_path, monkeypatch, capsys):
 
 def test_what_goes_with_pairs_only(command, capsys):
     assert command[0]("--show-faces") == 2
-    assert "ijbc has templates" in capsys.readouterr().err
+    assert "ijbc has templates of them" in capsys.readouterr().err

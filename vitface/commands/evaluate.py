@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vitface.commands.evaluate_ijb import evaluate_ijb
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
+from vitface.data.formats.ijb_lists import find_ijb
 from vitface.data.formats.published import IJB, MODES, missing
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError
@@ -208,6 +209,9 @@ def benchmark_names(bench: str, data_dir: Path) -> list[str]:
     for name, benchmark in BENCHMARKS.items():
         if name not in names and benchmark.category != "synthetic":
             print(f"missing: {data_dir / name}.bin")
+    for name in IJB:
+        if find_ijb(name, data_dir):
+            print(f"not in 'all', as it takes long: --bench {name}")
     if not names:
         raise DataError(f"no benchmark was found: {missing('lfw', data_dir)}")
     return names

@@ -23,8 +23,9 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
     from vitface.training.ranks.parallel import over_ranks
     from vitface.training.ranks.process_group import check_same, local_share, rank
 
-    if arguments.routing or arguments.show_faces:
-        raise ConfigError(f"--routing and --show-faces are for pairs of images; {arguments.bench} has templates")
+    if arguments.routing or arguments.show_faces or arguments.degrade or arguments.degrade_probe:
+        flags = "--routing, --show-faces and --degrade"
+        raise ConfigError(f"{flags} are for pairs of photos; {arguments.bench} has templates of them")
     faces = read_faces(arguments.bench, arguments.data_dir)
     about = f"{checkpoint.sha256 if checkpoint else 'frozen'} {arguments.gate}"
     check_same({"model": about, "crops": len(faces.crops)})

@@ -204,13 +204,10 @@ def read_protocol(faces: Faces) -> Protocol:
         raise DataError(f"{path}: line {_line_of(path, 0)} and all others have the label {int(issame[0])}")
     alarms, lists = _repeated(path, pairs, issame, len(faces.templates)), _read_searches(faces)
     alarms += _contradictions(path, pairs, issame, lists, len(faces.templates))
-    counts = [
-        f"{len(x):,} {what}" for x, what in ((faces.crops, "faces"), (faces.templates, "templates"), (pairs, "pairs"))
-    ]
-    known = [f"{count:,} {what}" for count, what in zip(IJB[faces.name], ("faces", "templates", "pairs"), strict=True)]
-    if counts != known:
-        other = f"{', '.join(counts)}; the published set has {', '.join(known)}"
-        alarms.append(f"{faces.name}: {other}: its figures are not comparable")
+    counts = (len(faces.crops), len(faces.templates), len(pairs))
+    if counts != IJB[faces.name]:
+        texts = ["{:,} faces, {:,} templates, {:,} pairs".format(*numbers) for numbers in (counts, IJB[faces.name])]
+        alarms.append(f"{faces.name}: {texts[0]}; the published set has {texts[1]}: its figures are not comparable")
     return Protocol(pairs, issame, lists, alarms)
 
 
