@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig
-from vitface.data.faces.detect import FaceDetector, several_faces
+from vitface.data.faces.detect import REMARKS, FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
 from vitface.device import DTYPES, inference_dtype, known_device
@@ -102,7 +102,8 @@ class Recogniser:
         `flip` sums the embeddings of the image and its mirror image before normalising, as the benchmarks' protocol
         does. `batch_size` is chosen for the device by default. ImageError names an image that cannot be used, TypeError
         what is none; ConfigError for other arguments that cannot be; CheckpointError if an embedding is not of unit
-        norm (NaN, 0), and so compares with nothing. A warning names photos in which several faces were found.
+        norm (NaN, 0), and so compares with nothing. A warning names photos in which several faces were found, that were
+        turned upright or that end close to the face.
         """
         return self._rows(images, align, flip, batch_size)
 
@@ -150,11 +151,11 @@ class Recogniser:
     def _batches(
         self, images: Images, align: Align = None, flip: bool = False, batch_size: int | None = None, frames: int = 3
     ) -> Iterator[Crops]:
-        """The images as crops, in batches; warns at the end of those with several faces, where a method was called,
-        `frames` above this one."""
+        """The images as crops, in batches; warns at the end of those with REMARKS, where a method was called, `frames`
+        above this one."""
         size = "a whole number from 1, or None"
         expect(batch_size is None or (is_whole(batch_size) and batch_size > 0), "batch_size", batch_size, size)
-        reader, numbers, several = CropReader(align), itertools.count(), []
+        reader, numbers, remarked = CropReader(align), itertools.count(), []
         for batch in split(self.model, _several(images), flip, batch_size):
             if isinstance(batch, Tensor):
                 yield _checked(batch)
@@ -162,13 +163,13 @@ class Recogniser:
             crops = []
             for image, number in zip(batch, numbers, strict=False):
                 where = str(image) if isinstance(image, str | os.PathLike) else f"image {number}"
-                crop, faces = reader.read(image, where)
+                crop, _, remarks = reader.read(image, where)
                 crops.append(crop)
-                several += [in_one_line(f"{where}: {text}")] if (text := several_faces(faces)) else []
+                remarked += [in_one_line(f"{where}: {REMARKS[remark]}") for remark in remarks]
             yield np.stack(crops)
-        if several:
-            more = f"; and {len(several) - SHOWN:,} more photos with several" if several[SHOWN:] else ""
-            warnings.warn("; ".join(several[:SHOWN]) + more, stacklevel=frames)
+        if remarked:
+            more = f"; and {len(remarked) - SHOWN:,} more photos" if remarked[SHOWN:] else ""
+            warnings.warn("; ".join(remarked[:SHOWN]) + more, stacklevel=frames)
 
 
 def _checked(crops: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ import warnings
 import numpy as np
 import pytest
 from cases import case
-from conftest import tiny_recogniser
+from conftest import optional, tiny_recogniser
 from PIL import Image
 
 from vitface.__main__ import main
 from vitface.data.faces.alignment import TEMPLATE, align_face
 from vitface.data.faces.detect import Face, FaceDetector, central_face
+from vitface.data.faces.folder import Finder, align_folder, summary
+from vitface.data.faces.photos import CropReader
+from vitface.data.images import read_image
 from vitface.errors import ImageError, WeightsError
 
 KIND = "Photos in the API"
@@ -89,7 +92,7 @@ def crowd(photo, monkeypatch):
     return photo
 
 
-TAKEN = "2 faces; the large one near the middle was taken"
+TAKEN = "several faces; the large one near the middle was taken"
 
 
 @case("a photo with two faces in `model.embed` and `model.verify`", "the large one near the middle, with a warning")
@@ -103,7 +106,7 @@ def test_two_faces_are_warned_of(crowd):
         assert caught[0].filename == __file__  # the line that called it
     with pytest.warns(UserWarning, match=f"^{crowd}: {TAKEN}$"):
         assert MODEL.verify(crowd, CROP).score == pytest.approx(1, abs=1e-5)
-    with pytest.warns(UserWarning, match=f"{TAKEN}; and 2 more photos with several$"):
+    with pytest.warns(UserWarning, match=f"{TAKEN}; and 2 more photos$"):
         MODEL.embed([crowd] * 5)
 
 
@@ -124,8 +127,8 @@ def test_two_faces_are_said(crowd, tmp_path, tiny_run, capsys):
     result, text = said("explain", group, "-o", str(tmp_path / "out.png"))
     assert result["faces"] == 2 and text == f"{group}: {TAKEN}\n"
     result, text = said("embed", str(tmp_path / "album"), str(tmp_path / "people"), "--num-workers", "0")
-    assert result["several"] == ["party.png"]
-    assert "several faces in 1, the large one near the middle was taken: party.png" in text
+    assert result["remarks"] == {"several": ["party.png"]}
+    assert f"{TAKEN}, in 1: party.png" in text
     result, text = said("search", str(tmp_path / "people"), group)
     assert result[0]["faces"] == 2 and text == f"{group}: {TAKEN}\n"
     assert result[0]["matches"][0]["name"] == "album/party.png"
@@ -166,3 +169,73 @@ def test_a_damaged_detector(tmp_path, real_data, monkeypatch, spoil):
         (tmp_path / "c.onnx").write_bytes(data)
         with pytest.raises(WeightsError, match=r"c.onnx is damaged, or not the ONNX file of a YuNet"):
             FaceDetector(tmp_path / "c.onnx")
+
+
+class Upright(FaceDetector):
+    """Finds the face of PHOTO's upper part surely where it is upright, and something doubtful in any other photo."""
+
+    photo = PHOTO[:230]
+
+    def __init__(self, doubtful=0.7):
+        self.doubtful, self.searched = doubtful, 0
+
+    def detect(self, image):
+        self.searched += 1
+        wrong = Face(np.array([50.0, 50, 90, 90]), TEMPLATE + 40, self.doubtful)
+        return [FACE if np.array_equal(image, self.photo) else wrong]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        pytest.param(1, marks=case("a photo on its left side, without EXIF", "its face is turned, and it is said")),
+        pytest.param(2, marks=case("a photo upside down", "the same crop as of the upright photo")),
+        pytest.param(3, marks=case("a photo on its right side", "the same")),
+    ],
+)  # fmt: skip
+def test_a_photo_that_lies_is_turned(turns):
+    lying = np.rot90(Upright.photo, -turns)
+    crop, faces, remarks = CropReader(Upright()).read(np.ascontiguousarray(lying))
+    assert remarks == ["turned"] and faces == 1
+    np.testing.assert_allclose(crop.astype(int), align_face(Upright.photo, FACE.landmarks), atol=1)
+    x, y, width, height = Upright().find(lying)[0].box
+    assert (np.rot90(lying, turns) == Upright.photo).all() and (width, height) == ((72, 80) if turns == 2 else (80, 72))
+    assert 0 <= x < lying.shape[1] - width and 0 <= y < lying.shape[0] - height
+
+
+@case("an upright photo", "searched once; and a doubtful one stays as it is, where no other turn is surer")
+def test_an_upright_photo_is_not_turned():
+    detector = Upright()
+    assert detector.find(Upright.photo) == [FACE] and detector.searched == 1
+    (doubtful,) = detector.find(PHOTO)
+    assert doubtful.turns == 0 and detector.searched == 5
+    nearly = Upright(FACE.score - 0.02)
+    assert nearly.find(np.rot90(Upright.photo, 2))[0].turns == 0
+
+
+def test_real_photos_that_lie_are_turned_and_others_are_not(real_data):
+    optional("cv2")
+    reader = CropReader(FaceDetector(real_data / "face_detection_yunet.onnx"))
+    for path in sorted((real_data / "raw_faces").glob("*.jpg"))[::5]:
+        photo = np.asarray(Image.open(path).convert("RGB"))
+        crop, _, remarks = reader.read(photo)
+        assert "turned" not in remarks
+        for turns in (1, 2, 3):
+            again, _, remarks = reader.read(np.ascontiguousarray(np.rot90(photo, turns)))
+            assert "turned" in remarks and np.abs(again.astype(int) - crop).max() <= 1, path.name
+
+
+@case("`align` of a photo that ends in the middle of the face, and of one on its side", "both are counted and named")
+def test_align_says_what_it_turned_and_what_is_cut(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.rot90(Upright.photo)).save(tmp_path / "photos" / "lies.png")
+    Image.fromarray(PHOTO[:, :125]).save(tmp_path / "photos" / "cut.png")
+    marks = {"cut.png": FACE.landmarks}
+    for _ in range(2):  # the second time, from align.csv
+        done = align_folder(tmp_path / "photos", tmp_path / "out", Finder(marks, Upright()))
+        assert [*summary(done)] == [
+            "       2 photos with one face",
+            "       1 of them, it lies on a side or upside down; the face was turned upright: lies.png",
+            "       1 of them, the photo ends close to the face; a part of its crop is black: cut.png",
+        ]
+    assert not read_image(tmp_path / "out" / "cut.png")[:, 80:].any()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitface.data.faces.detect import FaceDetector, several_faces
+from vitface.data.faces.detect import REMARKS, FaceDetector
 from vitface.data.faces.folder import Finder
 from vitface.data.faces.landmarks import read_landmarks
 from vitface.data.faces.photos import CropReader
@@ -61,12 +61,12 @@ def crop_reader(arguments: argparse.Namespace) -> CropReader:
 
 
 def read_crops(arguments: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[np.ndarray], list[int]]:
-    """(crops of photos, numbers of faces found in them, 0 in a crop); names those with several on stderr."""
+    """(crops of photos, numbers of faces found in them, 0 in a crop); prints what is to remark of them to stderr."""
     reader = crop_reader(arguments)
-    crops, faces = zip(*map(reader.read, paths), strict=True)
-    for path, text in zip(paths, map(several_faces, faces), strict=True):
-        if text:
-            print(in_one_line(f"{path}: {text}"), file=sys.stderr)
+    crops, faces, remarks = zip(*map(reader.read, paths), strict=True)
+    for path, found in zip(paths, remarks, strict=True):
+        for remark in found:
+            print(in_one_line(f"{path}: {REMARKS[remark]}"), file=sys.stderr)
     return list(crops), list(faces)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from vitface.recogniser import Recogniser
 
 Work = Callable[[Sequence[Sequence[str]]], Iterator[tuple[Any, np.ndarray]]]  # see `chunk_embedder`
 Spread = Callable[[Work, Sequence[Sequence[str]]], Iterator[tuple[Any, np.ndarray]]]
-Chunk = tuple[np.ndarray, dict[str, tuple[str, str]], list[str], list[str]]  # see `_read_chunk`
+Chunk = tuple[np.ndarray, dict[str, tuple[str, str]], list[str], list[tuple[str, str]]]  # see `_read_chunk`
 CHUNK = 64  # images that a process decodes at a time, and that are embedded together
 PART_SECONDS = 30  # work that a power loss may cost
 
@@ -39,7 +40,8 @@ class Embedded:
 
     `total` rows now, `new` of them added; the names whose file was replaced (`changed`: embedded again) or is no longer
     below the source (`gone`); why images were `skipped`; the files that were `left_out`, {reason: names}; `copies`,
-    pairs of a new name and another one whose files are the same byte for byte; new images with `several` faces. The
+    pairs of a new name and another one whose files are the same byte for byte; new images by what is remarked of them,
+    {a key of REMARKS: names}. The
     names of the source's rows begin with `prefix`. `lost` are the folders of other rows that are not there any more,
     {folder: the names of its rows}, and `lost_parts` those of the gallery that were not there.
     """
@@ -51,7 +53,7 @@ class Embedded:
     skipped: list[str]
     left_out: dict[str, list[str]]
     copies: list[tuple[str, str]]
-    several: list[str]
+    remarks: dict[str, list[str]]
     prefix: str
     lost: dict[str, list[str]]
     lost_parts: list[str]
@@ -92,10 +94,10 @@ def embed_folder(
         ]
         writer.remove({*changed, *(gone if prune else ())})
     work = chunk_embedder(model, src, crops, num_workers)
-    several = _embed_rest(functools.partial(spread, work), writer, source, skipped)
+    remarks = _embed_rest(functools.partial(spread, work), writer, source, skipped)
     total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
     left_out, copies = dict(found.left_out), writer.copies()
-    return Embedded(total, new, changed, gone, skipped, left_out, copies, several, prefix, source.lost(), writer.lost)
+    return Embedded(total, new, changed, gone, skipped, left_out, copies, remarks, prefix, source.lost(), writer.lost)
 
 
 def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int) -> Work:
@@ -134,21 +136,22 @@ def images_per_second(embed: Work, images: Sequence[str], num_workers: int) -> f
     return count / seconds
 
 
-def _embed_rest(embed: Work, writer: "_Writer", source: Sources, skipped: list[str]) -> list[str]:
-    """Embeds the images that have no row, adds to `skipped` why some cannot be, returns those with several faces."""
+def _embed_rest(embed: Work, writer: "_Writer", source: Sources, skipped: list[str]) -> dict[str, list[str]]:
+    """Embeds the images that have no row, adds to `skipped` why some cannot be, returns those with remarks."""
     wanted = {image: source.name(image) for image in source.images}
     rest = [image for image, name in wanted.items() if name not in writer.rows]
     chunks = [rest[at : at + CHUNK] for at in range(0, len(rest), CHUNK)]
-    several, there = [], len(wanted) - len(rest)
+    remarked, there = defaultdict(list), len(wanted) - len(rest)
     bar = Progress(desc="embedding", total=len(wanted), initial=there, unit="image", dynamic_ncols=True)
     with bar, contextlib.closing(writer):
-        for (used, failures, crowded), rows in embed(chunks):
+        for (used, failures, remarks), rows in embed(chunks):
             origins = {wanted[image]: Origin(made, sha, source.number) for image, (made, sha) in used.items()}
             writer.add(origins, rows)
             skipped.extend(failures)
-            several.extend(crowded)
+            for name, remark in remarks:
+                remarked[remark].append(name)
             bar.update(len(used) + len(failures))
-    return several
+    return dict(remarked)
 
 
 def _open_gallery(writer: "_Writer", src: Path, found: Listing, settings: Settings) -> Sources:
@@ -168,19 +171,19 @@ def _open_gallery(writer: "_Writer", src: Path, found: Listing, settings: Settin
 
 
 def _read_chunk(src: Path, crops: CropReader, names: Sequence[str]) -> Chunk:
-    """(crops uint8 (n, 112, 112, 3), {image: (stamp, SHA-256)} of their files, why the others could not be used, the
-    names of those with several faces)."""
-    several, images, used, failures = [], np.empty((len(names), CROP_SIZE, CROP_SIZE, 3), np.uint8), {}, []
+    """(crops uint8 (n, 112, 112, 3), {image: (stamp, SHA-256)} of their files, why the others could not be used,
+    (name, remark) of photos)."""
+    remarked, images, used, failures = [], np.empty((len(names), CROP_SIZE, CROP_SIZE, 3), np.uint8), {}, []
     for name in names:
         made_of = stamp(src / name)
         try:
             data = read_file(src / name)
-            images[len(used)], faces = crops.read(data, str(src / name))
-            several += [name] if faces > 1 else []
+            images[len(used)], _, remarks = crops.read(data, str(src / name))
+            remarked += [(name, remark) for remark in remarks]
             used[name] = made_of, sha256_bytes(data)
         except ImageError as error:
             failures.append(str(error))
-    return images[: len(used)], used, failures, several
+    return images[: len(used)], used, failures, remarked
 
 
 class _Writer:

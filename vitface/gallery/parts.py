@@ -109,12 +109,13 @@ def _read(path: Path) -> tuple[Settings, Listed]:
             "".join(path_and_prefix).encode(errors="surrogateescape")
         if dtype not in [*DTYPES] or not isinstance(align, bool) or not all(0 < far < 1 for far in thresholds):
             raise ValueError
-        listed = dict(written.get("parts", dict.fromkeys(part.name for part in part_files(path))))
+        listed = dict(written.get("parts", {}))
         if not all(PART_NAME.fullmatch(name) and (rows is None or is_whole(rows)) for name, rows in listed.items()):
             raise ValueError
-        return Settings(written["model"], align, thresholds, dtype, folders), listed
+        settings = Settings(written["model"], align, thresholds, dtype, folders)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is damaged, or of another version of vitface; make the gallery again") from None
+    return settings, listed if "parts" in written else dict.fromkeys(part.name for part in part_files(path))
 
 
 class Origin(NamedTuple):

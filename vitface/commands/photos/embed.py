@@ -83,6 +83,7 @@ def _predict(work: "Work", arguments: argparse.Namespace) -> int:
 
 def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import print_gone
+    from vitface.data.faces.detect import REMARKS
     from vitface.data.folders import HARMLESS, left_out_lines, some
     from vitface.gallery.parts import remake, strangers
 
@@ -94,9 +95,8 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
     print_result(arguments, dataclasses.asdict(done), text)
     for why in (*(f"skipped {why}" for why in done.skipped), *left_out_lines(done.left_out)):
         print(why, file=sys.stderr)
-    if done.several:
-        taken = "the large one near the middle was taken"
-        print(f"several faces in {len(done.several):,}, {taken}: {some(done.several)}", file=sys.stderr)
+    for remark, names in done.remarks.items():
+        print(f"{REMARKS[remark]}, in {len(names):,}: {some(names)}", file=sys.stderr)
     if done.copies:
         pairs = some([f"{name} = {other}" for name, other in done.copies])
         print(f"the same file under two names, {len(done.copies):,} times: {pairs}", file=sys.stderr)

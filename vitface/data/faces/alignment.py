@@ -55,3 +55,14 @@ def warp_face(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     size = (CROP_SIZE, CROP_SIZE)
     data = tuple(inverse.ravel().tolist())
     return np.array(Image.fromarray(image).transform(size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+
+
+def outside(image: np.ndarray, landmarks: np.ndarray) -> float:
+    """The part of the crop, from 0 to 1, that is outside the photo (H, W, 3) and so black, for any landmarks (5, 2)."""
+    if not np.isfinite(landmarks).all():
+        return 1.0
+    matrix = similarity(landmarks.astype(np.float64), TEMPLATE)
+    inverse = np.linalg.pinv(np.vstack([matrix, [0, 0, 1]]))[:2]  # of a matrix that has none, too
+    pixels = np.indices((CROP_SIZE, CROP_SIZE)).reshape(2, -1)[::-1]
+    places = inverse[:, :2] @ pixels + inverse[:, 2:]
+    return 1 - float(((places > -1) & (places < np.array(image.shape[1::-1])[:, None])).all(0).mean())

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from vitface.data.background import in_processes
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.detect import MIN_FACE, FaceDetector, central_face, no_usable_face, several_faces
+from vitface.data.faces.detect import MIN_FACE, REMARKS, FaceDetector, central_face, no_usable_face, remarks
 from vitface.data.faces.landmarks import POINTS, match_photos, points_of
 from vitface.data.folders import left_out_lines, some, some_images, stamp
 from vitface.data.images import encode_image, read_photo
@@ -50,11 +50,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The number of photos by status, those of earlier calls included; the photos that were replaced since and aligned
-    again; those that are gone since; the files that were left out, {reason: names}; and the names in the finder's
-    landmarks that are no photo's."""
+    """The number of photos by status, and the photos by what is remarked of them, a key of REMARKS, those of earlier
+    calls included; the photos that were replaced since and aligned again; those that are gone since; the files that
+    were left out, {reason: names}; and the names in the finder's landmarks that are no photo's."""
 
     statuses: Counter[str]
+    remarks: dict[str, list[str]]
     changed: list[str]
     gone: list[str]
     left_out: dict[str, list[str]]
@@ -73,16 +74,21 @@ class Finder:
         """The line of a photo, its landmarks in pixels of `image`, uint8 (H, W, 3); the file has `reduction` times as
         many in each direction."""
         if name in self.landmarks:
-            return Row(name, "ok", 1, (self.landmarks[name] + 0.5) / reduction - 0.5)
-        faces = [] if self.detector is None else self.detector.detect(image)
+            landmarks = (self.landmarks[name] + 0.5) / reduction - 0.5
+            return Row(name, "ok", 1, landmarks, _in_words(remarks(image, landmarks)))
+        faces = [] if self.detector is None else self.detector.find(image)
         if not faces:
             why = no_usable_face([], image) if self.detector else "it is not in the file of --landmarks"
             return Row(name, "none", reason=why)
         face = central_face(faces, *image.shape[:2])
         if why := no_usable_face(faces, image, self.min_face):
             return Row(name, "tiny", len(faces), face.landmarks, why)
-        why = several_faces(len(faces))
-        return Row(name, "several" if why else "ok", len(faces), face.landmarks, why)
+        why = _in_words(remarks(image, face.landmarks, faces))
+        return Row(name, "several" if len(faces) > 1 else "ok", len(faces), face.landmarks, why)
+
+
+def _in_words(found: Iterable[str]) -> str:
+    return "; ".join(REMARKS[remark] for remark in found)
 
 
 def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, prune: bool = False) -> Aligned:
@@ -105,7 +111,7 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
         remove_crop(out, name)
         del known[name]
     rest = [name for name in names if name not in known]
-    statuses = Counter(known[name]["status"] for name in names if name in known)
+    reasons = {name: (known[name]["status"], known[name]["reason"]) for name in names if name in known}
     left_out = [Row(name, "left out", reason=why) for why, files in found.left_out.items() for name in files]
     rows = in_processes(functools.partial(_align_photo, src, out, finder), rest, num_workers)
     bar = Progress(rows, "aligning", len(names), initial=len(names) - len(rest), unit="photo", dynamic_ncols=True)
@@ -114,8 +120,10 @@ def align_folder(src: Path, out: Path, finder: Finder, num_workers: int = 0, pru
         for row in bar:
             file.write(table_text([row.cells()]))
             file.flush()
-            statuses[row.status] += 1
-    return Aligned(statuses, changed, gone, dict(found.left_out), unmatched)
+            reasons[row.file] = row.status, row.reason
+    remarked = {key: [name for name in names if text in reasons[name][1]] for key, text in REMARKS.items()}
+    statuses = Counter(status for status, _ in reasons.values())
+    return Aligned(statuses, remarked, changed, gone, dict(found.left_out), unmatched)
 
 
 def _for_photos(finder: Finder, src: Path, photos: list[str]) -> tuple[Finder, list[str]]:
@@ -238,6 +246,8 @@ def summary(done: Aligned) -> Iterator[str]:
         "damaged": "that cannot be read: no crop",
     }
     yield from (f"{done.statuses[status]:>8,} photos {text}" for status, text in words.items() if done.statuses[status])
+    for names, text in ((names, REMARKS[key]) for key, names in done.remarks.items() if names and key != "several"):
+        yield f"{len(names):>8,} of them, {text}: {some(names)}"
     if done.changed:
         why = "were replaced or have other landmarks, and were aligned again"
         yield f"{len(done.changed):>8,} of them {why}: {some(done.changed)}"

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitface.data.faces.alignment import align_face
-from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face
+from vitface.data.faces.detect import FaceDetector, central_face, no_usable_face, remarks
 from vitface.data.images import CROP_SIZE, check_rgb, decode_image, read_image, to_array, to_crop
 from vitface.errors import ConfigError, ImageError, WeightsError, expect, in_one_line
 
@@ -18,7 +18,7 @@ Photo = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 class CropReader:
     """`reader(image)` is its crop, uint8 (112, 112, 3); `reader.read(image)` is (crop, number of faces that were found,
-    0 where the image is a crop already). A reader can be pickled.
+    0 where the image is a crop already, `remarks` on them). A reader can be pickled.
 
     `align` False: images are aligned crops; a square of another size is resized. True, or a FaceDetector: an image of
     exactly 112 x 112 pixels is a crop; in any other the face (the large one near the middle) is found and aligned.
@@ -38,19 +38,20 @@ class CropReader:
     def __call__(self, image: Photo, where: str | None = None) -> np.ndarray:
         return self.read(image, where)[0]
 
-    def read(self, image: Photo, where: str | None = None) -> tuple[np.ndarray, int]:
+    def read(self, image: Photo, where: str | None = None) -> tuple[np.ndarray, int, list[str]]:
         where = in_one_line(where or (str(image) if isinstance(image, str | os.PathLike) else "image"))
         pixels = _pixels(image, where)
         align = self.arrays if isinstance(image, np.ndarray | Tensor) else self.others
         if not align or pixels.shape[:2] == (CROP_SIZE, CROP_SIZE):
-            return to_crop(pixels, where), 0
+            return to_crop(pixels, where), 0, []
         check_rgb(pixels, where)
         if self.detector is None:
             self.detector = _detector(pixels, where)
-        faces = self.detector.detect(pixels)
+        faces = self.detector.find(pixels)
         if why := no_usable_face(faces, pixels):
             raise ImageError(f"{where}: {why}")
-        return align_face(pixels, central_face(faces, *pixels.shape[:2]).landmarks), len(faces)
+        landmarks = central_face(faces, *pixels.shape[:2]).landmarks
+        return align_face(pixels, landmarks), len(faces), remarks(pixels, landmarks, faces)
 
 
 def _pixels(image: Photo, where: str) -> np.ndarray:
