@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import randomise_adapters
+from drawn import drawn_faces, jpeg
+from ijb import write_ijb
 from PIL import Image
 from ranks import in_ranks
 
@@ -20,6 +22,7 @@ from vitface.__main__ import main
 from vitface.commands import inputs
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
+from vitface.evaluation.ijb import embedding
 from vitface.gallery import from_folder
 from vitface.model.face import FaceModel
 from vitface.store.backbones import load_backbone
@@ -238,3 +241,22 @@ runpy.run_path({str(ROOT / "evaluate.py")!r}, run_name="__main__")
     alone, cut = started(*words, "one.json", ranks=1), started(*words, "two.json", ranks=2)
     assert cut.returncode == alone.returncode == 0 and cut.stdout == alone.stdout, cut.stderr
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ijb_gives_the_files_of_one_process(tmp_path, monkeypatch, tiny_run, count):
+    drawn = drawn_faces(people=6, images=8)
+    home = write_ijb(tmp_path / "data", crops=lambda person, number: jpeg(drawn[person * 8 + number % 8]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embedding, "PART", 7)
+    words = ["evaluate", "--bench", "ijbc", "--checkpoint", tiny_run, "--device", "cpu", "--num-workers", 0, "--json"]
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "one"))
+    assert main([str(word) for word in (*words, "one.json")]) == 0
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "several"))
+    (code, out, _), *others = on_ranks(count, *words, "several.json")
+    assert code == 0 and "TAR at FAR" in out and all(other == (0, "", "") for other in others)
+    assert Path("one.json").read_bytes() == Path("several.json").read_bytes()
+    one, several = (
+        {path.name: path.read_bytes() for path in Path(f).glob("ijbc/*/part-*")} for f in ("one", "several")
+    )
+    assert one == several and len(one) == -(-len(list(home.glob("loose_crop/*"))) // 7)

@@ -148,7 +148,7 @@ def test_a_stopped_embedding_goes_on(command, tmp_path, monkeypatch, capsys):
     assert "25.jpg: damaged" in capsys.readouterr().err
     (tmp_path / "aside.jpg").replace(home / "loose_crop" / "25.jpg")
     parts = sorted((tmp_path / "home" / "ijbc").glob("*/part-*"))
-    assert [part.name for part in parts] == ["part-000000.safetensors", "part-000001.safetensors"]
+    assert [part.name[:12] for part in parts] == ["part-000000-", "part-000001-"]
     assert all(part.stat().st_mode & 0o777 == 0o600 for part in parts)
     parts[0].write_bytes(parts[0].read_bytes()[:-3])  # damaged by a full disk, as may be
     seen, read = [], embedding._read_part
@@ -161,6 +161,46 @@ def test_a_stopped_embedding_goes_on(command, tmp_path, monkeypatch, capsys):
     assert run("--pooling", "N0D1F1") == 0 and run() == 0
     assert seen[-1] == max(seen) and capsys.readouterr().out.endswith(first)
     assert sorted(json.loads((tiny_run / "ijbc.json").read_text())["modes"]) == ["N0D1F1", "N1D1F1"]
+    (home / "loose_crop" / "11.jpg").write_bytes((home / "loose_crop" / "1.jpg").read_bytes())
+    assert run() == 0 and seen[-2:] == [max(seen), 1] and len(list(parts[0].parent.iterdir())) == 1 + max(seen)
+
+
+def test_runs_are_compared_by_what_they_kept(command, tmp_path, capsys):
+    run, _, tiny_run = command
+    assert main(["evaluate", "--compare", str(tiny_run), "--bench", "ijbc"]) == 2
+    assert (
+        "ijbc.json is missing; evaluate the run again with\n  vitface evaluate --checkpoint" in capsys.readouterr().err
+    )
+    assert run() == run("--pooling", "N0D1F1") == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(tiny_run), "--bench", "ijbc", "--json", str(tmp_path / "c.json")]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    entry = json.loads((tmp_path / "c.json").read_text())["runs"][str(tiny_run)]["N1D1F1"]
+    assert first.split()[0] == "N1D1F1" and second.split()[0] == "N0D1F1" and first.endswith(str(tiny_run))
+    assert first.split()[6] == f"{100 * entry['tar_at_far']['0.1']:.2f}" and head.split()[5:7] == ["1e-01", "rank-1"]
+    (tiny_run / "ijbc.json").write_text('{"model": "x", "modes": {"N9": {}}}')
+    assert main(["evaluate", "--compare", str(tiny_run), "--bench", "ijbc"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_embeddings_that_are_all_equal_are_an_error(tmp_path):
+    write_ijb(tmp_path)
+    faces = read_faces("ijbc", tmp_path)
+    with pytest.raises(EvaluationError, match="equal"):
+        evaluate_templates(faces, read_protocol(faces), [np.ones((len(faces.crops), 3), np.float32)], "N1D0F1")
+
+
+def test_a_gallery_that_knows_all_probes_has_no_false_positive_rate(tmp_path):
+    write_ijb(tmp_path)
+    faces = read_faces("ijbc", tmp_path)
+    first, second, probes = read_protocol(faces).lists
+    known = np.isin(probes.subjects, first.subjects)
+    own = scoring.Gallery("own", probes.rows[known], probes.subjects[known])
+    templates = np.random.default_rng(0).normal(size=(len(faces.templates), 8))
+    found = scoring.search(templates, first, own)
+    assert found.unmated == 0 and np.isnan(found.tpir[0.01]) and 0 <= found.rank[1] <= found.rank[10] == 1
+    with pytest.raises(EvaluationError, match="no probe is of a person in own"):
+        scoring.search(templates, own, second)
 
 
 def test_what_goes_with_pairs_only(command, capsys):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.evaluate_ijb import evaluate_ijb
+from vitface.commands.evaluate_ijb import compare_ijb, evaluate_ijb
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.ijb_lists import find_ijb
@@ -69,7 +69,7 @@ def add_flags(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.compare:
-        return compare_runs(arguments)
+        return compare_ijb(arguments) if arguments.bench in IJB else compare_runs(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
     from vitface.training.ranks.process_group import as_one, local_device

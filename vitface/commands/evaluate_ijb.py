@@ -37,8 +37,7 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
     rows.complete(numbers, local_share(arguments.num_workers), over_ranks, rank() == 0)
     if protocol is None:
         return 0
-    parts = map(rows.part, range(-(-len(faces.crops) // len(rows.part(0)))))
-    result = evaluate_templates(faces, protocol, parts, arguments.pooling)
+    result = evaluate_templates(faces, protocol, map(rows.part, range(len(rows.files))), arguments.pooling)
     _show(result, protocol.alarms, rows.folder, model, checkpoint, arguments)
     return 0
 
@@ -90,3 +89,15 @@ def _show(
         print(f"wrote {arguments.output}")
     for alarm in alarms:
         print(f"ALARM {in_one_line(alarm)}", file=sys.stderr)
+
+
+def compare_ijb(arguments: argparse.Namespace) -> int:
+    """Prints a line per run and mode of pooling, from the results that the runs kept."""
+    from vitface.evaluation.ijb.results import comparison_lines, kept_results
+
+    runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
+    kept = {str(run): kept_results(run, arguments.bench) for run in runs}
+    print("\n".join(comparison_lines(kept)))
+    if arguments.json:
+        write_output(arguments.json, json_bytes({"benchmark": arguments.bench, "runs": kept}))
+    return 0

@@ -33,13 +33,18 @@ class Verification:
     data: str = ""  # the SHA-256 of the images and pairs (see `VerificationSet.sha256`)
 
 
-def check_embeddings(rows: np.ndarray) -> None:
-    """EvaluationError, with the likely cause, if embeddings (N, E) are not finite, are zero, or are all the same."""
+def check_rows(rows: np.ndarray) -> None:
+    """EvaluationError, with the likely cause, if embeddings (N, E) are not finite or are zero."""
     bad, zero = (int(rows.sum()) for rows in (~np.isfinite(rows).all(axis=1), ~rows.any(axis=1)))
     if bad:
         raise EvaluationError(f"{bad} of {len(rows)} embeddings are NaN or infinite: the model's weights are broken")
     if zero:
         raise EvaluationError(f"{zero} of {len(rows)} embeddings are zero: the embedding head or its file is damaged")
+
+
+def check_embeddings(rows: np.ndarray) -> None:
+    """`check_rows`, and EvaluationError if all embeddings are the same."""
+    check_rows(rows)
     if np.abs(rows - rows[0]).max() <= 1e-6 * np.abs(rows[0]).max():
         raise EvaluationError("all embeddings are equal: the model has collapsed to one point, or sees blank images")
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from vitface.data.background import in_processes
+from vitface.data.folders import stamp
 from vitface.data.formats.ijb_lists import Faces
 from vitface.data.images import CROP_SIZE
 from vitface.data.progress import Progress
 from vitface.errors import CheckpointError
-from vitface.evaluation.protocol import check_embeddings
-from vitface.files import cache_home, make_folder, replace_file, sha256_file
+from vitface.evaluation.protocol import check_rows
+from vitface.files import cache_home, make_folder, replace_file, sha256_bytes, sha256_file
 from vitface.model.inference import embed_batches, split
 from vitface.recogniser import Recogniser
 from vitface.store.tensors import read_tensors, tensor_bytes
@@ -31,7 +32,11 @@ Spread = Callable[[Any, Sequence[int]], Iterator[tuple[Any, np.ndarray]]]  # see
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
     """The embeddings (N, E), not normalised, of a set's faces by one model: of the images, or with `flip` the sums with
-    those of their mirror images. The folder's name is made of all that they depend on."""
+    those of their mirror images.
+
+    The folder's name is made of the model and the lists, and a part's of the sizes and times of its crops: the parts of
+    crops that were replaced are made again.
+    """
 
     faces: Faces
     model: Recogniser
@@ -46,19 +51,25 @@ class StoredRows:
         about += [dataclasses.asdict(self.model.config), crops, sha256_file(lists)]
         return cache_home() / self.faces.name / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """The part files, those that are there and those that are not."""
+        files, crops = [], self.faces.crops
+        for number, start in enumerate(range(0, len(crops), PART)):
+            stamps = "".join(stamp(self.faces.folder / name) for name in crops[start : start + PART])
+            files.append(self.folder / f"part-{number:06d}-{sha256_bytes(stamps.encode())[:16]}.safetensors")
+        return files
+
     def part(self, number: int) -> np.ndarray:
         """float32 (n, E); CheckpointError if it is missing or damaged."""
         count = min(PART, len(self.faces.crops) - number * PART)
         expected = {"embeddings": torch.empty(count, self.model.config.embedding_dim)}
-        return read_tensors(self._file(number), expected)["embeddings"].numpy()
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"part-{number:06d}.safetensors"
+        return read_tensors(self.files[number], expected)["embeddings"].numpy()
 
     def missing(self) -> list[int]:
         """The numbers of the parts that are still to be made."""
         numbers = []
-        for number in range(-(-len(self.faces.crops) // PART)):
+        for number in range(len(self.files)):
             try:
                 self.part(number)
             except CheckpointError:
@@ -77,8 +88,10 @@ class StoredRows:
         with Progress(desc=f"embedding {self.faces.name}", total=total, initial=done, unit="img") as bar:
             for number, rows in spread(functools.partial(self._embed, num_workers), numbers):
                 if writes:
+                    for earlier in self.folder.glob(f"part-{number:06d}-*"):
+                        earlier.unlink()
                     data = tensor_bytes({"embeddings": torch.from_numpy(np.ascontiguousarray(rows))})
-                    replace_file(self._file(number), data, private=True)
+                    replace_file(self.files[number], data, private=True)
                 bar.update(len(rows))
 
     def _embed(self, num_workers: int, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -86,7 +99,7 @@ class StoredRows:
         for number, crops in zip(numbers, aligned, strict=True):
             model = self.model.model
             rows, _ = embed_batches(model, split(model, crops, self.flip), self.flip, unit=False)
-            check_embeddings(rows)
+            check_rows(rows)
             yield number, rows
 
 

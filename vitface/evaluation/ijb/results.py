@@ -1,10 +1,13 @@
 """IJB results as text, as JSON, and in the folder of a run."""
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vitface.data.formats.published import MODES
+from vitface.errors import CheckpointError, VitfaceError, command, in_one_line
 from vitface.evaluation.ijb.scoring import FARS, FPIRS, RANKS, TemplateResult
 from vitface.files import json_bytes, read_json, replace_file
 
@@ -85,3 +88,38 @@ def keep_result(run: Path, result: TemplateResult, model: str) -> None:
         written = read_json(file)
         modes = dict(written["modes"]) if written["model"] == model else {}
     replace_file(file, json_bytes({"model": model, "modes": {**modes, result.mode: result_json(result)}}))
+
+
+def kept_results(run: Path, name: str) -> dict[str, dict[str, Any]]:
+    """{mode: `result_json`} that a run kept; CheckpointError unless it is of the run's best checkpoint."""
+    from vitface.store.faces import open_checkpoint
+
+    file, again = run / f"{name}.json", command("evaluate", "--checkpoint", run, "--bench", name)
+    try:
+        written = read_json(file)
+        for mode, entry in written["modes"].items():
+            rates = [entry["tar_at_far"][f"{far:g}"] for far in FARS] + [*entry["mean_search"].values()]
+            if mode not in MODES or not all(rate is None or 0 <= rate <= 1 for rate in rates):
+                raise ValueError
+        if written["model"] == open_checkpoint(run).sha256:
+            return written["modes"]
+        fault = "is not of the run's best checkpoint"
+    except VitfaceError:
+        raise
+    except OSError:
+        fault = "is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fault = "is damaged"
+    raise CheckpointError(f"{file} {fault}; evaluate the run again with\n  {again}")
+
+
+def comparison_lines(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """A line per run and mode of {run: `kept_results`}: TAR at each FAR, rank-1 and TPIR, in %."""
+    searched = ["rank-1", *(f"TPIR at FPIR {far:g}" for far in FPIRS)]
+    lines = [_row("", [*(f"{far:.0e}" for far in FARS), *(name.replace(" at FPIR ", "@") for name in searched)])]
+    for run, modes in kept.items():
+        for mode, entry in modes.items():
+            found = [*entry["tar_at_far"].values(), *(entry["mean_search"].get(name) for name in searched)]
+            cells = ["-" if rate is None else _percent(rate) for rate in found]
+            lines.append(f"{_row(mode, cells)}  {in_one_line(run)}")
+    return lines

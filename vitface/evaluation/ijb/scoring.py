@@ -13,6 +13,7 @@ import torch
 
 from vitface.data.formats.ijb_lists import Faces, Gallery, Protocol
 from vitface.errors import EvaluationError
+from vitface.metrics import check_scores
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FPIRS = (1e-2, 1e-1)
@@ -58,6 +59,7 @@ def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndar
     """
     templates = pool(faces, parts, mode)
     score = pair_scores(templates, protocol.pairs)
+    check_scores(score, protocol.issame)
     same, different = np.sort(score[protocol.issame]), np.sort(score[~protocol.issame])
     area = sum(np.searchsorted(different, same, side).mean() for side in ("left", "right")) / (2 * len(different))
     if area < 0.45:
