@@ -134,6 +134,35 @@ def test_two_faces_are_said(crowd, tmp_path, tiny_run, capsys):
     assert result[0]["matches"][0]["name"] == "album/party.png"
 
 
+@case(
+    "`search` with photos of which one has no face, one is damaged and one is missing", "answers for the others; code 2"
+)
+def test_search_answers_for_the_others(photo, tmp_path, tiny_run, capsys):
+    Image.fromarray(CROP).save(tmp_path / "crop.png")
+    Image.fromarray(PHOTO[:200]).save(tmp_path / "wall.png")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    model, people = ["--checkpoint", str(tiny_run), "--device", "cpu"], str(tmp_path / "people")
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "anna.png").write_bytes((tmp_path / "crop.png").read_bytes())
+    assert main(["embed", str(tmp_path / "album"), people, *model, "--num-workers", "0"]) == 0
+    capsys.readouterr()
+    names = ["wall.png", "crop.png", "bad.jpg", "gone.jpg", "photo.png"]
+    given = [str(tmp_path / name) for name in names]
+    assert main(["search", people, *given, *model, "--json"]) == 2
+    streams = capsys.readouterr()
+    entries = json.loads(streams.out)
+    assert [entry["photo"] for entry in entries] == given
+    assert [entry["matches"][0]["name"] if "matches" in entry else "" for entry in entries] == [
+        *("", "album/anna.png", "", "", "album/anna.png")
+    ]
+    lines = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: {entry['error']}" for entry in entries if "error" in entry] and len(lines) == 3
+    assert "wall.png: no face found in 250 x 200" in lines[0] and "gone.jpg" in lines[2]
+    assert main(["search", people, given[0], given[2], *model]) == 2
+    assert "wall.png: no face" in (printed := capsys.readouterr()).err and "bad.jpg: not a" in printed.err
+    assert not printed.out
+
+
 def face(x, y, side):
     return Face(np.array([x, y, side, side], float), TEMPLATE / 112 * side + [x, y], 0.9)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +60,12 @@ def crop_reader(arguments: argparse.Namespace) -> CropReader:
     return CropReader(FaceDetector(arguments.detector) if arguments.detector else arguments.align)
 
 
-def read_crops(arguments: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[np.ndarray], list[int]]:
-    """(crops of photos, numbers of faces found in them, 0 in a crop); prints what is to remark of them to stderr."""
-    reader = crop_reader(arguments)
-    crops, faces, remarks = zip(*map(reader.read, paths), strict=True)
-    for path, found in zip(paths, remarks, strict=True):
-        for remark in found:
-            print(in_one_line(f"{path}: {REMARKS[remark]}"), file=sys.stderr)
-    return list(crops), list(faces)
+def read_crop(reader: CropReader, path: Path) -> tuple[np.ndarray, int]:
+    """(The crop of a photo, the number of faces found in it, 0 in a crop); prints what is to remark to stderr."""
+    crop, faces, remarks = reader.read(path)
+    for remark in remarks:
+        print(in_one_line(f"{path}: {REMARKS[remark]}"), file=sys.stderr)
+    return crop, faces
 
 
 def make_finder(arguments: argparse.Namespace, min_face: float) -> Finder:

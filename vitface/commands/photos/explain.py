@@ -35,18 +35,18 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.commands.inputs import load_model, read_crops
+    from vitface.commands.inputs import crop_reader, load_model, read_crop
     from vitface.evaluation.explanation import explanation
 
     if arguments.out.exists() and arguments.out.samefile(arguments.photo):
         raise ConfigError(f"--out {arguments.out} is the photo itself; name another file")
-    crops, faces = read_crops(arguments, [arguments.photo])
+    crop, faces = read_crop(crop_reader(arguments), arguments.photo)
     model, _ = load_model(arguments)
-    picture, attention, weights = explanation(model, crops[0], arguments.block)
+    picture, attention, weights = explanation(model, crop, arguments.block)
     write_output(arguments.out, encode_image(picture, "PNG"))
     domains = f"domain weights: {', '.join(f'{weight:.3f}' for weight in weights)}"
     text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
     if model.config.head == "patches":
         text += '\nthe head "patches" reads every patch; the picture shows the attention of CLS alone'
-    result = {"domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces[0]}
+    result = {"domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces}
     print_result(arguments, result, text)

@@ -1,6 +1,7 @@
-"""Who in a gallery is most like these photos? Exit code 1: for some photo, nobody reaches the threshold."""
+"""Who in a gallery is most like these photos? Exit code 1: nobody reaches the threshold; 2: for a photo, no answer."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from vitface.commands.parser import (
     number,
     print_result,
 )
-from vitface.errors import ConfigError, in_one_line
+from vitface.errors import ConfigError, ImageError, in_one_line
 
 if TYPE_CHECKING:
     from vitface.gallery.gallery import Match
@@ -35,12 +36,19 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import load_model, read_crops, threshold_of
+    from vitface.commands.inputs import crop_reader, load_model, read_crop, threshold_of
     from vitface.gallery.gallery import Gallery
 
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}")
-    images, faces = read_crops(arguments, arguments.photos)
+    reader, read, failed = crop_reader(arguments), {}, {}
+    for place, photo in enumerate(arguments.photos):
+        try:
+            read[place] = read_crop(reader, photo)
+        except ImageError as error:
+            failed[place] = {"photo": str(photo), "error": str(error)}
+    if not read:
+        raise ImageError("\n".join(entry["error"] for entry in failed.values()))
     gallery = Gallery.load(arguments.gallery)
     model, checkpoint = load_model(arguments)
     made_by = gallery.settings.model
@@ -49,12 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.gallery} was made by another model than {checkpoint.path}; name it with --checkpoint"
         )
     threshold, _ = threshold_of(arguments, model.thresholds)
-    found = gallery.search(model.embed(images), arguments.top)
-    answers = list(zip(arguments.photos, found, strict=True))
+    found = gallery.search(model.embed([crop for crop, _ in read.values()]), arguments.top)
+    answers = [(arguments.photos[place], matches) for place, matches in zip(read, found, strict=True)]
     text = "\n".join(_text(photo, matches, threshold) for photo, matches in answers)
-    entries = [{**_entry(*answer, threshold), "faces": count} for answer, count in zip(answers, faces, strict=True)]
-    print_result(arguments, entries, text)
-    return int(threshold is not None and any(matches[0].score < threshold for matches in found))
+    counts = (count for _, count in read.values())
+    each = [{**_entry(*answer, threshold), "faces": count} for answer, count in zip(answers, counts, strict=True)]
+    entries = failed | dict(zip(read, each, strict=True))
+    print_result(arguments, [entry for _, entry in sorted(entries.items())], text)
+    for entry in failed.values():
+        print(f"error: {entry['error']}", file=sys.stderr)
+    return 2 if failed else int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 
 def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict:

@@ -25,14 +25,17 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vitface.commands.inputs import NO_THRESHOLD, load_model, read_crops, threshold_of
+    from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, read_crop, threshold_of
 
-    images, faces = read_crops(arguments, (arguments.first, arguments.second))  # before the model, which takes longer
-    model, checkpoint = load_model(arguments)
-    rows = model.embed(images)
+    reader = crop_reader(arguments)
+    first, second = (read_crop(reader, photo) for photo in (arguments.first, arguments.second))
+    model, checkpoint = load_model(arguments)  # which takes longer
+    rows = model.embed([first[0], second[0]])
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
     fields = {name: getattr(verdict, name) for name in ("score", "threshold", "far", "far_in_words", "same")}
-    print_result(arguments, {**fields, "faces": faces, "checkpoint": str(checkpoint.path)}, str(verdict))
+    print_result(
+        arguments, {**fields, "faces": [first[1], second[1]], "checkpoint": str(checkpoint.path)}, str(verdict)
+    )
     if verdict.same is None:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2
