@@ -268,7 +268,6 @@ def test_an_unknown_command_is_answered_with_the_one_that_was_meant(line, messag
         ("study tiny --epoch 1", "unknown flag --epoch; did you mean --epochs?\nsee vitface study --help"),
         ("convert clip --sorce x", "unknown flag --sorce; did you mean --src?\nsee vitface convert --help"),
         ("data check x --agianst y", "unknown flag --agianst; did you mean --against?\nsee vitface data check --help"),
-        ("evaluate --bench lwf", "argument --bench: invalid choice: 'lwf' (choose from"),
         ("verify a b c", "unexpected c\nsee vitface verify --help"),
         ("cluster x --out no/y.csv", "argument --out: no/y.csv: its folder does not exist\nsee vitface cluster --help"),
         ("convert clip", "the following arguments are required: --src\nsee vitface convert --help"),

@@ -251,7 +251,9 @@ def test_labelled_lists_as_people_write_them(tmp_path, text):
         assert shown(found) == ["a.jpg", "b.jpg", "c d.jpg", "b.jpg"] and found.issame.tolist() == [True, False]
 
 
-@pytest.mark.parametrize("line", ["2 a.jpg b.jpg", "a.jpg b.jpg", "1 a.jpg", "a.jpg b.jpg 1 0", "x y z", "1", "1 1 1"])
+@pytest.mark.parametrize(
+    "line", ["2 a.jpg b.jpg", "a.jpg b.jpg", "1 a.jpg", "a.jpg b.jpg 1 0 0", "x y z", "1", "1 1 1"]
+)
 def test_other_lines_are_no_pairs(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"{line}\n")
     with pytest.raises(DataError, match="line 1 is not `label path path`"):

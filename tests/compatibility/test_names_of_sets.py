@@ -156,12 +156,12 @@ def test_the_doctor_says_what_evaluation_will_say(tmp_path, capsys):
     assert f"ERROR not_published: {str(said.value).partition(': ')[2]}".replace("6000", "4") in capsys.readouterr().out
 
 
-@case("a .bin that is named like no benchmark", "checked; a note says that evaluation does not look for it")
+@case("a .bin that is named like no benchmark", "checked; a note says how it is evaluated")
 def test_a_set_of_ones_own(tmp_path, capsys):
     bin_file(tmp_path / "mine.bin", pairs=2)
     assert main(["data", "check", str(tmp_path), "--num-workers", "0"]) == 0
     assert (
-        "note: training and evaluation do not look for mine.bin\n    the names they know: lfw,"
+        "do not look for mine.bin; evaluate --bench FILE takes it\n    the names they know: lfw,"
         in capsys.readouterr().out
     )
 

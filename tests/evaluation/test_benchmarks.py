@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -10,7 +11,7 @@ from vitface.data.formats.pairs import write_bin
 from vitface.errors import DataError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate_all, evaluate_benchmark
-from vitface.evaluation.report import results_json, results_table
+from vitface.evaluation.report import FIVE, results_json, results_table, summary_json
 
 
 @pytest.fixture
@@ -61,7 +62,12 @@ def test_averages_by_category(tmp_path, small):
     table = results_table(results)
     pose = 50 * (results["cfp_fp"].accuracy + results["cplfw"].accuracy)
     assert f"pose average       {pose:.2f}" in table
-    assert f"average of 3       {100 * np.mean([r.accuracy for r in results.values()]):.2f}" in table
+    assert "no average of five: agedb_30, calfw are missing" in table and "average of 3" not in table
+    summary = summary_json(results)
+    assert summary == {"average_of_five": None, "rfw": None}
+    every = {name: dataclasses.replace(results["lfw"], accuracy=0.9 + i / 100) for i, name in enumerate(FIVE)}
+    assert f"average of five    {92:.2f}" in results_table(every)
+    assert summary_json({**every, "vgg2_fp": results["lfw"]})["average_of_five"] == pytest.approx(0.92)
 
 
 def test_each_image_is_embedded_once(tmp_path, small):
@@ -126,7 +132,7 @@ def test_evaluate_says_what_is_missing_and_writes_json_before_it_fails(tmp_path,
     frozen = ["--backbone", "vit_nano", "--weights", "random", "--image-size", "112"]
     assert main(["evaluate", *frozen, "--bench", "all", "--json", "out.json"]) == 0
     printed = capsys.readouterr()
-    assert "missing: data/cfp_fp.bin" in printed.out
+    assert "missing in data: cfp_ff.bin, cfp_fp.bin, " in printed.out
     assert 0 < json.loads((tmp_path / "out.json").read_text())["benchmarks"]["lfw"]["accuracy"] <= 1
     write_pairs(tmp_path / "data" / "cplfw.bin", ~ISSAME)
     pairs = benchmarks.read_bin(tmp_path / "data" / "cplfw.bin")
@@ -148,6 +154,12 @@ def test_evaluate_without_anything_to_evaluate(tmp_path, monkeypatch, capsys):
     assert "data/lfw.bin is missing" in capsys.readouterr().err
     assert main(["evaluate", "--bench", "lfw", "--backbone", "vit_nano", "--checkpoint", "x"]) == 2
     assert "either --checkpoint or --backbone" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--bench", "imagenet"])
-    assert stop.value.code == 2
+    assert main(["evaluate", "--bench", "imagenet"]) == 2
+    assert "--bench imagenet: neither a benchmark nor a file; benchmarks are lfw, " in capsys.readouterr().err
+    assert main(["evaluate", "--bench", "cfpfp"]) == 2
+    assert "neither a benchmark nor a file; did you mean cfp_fp?; benchmarks" in capsys.readouterr().err
+    assert main(["evaluate", "--bench", "data"]) == 2
+    assert "neither" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    assert main(["evaluate", "--bench", "data"]) == 2
+    assert "--bench data is a folder; name the .bin or the pair list in it" in capsys.readouterr().err

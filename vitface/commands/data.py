@@ -18,7 +18,7 @@ from vitface.commands.parser import (
 from vitface.config import Bounds, TrainConfig
 from vitface.errors import ConfigError, DataError, command
 
-RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30")  # PAIR_LISTS, without numpy
+RELEASES = ("lfw", "calfw", "cplfw", "cfp_fp", "cfp_ff", "agedb_30", "xqlfw")  # PAIR_LISTS, without numpy
 MAX_DRAWN = 1_000_000
 SEED = number(int, bounds_of("seed"))
 EXAMPLES = """examples:

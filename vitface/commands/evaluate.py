@@ -11,12 +11,12 @@ from vitface.commands.evaluate_ijb import compare_ijb, evaluate_ijb
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.ijb_lists import find_ijb
-from vitface.data.formats.published import IJB, MODES, missing
+from vitface.data.formats.published import IJB, MODES, PAIRS, missing, named_by, unknown_bins
 from vitface.data.synthetic.worlds import SYNTHETIC
-from vitface.errors import ConfigError, DataError
+from vitface.errors import ConfigError, DataError, command, did_you_mean
 from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import results_json, results_table
+from vitface.evaluation.report import notes, results_json, results_table, summary_json
 from vitface.evaluation.scores import benchmark_of, keep_scores
 from vitface.files import json_bytes, write_output
 
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   vitface evaluate --checkpoint runs/a --bench all     every benchmark there is a file for
   vitface evaluate --checkpoint runs/a --bench synthetic --json results.json
   vitface evaluate --bench all --output report.html    the same as a page with curves and pictures
+  vitface evaluate --bench photos/pairs.csv            your own pairs: lines path,path,label beside the crops; or a .bin
   vitface evaluate --backbone dinov2 --bench lfw       the frozen backbone's raw CLS
   vitface evaluate --bench lfw --routing               how DA-LoRA's domain weights depend on pose
   vitface evaluate --compare runs/lora-s* runs/dalora-s*   is DA-LoRA better than LoRA?
@@ -39,11 +40,13 @@ EXAMPLES = """examples:
   vitface evaluate --bench ijbc --data-dir IJB_release templates of faces: 1:1 and 1:N; goes on where it was stopped
   torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
+NAMES = (*BENCHMARKS, *IJB, "all")
 
 
 def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
-    add("--bench", choices=[*BENCHMARKS, *IJB, "all"], help="which benchmark; 'all': each that has a file, but IJB")
+    text = f"one of {', '.join(NAMES)}; 'all': each that has a file, but IJB; or a .bin or pair list of your own"
+    add("--bench", metavar="NAME|FILE", help=text)
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
     add("--gate", choices=["shuffled"], help="control: give a DA-LoRA model the domain weights of another image")
@@ -68,6 +71,8 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.bench not in (*NAMES, None):
+        arguments.bench, arguments.data_dir = own_pairs(arguments.bench, arguments.data_dir)
     if arguments.compare:
         return compare_ijb(arguments) if arguments.bench in IJB else compare_runs(arguments)
     if arguments.bench is None:
@@ -78,6 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
     with as_one(arguments.device):
         evaluate = evaluate_ijb if arguments.bench in IJB else evaluate_model
         return evaluate(*open_model(arguments), arguments)
+
+
+def own_pairs(bench: str, data_dir: Path) -> tuple[str, Path]:
+    """(Name, data folder) of the set in the file that --bench names; ConfigError if there is no such file."""
+    for file in (Path(bench), data_dir / bench):
+        if file.is_file():
+            return named_by(file)
+    if Path(bench).is_dir():
+        raise ConfigError(f"--bench {bench} is a folder; name the .bin or the pair list in it")
+    guess = did_you_mean(bench, NAMES)
+    raise ConfigError(f"--bench {bench}: neither a benchmark nor a file{guess}; benchmarks are {', '.join(NAMES)}")
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
@@ -105,6 +121,7 @@ def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint |
 def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
     """Evaluates over all ranks; the first one prints the results and writes them."""
     from vitface.evaluation.judging import evaluate_frozen
+    from vitface.store.thresholds import choose_threshold
     from vitface.training.ranks.parallel import in_turns
     from vitface.training.ranks.process_group import broadcast, check_same, rank
 
@@ -116,7 +133,8 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     if arguments.dry_run:
         return predict(model, names, data_dir, sum(1 + bool(each and each.probe) for each in conditions))
     if checkpoint or conditions != [None]:
-        evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions)
+        threshold = choose_threshold(model.thresholds)[0]
+        evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions, threshold)
     else:
         evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast)
     if rank() == 0:
@@ -165,7 +183,7 @@ def show(
 
     run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
     if evaluation.results:
-        print(results_table(evaluation.results))
+        print("\n".join([results_table(evaluation.results), *notes(evaluation.results)]))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
     if (
@@ -180,7 +198,8 @@ def show(
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"alarms": evaluation.alarms, "failures": evaluation.failures}
-        written |= {"benchmarks": results_json(evaluation.results), **({"routing": routing} if routing else {})}
+        written |= {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results)}
+        written |= {"routing": routing} if routing else {}
         write_output(arguments.json, json_bytes(written))
     if arguments.output:
         title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
@@ -206,9 +225,11 @@ def benchmark_names(bench: str, data_dir: Path) -> list[str]:
     if bench != "all":
         return [bench]
     names = available(data_dir)
-    for name, benchmark in BENCHMARKS.items():
-        if name not in names and benchmark.category != "synthetic":
-            print(f"missing: {data_dir / name}.bin")
+    absent = [f"{name}.bin" for name in PAIRS if name not in names]
+    if absent:
+        print(f"missing in {data_dir}: {', '.join(absent)}")
+    for file in unknown_bins(data_dir):
+        print(f"not evaluated, as no benchmark is called so: {command('evaluate', '--bench', file)}")
     for name in IJB:
         if find_ijb(name, data_dir):
             print(f"not in 'all', as it takes long: --bench {name}")
@@ -243,8 +264,10 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     from vitface.evaluation.compare import compare, comparison_text, group_runs, read_run
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
-    wanted = [name for name in BENCHMARKS if arguments.bench in (name, "all", None)]
-    results = [{name: result for name, result in read_run(run).items() if benchmark_of(name) in wanted} for run in runs]
+    results = [
+        {name: result for name, result in read_run(run).items() if arguments.bench in (benchmark_of(name), "all", None)}
+        for run in runs
+    ]
     first, *others = group_runs(runs, results)
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(comparison_text(comparison) for comparison in comparisons))

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from vitface.data.formats.pairs import VerificationSet
+from vitface.data.formats.published import PAIRS
 from vitface.errors import EvaluationError
-from vitface.evaluation.protocol import Verification
+from vitface.evaluation.protocol import LEAST_IN_A_FOLD, Verification
 from vitface.metrics import auc, auc_deviation, contiguous_folds
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
@@ -30,19 +31,28 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
         alarms.append(f"{name}: {wrong} different pairs show one image twice: labels are shifted against the pairs")
     elif twins:
         alarms.append(f"{name}: {twins} same pairs show one image twice, which tests nothing")
-    sizes = np.bincount(folds)
-    share = np.bincount(folds, pairs.issame) / sizes
-    worst = int(np.abs(share - 0.5).argmax())
-    if abs(share[worst] - 0.5) > max(0.1, 4 * 0.5 / sizes[worst] ** 0.5):  # 4 standard deviations of a random order
-        alarms.append(
-            f"{name}: {share[worst]:.0%} of fold {worst + 1} are same pairs: the pairs were put in another order"
-        )
+    alarms += share_alarms(name, folds, pairs.issame)
     fold_of = np.repeat(folds, 2)
     moved = int(np.sum(fold_of != fold_of[np.unique(rows, return_index=True)[1]][rows]))  # from an image's first fold
     if moved and name in DISJOINT_FOLDS:
         fault = "folds were swapped or the pairs shuffled; the published folds share no person"
         alarms.append(f"{name}: {moved} images are in more than one fold: {fault}")
     return alarms
+
+
+def share_alarms(name: str, folds: np.ndarray, issame: np.ndarray) -> Iterator[str]:
+    """Alarms of folds, or of a set of one's own, with far more same than different pairs, or the reverse."""
+    own, sizes, share = name not in PAIRS, np.bincount(folds), float(issame.mean())
+    shares, usual = np.bincount(folds, issame) / sizes, share if own else 0.5
+    worst = int(np.abs(shares - usual).argmax())
+    far = abs(shares[worst] - usual) > max(0.1, 4 * 0.5 / sizes[worst] ** 0.5)  # 4 deviations of a random order
+    if far and sizes.min() >= LEAST_IN_A_FOLD:
+        why = f", of all {share:.0%}: mix the lines, or add a column `fold`" if own else ""
+        why = why or ": the pairs were put in another order"
+        yield f"{name}: {shares[worst]:.0%} of fold {worst + 1} are same pairs{why}"
+    if own and abs(share - 0.5) > 0.1:
+        kind, most = ("same", share) if share > 0.5 else ("different", 1 - share)
+        yield f"{name}: {most:.0%} are {kind} pairs, so that calling all so is right as often: look at AUC and EER"
 
 
 def judge(name: str, result: Verification) -> list[str]:
@@ -87,6 +97,6 @@ def order_alarms(name: str, first: np.ndarray, second: np.ndarray, issame: np.nd
     cosine = (first * second).sum(axis=1)
     late = (second[:-1] * first[1:]).sum(axis=1)
     for labels in (issame[:-1], issame[1:]):
-        if auc(late, labels) > auc(cosine, issame) + 0.1 and auc_deviation(late, labels) > -SURE:
+        if auc_deviation(late, labels) > -SURE and auc(late, labels) > auc(cosine, issame) + 0.1:
             yield f"{name}: the image order is off by one: image 2i+1 belongs with 2i+2, not with 2i"
             return

@@ -2,7 +2,7 @@
 
 A benchmark is InsightFace's file DATA_DIR/NAME.bin, or the pair list it was published with, next to aligned 112 x 112
 crops under the published names (see `published`, which also takes names that are nearly so). "synthetic" and
-"synthetic_shift" are drawn and need no file.
+"synthetic_shift" are drawn and need no file. Any other name is that of a file in DATA_DIR, somebody's own pairs.
 """
 
 import dataclasses
@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitface.data.formats.pair_lists import read_pair_list
+from vitface.data.formats.pair_lists import read_own_list, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
-from vitface.data.formats.published import PAIRS, bin_in, check_pairs, find_list, missing
+from vitface.data.formats.published import PAIRS, RFW, bin_in, check_pairs, find_list, is_bin, missing, own_file
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
 from vitface.errors import DataError, EvaluationError, command
 from vitface.evaluation.alarms import judge, order_alarms, pair_alarms
-from vitface.evaluation.protocol import Verification, check_embeddings, pair_distance, verify
+from vitface.evaluation.protocol import (
+    LEAST_IN_A_FOLD,
+    Verification,
+    check_embeddings,
+    pair_distance,
+    verify,
+    verify_fixed,
+)
+from vitface.evaluation.scores import benchmark_of
 from vitface.files import sha256_bytes
+from vitface.metrics import contiguous_folds
 
 if TYPE_CHECKING:
     from vitface.data.degrade import Sensors
@@ -56,7 +65,8 @@ class Degraded:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`category` is what makes it hard: "general", "pose", "age"; `pairs` is how many it has, half of them same."""
+    """`category` is what makes it hard: "general", "pose", "age", "quality", or what its sets differ in: "ethnicity";
+    `pairs` is how many it has, half of them same."""
 
     category: str
     pairs: int
@@ -64,18 +74,32 @@ class Benchmark:
 
 CATEGORIES = {
     **dict.fromkeys(("lfw", "cfp_ff"), "general"),
-    **dict.fromkeys(("cfp_fp", "cplfw"), "pose"),
+    **dict.fromkeys(("cfp_fp", "cplfw", "vgg2_fp"), "pose"),
     **dict.fromkeys(("agedb_30", "calfw"), "age"),
+    "xqlfw": "quality",
+    **dict.fromkeys(RFW, "ethnicity"),
 }
+OWN = "own pairs"  # the category of a set that nobody published
 BENCHMARKS = {
     **{name: Benchmark(category, PAIRS[name]) for name, category in CATEGORIES.items()},
     **{world: Benchmark("synthetic", 2000) for world in SYNTHETIC},
 }
 
 
+def category(label: str) -> str:
+    """What makes the benchmark of a result hard, or OWN."""
+    name = benchmark_of(label)
+    return BENCHMARKS[name].category if name in BENCHMARKS else OWN
+
+
 def read_benchmark(name: str, data_dir: str | Path) -> VerificationSet:
-    """The pairs of a real benchmark: of its .bin, else of its list. DataError if there is none, or another set."""
+    """The pairs of a real benchmark: of its .bin, else of its list; or of one's own file. DataError if there is none,
+    or another set."""
     folder = Path(data_dir)
+    if name not in BENCHMARKS:
+        if not (file := own_file(folder, name)):
+            raise DataError(f"{folder} has no file {name}, and no benchmark is called so")
+        return read_bin(file) if is_bin(file) else read_own_list(file)
     if file := bin_in(folder, name):
         pairs = read_bin(file)
     elif found := find_list(folder, name):
@@ -106,9 +130,15 @@ def next_command(checkpoint: Path, data_dir: str | Path | None, train_data: str 
 
 
 def evaluate_benchmark(
-    embed: Embed, name: str, data_dir: str | Path, in_turns: InTurns = in_order, degraded: Degraded | None = None
+    embed: Embed,
+    name: str,
+    data_dir: str | Path,
+    in_turns: InTurns = in_order,
+    degraded: Degraded | None = None,
+    threshold: float | None = None,
 ) -> tuple[Verification, list[str]]:
-    """(The result of the field's protocol on one benchmark, `degraded` or as it is, alarms).
+    """(The result of the field's protocol on one benchmark, `degraded` or as it is, alarms). `threshold` is the cosine
+    that decides one's own pairs where there are too few for folds.
 
     DataError as for `read_benchmark`, EvaluationError if nothing can be computed from the embeddings.
     """
@@ -122,7 +152,13 @@ def evaluate_benchmark(
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
         data = pairs.sha256()
     check_embeddings(np.concatenate([first, second]))
-    result = dataclasses.replace(verify(pair_distance(first, second), issame, folds, people), data=data)
+    distance = pair_distance(first, second)
+    sizes = np.bincount(contiguous_folds(len(issame)) if folds is None else folds)
+    if name in BENCHMARKS or sizes.min() >= LEAST_IN_A_FOLD:
+        result = verify(distance, issame, folds, people)
+    else:
+        result = verify_fixed(distance, issame, np.nan if threshold is None else 2 - 2 * threshold, people)
+    result = dataclasses.replace(result, data=data)
     return result, [*alarms, *([] if degraded else order_alarms(name, first, second, issame))]
 
 
@@ -202,15 +238,17 @@ def evaluate_all(
     data_dir: str | Path,
     in_turns: InTurns = in_order,
     conditions: Sequence[Degraded | None] = (None,),
+    threshold: float | None = None,
 ) -> Evaluation:
-    """Evaluates the named benchmarks one after the other, under each of the `conditions`; a failure of one does not
-    stop the others. A result near chance is an alarm unless the pairs were degraded."""
+    """Evaluates the named benchmarks one after the other, under each of the `conditions`, see `evaluate_benchmark`; a
+    failure of one does not stop the others. A result near chance is an alarm unless the pairs were degraded."""
     evaluation = Evaluation({}, [], [])
     for name, degraded in itertools.product(names, conditions):
         label = degraded.label(name) if degraded else name
         try:
-            evaluation.results[label], alarms = evaluate_benchmark(embed, name, data_dir, in_turns, degraded)
-            found = judge(label, evaluation.results[label])
+            result, alarms = evaluate_benchmark(embed, name, data_dir, in_turns, degraded, threshold)
+            evaluation.results[label] = result
+            found = judge(label, result)
             alarms += [] if degraded else found
             evaluation.alarms.extend(alarm for alarm in alarms if alarm not in evaluation.alarms)
             evaluation.degraded.update({label: degraded} if degraded else {})

@@ -11,6 +11,7 @@ from vitface.config import BOOKKEEPING
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError, command
 from vitface.evaluation.protocol import Verification
+from vitface.evaluation.report import FIVE
 from vitface.evaluation.scores import SCORES, benchmark_of, labelled, load_scores
 from vitface.evaluation.statistics import difference_draws, interval, mcnemar
 from vitface.store.faces import open_checkpoint
@@ -95,10 +96,11 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
 def compare(a: Side, b: Side) -> Comparison:
     """B minus A on every benchmark that all their runs have, and on average.
 
-    Synthetic benchmarks count only if there are no others. EvaluationError if the runs have no benchmark in common, or
+    Synthetic benchmarks count only if there are no others. The average is of the five that papers have where all of
+    these are there, else of all. EvaluationError if the runs have no benchmark in common, or
     if their pairs differ.
     """
-    every = on_common_data([*a.results, *b.results])
+    every = on_common_data([with_accuracy(results) for results in (*a.results, *b.results)])
     names = [name for name in every[0] if benchmark_of(name) not in SYNTHETIC] or list(every[0])
     if not names:
         again = "vitface evaluate --checkpoint RUN --bench NAME"
@@ -115,10 +117,18 @@ def compare(a: Side, b: Side) -> Comparison:
         mean_a, mean_b = (float(np.mean([result.accuracy for result in results])) for results in (of_a, of_b))
         pairs = mcnemar(*(np.stack([result.correct for result in results]) for results in (of_a, of_b)))
         rows.append(Difference(name, mean_a, mean_b, mean_b - mean_a, interval(drawn), *pairs))
-    if len(rows) > 1:
-        of_a, of_b = (float(np.mean([getattr(row, key) for row in rows])) for key in ("accuracy_a", "accuracy_b"))
-        rows.append(Difference(f"average of {len(rows)}", of_a, of_b, of_b - of_a, interval(draws.mean(axis=0))))
+    five = [i for i, name in enumerate(names) if name in FIVE]
+    averaged = five if len(five) == len(FIVE) else list(range(len(rows)))
+    if len(averaged) > 1:
+        of_a, of_b = (float(np.mean([getattr(rows[i], key) for i in averaged])) for key in ("accuracy_a", "accuracy_b"))
+        title = "average of five" if len(five) == len(FIVE) else f"average of {len(averaged)}"
+        rows.append(Difference(title, of_a, of_b, of_b - of_a, interval(draws[averaged].mean(axis=0))))
     return Comparison(a.name, b.name, a.seeds, b.seeds, rows, verdict(a, b, rows[-1]))
+
+
+def with_accuracy(results: Mapping[str, Verification]) -> dict[str, Verification]:
+    """Without the sets that are too small for folds and had no threshold."""
+    return {label: result for label, result in results.items() if not np.isnan(result.accuracy)}
 
 
 def on_common_data(runs: Sequence[Mapping[str, Verification]]) -> list[dict[str, Verification]]:

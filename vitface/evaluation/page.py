@@ -12,12 +12,12 @@ import numpy as np
 from vitface.data.formats.pairs import EncodedImages
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.evaluation import plots
-from vitface.evaluation.benchmarks import BENCHMARKS, Evaluation, read_benchmark
+from vitface.evaluation.benchmarks import Evaluation, category, read_benchmark
 from vitface.evaluation.ijb.results import result_text
 from vitface.evaluation.ijb.scoring import TemplateResult
 from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import results_json
+from vitface.evaluation.report import notes, results_json, summary_lines
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import benchmark_of
 from vitface.metrics import roc
@@ -50,12 +50,13 @@ def report_page(
         title=title,
         problems=[*evaluation.alarms, *evaluation.failures],
         results=results_json(results),
-        categories_of={name: BENCHMARKS[benchmark_of(name)].category for name in results},
+        remarks=[*summary_lines(results), *notes(results)],
+        category=category,
         degraded=degraded_curves(evaluation),
         learning=learning_curve(run) if run else [],
         roc=roc_chart(results) if results else None,
         scores=[histogram(name, result) for name, result in results.items()],
-        categories=category_bars(results) if results else None,
+        categories=category_bars(results),
         hardest=hardest_pairs(results, data_dir) if faces else {},
         attention=attention_maps(model),
         routing=routing_section(model, routing) if model.config.num_domains > 1 else None,
@@ -99,7 +100,7 @@ def histogram(name: str, result: Verification) -> Chart:
         for label, kind in (("same", result.issame), ("different", ~result.issame))
     }
     threshold = 1 - result.thresholds.mean() / 2
-    title = f"{name}: cosine of the pairs; the mean threshold is {threshold:.3f}"
+    title = f"{name}: cosine of the pairs" + ("" if np.isnan(threshold) else f"; the mean threshold is {threshold:.3f}")
     return line_chart(title, "cosine", "share of pairs", curves)
 
 
@@ -130,18 +131,20 @@ def _xy(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def category_bars(results: dict[str, Verification]) -> Chart:
+def category_bars(results: dict[str, Verification]) -> Chart | None:
     groups: dict[str, dict[str, float]] = {}
     for name, result in results.items():
-        groups.setdefault(BENCHMARKS[benchmark_of(name)].category, {})[name] = 100 * result.accuracy
-    return bar_chart("Accuracy by what makes a benchmark hard", "category", "accuracy in %", groups, 100)
+        if not np.isnan(result.accuracy):
+            groups.setdefault(category(name), {})[name] = 100 * result.accuracy
+    title = "Accuracy by what makes a benchmark hard"
+    return bar_chart(title, "category", "accuracy in %", groups, 100) if groups else None
 
 
 def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str, Pictures]:
     """The four most distant same pairs and the four nearest different pairs of every real benchmark, not degraded."""
     found = {}
     for name, result in results.items():
-        if name in SYNTHETIC or name not in BENCHMARKS:
+        if name in SYNTHETIC or name != benchmark_of(name):
             continue
         images = EncodedImages(name, read_benchmark(name, data_dir).images)
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):

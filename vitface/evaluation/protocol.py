@@ -4,6 +4,8 @@ The field's protocol (InsightFace's `eval/verification.py`): the squared Euclide
 ten folds in file order; the threshold with the best accuracy on nine folds (the first of equals among 0, 0.01, ...
 3.99) decides the tenth, where a pair is the same person if its distance is strictly below it. The accuracy is the mean
 of the ten test folds. Letters: M pairs, E embedding.
+
+A set of one's own that is too small for folds is decided by one threshold, which was calibrated elsewhere.
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,16 @@ from vitface.errors import EvaluationError
 from vitface.metrics import auc, check_scores, contiguous_folds, equal_error_rate
 
 THRESHOLDS = np.arange(0, 4, 0.01)
+LEAST_IN_A_FOLD = 20  # pairs; with fewer, folds say little
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions; and the scores behind them."""
+    """Accuracy and its standard deviation over the folds, AUC and EER, all as fractions; and the scores behind them.
+
+    Of `verify_fixed` all pairs are in fold 0, and there is no deviation; without a threshold there is no accuracy
+    either: NaN.
+    """
 
     accuracy: float
     std: float
@@ -31,6 +38,10 @@ class Verification:
     issame: np.ndarray  # bool (M,)
     people: np.ndarray | None = None  # (M, 2) the two people of each pair, where names are known
     data: str = ""  # the SHA-256 of the images and pairs (see `VerificationSet.sha256`)
+
+    @property
+    def in_folds(self) -> bool:
+        return len(self.thresholds) > 1
 
 
 def check_rows(rows: np.ndarray) -> None:
@@ -80,6 +91,28 @@ def verify(
         folds=folds,
         correct=correct,
         thresholds=thresholds,
+        distance=distance,
+        issame=issame,
+        people=people,
+    )
+
+
+def verify_fixed(
+    distance: np.ndarray, issame: np.ndarray, threshold: float, people: np.ndarray | None = None
+) -> Verification:
+    """As `verify`, but without folds: a pair is the same person if its distance is at most `threshold`; NaN: there is
+    none."""
+    distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
+    check_scores(distance, issame)
+    correct = ((distance <= threshold) == issame) & ~np.isnan(threshold)
+    return Verification(
+        accuracy=np.nan if np.isnan(threshold) else float(correct.mean()),
+        std=np.nan,
+        auc=auc(-distance, issame),
+        eer=equal_error_rate(-distance, issame),
+        folds=np.zeros(len(issame), int),
+        correct=correct,
+        thresholds=np.array([threshold]),
         distance=distance,
         issame=issame,
         people=people,

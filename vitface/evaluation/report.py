@@ -1,41 +1,119 @@
 """Results as a text table and as JSON."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from vitface.data.synthetic.worlds import SYNTHETIC
+import numpy as np
+
+from vitface.data.formats.published import RFW
 from vitface.errors import EvaluationError
-from vitface.evaluation.benchmarks import BENCHMARKS
+from vitface.evaluation.benchmarks import BENCHMARKS, OWN, category
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.scores import benchmark_of
 from vitface.evaluation.statistics import accuracy_interval, identity_interval
 from vitface.metrics import far_threshold
 from vitface.store.thresholds import FARS
 
+FIVE = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")  # whose average papers print
 Results = Mapping[str, Verification]  # by benchmark name
 
 
 def results_table(results: Results) -> str:
-    """A line per result, grouped by the benchmark's category with each category's average; accuracies in %."""
-    wide = max([11, *(len(name) + 1 for name in results)])
-    lines = [
-        f"{'benchmark':<{wide}}{'category':<11}{'pairs':>6}  {'accuracy ± std':<16}{'95 % interval':<17}{'AUC':<8}EER"
-    ]
-    for category in dict.fromkeys(BENCHMARKS[name].category for name in BENCHMARKS):
-        rows = {name: result for name, result in results.items() if BENCHMARKS[benchmark_of(name)].category == category}
+    """A line per benchmark, grouped by category with each category's average, and what papers print of several;
+    accuracies in %."""
+    width = max([11, *(len(name) + 1 for name in results)])
+    head = f"{'category':<11}{'pairs':>6}  {'accuracy ± std':<16}{'95 % interval':<17}{'AUC':<8}EER"
+    lines = [f"{'benchmark':<{width}}{head}"]
+    for kind in (*dict.fromkeys(benchmark.category for benchmark in BENCHMARKS.values()), OWN):
+        rows = {name: result for name, result in results.items() if category(name) == kind}
         for name, result in rows.items():
-            low, high = accuracy_interval(result)
-            accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.std:.2f}"
             lines.append(
-                f"{name:<{wide}}{category:<11}{len(result.correct):>6}  {accuracy:<16}"
-                f"{f'{100 * low:.2f} to {100 * high:.2f}':<17}{result.auc:<8.4f}{100 * result.eer:.2f}"
+                f"{name:<{width}}{kind:<11}{len(result.correct):>6}  {_accuracy(result):<16}"
+                f"{_interval(result):<17}{result.auc:<8.4f}{100 * result.eer:.2f}"
             )
         rows = {name: result for name, result in rows.items() if name in BENCHMARKS}
         if len(rows) > 1:
-            lines.append(f"{'':<{wide}}{category + ' average':<19}{100 * _mean(rows):.2f}")
-    real = {name: result for name, result in results.items() if name in BENCHMARKS and name not in SYNTHETIC}
-    if len(real) > 1:
-        lines.append(f"{'':<{wide}}{f'average of {len(real)}':<19}{100 * _mean(real):.2f}")
-    return "\n".join(lines)
+            lines.append(f"{'':<{width}}{kind + ' average':<19}{100 * _mean(rows):.2f}")
+    return "\n".join([*lines, *(f"{'':<{width}}{text}" for text in summary_lines(results))])
+
+
+def summary_lines(results: Results) -> list[str]:
+    """What papers print of several sets: the average of five, and the spread between RFW's groups."""
+    return [*_average_lines(results), *_rfw_lines(results)]
+
+
+def notes(results: Results) -> list[str]:
+    """What is to be known of sets that nobody published."""
+    found = []
+    for name, result in results.items():
+        if category(name) != OWN:
+            continue
+        tars = {f"{far:g}": _tar(result, far) for far in FARS}
+        known = [f"{100 * tar:.2f} at FAR {far}" for far, tar in tars.items() if tar is not None]
+        how = f"{len(result.thresholds)} folds"
+        if not result.in_folds:
+            how = "no folds, as they would have fewer than 20 pairs"
+            cosine = 1 - result.thresholds[0] / 2
+            none = "no calibrated threshold either: AUC and EER are all there is"
+            how += f"; {none}" if math.isnan(cosine) else f"; decided by the model's calibrated threshold, {cosine:.4f}"
+        found.append(f"{name} is no published set: {how}; TAR {', '.join(known) or 'needs 3,000 different pairs'}")
+    return found
+
+
+def average_of_five(results: Results) -> float | None:
+    """The mean accuracy of FIVE, None unless all are there."""
+    return _mean({name: results[name] for name in FIVE}) if all(name in results for name in FIVE) else None
+
+
+def rfw_spread(results: Results) -> dict[str, float | None] | None:
+    """How the accuracies of RFW's four groups differ, as fractions; None unless all are there.
+
+    "average", "spread" (the best minus the worst), "std" over the groups, and "skewed_error_ratio", the largest error
+    divided by the smallest, None where a group has no error (Wang and Deng 2020).
+    """
+    if not all(name in results for name in RFW):
+        return None
+    accuracies = np.array([results[name].accuracy for name in RFW])
+    worst, best = float(accuracies.min()), float(accuracies.max())
+    ratio = (1 - worst) / (1 - best) if best < 1 else None
+    return {
+        "average": float(accuracies.mean()),
+        "spread": best - worst,
+        "std": float(accuracies.std()),
+        "skewed_error_ratio": ratio,
+    }
+
+
+def _average_lines(results: Results) -> Iterator[str]:
+    absent = [name for name in FIVE if name not in results]
+    if not absent:
+        yield f"{'average of five':<19}{100 * _mean({name: results[name] for name in FIVE}):.2f}"
+    elif len(absent) < 4:
+        yield f"no average of five: {_are_missing(absent)}"
+
+
+def _rfw_lines(results: Results) -> Iterator[str]:
+    if spread := rfw_spread(results):
+        worst, best = (pick(RFW, key=lambda name: results[name].accuracy) for pick in (min, max))
+        points, std, ratio = (spread[key] or 0 for key in ("spread", "std", "skewed_error_ratio"))
+        text = f"{100 * points:.2f} points, {RFW[best]} to {RFW[worst]}; deviation {100 * std:.2f}"
+        yield f"{'spread of RFW':<19}{text}" + (f"; largest error / smallest {ratio:.2f}" if ratio else "")
+    elif any(name in results for name in RFW):
+        yield f"no spread of RFW: {_are_missing([name for name in RFW if name not in results])}"
+
+
+def _are_missing(names: list[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+
+
+def _accuracy(result: Verification) -> str:
+    accuracy = "-" if math.isnan(result.accuracy) else f"{100 * result.accuracy:.2f}"
+    return f"{accuracy} ± {100 * result.std:.2f}" if result.in_folds else accuracy
+
+
+def _interval(result: Verification) -> str:
+    low, high = accuracy_interval(result)
+    return "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 def _mean(results: Results) -> float:
@@ -50,22 +128,35 @@ def _tar(result: Verification, far: float) -> float | None:
 
 
 def results_json(results: Results) -> dict[str, dict]:
-    """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs", "data"}}.
+    """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs", "data",
+    "published", "threshold"}}.
 
     "identity_interval" is None where the pairs' people are not known; a TAR is None where there are too few different
-    pairs.
+    pairs. "published" is false for one's own pairs; "threshold" is the cosine that decided those that are too few for
+    folds, else None. What does not exist is None.
     """
     return {
         name: {
-            "accuracy": result.accuracy,
-            "std": result.std,
-            "interval": accuracy_interval(result),
+            "accuracy": _number(result.accuracy),
+            "std": _number(result.std),
+            "interval": None if math.isnan(result.accuracy) else accuracy_interval(result),
             "identity_interval": identity_interval(result),
             "auc": result.auc,
             "eer": result.eer,
             "tar_at_far": {f"{far:g}": _tar(result, far) for far in FARS},
             "pairs": len(result.correct),
             "data": result.data,
+            "published": category(name) != OWN,
+            "threshold": None if result.in_folds else _number(1 - float(result.thresholds[0]) / 2),
         }
         for name, result in results.items()
     }
+
+
+def summary_json(results: Results) -> dict[str, Any]:
+    """{"average_of_five": see there, "rfw": `rfw_spread`}."""
+    return {"average_of_five": average_of_five(results), "rfw": rfw_spread(results)}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

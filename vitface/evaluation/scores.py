@@ -2,7 +2,8 @@
 
 A scores file is safetensors. For each set of pairs it has `NAME/DATA.distance` float64 (M,), `.issame` uint8 (M,),
 `.folds` int64 (M,) and, where names are known, `.people` int64 (M, 2). NAME is the benchmark's; DATA is the SHA-256 of
-the pairs, because other pairs may come under the same name. The metadata names the model.
+the pairs, because other pairs may come under the same name. Without folds it has `.threshold` float64 (1,), on the
+distance, -1 where there was none. The metadata names the model.
 
 Read back, a benchmark is called NAME; where there are several sets of that name, each is NAME and eight digits of its
 DATA.
@@ -20,8 +21,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from vitface.data.formats.pairs import MAX_FOLDS
 from vitface.errors import CheckpointError, VitfaceError
-from vitface.evaluation.protocol import Verification, verify
+from vitface.evaluation.protocol import Verification, verify, verify_fixed
 from vitface.files import replace_file
 from vitface.lock import waiting_lock
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORES = "scores.safetensors"
-MAX_PAIRS, MAX_FOLDS = 1 << 14, 32  # more than any benchmark has; intervals take memory for each of them
+MAX_PAIRS = 1 << 14  # more than any benchmark has; comparisons take memory for each of them
 
 
 def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> None:
@@ -41,12 +43,18 @@ def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> 
         tensors[f"{stem}.issame"] = result.issame.astype(np.uint8)
         if result.people is not None:
             tensors[f"{stem}.people"] = result.people.astype(np.int64)
+        if not result.in_folds:
+            tensors[f"{stem}.threshold"] = np.nan_to_num(result.thresholds, nan=-1)
     replace_file(path, save(tensors, {"model": model}), private=True)
 
 
 def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> None:
     """Adds `results` to the scores of a run directory; those of another checkpoint than `model` are dropped, and those
-    of a damaged file, with a note."""
+    of a damaged file, with a note. Sets of more than MAX_PAIRS are not kept, also with a note."""
+    for name, result in results.items():
+        if len(result.issame) > MAX_PAIRS:
+            print(f"note: {name} has more than {MAX_PAIRS:,} pairs: its scores are not kept", file=sys.stderr)
+    results = {name: result for name, result in results.items() if len(result.issame) <= MAX_PAIRS}
     with waiting_lock(run / ".scores.lock"):
         try:
             kept, kept_model = load_scores(run / SCORES)
@@ -91,8 +99,10 @@ def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]
     expected = {part: torch.empty(count, dtype=kind) for part, kind in kinds.items()}
     if "people" in tensors:
         expected["people"] = torch.empty((count, 2), dtype=torch.int64)
+    if "threshold" in tensors:
+        expected["threshold"] = torch.empty(1, dtype=torch.float64)
     fault = first_fault(tensors, expected, exact_dtype=True)
-    if fault or not count <= MAX_PAIRS or not re.fullmatch(r"[\w-]{1,40}/\w{0,64}", stem):
+    if fault or not count <= MAX_PAIRS or not re.fullmatch(r"[\w.-]{1,40}/\w{0,64}", stem):
         raise CheckpointError(f"{stem[:100]}: {fault or f'{count:,} pairs'}")
     distance, issame, folds = (tensors[part].numpy() for part in kinds)
     for part, array, most in (("distance", distance, 4.001), ("issame", issame, 1), ("folds", folds, MAX_FOLDS - 1)):
@@ -100,7 +110,12 @@ def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]
             raise CheckpointError(f"{stem}.{part} has values that are not from 0 to {most:g}")
     people = tensors["people"].numpy() if "people" in tensors else None
     name, _, data = stem.partition("/")
-    return name, dataclasses.replace(verify(distance, issame.astype(bool), folds, people), data=data)
+    if "threshold" in tensors:
+        threshold = float(tensors["threshold"])
+        result = verify_fixed(distance, issame.astype(bool), threshold if threshold >= 0 else np.nan, people)
+    else:
+        result = verify(distance, issame.astype(bool), folds, people)
+    return name, dataclasses.replace(result, data=data)
 
 
 def benchmark_of(label: str) -> str:

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 
 from vitface.evaluation.protocol import Verification, right_at_thresholds
+from vitface.evaluation.scores import MAX_PAIRS
 
 DRAWS = 2000
 
@@ -28,6 +29,9 @@ def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: in
     rows = []
     for result in results:
         right = right_at_thresholds(result.distance, result.issame).astype("f4")  # (T, M)
+        if not result.in_folds:  # its threshold is the same in each draw
+            rows.append(times @ result.correct / len(folds))
+            continue
         tested = [folds == fold for fold in range(len(sizes))]
         curves = np.stack([times[:, pairs] @ right[:, pairs].T for pairs in tested])  # (folds, draws, T)
         best = (curves.sum(axis=0) - curves).argmax(axis=2)  # on the other folds
@@ -37,11 +41,21 @@ def accuracy_draws(results: Sequence[Verification], draws: int = DRAWS, seed: in
 
 
 def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the accuracy by pair bootstrap, as fractions (see `accuracy_draws`).
+    """95 % interval of the accuracy by pair bootstrap, as fractions (see `accuracy_draws`); Wilson's for one threshold,
+    and for more pairs than MAX_PAIRS. NaN without an accuracy.
 
     Pairs that share people are not independent, so the true uncertainty is at least this.
     """
+    if not result.in_folds or len(result.correct) > MAX_PAIRS:
+        return wilson(result.accuracy, len(result.correct))
     return interval(accuracy_draws([result], draws, seed)[0])
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count`."""
+    z = 1.959964
+    centre, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
 
 
 def identity_interval(result: Verification, draws: int = DRAWS) -> tuple[float, float] | None:
@@ -50,7 +64,7 @@ def identity_interval(result: Verification, draws: int = DRAWS) -> tuple[float, 
     People are drawn with replacement (the vertex bootstrap of Snijders and Borgatti 1999). A same pair counts as often
     as its person was drawn, a different pair as often as the product for its two people. Each class keeps its share.
     """
-    if result.people is None:
+    if result.people is None or math.isnan(result.accuracy):
         return None
     rng = np.random.default_rng(0)
     names, people = np.unique(result.people, return_inverse=True)

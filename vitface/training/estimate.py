@@ -86,8 +86,10 @@ def final_evaluation(model: FaceModel, names: list[str], data_dir: str, with_fro
     """Of the adapted model, and of the frozen backbone where its results are not kept."""
     images, problems = 0, []
     for name in names:
-        kept, count = False, 2 * BENCHMARKS[name].pairs
-        if name not in SYNTHETIC:
+        kept, count = False, 0
+        if name in SYNTHETIC:
+            count = 2 * BENCHMARKS[name].pairs
+        else:
             try:
                 pairs = read_benchmark(name, data_dir)
             except VitfaceError as error:

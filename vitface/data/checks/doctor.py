@@ -84,7 +84,7 @@ def _benchmark_report(where: str, bench: Benchmark, misnamed: str) -> Report:
 
 @finds("note", f"the names they know: {', '.join(PAIRS)}; rename it if it is one of these")
 def not_evaluated(misnamed: str) -> str | None:
-    return misnamed and f"training and evaluation do not look for {misnamed}"
+    return misnamed and f"training and evaluate --bench all do not look for {misnamed}; evaluate --bench FILE takes it"
 
 
 def _training_report(

@@ -7,7 +7,7 @@ from pathlib import Path
 from vitface.data.folders import list_folder
 from vitface.data.formats.packed import is_packed
 from vitface.data.formats.pair_lists import PAIR_LISTS
-from vitface.data.formats.published import is_bin, is_home, is_list, list_in
+from vitface.data.formats.published import crops_of, is_bin, is_home, is_list, list_in
 from vitface.data.formats.samples import misnamed
 from vitface.errors import DataError
 
@@ -47,7 +47,8 @@ def find_sets(path: Path) -> Sets:
 def _visit_file(path: Path, found: Sets) -> None:
     for name, entry in PAIR_LISTS.items():
         if is_list(path, entry.path):
-            found.pair_lists.append((name, path, path.absolute().parents[entry.path.count("/") - 1]))
+            folder = path.absolute().parents[entry.path.count("/") - 1]
+            found.pair_lists.append((name, path, crops_of(folder, name)))
     if not found.pair_lists:
         (found.bins if is_bin(path) else found.trainings).append(path)
 
@@ -104,7 +105,7 @@ def _is_set(folder: Path) -> bool:
 def _lists_of(folder: Path, any_name: bool = False) -> list[tuple[str, Path, Path]]:
     """The published lists in the folder of their crops, whose name is the benchmark's, or any."""
     lists = {name: list_in(folder, name) for name in PAIR_LISTS if any_name or is_home(folder, name)}
-    return [(name, path, folder) for name, path in lists.items() if path]
+    return [(name, path, crops_of(folder, name)) for name, path in lists.items() if path]
 
 
 def _has_image(folder: Path) -> bool:

@@ -1,16 +1,18 @@
-"""The text lists that LFW, CFP, CALFW, CPLFW and AgeDB-30 were published with, as verification sets.
+"""The text lists that LFW, CFP, CALFW, CPLFW, AgeDB-30 and XQLFW were published with, and lists of one's own, as
+verification sets.
 
-The lists name the published photos; the aligned 112 x 112 crops of these photos lie in one folder, under the same
-names. DataError names the line of a list that is wrong, or whose image cannot be read.
+The published lists name the published photos; the aligned 112 x 112 crops of these photos lie in one folder, under the
+same names. DataError names the line of a list that is wrong, or whose image cannot be read.
 """
 
+import csv
 import functools
 import itertools
 import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import NamedTuple
@@ -22,13 +24,17 @@ from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.stored import numbered
 from vitface.data.images import read_file, read_text
 from vitface.errors import DataError, ImageError
-from vitface.files import BEGINNING, identify
+from vitface.files import BEGINNING, identify, identify_file
 
 MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
 _LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "-1": False}
 _HEADER = re.compile(r"\b(is_?)?(label|same|path|image|img|file|photo|pair)", re.IGNORECASE)
+_COLUMNS = ("^(?!.*label).*(path|image|img|file|photo|name)", "label|same", "fold|split")  # names in a header
 _PHOTO = re.compile(r"\.\w{3,4}$")
-_TWO = re.compile(r"(.+\.\w{3,4})\s+(.+\.\w{3,4})")  # names may have spaces
+_SPACED = re.compile(  # names may have spaces
+    r"(?:(-?[\d.]+|true|false)\s+)?(.+\.\w{3,4})\s+(.+\.\w{3,4})(?:\s+(\S+))?(?:\s+(\S+))?", re.IGNORECASE
+)
+_ROW = "`path path label`, `label path path` or, with folds, `path path label fold`"
 
 
 class Pair(NamedTuple):
@@ -42,21 +48,34 @@ class Pair(NamedTuple):
 
 class PairList(NamedTuple):
     """`path` is the list's place in a data folder, inside the folder of the benchmark's crops; `pairs` (file) reads
-    it; `person` (photo) is a name of the person whom a photo shows, None where the list has no names."""
+    it; `person` (photo) is a name of the person whom a photo shows, None where the list has no names; `crops` is where
+    the release has aligned crops, in the folder of the list."""
 
     path: str
     pairs: Callable[[Path], list[Pair]]
     person: Callable[[str], str] | None = None
+    crops: str = ""
 
 
 def read_pair_list(name: str, path: str | Path, image_root: str | Path) -> VerificationSet:
     """The pairs of the published list `path`, with the crops in `image_root`; an image that recurs is one object."""
-    pairs, person = PAIR_LISTS[name].pairs(Path(path)), PAIR_LISTS[name].person
+    return _with_crops(name, PAIR_LISTS[name].pairs(Path(path)), Path(image_root), PAIR_LISTS[name].person)
+
+
+def read_own_list(path: Path) -> VerificationSet:
+    """The pairs of any list of `_labelled_pairs`, or in LFW's form; paths are relative to the list's folder."""
+    if (found := identify_file(path)) and found[0] != "a text file":
+        raise DataError(f"{path} is no pair list but {': '.join(filter(None, found))}")
+    in_lfw_form = re.fullmatch(r"\d+\s+\d+", _lines(path)[0][1][:MAX_LINE])
+    return _with_crops(path.name, (_lfw_pairs if in_lfw_form else _labelled_pairs)(path), path.parent, None)
+
+
+def _with_crops(name: str, pairs: list[Pair], root: Path, person: Callable[[str], str] | None) -> VerificationSet:
     photos = [photo for pair in pairs for photo in pair.photos]
     images: dict[str, bytes] = {}
     for pair in pairs:
         for photo in pair.photos:
-            images[photo] = images.get(photo) or _read_crop(Path(image_root), photo, pair.where)
+            images[photo] = images.get(photo) or _read_crop(root, photo, pair.where)
     folds, people = np.array([pair.fold for pair in pairs]), None
     if person:
         names = [unicodedata.normalize("NFC", person(photo)) for photo in photos]
@@ -178,35 +197,55 @@ def _cfp_photos(path: Path) -> dict[int, str]:
 
 
 def _labelled_pairs(path: Path) -> list[Pair]:
-    """AgeDB-30's list, and copies of the others: a line `label path path` per pair, or `path path label`, separated by
-    spaces, tabs, commas or semicolons, 1 for the same person; no folds. A line of column names may be the first."""
+    """AgeDB-30's list, copies of the others, and one's own: lines of _ROW, separated by spaces, tabs, commas or
+    semicolons, 1 for the same person. The first line may be a header, which puts the columns in any order."""
     pairs, lines = [], _lines(path)
-    for number, (where, line) in enumerate(lines):
-        if found := _labelled(line):
-            same, *photos = found
-            first, second = (_inside(photo, where) for photo in photos)
-            pairs.append(Pair(where, same, None, (first, second)))
-        elif number or not _HEADER.search(line):
-            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}")
-    return pairs
+    columns = None if _labelled(lines[0][1]) or not _HEADER.search(lines[0][1]) else _columns(*lines[0])
+    for where, line in lines[columns is not None :]:
+        found = _labelled(line, columns)
+        if not found:
+            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
+        same, fold, *photos = found
+        first, second = (_inside(photo, where) for photo in photos)
+        pairs.append(Pair(where, same, None if fold is None else _number(fold, where), (first, second)))
+        if (fold is None) != (pairs[0].fold is None):
+            raise DataError(f"{where} has {'no' if fold is None else 'a'} fold, unlike the first pair")
+    if not pairs:
+        raise DataError(f"{path} has a line of column names and no pair")
+    folds = sorted({pair.fold for pair in pairs})
+    return pairs if folds == [None] else [pair._replace(fold=folds.index(pair.fold)) for pair in pairs]
 
 
-def _labelled(line: str) -> tuple[bool, str, str] | None:
-    """(Whether it is one person, path, path) of a line that holds these three, the label first or last; else None."""
-    line, words = line[:MAX_LINE], line.split(None, 1)
-    for cells in ([cell.strip() for cell in line.split(mark)] for mark in "\t,;"):
-        if len(cells) == 3 and (found := _with_label(*cells)):
-            return found
-    if words[0].lower() in _LABELS:
-        return _with_label(words[0], *getattr(_TWO.fullmatch(words[1]), "groups", tuple)()) if words[1:] else None
-    *rest, label = line.rsplit(None, 1)
-    return _with_label(label, *getattr(_TWO.fullmatch(rest[0]), "groups", tuple)()) if rest else None
+def _columns(where: str, line: str) -> list[int]:
+    """Where a header has the paths, the label and perhaps the fold; [] for four cells or fewer that do not say it."""
+    names = [name.lower() for name in _cells(line)]
+    photos, labels, folds = ([i for i, name in enumerate(names) if re.search(kind, name)] for kind in _COLUMNS)
+    if len(photos) == 2 and len(labels) == 1 and len(folds) < 2:
+        return [*photos, *labels, *folds]
+    if len(names) > 4:
+        raise DataError(f"{where} should name two columns `path...`, one `label` and perhaps one `fold`: {line[:80]!r}")
+    return []
 
 
-def _with_label(*cells: str) -> tuple[bool, str, str] | None:
-    for label, *photos in (cells, (*cells[-1:], *cells[:-1])):
-        if label.lower() in _LABELS and len(photos) == 2 and all(_PHOTO.search(photo) for photo in photos):
-            return _LABELS[label.lower()], photos[0], photos[1]
+def _cells(line: str) -> list[str]:
+    """What tabs, commas or semicolons separate; [] where no kind of them occurs twice."""
+    rows = (next(csv.reader([line], delimiter=mark)) for mark in "\t,;" if line.count(mark) > 1)
+    return [cell.strip() for cell in next(rows, [])]
+
+
+def _labelled(line: str, columns: Sequence[int] | None = None) -> tuple[bool, str | None, str, str] | None:
+    """(Whether it is one person, fold or None, path, path) of a line; None if it is something else. `columns` are those
+    of a header; without them a number on each side of the paths could be either, label or fold: None."""
+    line = line[:MAX_LINE]
+    cells, spaced = _cells(line), getattr(_SPACED.fullmatch(line), "groups", tuple)()
+    if columns:
+        cells, spaced = [cells[i] for i in columns if i < len(cells)], ()
+    for row in (cells, [*filter(None, spaced)]):
+        first = int(len(row) > 2 and not _PHOTO.search(row[0]))
+        photos, others = row[first : first + 2], row[:first] + row[first + 2 :]
+        fits = len(photos) == 2 and all(map(_PHOTO.search, photos)) and len(others) in (1, 2 - first)
+        if fits and others[0].lower() in _LABELS:
+            return _LABELS[others[0].lower()], others[1] if others[1:] else None, photos[0], photos[1]
     return None
 
 
@@ -226,6 +265,7 @@ PAIR_LISTS = {
     "cfp_fp": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FP"), _name_of_folder),
     "cfp_ff": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FF"), _name_of_folder),
     "agedb_30": PairList("agedb_30/agedb_30_ann.txt", _labelled_pairs),
+    "xqlfw": PairList("xqlfw/xqlfw_pairs.txt", _lfw_pairs, _name_of_file, "xqlfw_aligned_112"),
 }
 
 

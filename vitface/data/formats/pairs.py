@@ -16,6 +16,7 @@ from vitface.errors import DataError
 from vitface.files import replace_file, sha256_bytes
 
 MAX_BIN_BYTES = 2 << 30
+MAX_FOLDS = 32  # more than any benchmark has
 _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
@@ -58,6 +59,8 @@ class VerificationSet:
             raise DataError(f"{self.name}: {len(self.images)} images for {n} pairs, expected {2 * n}")
         if self.folds is not None and len(np.unique(self.folds)) < 2:
             raise DataError(f"{self.name}: one fold; its threshold comes from the others, published sets have ten")
+        if self.folds is not None and self.folds.max() >= MAX_FOLDS:
+            raise DataError(f"{self.name}: {self.folds.max() + 1} folds, at most {MAX_FOLDS} are accepted")
         for i, image in enumerate(self.images):
             if not image.startswith(_MAGICS):
                 raise DataError(f"{self.name}: image {i} is neither JPEG nor PNG (it begins with {image[:8]!r})")

@@ -18,6 +18,10 @@ from vitface.errors import DataError
 from vitface.metrics import contiguous_folds
 
 PAIRS = {"lfw": 6000, "cfp_ff": 7000, "cfp_fp": 7000, "cplfw": 6000, "agedb_30": 6000, "calfw": 6000}
+PAIRS |= {"vgg2_fp": 5000, "xqlfw": 6000}
+RFW = {f"rfw_{group}": group for group in ("african", "asian", "caucasian", "indian")}
+PAIRS |= dict.fromkeys(RFW, 6000)
+_ALSO = {"vggface2fp": "vgg2_fp", **{f"{group}test": name for name, group in RFW.items()}}  # African_test.bin
 IJB = {"ijbb": (227_630, 12_115, 8_010_270), "ijbc": (469_375, 23_124, 15_658_489)}  # faces, templates, pairs
 MODES = [f"N{n}D{d}F{f}" for n in (1, 0) for d in (1, 0) for f in (1, 0)]  # InsightFace's: norm, detector, flip
 _COPY = re.compile(r"[ _]?\(\d+\)$| - copy$| copy$")  # what browsers and desktops add
@@ -35,13 +39,14 @@ def is_bin(path: Path) -> bool:
 
 def benchmark_named(stem: str) -> str | None:
     """The benchmark that a file is named after, or None."""
-    return next((name for name in PAIRS if plain(stem) == plain(name)), None)
+    return _ALSO.get(plain(stem)) or next((name for name in PAIRS if plain(stem) == plain(name)), None)
 
 
 def bin_in(folder: Path, name: str) -> Path | None:
-    """The .bin of a benchmark in a folder: NAME.bin, or the first that is nearly called so."""
+    """The .bin of a benchmark in a folder: NAME.bin, or the first that is nearly called so; RFW's also in RFW/."""
     exact = folder / f"{name}.bin"
-    near = (file for file in _files(folder) if is_bin(file) and benchmark_named(file.stem) == name)
+    places = [folder, *(x for x in _entries(folder) if name in RFW and plain(x.name).startswith("rfw"))]
+    near = (file for x in places for file in _files(x) if is_bin(file) and benchmark_named(file.stem) == name)
     return exact if exact.is_file() else next(near, None)
 
 
@@ -61,16 +66,50 @@ def list_in(folder: Path, name: str) -> Path | None:
 
 def is_home(folder: Path, name: str) -> bool:
     """Whether evaluation looks for a benchmark's pair list in a folder of that name, such as lfw-aligned."""
-    return plain(folder.name).startswith(plain(Path(PAIR_LISTS[name].path).parts[0]))
+    return name in PAIR_LISTS and plain(folder.name).startswith(plain(Path(PAIR_LISTS[name].path).parts[0]))
 
 
 def find_list(data_dir: Path, name: str) -> tuple[Path, Path] | None:
-    """(A benchmark's pair list, the folder of its crops) in a data folder, in that of the published name first."""
+    """(A benchmark's pair list, `crops_of` its folder) in a data folder, in that of the published name first."""
+    if name not in PAIR_LISTS:
+        return None
     home = data_dir / Path(PAIR_LISTS[name].path).parts[0]
     for folder in (home, *(x for x in _entries(data_dir) if is_home(x, name))):
         if found := list_in(folder, name):
-            return found, folder
+            return found, crops_of(folder, name)
     return None
+
+
+def crops_of(folder: Path, name: str) -> Path:
+    """The folder of a benchmark's crops: that of its list, or the one in it that the release has for them."""
+    crops = folder / PAIR_LISTS[name].crops
+    return crops if crops.is_dir() else folder
+
+
+def named_by(file: Path) -> tuple[str, Path]:
+    """(Name, data folder) by which evaluation finds the set that a user names by its file: a .bin or a pair list."""
+    for name in PAIR_LISTS:
+        depth = PAIR_LISTS[name].path.count("/")
+        data_dir = file.absolute().parents[depth]
+        if is_list(file, PAIR_LISTS[name].path) and (found := find_list(data_dir, name)) and found[0].samefile(file):
+            return name, data_dir
+    name = benchmark_named(file.stem) if is_bin(file) else None
+    return (name if name and bin_in(file.parent, name) == file else own_name(file)), file.parent
+
+
+def own_name(file: Path) -> str:
+    """The name of a set of one's own, that of its file, as tables and scores can have it."""
+    return re.sub(r"[^\w.-]", "-", file.name)[-40:]
+
+
+def own_file(data_dir: Path, name: str) -> Path | None:
+    """The file of the set `own_name`."""
+    return next((file for file in _files(data_dir) if own_name(file) == name), None)
+
+
+def unknown_bins(data_dir: Path) -> list[Path]:
+    """The .bin files of a folder that are named like no benchmark."""
+    return [file for file in _files(data_dir) if is_bin(file) and not benchmark_named(file.stem)]
 
 
 def missing(name: str, data_dir: Path) -> str:
@@ -81,7 +120,7 @@ def missing(name: str, data_dir: Path) -> str:
     if is_home(data_dir, name) and list_in(data_dir, name):
         return f"{wanted} is missing, but {data_dir} is a benchmark's folder; name the one it is in: {data_dir.parent}"
     inside = [wanted / entry.name for entry in _files(wanted) if is_bin(entry)]
-    others = {plain(file.stem): file for file in _files(data_dir) if is_bin(file) and not benchmark_named(file.stem)}
+    others = {plain(file.stem): file for file in unknown_bins(data_dir)}
     near = inside + [others[key] for key in difflib.get_close_matches(plain(name), others, 1, 0.6)]
     if wanted.is_dir() and near:
         aside, to = f"{wanted}-folder", quote(str(wanted))
