@@ -42,6 +42,10 @@ _BEGINNINGS = {  # (what it is, what to do, "" where that depends on what was wa
     b"RIFF": ("a WebP image, or a sound or film", ""),
     b"%PDF": ("a PDF document", ""),
     b"\x89HDF": ("an HDF5 file", ""),
+    b"PAR1": ("a Parquet file", ""),
+    b"IxF": ("an index of FAISS", ""),
+    b"IxSQ": ("an index of FAISS", ""),
+    b"\x80\2\x8a\nl\xfc\x9cF\xf9": ("a file of torch.save", ""),
 }
 
 
@@ -250,6 +254,8 @@ def identify(start: bytes) -> tuple[str, str] | None:
             return answer
     if start[4:8] == b"ftyp":
         return "a film, or a HEIC or AVIF photo", ""
+    if start[:1] == b"\x08" and start[2:3] == b"\x12":
+        return "an ONNX file", ""
     if start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5":
         return "a pickle, as a .bin of pairs is", ""
     return None

@@ -10,13 +10,15 @@ import os
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitface.config import backbone_name
 from vitface.data.progress import Progress
 from vitface.errors import WeightsError, command, in_one_line
-from vitface.files import cache_home, sha256_file
+from vitface.files import cache_home, make_folder, sha256_file
+from vitface.lock import waiting_lock
 from vitface.store.backbones import read_backbone
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone
@@ -27,6 +29,15 @@ MINUTE, LEAST_BYTES = 60.0, 1 << 16  # less than that in a minute is no download
 MAX_BYTES = 8 << 30
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, no other process fetches into the same folder: it would write into the same part."""
+    make_folder(cache_home().absolute())
+    with waiting_lock(cache_home() / ".fetch.lock"):
+        yield
+
+
+@_alone()
 def fetch_backbone(name: str) -> Conversion | None:
     """Downloads and converts a backbone by its preset's name or alias; None if it is there already.
 
@@ -54,6 +65,7 @@ def fetch_backbone(name: str) -> Conversion | None:
     return done
 
 
+@_alone()
 def fetch_detector() -> Path:
     """Downloads YuNet, which `vitface align` uses, unless it is there; WeightsError if that fails."""
     file = cache_home() / "face_detection_yunet.onnx"

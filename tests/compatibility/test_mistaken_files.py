@@ -1,5 +1,6 @@
 """Files that are something else than their names or places say."""
 
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -29,6 +30,15 @@ JPEG = encode_image(np.full((112, 112, 3), 90, np.uint8), "JPEG")
         pytest.param("a.jpg", JPEG, "one JPEG image", marks=case("`--weights` of a JPEG", "error: what it is")),
         pytest.param("a.csv", b"image,domain\n", "a text file", marks=case("`--weights` of a CSV", "the same")),
         pytest.param("a.pth", b"<html>", "a web page", marks=case("`--weights` of a web page", "the same")),
+        pytest.param(
+            "lfw.bin",
+            pickle.dumps(([], [])),
+            "a pickle, as a .bin of pairs is",
+            marks=case("`vitface info lfw.bin`", "the same; not to convert it"),
+        ),
+        pytest.param("a.parquet", b"PAR1\0", "a Parquet file", marks=case("`vitface info a.parquet`", "the same")),
+        pytest.param("index.faiss", b"IxFI\0", "an index of FAISS", marks=case("`info index.faiss`", "the same")),
+        pytest.param("f.onnx", b"\x08\x08\x12\x07pytorch", "an ONNX file", marks=case("`info face.onnx`", "the same")),
         pytest.param("a", None, "a folder", marks=case("`--weights` of a folder", "the same")),
     ],
 )
@@ -153,7 +163,13 @@ def test_a_set_in_capitals(tmp_path, capsys):
 @case("`--against` of a folder", "error: name the files in it")
 def test_against_a_folder(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path), "--against", str(tmp_path)]) == 2
-    assert f"a folder; name the files in it: {tmp_path}/lfw.bin" in capsys.readouterr().err
+    assert f"--against {tmp_path}: a folder without a benchmark" in capsys.readouterr().err
+    for name in ("agedb 30.bin", "pairs.txt", "x/cfp_fp.bin", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert main(["data", "check", str(tmp_path), "--against", str(tmp_path)]) == 2
+    names = f"'{tmp_path}/agedb 30.bin' {tmp_path}/pairs.txt {tmp_path}/x/cfp_fp.bin"
+    assert f"a folder; name files in it: {names}\n" in capsys.readouterr().err
 
 
 @case("a fault of a .bin", "the message has its path")

@@ -127,6 +127,16 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, wandb):
     assert one["id"] == two["id"] == (tmp_path / "run" / "wandb-id.txt").read_text() and two["resume"] == "allow"
 
 
+@pytest.mark.parametrize("kept", [b"\xff\xfe", b"a/b", b"x" * 2000])
+@case("`wandb-id.txt` that is not UTF-8, or no id", "a new id, with a note")
+def test_a_damaged_id_of_wandb(tmp_path, wandb, capsys, kept):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb-id.txt").write_bytes(kept)
+    start(tmp_path / "run")
+    assert wandb.inits[0]["id"] == (tmp_path / "run" / "wandb-id.txt").read_text() and len(wandb.inits[0]["id"]) == 16
+    assert "wandb-id.txt is damaged; the run gets a new id" in capsys.readouterr().err
+
+
 @case("`--wandb` at the end of a run", "accuracy, AUC, EER and ROC of each benchmark are sent, and the run is finished")
 def test_benchmarks_and_curves_are_sent(tmp_path, wandb):
     issame = np.arange(400) % 2 == 0

@@ -13,10 +13,10 @@ from PIL import Image
 from vitface.__main__ import main
 from vitface.commands.experiments import experiments_markdown
 from vitface.data.formats.pairs import write_bin
-from vitface.errors import EvaluationError
+from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark
-from vitface.evaluation.compare import Side, compare
+from vitface.evaluation.compare import Side, compare, group_runs
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, keep_scores, load_scores, save_scores
 from vitface.store.faces import open_checkpoint
@@ -163,3 +163,31 @@ def test_the_table_of_experiments_shows_both(tiny_run):
     text = experiments_markdown(tiny_run.parent)
     cells = "; ".join(f"{100 * result(seed).accuracy:.2f} ± {100 * result(seed).std:.2f}" for seed in (0, 1))
     assert f"| {cells} | not evaluated |" in text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"xx", marks=case("a damaged `scores.safetensors`", "one sentence, that names the file once")),
+        pytest.param(b"", id="nothing"),
+    ],
+)
+def test_damaged_scores(tmp_path, data):
+    (tmp_path / SCORES).write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        load_scores(tmp_path / SCORES)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / SCORES} is damaged (Error") and text.endswith("; delete it and evaluate again")
+    assert text.count(SCORES) == 1 == text.count("damaged (")
+
+
+@case("`evaluate --compare` of a run and its copy", "that they are copies; not that they differ in the seed")
+def test_copies_are_no_experiments(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"seed": seed, "epochs": 2}))
+    a, b, c = (tmp_path / name for name in "abc")
+    with pytest.raises(ConfigError, match="these runs are one run and copies of it, or repeat it; --compare needs"):
+        group_runs([a, b], [{}, {}])
+    with pytest.raises(ConfigError, match="these runs differ only in the seed"):
+        group_runs([a, c], [{}, {}])

@@ -34,6 +34,7 @@ def exported(people, to, out):
     assert main(["export", str(people[1]), "--format", to, "--out", str(out)]) == 0
     mode = stat.S_IMODE(out.stat().st_mode)
     assert mode == (0o600 if out.is_file() else 0o700) and [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.is_file() or {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o600}
     return out
 
 

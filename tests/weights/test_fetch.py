@@ -1,7 +1,9 @@
 """Downloads against a server on localhost: whole, broken, resumed, replaced, refused; and what to do by hand."""
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import shlex
 import threading
 import time
@@ -362,3 +364,18 @@ def test_a_body_that_drips(server, monkeypatch):
     server.pieces, server.stall = 40, 0.02
     with pytest.raises(WeightsError, match="the server sent .* bytes in 0 s"):
         fetch_backbone(NAME)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_fetches_at_once_are_one_download(server, content, part, tmp_path):
+    """Both would write into the same part: one of them waits, and finds what the other one has fetched."""
+    server.pieces, server.stall = 5, 0.05
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            fetch_backbone(NAME)
+            os._exit(0)
+        os._exit(1)
+    fetch_backbone(NAME)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and server.requests == [None]
+    assert_complete(tmp_path / "home", content)

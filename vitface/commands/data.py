@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -84,12 +85,22 @@ def _check(arguments: argparse.Namespace) -> int:
 
     for file in arguments.against:
         if not file.is_file():
-            what = f"a folder; name the files in it: {file}/lfw.bin" if file.is_dir() else "no such file"
-            raise ConfigError(f"--against {file}: {what}")
+            raise ConfigError(f"--against {file}: {_no_benchmark(file)}")
     embed = load_model(arguments)[0].embed if arguments.checkpoint else None
     reports = check(arguments.path, arguments.against, arguments.num_workers, embed)
     print_result(arguments, list(map(dataclasses.asdict, reports)), "\n".join(map(report_text, reports)))
     return int(any(report.problems for report in reports))
+
+
+def _no_benchmark(path: Path) -> str:
+    """Why a path names no benchmark, and what to name instead."""
+    if not path.is_dir():
+        return "no such file"
+    from vitface.data.formats.published import is_bin, is_list
+
+    inside = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and (is_bin(file) or is_list(file))]
+    more = f" and {len(inside) - 3:,} more" if inside[3:] else ""
+    return f"a folder; name files in it: {shlex.join(inside[:3])}{more}" if inside else "a folder without a benchmark"
 
 
 def _build_flags(parser: CommandParser) -> None:

@@ -136,7 +136,7 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
         threshold = choose_threshold(model.thresholds)[0]
         evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions, threshold)
     else:
-        evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast)
+        evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast, keep=rank() == 0)
     if rank() == 0:
         show(evaluation, model, checkpoint, arguments)
     return 2 if evaluation.failures else 0

@@ -79,7 +79,8 @@ def group_runs(runs: Sequence[Path], results: Sequence[dict[str, Verification]])
     seeds = [read_config(run).get("seed") for run in runs]
     kinds = [kind for i, kind in enumerate(settings) if kind not in settings[:i]]
     if len(kinds) < 2:
-        raise ConfigError("these runs differ only in the seed; --compare needs at least two experiments")
+        differ = "differ only in the seed" if len({*seeds}) > 1 else "are one run and copies of it, or repeat it"
+        raise ConfigError(f"these runs {differ}; --compare needs at least two experiments")
     keys = dict.fromkeys(key for kind in kinds for key in kind)
     differ = [key for key in keys if any(kind.get(key) != kinds[0].get(key) for kind in kinds)]
     sides = []

@@ -49,10 +49,12 @@ def evaluate_frozen(
     data_dir: str | Path,
     in_turns: InTurns = in_order,
     agree: Callable[[list[str]], list[str]] = list,
+    keep: bool = True,
 ) -> Evaluation:
     """`evaluate_all` of a model of `judged_frozen`, but of what was evaluated before the results are taken from disk.
 
-    `agree` gives every rank the benchmarks that the first one has. What caused an alarm is evaluated anew.
+    `agree` gives every rank the benchmarks that the first one has, which alone should `keep` results. What caused an
+    alarm is evaluated anew.
     """
     files = {name: _kept_file(model, name, data_dir) for name in names}
     kept = {name: result for name, file in files.items() if (result := _read(file)) is not None}
@@ -66,7 +68,7 @@ def evaluate_frozen(
         whole.alarms.extend(found.alarms)
         whole.failures.extend(found.failures)
         file = files[name]
-        if file is not None and found.results and not found.alarms and not found.failures:
+        if keep and file is not None and found.results and not found.alarms and not found.failures:
             with suppress(OSError):  # a cache that cannot be written is none
                 make_folder(file.parent)
                 save_scores(file, found.results, "frozen")

@@ -84,7 +84,8 @@ def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
             model = (file.metadata() or {}).get("model", "")
         results = [_result(stem, parts) for stem, parts in sets.items()]
     except VitfaceError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+        why = re.sub(r"^damaged \((.*)\)$", r"\1", str(error).removeprefix(f"{path}: "))
+        raise CheckpointError(f"{path} is damaged ({why}); delete it and evaluate again") from None
     return labelled(results), model
 
 

@@ -120,6 +120,7 @@ def export(gallery: Gallery, to: str, out: Path) -> None:
         if to != "parquet":
             fresh.mkdir(mode=0o700)
         FORMATS[to](gallery, fresh)
-        fresh.chmod(0o600 if to == "parquet" else 0o700)
+        for file in [fresh] if to == "parquet" else fresh.iterdir():
+            file.chmod(0o600)
         os.rename(fresh, out)
     sync_folder(out.absolute().parent)

@@ -128,7 +128,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
             raise WeightsError(f"{path}: damaged ({error}); fetch or convert it again") from None
         metadata = {}
     if metadata.get("format") != BACKBONE_FORMAT:
-        if (other := identify_file(path)) and not other[0].startswith(("a zip", "a pickle")):  # as torch.save's are
+        if (other := identify_file(path)) and not other[0].startswith(("a zip", "a file of torch")):
             what, do = other
             hint = "name a converted file, NAME.safetensors; vitface fetch NAME gets one. Data: vitface data check PATH"
             raise WeightsError(f"{path} holds no weights but is {what}; {do or hint}")

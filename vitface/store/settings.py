@@ -5,9 +5,11 @@ Files may come from strangers: a value that no model can have is refused before 
 
 import csv
 import io
+import json
 import sys
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +47,27 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); {cure}") from None
 
 
+def run_faults(run_dir: Path) -> list[str]:
+    """What is wrong with config.json and log.jsonl of a run, which its checkpoints do not need."""
+    faults = []
+    try:
+        read_config(run_dir)
+    except CheckpointError as error:
+        faults.append(str(error))
+    with suppress(OSError), open_regular(run_dir / "log.jsonl") as file:
+        lines = file.read(MAX_LOG_BYTES).splitlines()[:-1]  # a kill may have cut the last one off
+        if damaged := sum(not _is_json(line) for line in lines):
+            faults.append(f"{run_dir / 'log.jsonl'} is damaged: {damaged:,} of its {len(lines):,} lines are left out")
+    return faults
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def read_epochs(run_dir: Path) -> list[dict[str, str]]:
     """The rows of a run's log.csv, one for each epoch, of numbers but for "alarms"; none where there is no log.
 
@@ -55,6 +78,8 @@ def read_epochs(run_dir: Path) -> list[dict[str, str]]:
         with open_regular(path) as file:
             text = file.read(MAX_LOG_BYTES).decode("utf-8-sig", errors="replace")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        if not rows and not text.isspace():  # before the first epoch, it is an empty line
+            rows = [{}]
     except FileNotFoundError:
         return []
     except (OSError, csv.Error):

@@ -53,7 +53,7 @@ def finish(
     title = "adapted, best epoch" if held_out else "adapted, last epoch"
     if names and with_frozen:
         frozen = judged_frozen(config.backbone, config.weights, config.image_size, device)
-        sections[FROZEN] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast)
+        sections[FROZEN] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast, keep=rank() == 0)
         print0(f"\n{FROZEN}\n{evaluation_text(sections[FROZEN])}")
     if names:
         sections[title] = evaluate_all(adapted.embed, names, data_dir, in_turns)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
     from vitface.model.counts import parameter_counts
     from vitface.store.backbones import read_backbone
     from vitface.store.faces import meta_model, open_checkpoint
-    from vitface.store.settings import read_epochs
+    from vitface.store.settings import read_epochs, run_faults
 
     if path.is_file():
         name, config, tensors, source = read_backbone(path)
@@ -41,6 +42,8 @@ def describe(path: Path) -> dict[str, Any]:
     counts = parameter_counts(meta_model(checkpoint.config))
     of_manifest = {key: value for key, value in checkpoint.manifest.items() if isinstance(value, str | int)}
     epochs = read_epochs(checkpoint.run) if checkpoint.run else []
+    for fault in run_faults(checkpoint.run) if checkpoint.run else ():
+        print(f"note: {fault}", file=sys.stderr)
     settings = dataclasses.asdict(checkpoint.config)
     del settings["vit"]
     return {

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
@@ -108,10 +109,14 @@ def _wandb(run_dir: Path, config: TrainConfig) -> Tracker:
 
 def wandb_id(run_dir: Path) -> str:
     """The run's id for W&B, kept in its folder: two runs may have folders of one name."""
-    path = run_dir / "wandb-id.txt"
-    if not path.is_file():
-        replace_file(path, secrets.token_hex(8).encode())
-    return path.read_text(encoding="utf-8").strip()
+    path, kept = run_dir / "wandb-id.txt", ""
+    with suppress(OSError), open_regular(path) as file:
+        kept = file.read(1000).decode(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII):
+        if kept:
+            print(f"note: {path} is damaged; the run gets a new id, and so a new page of W&B", file=sys.stderr)
+        replace_file(path, (kept := secrets.token_hex(8)).encode())
+    return kept
 
 
 def _tensorboard(run_dir: Path, config: TrainConfig) -> Tracker:
