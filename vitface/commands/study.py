@@ -16,11 +16,16 @@ STUDIES: dict[str, dict[str, Any]] = {
     "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
     "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
 }
+ORACLES: dict[str, dict[str, Any]] = {  # of adapters chosen by what is known of a photo, on people kept back
+    "sensors": {"exp": "lfw_vit_tiny", "epochs": 3, "degrade": "all", "val_data": None},
+    "poses": {"exp": "lfw_vit_tiny", "epochs": 10, "val_data": None},
+}
 SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "dry_run")
 EXAMPLES = """examples:
   vitface study tiny                            minutes: shows what a study is
   vitface study synthetic --seeds 0 1 2
   vitface study synthetic --variants lora lora_wide --lora-rank 1 --save-dir studies/rank_1
+  vitface study sensors --train-data data/faces --settings base --variants oracle lora_wide --seeds 0
   vitface study controls --backbone vit_tiny_patch16 --image-size 112 --epochs 10 --train-data data/faces
 """
 
@@ -28,7 +33,7 @@ EXAMPLES = """examples:
 def add_flags(parser: CommandParser) -> None:
     parser.usage = "vitface study NAME [flags]"
     add = parser.add_argument
-    add("name", choices=STUDIES, help="which study; the flags of train change its settings")
+    add("name", choices=[*STUDIES, *ORACLES], help="which study; the flags of train change its settings")
     add(
         "--seeds",
         type=number(int, bounds_of("seed")),
@@ -37,19 +42,28 @@ def add_flags(parser: CommandParser) -> None:
         help="one run of each variant per seed",
     )
     add("--variants", nargs="+", metavar="NAME", dest="chosen", help="train DA-LoRA and these only; default: all")
+    add(
+        "--settings", nargs="+", metavar="NAME", help="sensors and poses: these only, such as base rank_1; default: all"
+    )
     add_shared(parser, "--docs")
     add_settings(parser, without=SET_BY_THE_STUDY)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from vitface.study.grid import chosen_variants, run_study
+    from vitface.study.oracle import run_oracle
 
     given = vars(arguments)
-    name, seeds, chosen, docs = (given.pop(key) for key in ("name", "seeds", "chosen", "docs"))
+    name, seeds, chosen, docs, which = (given.pop(key) for key in ("name", "seeds", "chosen", "docs", "settings"))
+    seeds = list(dict.fromkeys(seeds))
     folder = Path(given.pop("save_dir", None) or Path("studies") / name)
     command = shlex.join(["vitface", "study", *sys.argv[2:]])
-    base = resolve({**STUDIES[name], **given})
-    run_study(base, chosen_variants(base, chosen), list(dict.fromkeys(seeds)), folder, command)
+    base, page = resolve({**{**STUDIES, **ORACLES}[name], **given}), "study.md"
+    if name in ORACLES:
+        run_oracle(name, base, chosen, which, seeds, folder, command)
+        page = "map.md"
+    else:
+        run_study(base, chosen_variants(base, chosen), seeds, folder, command)
     if docs is not None:
-        put_between_markers(docs, f"Study: {folder.name}", (folder / "study.md").read_text(encoding="utf-8"))
+        put_between_markers(docs, f"Study: {folder.name}", (folder / page).read_text(encoding="utf-8"))
         print(f"wrote {docs}")

@@ -1,5 +1,6 @@
 """Intervals of verification results and of their differences. numpy only. Letters: M pairs, R runs."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -66,16 +67,24 @@ def identity_interval(result: Verification, draws: int = DRAWS) -> tuple[float, 
     """
     if result.people is None or math.isnan(result.accuracy):
         return None
-    rng = np.random.default_rng(0)
     names, people = np.unique(result.people, return_inverse=True)
-    first, second = people.reshape(-1, 2).T
-    means = np.zeros(draws)
-    for draw in range(draws):
-        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
-        weight = times[first] * np.where(result.issame, 1, times[second])
-        for kind in (result.issame, ~result.issame):
-            means[draw] += kind.mean() * (weight * result.correct)[kind].sum() / max(weight[kind].sum(), 1)
-    return interval(means)
+    numbered = dataclasses.replace(result, people=people.reshape(-1, 2))
+    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return interval(identity_draws([numbered], times)[0])
+
+
+def identity_draws(results: Sequence[Verification], times: np.ndarray) -> np.ndarray:
+    """Accuracies (R, draws) of R results on the same pairs of known people, numbered from 0, as fractions, if person p
+    counts `times[draw, p]` times (see `identity_interval`)."""
+    issame, people = results[0].issame, results[0].people
+    assert people is not None
+    correct, (first, second) = np.stack([result.correct for result in results]).astype(float), people.T
+    means = np.zeros((len(results), len(times)))
+    for draw, count in enumerate(times):
+        weight = count[first] * np.where(issame, 1, count[second])
+        for kind in (issame, ~issame):
+            means[:, draw] += kind.mean() * (correct[:, kind] @ weight[kind]) / max(weight[kind].sum(), 1)
+    return means
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -5,6 +5,7 @@ shows how much DA-LoRA gains from the choice, and how much from its number of pa
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitface.errors import ConfigError
@@ -41,6 +42,34 @@ class ShuffledRouter(Router):
 def shuffled_gate(model: FaceModel, seed: int = 0) -> None:
     """Each image has the domain weights of another image of its batch."""
     _router_of(model).__class__ = ShuffledRouter
+
+
+class KnownRouter(Router):
+    """A router that is told the domain of each image, and gives it that one alone; where nothing is told, `domain`."""
+
+    domain, shift = 0, 0
+
+    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if domains is None:
+            domains = torch.full((len(tokens),), self.domain, device=tokens.device)
+        weights = F.one_hot(domains.roll(self.shift), self.fc2.out_features).float()
+        return weights, weights
+
+
+def known_gate(model: FaceModel, seed: int = 0) -> None:
+    """Each image has the adapter of its known domain, and no other: the oracle of all routers; not trained."""
+    _router_of(model).requires_grad_(False).__class__ = KnownRouter
+
+
+class ShiftedRouter(KnownRouter):
+    """A router that gives each image the known domain of the one before it in its batch."""
+
+    shift = 1
+
+
+def known_gate_shuffled(model: FaceModel, seed: int = 0) -> None:
+    """Each image has the adapter of another one's known domain; not trained."""
+    _router_of(model).requires_grad_(False).__class__ = ShiftedRouter
 
 
 def _router_of(model: FaceModel) -> Router:
