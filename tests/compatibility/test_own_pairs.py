@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,14 @@ from vitface.evaluation import benchmarks
 from vitface.evaluation.alarms import share_alarms
 from vitface.evaluation.benchmarks import Benchmark, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import verify, verify_fixed
-from vitface.evaluation.report import notes, results_json, results_table, rfw_spread
+from vitface.evaluation.report import (
+    notes,
+    quality_lines,
+    quality_of,
+    results_json,
+    results_table,
+    rfw_spread,
+)
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.evaluation.statistics import accuracy_interval
 
@@ -312,4 +320,18 @@ def test_xqlfw(tmp_path, monkeypatch):
     found = read_benchmark("xqlfw", tmp_path)
     assert found.folds.tolist() == [0, 0, 1, 1] and found.people.tolist() == [[0, 0], [0, 1]] * 2
     assert found.images[:4] == [PICTURES[i] for i in (1, 2, 1, 10)]
+    assert quality_of({"xqlfw": None}, tmp_path) == []
+    scores = tmp_path / "xqlfw" / "xqlfw_scores.txt"
+    scores.write_text("ID\tNum\tScore\nAl_A\t1\t0.9\nAl_A\t2\t0.25\nBo_B\t2\t1.0\n")
+    np.testing.assert_array_equal(published.pair_quality(tmp_path), [[0.9, 0.25], [0.9, 1.0]] * 2)
+    result = SimpleNamespace(correct=np.array([True, True, False, True]))
+    low, middle, high = groups = quality_of({"xqlfw": result}, tmp_path)
+    assert low == {"quality": [0.25, 0.25], "pairs": 2, "accuracy": 0.5} and middle["pairs"] == high["pairs"] == 1
+    assert quality_lines(groups)[0].endswith("50.00 at 0.25 to 0.25, 100.00 at 0.90 to 0.90, 100.00 at 0.90 to 0.90")
+    scores.write_text("ID\tNum\tScore\nAl_A\t1\t2\n")
+    with pytest.raises(DataError, match="line 2 is not `ID Num Score`"):
+        published.pair_quality(tmp_path)
+    scores.write_text("ID\tNum\tScore\nAl_A\t1\t0.2\n")
+    with pytest.raises(DataError, match="has no score of Al_A/Al_A_0002.jpg, which xqlfw_pairs.txt names"):
+        published.pair_quality(tmp_path)
     assert main(["data", "check", str(tmp_path / "xqlfw"), "--num-workers", "0"]) == 1  # four pairs are not XQLFW

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.evaluate_ijb import compare_ijb, evaluate_ijb
+from vitface.commands.evaluate_tinyface import compare_tinyface, evaluate_tinyface
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.ijb_lists import find_ijb
 from vitface.data.formats.published import IJB, MODES, PAIRS, missing, named_by, unknown_bins
+from vitface.data.formats.tinyface_folder import find_tinyface
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError, command, did_you_mean
 from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import notes, results_json, results_table, summary_json
+from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, results_table, summary_json
 from vitface.evaluation.scores import benchmark_of, keep_scores
 from vitface.files import json_bytes, write_output
 
@@ -38,14 +40,21 @@ EXAMPLES = """examples:
   vitface evaluate --bench lfw --degrade-probe lowres --output report.html   the second one only: a curve over sizes
   vitface evaluate --bench all --dry-run               how long will it take?
   vitface evaluate --bench ijbc --data-dir IJB_release templates of faces: 1:1 and 1:N; goes on where it was stopped
+  vitface evaluate --bench tinyface                    small photos, each searched among 157,871
   torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
-NAMES = (*BENCHMARKS, *IJB, "all")
+OTHERS = {  # not pairs of photos: what evaluates on them, and compares runs
+    **dict.fromkeys(IJB, (evaluate_ijb, compare_ijb)),
+    "tinyface": (evaluate_tinyface, compare_tinyface),
+}
+NAMES = (*BENCHMARKS, *OTHERS, "all")
 
 
 def add_flags(parser: CommandParser) -> None:
     add = parser.add_argument
-    text = f"one of {', '.join(NAMES)}; 'all': each that has a file, but IJB; or a .bin or pair list of your own"
+    text = (
+        f"one of {', '.join(NAMES)}; 'all': each that has a file, but IJB and TinyFace; or your own .bin or pair list"
+    )
     add("--bench", metavar="NAME|FILE", help=text)
     add("--data-dir", type=Path, default=Path("data"), help="folder of lfw.bin, cfp_fp.bin, ... (default: data)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="finished runs; each experiment against the first one's")
@@ -74,14 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bench not in (*NAMES, None):
         arguments.bench, arguments.data_dir = own_pairs(arguments.bench, arguments.data_dir)
     if arguments.compare:
-        return compare_ijb(arguments) if arguments.bench in IJB else compare_runs(arguments)
+        return OTHERS[arguments.bench][1](arguments) if arguments.bench in OTHERS else compare_runs(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
     from vitface.training.ranks.process_group import as_one, local_device
 
     arguments.device = local_device(arguments.device)
     with as_one(arguments.device):
-        evaluate = evaluate_ijb if arguments.bench in IJB else evaluate_model
+        evaluate = OTHERS[arguments.bench][0] if arguments.bench in OTHERS else evaluate_model
         return evaluate(*open_model(arguments), arguments)
 
 
@@ -182,8 +191,9 @@ def show(
     from vitface.evaluation.page import report_page
 
     run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
+    quality = quality_of(evaluation.results, data_dir)
     if evaluation.results:
-        print("\n".join([results_table(evaluation.results), *notes(evaluation.results)]))
+        print("\n".join([results_table(evaluation.results), *quality_lines(quality), *notes(evaluation.results)]))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
     if (
@@ -199,6 +209,7 @@ def show(
     if arguments.json:
         written = {"alarms": evaluation.alarms, "failures": evaluation.failures}
         written |= {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results)}
+        written |= {"xqlfw_quality": quality} if quality else {}
         written |= {"routing": routing} if routing else {}
         write_output(arguments.json, json_bytes(written))
     if arguments.output:
@@ -230,9 +241,9 @@ def benchmark_names(bench: str, data_dir: Path) -> list[str]:
         print(f"missing in {data_dir}: {', '.join(absent)}")
     for file in unknown_bins(data_dir):
         print(f"not evaluated, as no benchmark is called so: {command('evaluate', '--bench', file)}")
-    for name in IJB:
-        if find_ijb(name, data_dir):
-            print(f"not in 'all', as it takes long: --bench {name}")
+    long = [*(name for name in IJB if find_ijb(name, data_dir)), *["tinyface"] * bool(find_tinyface(data_dir))]
+    for name in long:
+        print(f"not in 'all', as it takes long: --bench {name}")
     if not names:
         raise DataError(f"no benchmark was found: {missing('lfw', data_dir)}")
     return names

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.errors import ConfigError, in_one_line
-from vitface.files import json_bytes, write_output
+from vitface.files import json_bytes, sha256_file, write_output
 
 if TYPE_CHECKING:
     from vitface.evaluation.ijb.embedding import StoredRows
@@ -27,13 +27,14 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
         flags = "--routing, --show-faces and --degrade"
         raise ConfigError(f"{flags} are for pairs of photos; {arguments.bench} has templates of them")
     faces = read_faces(arguments.bench, arguments.data_dir)
-    about = f"{checkpoint.sha256 if checkpoint else 'frozen'} {arguments.gate}"
+    lists = sha256_file(faces.meta[f"{faces.name}_name_5pts_score.txt"])
+    about = f"{checkpoint.sha256 if checkpoint else 'frozen'} {arguments.gate} {lists}"
     check_same({"model": about, "crops": len(faces.crops)})
     rows = StoredRows(faces, model, "F1" in arguments.pooling, about)
     protocol = read_protocol(faces) if rank() == 0 else None  # its errors come before the hours
     numbers = rows.missing() if rank() == 0 else []
     if arguments.dry_run:
-        return _predict(rows, numbers)
+        return predict_faces(rows, numbers)
     rows.complete(numbers, local_share(arguments.num_workers), over_ranks, rank() == 0)
     if protocol is None:
         return 0
@@ -42,7 +43,7 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
     return 0
 
 
-def _predict(rows: "StoredRows", numbers: list[int]) -> int:
+def predict_faces(rows: "StoredRows", numbers: list[int]) -> int:
     """Prints how long the faces that have no embedding yet will take, from a measured batch."""
     from vitface.evaluation.ijb.embedding import PART
     from vitface.training.estimate import duration, seconds_per_image

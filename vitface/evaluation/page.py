@@ -17,7 +17,7 @@ from vitface.evaluation.ijb.results import result_text
 from vitface.evaluation.ijb.scoring import TemplateResult
 from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import notes, results_json, summary_lines
+from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, summary_lines
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import benchmark_of
 from vitface.metrics import roc
@@ -37,11 +37,13 @@ def report_page(
     faces: bool,
     routing: Mapping[str, dict[str, Any]],
     templates: Sequence[TemplateResult] = (),
+    searched: str = "",
 ) -> str:
     """The whole page as HTML.
 
     `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, `routing`
-    {benchmark: `benchmark_routing`} the router's weights by pose, and `templates` results on IJB.
+    {benchmark: `benchmark_routing`} the router's weights by pose, `templates` results on IJB, and
+    `searched` a result on TinyFace, as text.
     """
     results = evaluation.results
     return render(
@@ -50,7 +52,7 @@ def report_page(
         title=title,
         problems=[*evaluation.alarms, *evaluation.failures],
         results=results_json(results),
-        remarks=[*summary_lines(results), *notes(results)],
+        remarks=[*summary_lines(results), *quality_lines(quality_of(results, data_dir)), *notes(results)],
         category=category,
         degraded=degraded_curves(evaluation),
         learning=learning_curve(run) if run else [],
@@ -61,6 +63,7 @@ def report_page(
         attention=attention_maps(model),
         routing=routing_section(model, routing) if model.config.num_domains > 1 else None,
         settings=vars(model.config),
+        searched=searched,
         templates=[(result_text(result), template_chart(result)) for result in templates],
     )
 

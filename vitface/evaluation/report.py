@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitface.data.formats.published import RFW
+from vitface.data.formats.published import RFW, pair_quality
 from vitface.errors import EvaluationError
 from vitface.evaluation.benchmarks import BENCHMARKS, OWN, category
 from vitface.evaluation.protocol import Verification
@@ -82,6 +83,31 @@ def rfw_spread(results: Results) -> dict[str, float | None] | None:
         "std": float(accuracies.std()),
         "skewed_error_ratio": ratio,
     }
+
+
+def quality_groups(result: Verification, quality: np.ndarray) -> list[dict[str, Any]]:
+    """XQLFW's pairs in three groups of one size, by the lower quality (N, 2) of the two photos: {"quality": [from, to],
+    "pairs", "accuracy"} of each, the accuracy by the thresholds of the folds."""
+    lower = quality.min(axis=1)
+    return [
+        {
+            "quality": [float(lower[rows].min()), float(lower[rows].max())],
+            "pairs": len(rows),
+            "accuracy": float(result.correct[rows].mean()),
+        }
+        for rows in np.array_split(np.argsort(lower, kind="stable"), 3)
+    ]
+
+
+def quality_of(results: Results, data_dir: Path) -> list[dict[str, Any]]:
+    """`quality_groups` of XQLFW where it is among the results and its scores are there, else []."""
+    quality = pair_quality(data_dir) if "xqlfw" in results else None
+    return [] if quality is None else quality_groups(results["xqlfw"], quality)
+
+
+def quality_lines(groups: list[dict[str, Any]]) -> list[str]:
+    texts = ("{:.2f} at {:.2f} to {:.2f}".format(100 * x["accuracy"], *x["quality"]) for x in groups)
+    return [f"xqlfw by the lower quality of the two photos: {', '.join(texts)}"] if groups else []
 
 
 def _average_lines(results: Results) -> Iterator[str]:

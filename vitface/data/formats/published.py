@@ -14,6 +14,7 @@ import numpy as np
 
 from vitface.data.formats.pair_lists import PAIR_LISTS
 from vitface.data.formats.pairs import VerificationSet
+from vitface.data.images import read_text
 from vitface.errors import DataError
 from vitface.metrics import contiguous_folds
 
@@ -23,6 +24,7 @@ RFW = {f"rfw_{group}": group for group in ("african", "asian", "caucasian", "ind
 PAIRS |= dict.fromkeys(RFW, 6000)
 _ALSO = {"vggface2fp": "vgg2_fp", **{f"{group}test": name for name, group in RFW.items()}}  # African_test.bin
 IJB = {"ijbb": (227_630, 12_115, 8_010_270), "ijbc": (469_375, 23_124, 15_658_489)}  # faces, templates, pairs
+TINYFACE = (4443, 3728, 153_428)  # photos in Gallery_Match, Probe, Gallery_Distractor
 MODES = [f"N{n}D{d}F{f}" for n in (1, 0) for d in (1, 0) for f in (1, 0)]  # InsightFace's: norm, detector, flip
 _COPY = re.compile(r"[ _]?\(\d+\)$| - copy$| copy$")  # what browsers and desktops add
 
@@ -84,6 +86,28 @@ def crops_of(folder: Path, name: str) -> Path:
     """The folder of a benchmark's crops: that of its list, or the one in it that the release has for them."""
     crops = folder / PAIR_LISTS[name].crops
     return crops if crops.is_dir() else folder
+
+
+def pair_quality(data_dir: Path) -> np.ndarray | None:
+    """The quality in [0, 1] of both photos of XQLFW's pairs, float64 (N, 2), from the release's xqlfw_scores.txt.
+
+    None without this file beside the list, and where the pairs are those of a .bin. DataError names a line that is not
+    `ID Num Score`, or a photo without a score.
+    """
+    found = None if bin_in(data_dir, "xqlfw") else find_list(data_dir, "xqlfw")
+    if found is None or not (path := found[0].with_name("xqlfw_scores.txt")).is_file():
+        return None
+    scores = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        match = re.fullmatch(r"(.+?)\s+(\d{1,4})\s+([01](?:\.\d+)?(?:[eE]-\d+)?)", line.strip()[:200])
+        if match:
+            scores[f"{match[1]}/{match[1]}_{int(match[2]):04d}.jpg"] = float(match[3])
+        elif line.strip() and number > 1:  # the first has the names of the columns
+            raise DataError(f"{path}: line {number} is not `ID Num Score`, the score from 0 to 1: {line[:80]!r}")
+    pairs = PAIR_LISTS["xqlfw"].pairs(found[0])
+    if lacking := next((photo for pair in pairs for photo in pair.photos if photo not in scores), None):
+        raise DataError(f"{path} has no score of {lacking}, which {found[0].name} names")
+    return np.array([[scores[photo] for photo in pair.photos] for pair in pairs])
 
 
 def named_by(file: Path) -> tuple[str, Path]:

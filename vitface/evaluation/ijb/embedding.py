@@ -7,19 +7,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from vitface.data.background import in_processes
 from vitface.data.folders import stamp
-from vitface.data.formats.ijb_lists import Faces
 from vitface.data.images import CROP_SIZE
 from vitface.data.progress import Progress
 from vitface.errors import CheckpointError
 from vitface.evaluation.protocol import check_rows
-from vitface.files import cache_home, make_folder, replace_file, sha256_bytes, sha256_file
+from vitface.files import cache_home, make_folder, replace_file, sha256_bytes
 from vitface.model.inference import embed_batches, split
 from vitface.recogniser import Recogniser
 from vitface.store.tensors import read_tensors, tensor_bytes
@@ -27,6 +26,18 @@ from vitface.version import __version__
 
 PART = 1024  # faces
 Spread = Callable[[Any, Sequence[int]], Iterator[tuple[Any, np.ndarray]]]  # see `over_ranks`
+
+
+class Faces(Protocol):
+    """N faces in `folder`, read aligned, uint8 (112, 112, 3)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def crops(self) -> list[str]: ...
+    def read(self, number: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +52,14 @@ class StoredRows:
     faces: Faces
     model: Recogniser
     flip: bool
-    about: str  # the model's trained tensors, and what else decides about its embeddings
+    about: str  # the model's trained tensors, the list of the faces, and what else decides about its embeddings
 
     @functools.cached_property
     def folder(self) -> Path:
         weight = self.model.model.vit.pos_embed
-        crops, lists = str(self.faces.folder.resolve()), self.faces.meta[f"{self.faces.name}_name_5pts_score.txt"]
+        crops = str(self.faces.folder.resolve())
         about = [__version__, torch.__version__, weight.device.type, str(weight.dtype), self.about, self.flip]
-        about += [dataclasses.asdict(self.model.config), crops, sha256_file(lists)]
+        about += [dataclasses.asdict(self.model.config), crops]
         return cache_home() / self.faces.name / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
     @functools.cached_property

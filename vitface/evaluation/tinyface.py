@@ -1,0 +1,88 @@
+"""TinyFace's search: the shares of probes that find a photo of their person among the best; as text, JSON and in a run.
+
+Scores are cosines in float64, rounded to 12 decimals, as IJB's; ties count against the model. Letter: E embedding.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitface.data.formats.tinyface_folder import TinyFace
+from vitface.errors import CheckpointError, EvaluationError, VitfaceError, command, in_one_line
+from vitface.evaluation.ijb.scoring import products
+from vitface.evaluation.statistics import wilson
+from vitface.files import json_bytes, read_json, replace_file
+
+RANKS = (1, 5, 10, 20)
+
+
+def search_ranks(faces: TinyFace, parts: Iterable[np.ndarray]) -> dict[int, float]:
+    """The shares of probes that have a photo of their person among the k best, from embeddings float32 (n, E) of the
+    faces in their order. A stranger that ties with the best photo of the person counts as better.
+
+    EvaluationError if no probe's person is in the gallery; probes without one do not count, with an alarm.
+    """
+    rows = np.concatenate([part / np.linalg.norm(part.astype("f8"), axis=1, keepdims=True) for part in parts])
+    gallery, people = rows[~faces.probe], faces.person[~faces.probe]
+    better, mated = [], 0
+    wanted = faces.person[faces.probe]
+    for block, cosines in products(rows[faces.probe], gallery):
+        cosines, own = cosines.round(12), people == wanted[block, None]
+        has = own.any(axis=1)
+        best = np.where(own, cosines, -np.inf)[has].max(axis=1, initial=-np.inf)
+        better.append(((cosines[has] >= best[:, None]) & ~own[has]).sum(axis=1))
+        mated += int(has.sum())
+    if not mated:
+        raise EvaluationError("no probe is of a person in Gallery_Match: the folders are of different sets")
+    if mated < len(wanted):
+        faces.alarms.append(f"tinyface: {len(wanted) - mated:,} probes have nobody in Gallery_Match and do not count")
+    return {k: float((np.concatenate(better) < k).mean()) for k in RANKS}
+
+
+def result_json(faces: TinyFace, ranks: Mapping[int, float]) -> dict[str, Any]:
+    """{"probes", "gallery", "distractors", "rank": {"1": ..., "5", "10", "20"}, "interval": of rank-1}."""
+    probes, strangers = int(faces.probe.sum()), int((faces.person < 0).sum())
+    counts = dict(probes=probes, gallery=len(faces.crops) - probes - strangers, distractors=strangers)
+    return {**counts, "rank": {str(k): share for k, share in ranks.items()}, "interval": wilson(ranks[1], probes)}
+
+
+def result_text(entry: Mapping[str, Any]) -> str:
+    """Two lines: what was searched, and the shares in %."""
+    counts = f"{entry['probes']:,} probes, {entry['gallery']:,} photos of their people, {entry['distractors']:,} others"
+    low, high = (100 * bound for bound in entry["interval"])
+    ranks = "  ".join(f"rank-{k} {100 * share:.2f}" for k, share in entry["rank"].items())
+    return f"tinyface: {counts}\n{ranks}  (rank-1: 95 % interval {low:.2f} to {high:.2f})"
+
+
+def keep_result(run: Path, entry: dict[str, Any], model: str) -> None:
+    """Writes tinyface.json of a run: {"model": SHA-256, "result": `result_json`}."""
+    replace_file(run / "tinyface.json", json_bytes({"model": model, "result": entry}))
+
+
+def kept_result(run: Path) -> dict[str, Any]:
+    """The `result_json` that a run kept; CheckpointError unless it is of the run's best checkpoint."""
+    from vitface.store.faces import open_checkpoint
+
+    file, again = run / "tinyface.json", command("evaluate", "--checkpoint", run, "--bench", "tinyface")
+    fault = "is not of the run's best checkpoint"
+    try:
+        written = read_json(file)
+        entry, of_best = written["result"], written["model"] == open_checkpoint(run).sha256
+        if of_best and all(0 <= entry["rank"][str(k)] <= 1 for k in RANKS):
+            return entry
+    except VitfaceError:
+        raise
+    except OSError:
+        fault = "is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fault = "is damaged"
+    raise CheckpointError(f"{file} {fault}; evaluate the run again with\n  {again}")
+
+
+def comparison_lines(kept: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per run of {run: `kept_result`}, the shares in %."""
+    head = "".join(f"{f'rank-{k}':>9}" for k in RANKS)
+    rows = {run: "".join(f"{100 * entry['rank'][str(k)]:>9.2f}" for k in RANKS) for run, entry in kept.items()}
+    return [head, *(f"{row}  {in_one_line(run)}" for run, row in rows.items())]
