@@ -5,7 +5,7 @@ template of which nothing is left (all its faces have the detector's score 0) is
 Letters: N faces, T templates, M pairs, E embedding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,32 +98,31 @@ def pool(faces: Faces, parts: Iterable[np.ndarray], mode: str) -> np.ndarray:
     return templates / np.maximum(np.linalg.norm(templates, axis=1, keepdims=True), np.finfo("f8").tiny)
 
 
-def products(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows of `first`, their cosines with all of `second`), PRODUCT of them at a time."""
-    step = max(1, PRODUCT // len(second))
-    for start in range(0, len(first), step):
-        block = slice(start, start + step)
-        yield block, first[block] @ second.T
-
-
 def pair_scores(templates: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """The cosines float64 (M,) of pairs (M, 2) of rows.
 
     All cosines of the templates on the left with those on the right are computed, in blocks, and the pairs' are picked:
     a product of matrices is many times faster than M products of rows that lie anywhere.
     """
-    (left, first), (right, second) = (np.unique(side, return_inverse=True) for side in pairs.T)
-    scores, second_templates = np.empty(len(pairs)), templates[right]
-    step = max(1, PRODUCT // len(right))
-    block_of = first // step
-    order = np.argsort(block_of.astype(np.min_scalar_type(int(block_of.max()))), kind="stable")
-    ends = np.cumsum(np.bincount(block_of))
-    for (block, cosines), start, end in zip(
-        products(templates[left], second_templates), [0, *ends], ends, strict=False
-    ):
-        some = order[start:end]
-        scores[some] = cosines[first[some] - block.start, second[some]]
-    return np.round(scores, 12, out=scores)
+    (left, row), (right, column) = (_places(side, len(templates)) for side in pairs.T)
+    step, wide = max(1, PRODUCT // len(right)), len(right)
+    block_of = (row // step).astype(np.min_scalar_type(len(left) // step))[pairs[:, 0]]
+    cell = (row % step * wide)[pairs[:, 0]]
+    cell += column[pairs[:, 1]]
+    order, scores, start = np.argsort(block_of, kind="stable"), np.empty(len(pairs)), 0
+    second = templates[right].T
+    for block, count in enumerate(np.bincount(block_of)):
+        some = order[start : (start := start + count)]
+        cosines = templates[left[block * step : (block + 1) * step]] @ second
+        scores[some] = cosines.ravel()[cell[some]].round(12)
+    return scores
+
+
+def _places(rows: np.ndarray, templates: int) -> tuple[np.ndarray, np.ndarray]:
+    """(The rows that occur; the place of each template among them, int32)."""
+    there = np.zeros(templates, bool)
+    there[rows] = True
+    return np.flatnonzero(there), np.cumsum(there, dtype=np.int32) - 1
 
 
 def tar_at_far(same: np.ndarray, different: np.ndarray, far: float) -> float:
@@ -140,8 +139,10 @@ def search(templates: np.ndarray, gallery: Gallery, probes: Gallery) -> Search:
     mate = order[np.minimum(place, len(order) - 1)]
     mated = gallery.subjects[mate] == probes.subjects
     rank, own, best = np.zeros(len(mate), int), np.zeros(len(mate)), np.zeros(len(mate))
-    for block, cosines in products(templates[probes.rows], templates[gallery.rows]):
-        cosines = cosines.round(12)
+    step = max(1, PRODUCT // len(gallery.rows))
+    for start in range(0, len(mate), step):
+        block = slice(start, start + step)
+        cosines = (templates[probes.rows[block]] @ templates[gallery.rows].T).round(12)
         own[block] = np.take_along_axis(cosines, mate[block, None], axis=1)[:, 0]
         rank[block] = (cosines >= own[block, None]).sum(axis=1)
         best[block] = cosines.max(axis=1)
