@@ -12,9 +12,9 @@ from peers import transformers_backbone
 from timing import machine
 from torch import Tensor
 
-from vitface.config import VIT_PRESETS, backbone_name
 from vitface.device import DTYPES, resolve_device, resolve_dtype
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS, backbone_name
 from vitface.store.backbones import load_backbone
 
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitface.config import IMAGENET_MEAN, IMAGENET_STD, resolve
+from vitface.config import resolve
 from vitface.data.augment import plan, uniforms
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.packing import pack
@@ -31,6 +31,7 @@ from vitface.data.formats.samples import FolderSamples, load_samples
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import epoch_order, read_batches
 from vitface.data.synthetic.worlds import SyntheticSamples
+from vitface.presets import IMAGENET_MEAN, IMAGENET_STD
 from vitface.training.batches import Batch, training_input
 from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model, resolve_choices

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from timing import interleave, machine
 
-from vitface.config import FaceConfig, backbone_name
+from vitface.config import FaceConfig
 from vitface.data.faces.folder import write_crop
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import find_images
@@ -29,6 +29,7 @@ from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
+from vitface.presets import backbone_name
 from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone
 

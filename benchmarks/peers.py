@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitface.config import VIT_PRESETS
 from vitface.model.lora import adapted_linears
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS
 from vitface.store.backbones import load_backbone
 from vitface.weights.conversion import convert_file
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vitface.documents import put_between_markers
 from vitface.files import replace_file
-from vitface.markdown import put_between_markers
 
 HERE = Path(__file__).parent
 BATCHES = (8, 16, 32, 64, 128, 256, 512)

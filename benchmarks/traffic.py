@@ -95,9 +95,10 @@ def pretend() -> None:
 
 def face_model(args: argparse.Namespace) -> torch.nn.Module:
     """The model of vitface, its tensors on the fake device and without values."""
-    from vitface.config import VIT_PRESETS, FaceConfig, backbone_name
+    from vitface.config import FaceConfig
     from vitface.model.face import FaceModel
     from vitface.model.vit import ViT
+    from vitface.presets import VIT_PRESETS, backbone_name
 
     randn = torch.randn
     torch.randn = lambda *shape, generator=None, **options: randn(*shape, **options)

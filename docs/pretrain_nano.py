@@ -20,13 +20,13 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.data.background import in_processes
 from vitface.data.counter import uniform
 from vitface.data.preprocess import normalise, to_float
 from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, photo_moments, render_scenes
 from vitface.data.synthetic.worlds import PRETRAIN_PEOPLE
 from vitface.model.vit import ViT, init_weights
+from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.store.backbones import save_backbone
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 2e-3, 0.05, 0.05

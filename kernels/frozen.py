@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitface.kernels.onednn import gelu_product, product
+from vitface.kernels.activations import activate, activate_backward
+from vitface.kernels.onednn import activated_product, product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,11 +35,6 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def activate(u: Tensor, act: str) -> Tensor:
-    """The contract of `vitface.model.ops.activate`."""
-    return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
-
-
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
     """The contract of `vitface.model.ops.mlp`; ValueError if a weight or bias asks for a gradient."""
     if any(parameter.requires_grad for parameter in (w1, b1, w2, b2)):
@@ -47,17 +43,12 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> 
         return F.linear(activate(F.linear(x, w1, b1), act), w2, b2)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _mlp(x, w1, b1, w2, b2, act)[0]
-    return product(hidden(x, w1, b1, act), w2, b2)
-
-
-def hidden(x: Tensor, w1: Tensor, b1: Tensor, act: str) -> Tensor:
-    """act(x W1ᵀ + b1) without a gradient: (..., D) -> (..., 4 D)."""
-    return gelu_product(x, w1, b1) if act == "gelu" else activate(product(x, w1, b1), act)
+    return product(activated_product(x, w1, b1, act), w2, b2)
 
 
 @torch.library.custom_op("vitface::mlp", mutates_args=())
 def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """x (..., D) -> y (..., D), u (..., 4 D)."""
+    """x (..., D) -> y (..., D), u = x W1ᵀ + b1."""
     u = product(x, w1, b1)
     return product(activate(u, act), w2, b2), u
 
@@ -69,15 +60,7 @@ def _(x, w1, b1, w2, b2, act):
 
 @torch.library.custom_op("vitface::mlp_backward", mutates_args=())
 def _backward(dy: Tensor, u: Tensor, w1: Tensor, w2: Tensor, act: str) -> Tensor:
-    return _activate_backward(dy @ w2, u, act) @ w1
-
-
-def _activate_backward(dh: Tensor, u: Tensor, act: str) -> Tensor:
-    """dh ⊙ act'(u), in the memory of dh."""
-    if act == "gelu":
-        return torch.ops.aten.gelu_backward.grad_input(dh, u, grad_input=dh)
-    s = torch.sigmoid(1.702 * u)
-    return dh.mul_(s * (1 + 1.702 * u * (1 - s)))
+    return activate_backward(dy @ w2, u, act) @ w1
 
 
 @_backward.register_fake

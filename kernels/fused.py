@@ -11,8 +11,9 @@ from torch import Tensor
 
 import vitface.kernels.concatenated as on_gpu
 import vitface.kernels.lora_linear as on_cpu
+from vitface.kernels.activations import activate
 from vitface.kernels.attention import attention
-from vitface.kernels.frozen import activate, linear, mlp
+from vitface.kernels.frozen import linear, mlp
 
 
 def lora_linear(

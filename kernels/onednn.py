@@ -2,13 +2,13 @@
 
 | private operator of torch                  | what it is used for                       | replaced by               |
 | ------------------------------------------ | ----------------------------------------- | ------------------------- |
-| mkldnn._linear_pointwise, and its .binary  | bias, residual, GELU inside the product   | F.linear, `+`, F.gelu     |
+| mkldnn._linear_pointwise, and its .binary  | bias, residual, activation in the product | F.linear, `+`, F.gelu ... |
 | mkldnn._reorder_linear_weight              | a weight in the layout of oneDNN          | the weight itself         |
 | mkldnn._is_mkldnn_bf16_supported           | whether oneDNN multiplies bfloat16 here   | the answer no             |
 | aten._softmax_backward_data                | the gradient of a softmax in one pass     | its formula, three passes |
 
 oneDNN's operators serve together or not at all: a torch that lacks one, or gives it other arguments, serves none. With
-them each of bias, residual and GELU is a pass over the output that is not made, and the sum is rounded once.
+them each of bias, residual and activation is a pass over the output that is not made, and the sum is rounded once.
 """
 
 import functools
@@ -17,6 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitface.kernels.activations import activate
+
+_POINTWISE = {
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "relu6": ("hardtanh", [0.0, 6.0], "none"),
+}
 _PACKED_ROWS = 2048  # the rows that a packed layout is chosen for: 8 images of 257 tokens; it serves any number
 
 
@@ -30,11 +37,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
 
 
-def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU(x Wᵀ + b), the exact GELU; shapes as in `product`."""
-    if not serves(x):
-        return F.gelu(F.linear(x, weight, bias))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+def activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """act(x Wᵀ + b), shapes as in `product`, without a gradient."""
+    if act in _POINTWISE and serves(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_POINTWISE[act])
+    return activate(product(x, weight, bias), act)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -64,7 +71,8 @@ def _onednn_works() -> bool:
     one = torch.ones(1, 1)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(one, _PACKED_ROWS)
-        torch.ops.mkldnn._linear_pointwise(one, packed, None, "gelu", [], "none")
+        for pointwise in _POINTWISE.values():
+            torch.ops.mkldnn._linear_pointwise(one, packed, None, *pointwise)
         torch.ops.mkldnn._linear_pointwise.binary(one, one, packed, None, "add")
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):

@@ -17,9 +17,10 @@ import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitface.config import VIT_PRESETS, FaceConfig, ViTConfig
+from vitface.config import FaceConfig
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights
+from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.recogniser import Recogniser
 from vitface.store.backbones import load_backbone, save_backbone
 from vitface.store.faces import open_checkpoint, trained_tensors
@@ -154,7 +155,7 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:
 @pytest.fixture
 def tiny_preset(monkeypatch):
     """A preset "tiny" of a 2-block ViT."""
-    for module in ("vitface.config", "vitface.store.backbones"):
+    for module in ("vitface.presets", "vitface.store.backbones"):
         monkeypatch.setitem(__import__(module, fromlist=["x"]).VIT_PRESETS, "tiny", tiny_config())
 
 

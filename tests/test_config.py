@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 from vitface.__main__ import main
 from vitface.commands.experiments import RECORDED
 from vitface.commands.parser import add_settings
-from vitface.config import (
-    EXPERIMENTS,
-    VIT_PRESETS,
-    TrainConfig,
-    backbone_name,
-    differences,
-    resolve,
-    to_flag,
-)
+from vitface.config import EXPERIMENTS, TrainConfig, differences, resolve, to_flag
 from vitface.errors import ConfigError
 from vitface.kernels import fused
+from vitface.presets import VIT_PRESETS, backbone_name
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)
@@ -150,7 +143,7 @@ def test_each_bound_is_kept(name):
     [
         (["--exp", "exp_03"], "known: demo, lfw_vit_tiny, exp_001"),
         (["--exp", "exp_03"], "did you mean exp_003?"),
-        (["--backbone", "resnet50"], "known: dinov2, clip"),
+        (["--backbone", "resnet50"], "known: dinov2, dinov3, clip"),
         (["--backbone", "dinov2_vit14"], "did you mean dinov2_vits14?"),
         (["--image-size", "100"], "use 98 or 112"),
         (["--image-size", "-14"], "--image-size must be at least 1 and at most 1024, not -14"),

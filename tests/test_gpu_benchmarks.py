@@ -14,10 +14,11 @@ from conftest import optional, tiny_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitface.config import VIT_PRESETS, FaceConfig
+from vitface.config import FaceConfig
 from vitface.model import ops
 from vitface.model.face import FaceModel
 from vitface.model.lora import adapted_linears
+from vitface.presets import VIT_PRESETS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -99,7 +100,7 @@ def test_a_vit_s_has_the_known_number_of_operations():
     attention = 12 * 2 * 257**2 * 384
     assert flops.forward_and_step(config)[0] - attention == pytest.approx(5.52e9, rel=2e-3)
     spared = 9 * 256 * 384**2 + 2 * 256 * 257 * 384
-    cls = flops.forward_and_step(dataclasses.replace(config, head="cls"))[0]
+    cls = flops.forward_and_step(dataclasses.replace(config, head="pretrained"))[0]
     assert flops.forward_and_step(config)[0] - cls == spared
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitface.config import VIT_PRESETS, TrainConfig, resolve, to_flag
+from vitface.config import TrainConfig, resolve, to_flag
 from vitface.data.images import CROP_SIZE
 from vitface.data.preprocess import normalise, to_float
 from vitface.evaluation.benchmarks import BENCHMARKS
@@ -29,6 +29,7 @@ from vitface.model.margin import MarginLoss, make_margin
 from vitface.model.ops import attention, attention_map, lora_linear, split_heads
 from vitface.model.router import load_balance_loss, subsample_patches
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS
 from vitface.training.setup import build_model
 from vitface.training.step import DOMAIN_LOSS_WEIGHT
 

@@ -20,10 +20,10 @@ from test_docs import ROOT, command_lines, marked_blocks, run_line
 
 import vitface
 from vitface.__main__ import main
-from vitface.config import VIT_PRESETS
 from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.synthetic.worlds import SyntheticSamples
+from vitface.presets import VIT_PRESETS
 from vitface.store.backbones import find_backbone, read_backbone, save_backbone
 
 PEOPLE, PHOTOS, MARGIN = ("anna", "ben", "chloe", "dora", "emil"), 57, 24

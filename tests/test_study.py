@@ -5,10 +5,10 @@ import pytest
 
 from vitface.__main__ import main
 from vitface.config import resolve
+from vitface.documents import put_between_markers
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.compare import ONE_SEED
-from vitface.markdown import put_between_markers
 from vitface.study import grid
 from vitface.study.grid import adapter_parameters, chosen_variants, variants
 from vitface.training import setup

@@ -1,4 +1,4 @@
-"""Every choice as data: the backbones, a face model's settings, a training run, the recorded experiments.
+"""Every choice as data: a face model's settings, a training run, the recorded experiments.
 
 A run's configuration is one flat frozen dataclass, and each of its fields is a flag of `vitface train` (see
 `vitface.commands.parser`). A flag that is given wins over the preset that `--exp` names, the preset over the default.
@@ -11,71 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from vitface.credentials import find_secret
 from vitface.errors import ConfigError, did_you_mean
+from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
 LEAST_TEMPERATURE = 1e-6  # of the router's softmax; below it float32 overflows
 Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """A Vision Transformer's sizes and conventions, as they were when it was pretrained.
-
-    `native_size` is the image side in pixels whose patch grid `pos_embed` was learned on. `pos_interp` names the rule
-    that resamples it to another grid (see `vitface.store.backbones.resample_pos_embed`). `mean` and `std` are RGB, for
-    images in [0, 1].
-    """
-
-    native_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    act: Literal["gelu", "quick_gelu"] = "gelu"
-    layer_scale: bool = False
-    norm_pre: bool = False
-    patch_bias: bool = True
-    norm_eps: float = 1e-6
-    pos_interp: Literal["scale_offset", "size", "size_antialias"] = "size_antialias"
-    mean: tuple[float, float, float] = HALF
-    std: tuple[float, float, float] = HALF
-
-    def grid(self, image_size: int) -> int:
-        """Patches along one side of a square image of `image_size` pixels; ConfigError unless the patch divides it."""
-        if image_size <= 0 or image_size % self.patch_size:
-            below = max(image_size // self.patch_size, 1) * self.patch_size
-            raise ConfigError(
-                f"image size {image_size} is not a multiple of the patch size {self.patch_size}; "
-                f"use {below} or {below + self.patch_size}"
-            )
-        return image_size // self.patch_size
-
-
-_DINOV2: dict[str, Any] = dict(layer_scale=True, pos_interp="scale_offset", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-_CLIP: dict[str, Any] = dict(act="quick_gelu", norm_pre=True, patch_bias=False, norm_eps=1e-5, pos_interp="size")
-_CLIP |= dict(mean=CLIP_MEAN, std=CLIP_STD)
-VIT_PRESETS: dict[str, ViTConfig] = {
-    "dinov2_vits14": ViTConfig(518, 14, 384, 12, 6, **_DINOV2),
-    "dinov2_vitb14": ViTConfig(518, 14, 768, 12, 12, **_DINOV2),
-    "dinov2_vitl14": ViTConfig(518, 14, 1024, 24, 16, **_DINOV2),
-    "clip_vitb16": ViTConfig(224, 16, 768, 12, 12, **_CLIP),
-    "clip_vitl14": ViTConfig(224, 14, 1024, 24, 16, **_CLIP),
-    "vit_tiny_patch16": ViTConfig(224, 16, 192, 12, 3),
-    "vit_nano": ViTConfig(112, 16, 128, 4, 4),
-}
-VIT_ALIASES = {"dinov2": "dinov2_vits14", "clip": "clip_vitb16"}
-
-
-def backbone_name(name: str) -> str:
-    """The preset that `name` (a preset or an alias such as "dinov2") means; ConfigError lists the known ones."""
-    name = VIT_ALIASES.get(name, name)
-    if name not in VIT_PRESETS:
-        known = [*VIT_ALIASES, *VIT_PRESETS]
-        raise ConfigError(f"unknown backbone {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
-    return name
 
 
 @dataclass(frozen=True)
@@ -97,7 +37,7 @@ class FaceConfig:
     num_domains: int = 1
     router_depth: int = 3
     gate_temperature: float = 1.0
-    head: Literal["cls", "linear", "bn", "patches"] = "cls"
+    head: Literal["pretrained", "linear", "bn", "patches"] = "pretrained"
     head_levels: int = 1
     embedding_dim: int = 512
     train_patch_embed: bool = False

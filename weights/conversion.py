@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.config import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.errors import WeightsError
 from vitface.files import sha256_file
+from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.store.backbones import BACKBONE_FORMAT, expected_tensors, save_backbone
 from vitface.store.tensors import MAX_HEADER_BYTES
 from vitface.weights.keymaps import FAMILIES, Family, find_family

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vitface.config import backbone_name
 from vitface.data.progress import Progress
 from vitface.errors import WeightsError, command, in_one_line
 from vitface.files import cache_home, make_folder, sha256_file
 from vitface.lock import waiting_lock
+from vitface.presets import backbone_name
 from vitface.store.backbones import read_backbone
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone

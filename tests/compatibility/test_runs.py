@@ -14,9 +14,9 @@ import vitface.lock
 from vitface import files
 from vitface.__main__ import load_command, main
 from vitface.commands.inputs import newest_run
-from vitface.config import VIT_PRESETS
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import Benchmark
+from vitface.presets import VIT_PRESETS
 from vitface.store.backbones import save_backbone
 from vitface.store.faces import best_checkpoint, open_checkpoint, step_directories
 from vitface.training import setup

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitface.config import VIT_PRESETS, FaceConfig
+from vitface.config import FaceConfig
 from vitface.errors import ExchangeError
 from vitface.exchange.bundle import write_folder
 from vitface.exchange.from_peft import read_domains, read_peft
 from vitface.exchange.peft import CONFIG, TENSORS, TIMM, peft_files, transformers_layout
 from vitface.model.lora import TARGETS, Mix, adapter_state_dict, add_lora
 from vitface.model.vit import ViT, init_weights
+from vitface.presets import VIT_PRESETS
 from vitface.weights.keymaps import transformers_family
 
 peft, transformers = optional("peft"), optional("transformers")

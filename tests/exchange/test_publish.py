@@ -366,7 +366,7 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
     ],
 )
 def test_the_card_names_the_backbone_and_clips_own_limits(backbone, base):
-    from vitface.config import VIT_PRESETS
+    from vitface.presets import VIT_PRESETS
 
     config = FaceConfig(backbone, "random", VIT_PRESETS[backbone], 224, lora_rank=16)
     checkpoint = Checkpoint(Path("x"), Path("x"), None, {"files": {"model.safetensors": {"sha256": "x"}}}, config)

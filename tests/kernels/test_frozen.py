@@ -1,8 +1,11 @@
 """The frozen layers' kernels against float64, beside eager PyTorch in the same dtype."""
 
+import typing
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from precision import assert_as_precise, poison
@@ -10,13 +13,15 @@ from precision import assert_as_precise, poison
 from vitface.kernels import frozen, fused
 from vitface.model import ops
 from vitface.model.vit import Mlp
+from vitface.presets import Act
 
+ACTS = typing.get_args(Act)
 cases = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
         "tokens": st.sampled_from([1, 2, 17, 50]),
         "width": st.sampled_from([1, 8, 33, 64]),
-        "act": st.sampled_from(["gelu", "quick_gelu"]),
+        "act": st.sampled_from(ACTS),
         "contiguous": st.booleans(),
         "seed": st.integers(0, 1000),
     }
@@ -28,7 +33,8 @@ def draw(case):
     """float64 x, w1, b1, w2, b2, dy."""
     generator = torch.Generator().manual_seed(case["seed"])
     batch, tokens, d = case["batch"], case["tokens"], case["width"]
-    shapes = ((batch, tokens, d), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (batch, tokens, d))
+    hidden = 8 * d if case["act"] == "swiglu" else 4 * d
+    shapes = ((batch, tokens, d), (hidden, d), (hidden,), (d, 4 * d), (d,), (batch, tokens, d))
     x, w1, b1, w2, b2, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return x, w1 * d**-0.5, b1, w2 * (4 * d) ** -0.5, b2, dy
 
@@ -74,9 +80,9 @@ def test_without_a_gradient_it_is_the_same(dtype, case):
             assert_as_precise(name, exact, size, reference(*arguments).double(), fast(*arguments).double(), dtype)
 
 
-@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("act", ACTS)
 def test_gradcheck_and_opcheck(act):
-    x, *weights, dy = draw(SMALL)
+    x, *weights, dy = draw({**SMALL, "act": act})
     assert torch.autograd.gradcheck(lambda x: fused.mlp(x, *weights, act), x.requires_grad_())
     torch.library.opcheck(frozen._mlp, (x, *weights, act))
     u = F.linear(x.detach(), *weights[:2])
@@ -114,7 +120,7 @@ def test_keeps_the_hidden_layer_once():
 
 
 def test_weights_that_train_are_refused():
-    module = Mlp(4, "gelu")
+    module = Mlp(tiny_config(embed_dim=4))
     ops.use_ops(module, fused)
     with pytest.raises(ValueError, match="frozen weights"):
         module(torch.zeros(1, 2, 4))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vitface.kernels import onednn
+from vitface.model.ops import activate
 
 OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 
@@ -59,7 +60,8 @@ def test_products_with_and_without_the_private_operators(torch_of_any_kind, dtyp
         torch.testing.assert_close(onednn.product(x, w, None).double(), without_bias, **close)
         strided = residual.mT.contiguous().mT
         torch.testing.assert_close(onednn.product(x, w, bias, strided).double(), y + residual.double(), **close)
-        torch.testing.assert_close(onednn.gelu_product(x, w, bias).double(), F.gelu(y), **close)
+        for act in ("gelu", "gelu_tanh", "quick_gelu", "relu6", "swiglu"):
+            torch.testing.assert_close(onednn.activated_product(x, w, bias, act).double(), activate(y, act), **close)
 
 
 def test_without_the_answer_on_bfloat16_nothing_is_packed(monkeypatch):

@@ -47,10 +47,10 @@ def test_only_adapters_router_and_head_take_gradients():
     assert {"router.fc1.weight", "router.fc2.bias", "head.norm.weight"} <= with_gradient
 
 
-@pytest.mark.parametrize("head", ["cls", "linear", "bn", "patches"])
+@pytest.mark.parametrize("head", ["pretrained", "linear", "bn", "patches"])
 @pytest.mark.parametrize("num_domains", [1, 3])
 def test_an_image_alone_equals_the_image_in_a_batch(head, num_domains):
-    model = tiny_face(head=head, num_domains=num_domains, embedding_dim=16 if head == "cls" else 8)
+    model = tiny_face(head=head, num_domains=num_domains, embedding_dim=16 if head == "pretrained" else 8)
     randomise_adapters(model)
     images = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)
     whole = Recogniser(model).embed(images)
@@ -133,8 +133,8 @@ def test_the_head_learns_from_every_level():
 
 def test_the_router_looks_at_every_second_row_and_column():
     tokens = torch.arange(26.0).view(1, 26, 1)
-    assert subsample_patches(tokens).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
-    assert subsample_patches(tokens[:, :17]).flatten().tolist() == [0, 1, 3, 9, 11]
+    assert subsample_patches(tokens, 1).flatten().tolist() == [0, 1, 3, 5, 11, 13, 15, 21, 23, 25]
+    assert subsample_patches(tokens[:, :17], 1).flatten().tolist() == [0, 1, 3, 9, 11]
     model = tiny_face(num_domains=3)  # 4 x 4 patches
     x = model.vit.tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     seen, elsewhere = x.clone(), x.clone()
@@ -156,8 +156,8 @@ def test_the_balance_loss_at_its_extremes():
 
 
 def test_the_router_minds_neither_scale_nor_offset():
-    router, tokens = Router(6, 3, depth=0), torch.randn(4, 10, 6)
-    torch.testing.assert_close(router(tokens, [])[1], router(3 * tokens + 2, [])[1], rtol=1e-4, atol=1e-4)
+    router, vit, tokens = Router(16, 1, 3, depth=0), tiny_vit(), torch.randn(4, 10, 16)
+    torch.testing.assert_close(router(tokens, vit)[1], router(3 * tokens + 2, vit)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_seeds_decide_the_initialisation():

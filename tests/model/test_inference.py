@@ -86,6 +86,6 @@ def test_a_size_that_cannot_be_folded_is_left_as_it_is(crops):
 
 
 def test_the_frozen_backbone_can_be_prepared(crops):
-    model = tiny_face(lora_rank=0, head="cls", embedding_dim=16)
+    model = tiny_face(lora_rank=0, head="pretrained", embedding_dim=16)
     want = Recogniser(model).embed(crops)
     np.testing.assert_allclose(Recogniser(model).prepare().embed(crops), want, rtol=0, atol=2e-6)

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitface.config import VIT_PRESETS, ViTConfig
+from vitface.model.positions import resample_pos_embed
 from vitface.model.vit import ViT
-from vitface.store.backbones import load_backbone, resample_pos_embed
+from vitface.presets import VIT_PRESETS, ViTConfig
+from vitface.store.backbones import load_backbone
 from vitface.weights.conversion import convert_file
 
 transformers = optional("transformers")

@@ -18,13 +18,13 @@ from PIL import Image
 from sandbox import assault
 
 import vitface
-from vitface.config import VIT_PRESETS
 from vitface.data.formats.bin_format import parse_bin
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.samples import RecordSamples
 from vitface.data.images import decode_image
 from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
 from vitface.files import sha256_file
+from vitface.presets import VIT_PRESETS
 from vitface.store.faces import load_trained, open_checkpoint, trained_tensors
 from vitface.store.settings import face_config
 from vitface.store.tensors import read_tensors

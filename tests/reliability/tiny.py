@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from conftest import tiny_config
 
-from vitface.config import VIT_PRESETS, resolve
+from vitface.config import resolve
 from vitface.data.counter import uniform
 from vitface.data.formats.stored import Samples
+from vitface.presets import VIT_PRESETS
 from vitface.training import setup
 
 EPOCHS, STEPS_PER_EPOCH = 3, 4

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitface.__main__ import main
-from vitface.config import VIT_PRESETS, ViTConfig
 from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.store.backbones import load_backbone, read_backbone
 from vitface.weights import conversion
 from vitface.weights.conversion import convert_backbone, convert_file
@@ -709,7 +709,7 @@ def test_act_overrides_the_presets(tiny_clip, capsys):
     ("argv", "says"),
     [
         (["clip", "--src", "absent.pt"], "absent.pt: no such file"),
-        (["resnet50", "--src", "absent.pt"], "unknown backbone 'resnet50'; known: dinov2, clip"),
+        (["resnet50", "--src", "absent.pt"], "unknown backbone 'resnet50'; known: dinov2, dinov3, clip"),
         (["vit_nano", "--src", "absent.pt"], "ships with the package"),
     ],
 )

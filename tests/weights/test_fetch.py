@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from vitface.__main__ import main
-from vitface.config import VIT_PRESETS
 from vitface.data import progress
 from vitface.errors import WeightsError
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS
 from vitface.store.backbones import find_backbone, load_backbone, read_backbone
 from vitface.weights import download
 from vitface.weights.download import fetch_backbone, fetch_detector
@@ -307,7 +307,7 @@ def test_an_original_that_does_not_convert_is_kept(server, monkeypatch, part):
     [
         ("vit_tiny_patch16", "vitface convert vit_tiny_patch16 --src FILE --out"),
         ("vit_nano", "ships with the package"),
-        ("resnet50", "unknown backbone 'resnet50'; known: dinov2, clip"),
+        ("resnet50", "unknown backbone 'resnet50'; known: dinov2, dinov3, clip"),
     ],
 )
 def test_names_without_an_original_say_what_to_do(name, says, capsys):

@@ -7,8 +7,8 @@ from typing import Any
 
 from vitface.commands.parser import CommandParser, add_shared
 from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
+from vitface.documents import put_between_markers, table
 from vitface.errors import VitfaceError
-from vitface.markdown import put_between_markers, table
 from vitface.store.settings import read_config
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")

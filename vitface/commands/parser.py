@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vitface.config import MAX_NUMBER, VIT_ALIASES, VIT_PRESETS, Bounds, TrainConfig, to_flag
+from vitface.config import MAX_NUMBER, Bounds, TrainConfig, to_flag
 from vitface.errors import did_you_mean
+from vitface.presets import VIT_ALIASES, VIT_PRESETS
 
 MAX_COUNT = 2**63 - 1
 OWN_FILES = ("config.json", "gallery.json", "manifest.json", "model.json", "thresholds.json", "training.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitface.commands.parser import CommandParser, add_settings, add_shared, bounds_of, number
 from vitface.config import resolve
-from vitface.markdown import put_between_markers
+from vitface.documents import put_between_markers
 
 STUDIES: dict[str, dict[str, Any]] = {
     "controls": {},  # the default recipe, on --train-data and --val-data

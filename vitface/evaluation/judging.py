@@ -81,7 +81,7 @@ def _kept_file(model: Recogniser, name: str, data_dir: str | Path) -> Path | Non
         data = pairs_sha256(name, data_dir)
     except VitfaceError:
         return None
-    return _file(model.config, model.model.vit.pos_embed.device, name, data)
+    return _file(model.config, model.model.vit.device, name, data)
 
 
 def _file(config: FaceConfig, device: torch.device, name: str, data: str) -> Path:

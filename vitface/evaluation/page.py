@@ -11,6 +11,7 @@ import numpy as np
 
 from vitface.data.formats.pairs import EncodedImages
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
+from vitface.documents import render
 from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import Evaluation, category, read_benchmark
 from vitface.evaluation.ijb.results import result_text
@@ -23,7 +24,6 @@ from vitface.evaluation.scores import benchmark_of
 from vitface.metrics import roc
 from vitface.recogniser import Recogniser
 from vitface.store.settings import read_epochs
-from vitface.templates import render
 
 Pictures = list[tuple[str, str]]  # of `picture`
 

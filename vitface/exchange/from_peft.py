@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitface.config import MAX_SIZE, FaceConfig, ViTConfig
+from vitface.config import MAX_SIZE, FaceConfig
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import CONFIG, MARKS, TENSORS
 from vitface.exchange.peft_keys import base_fault, our_layers, part_of_backbone, read_modules, without_wrappers
@@ -26,6 +26,7 @@ from vitface.files import read_json
 from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.model.vit import ViT
+from vitface.presets import ViTConfig
 from vitface.store.backbones import expected_tensors, find_backbone, load_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors

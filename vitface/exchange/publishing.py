@@ -13,6 +13,7 @@ from pathlib import Path
 from vitface.credentials import find_secret
 from vitface.data.formats.samples import load_samples
 from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.documents import render
 from vitface.errors import ConfigError, DataError, ExchangeError, VitfaceError
 from vitface.evaluation.report import results_json
 from vitface.evaluation.scores import SCORES, load_scores
@@ -20,7 +21,6 @@ from vitface.exchange.bundle import face_files, write_folder
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 from vitface.store.settings import read_epochs
-from vitface.templates import render
 from vitface.version import __version__
 from vitface.weights.sources import SOURCES
 

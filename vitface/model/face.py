@@ -22,46 +22,49 @@ from vitface.model.vit import ViT
 TOKEN_WIDTH = 32
 
 
-class ClsHead(nn.Module):
-    """Head "cls": the CLS token as it is, E = D. Every head: tokens of `ViT.encode` -> embeddings (B, E), float32."""
+class PretrainedHead(nn.Module):
+    """Head "pretrained": what the backbone's own pool makes of its tokens, as it is.
 
-    num_queries: int | None = 1  # the tokens that the head reads, from the first; None: all
+    Every head -> embeddings (B, E), float32: of the pool's numbers (B, D) or, where it `reads_tokens`, of (B, N, D).
+    """
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0].float()
+    reads_tokens = False
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled.float()
 
 
 class LinearHead(nn.Module):
-    """Head "linear": CLS -> Linear."""
+    """Head "linear": pool -> Linear."""
 
-    num_queries: int | None = 1
+    reads_tokens = False
 
-    def __init__(self, embed_dim: int, embedding_dim: int):
+    def __init__(self, pooled_dim: int, embedding_dim: int):
         super().__init__()
-        self.proj = nn.Linear(embed_dim, embedding_dim)
+        self.proj = nn.Linear(pooled_dim, embedding_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.proj(tokens[:, 0].float())
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.proj(pooled.float())
 
 
 class BatchNormHead(nn.Module):
-    """Head "bn": CLS -> Linear -> BatchNorm1d."""
+    """Head "bn": pool -> Linear -> BatchNorm1d."""
 
-    num_queries: int | None = 1
+    reads_tokens = False
 
-    def __init__(self, embed_dim: int, embedding_dim: int):
+    def __init__(self, pooled_dim: int, embedding_dim: int):
         super().__init__()
-        self.proj = nn.Linear(embed_dim, embedding_dim)
+        self.proj = nn.Linear(pooled_dim, embedding_dim)
         self.norm = nn.BatchNorm1d(embedding_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.proj(tokens[:, 0].float()))
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.norm(self.proj(pooled.float()))
 
 
 class PatchesHead(nn.Module):
     """Head "patches": every token (B, N, levels D) -> Linear to 32 values, concatenated -> Linear -> BatchNorm1d."""
 
-    num_queries: int | None = None
+    reads_tokens = True
 
     def __init__(self, embed_dim: int, embedding_dim: int, num_tokens: int, levels: int):
         super().__init__()
@@ -73,18 +76,17 @@ class PatchesHead(nn.Module):
         return self.norm(self.proj(rearrange(self.reduce(tokens.float()), "b n d -> b (n d)")))
 
 
-Head = ClsHead | LinearHead | BatchNormHead | PatchesHead
+Head = PretrainedHead | LinearHead | BatchNormHead | PatchesHead
 
 
 def make_head(config: FaceConfig) -> Head:
     """The embedding head of the kind `config.head`."""
-    dim, embedding_dim = config.vit.embed_dim, config.embedding_dim
+    vit, embedding_dim = config.vit, config.embedding_dim
     if config.head == "patches":
-        num_tokens = 1 + config.vit.grid(config.image_size) ** 2
-        return PatchesHead(dim, embedding_dim, num_tokens, config.head_levels)
-    if config.head == "cls":
-        return ClsHead()
-    return (LinearHead if config.head == "linear" else BatchNormHead)(dim, embedding_dim)
+        return PatchesHead(vit.embed_dim, embedding_dim, vit.num_tokens(config.image_size), config.head_levels)
+    if config.head == "pretrained":
+        return PretrainedHead()
+    return (LinearHead if config.head == "linear" else BatchNormHead)(vit.output_dim, embedding_dim)
 
 
 class FaceOutput(NamedTuple):
@@ -119,10 +121,10 @@ class FaceModel(nn.Module):
             torch.manual_seed(seed)
             self.router: nn.Module | None = None
             if config.num_domains > 1:
-                dim, depth = config.vit.embed_dim, config.router_depth
-                self.router = Router(dim, config.num_domains, depth, config.gate_temperature)
+                sizes = config.vit.embed_dim, config.vit.prefix, config.num_domains, config.router_depth
+                self.router = Router(*sizes, config.gate_temperature)
             self.head = make_head(config)
-        vit.keep_queries(self.head.num_queries)
+        vit.keep_queries(None if self.head.reads_tokens or config.vit.pool != "cls" else 1)
         self.use_ops(fused)
 
     def use_ops(self, module: ModuleType) -> None:
@@ -140,11 +142,11 @@ class FaceModel(nn.Module):
         """The input of the first block (B, N, D), see `tokens` -> `FaceOutput`."""
         weights, logits = self.route(tokens, domains)
         seen = self.vit.encode(tokens, Mix(weights), self.config.head_levels)
-        return FaceOutput(self.head(seen), weights, logits)
+        return FaceOutput(self.head(seen if self.head.reads_tokens else self.vit.pool(seen)), weights, logits)
 
     def route(self, tokens: Tensor, domains: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The input of the first block -> domain weights and their logits, (B, K) each; None for plain LoRA."""
-        return (None, None) if self.router is None else self.router(tokens, self.vit.blocks, domains)
+        return (None, None) if self.router is None else self.router(tokens, self.vit, domains)
 
     def tokens(self, crops: Tensor) -> Tensor:
         """Crops, uint8 (B, 112, 112, 3) -> the input of the first block (B, N, D)."""

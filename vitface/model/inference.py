@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-import vitface.kernels.frozen as frozen
 import vitface.kernels.fused as fused
 import vitface.kernels.lora_linear as lora_linear
 import vitface.kernels.onednn as onednn
@@ -23,6 +22,7 @@ from vitface.data.preprocess import resize, to_float
 from vitface.device import to_device
 from vitface.model.face import FaceModel
 from vitface.model.lora import Linear, Mix, merge_lora
+from vitface.model.pool import TokensPool
 from vitface.model.vit import Block, LayerScale
 
 CPU_BATCH = 16  # rows whose activations stay in the caches: ViT-S at 224 px embeds 1.3x as many as in batches of 128
@@ -68,7 +68,7 @@ def embed_batches(
 def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | None = None) -> Iterator[Any]:
     """An iterable or array in batches of `batch_size`; by default as many as suit the model's device, half with
     `flip`."""
-    usual = CPU_BATCH if model.vit.pos_embed.device.type == "cpu" else GPU_BATCH
+    usual = CPU_BATCH if model.vit.device.type == "cpu" else GPU_BATCH
     batch_size = batch_size or (usual // 2 if flip else usual)
     if isinstance(images, np.ndarray | Tensor):
         for start in range(0, len(images), batch_size):
@@ -88,11 +88,15 @@ def route_crops(model: FaceModel, crops: Crops) -> Tensor:
 
 @torch.no_grad()
 def attend_crops(model: FaceModel, crops: Crops, block: int = -1) -> Tensor:
-    """Crops as for `embed_crops` -> where CLS looks in one block of the adapted model, (B, nh, g, g) of patches."""
+    """Crops as for `embed_crops` -> where CLS looks in one block of the adapted model, (B, nh, g, g) of patches.
+
+    Without a CLS token it is where the patches look on average.
+    """
     inputs = model.preprocess(to_float(_pixels(model, crops)))
     weights, _ = model.route(model.vit.tokens(inputs))
-    maps = model.vit.attention(inputs, Mix(weights), block)
-    return rearrange(maps[:, :, 0, 1:], "b nh (h w) -> b nh h w", h=model.config.vit.grid(inputs.shape[-1]))
+    maps, config = model.vit.attention(inputs, Mix(weights), block), model.config.vit
+    rows = maps[:, :, 0] if config.class_token else maps.mean(dim=2)
+    return rearrange(rows[:, :, config.prefix :], "b nh (h w) -> b nh h w", h=config.grid(inputs.shape[-1]))
 
 
 def _pixels(model: FaceModel, crops: Crops) -> Tensor:
@@ -102,7 +106,7 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
     if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
         raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(crops.shape)}")
     crops = crops if isinstance(crops, Tensor) else torch.from_numpy(np.require(crops, requirements="W"))
-    device = model.vit.pos_embed.device
+    device = model.vit.device
     return to_device(crops, device) if crops.device.type == "cpu" else crops.to(device)
 
 
@@ -110,13 +114,14 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
 def prepare_inference(model: FaceModel) -> FaceModel:
     """Makes the model faster and returns it; from now on it can embed and route, but not be trained or saved.
 
-    LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale goes into the layer before it,
-    residuals are added inside the products, the stem becomes one convolution of the crop, and on the CPU each weight is
-    laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, to the dtype that they had.
+    LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale and a pool's batch norms go into the
+    layers before them, residuals are added inside the products, the stem becomes one convolution of the crop, and on
+    the CPU each weight is laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, to the
+    dtype that they had.
     """
     model.eval().requires_grad_(False)
     model.use_ops(fused)  # the formulas cannot read a weight in the layout of oneDNN
-    dtype = model.vit.pos_embed.dtype
+    dtype = model.vit.dtype
     linears = [module for module in model.vit.modules() if isinstance(module, Linear)]
     for layer in linears:
         layer.double()
@@ -127,6 +132,8 @@ def prepare_inference(model: FaceModel) -> FaceModel:
         _fold_layer_scale(block.ls1, block.attn.proj)
         _fold_layer_scale(block.ls2, block.mlp.fc2)
         model.vit.blocks[number] = PreparedBlock(block)
+    if isinstance(model.vit.pool, TokensPool):
+        model.vit.pool = _fold_batch_norms(model.vit.pool)
     for layer in linears:
         layer.to(dtype)
         layer.weight = nn.Parameter(onednn.pack(layer.weight), requires_grad=False)
@@ -144,20 +151,28 @@ def _fold_layer_scale(scale: nn.Module, layer: Linear) -> None:
         layer.bias.mul_(gamma)
 
 
+def _fold_batch_norms(pool: TokensPool) -> nn.Module:
+    """A pool's two maps, each with its batch norm as the scale of its rows and a bias."""
+    for layer, norm in ((pool.fc1, pool.norm1), (pool.fc2, pool.norm2)):
+        norm.double()
+        layer.bias = nn.Parameter(norm(torch.zeros_like(norm.bias)), requires_grad=False)
+        layer.weight.mul_((norm.weight * torch.rsqrt(norm.running_var + norm.eps))[:, None])
+    return nn.Sequential(nn.Flatten(), pool.fc1, pool.fc2)
+
+
 class PreparedBlock(Block):
-    """A block without LayerScale and gradients: residuals are added, and GELU is applied, inside the products."""
+    """A block without LayerScale and gradients: the products add the residuals and apply the activation."""
 
     def __init__(self, block: Block):
         nn.Module.__init__(self)
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
 
-    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
+    def forward(self, x: Tensor, mix: Mix | None = None, rotation: Tensor | None = None) -> Tensor:
         attn, mlp = self.attn, self.mlp
-        heads = attn.ops.attention(attn.qkv(self.norm1(x), mix), attn.num_heads, attn.num_queries)
-        x = _add(x[:, : attn.num_queries], attn.proj, heads, mix)
+        x = _add(x[:, : attn.num_queries], attn.proj, attn.heads(self.norm1(x), mix, rotation), mix)
         h, fc1 = self.norm2(x), mlp.fc1
         if mix is None or not fc1.has_lora:
-            h = frozen.hidden(h, fc1.weight, fc1.bias, mlp.act)
+            h = onednn.activated_product(h, fc1.weight, fc1.bias, mlp.act)
         else:
             h = mlp.ops.activate(fc1(h, mix), mlp.act)
         return _add(x, mlp.fc2, h, mix)
@@ -174,7 +189,7 @@ def _add(x: Tensor, layer: Linear, h: Tensor, mix: Mix | None) -> Tensor:
 
 
 class FoldedStem(nn.Module):
-    """Crops, uint8 (B, 112, 112, 3) -> patch embeddings (B, N - 1, D), in one convolution.
+    """Crops, uint8 (B, 112, 112, 3) -> patch embeddings (B, g², D), in one convolution.
 
     Division by 255, resizing, normalising and the patch convolution are all linear in the pixels, and a patch is a
     whole number of the crop's pixels wide, so each patch sees the crop through the same kernel: `stride` pixels and as

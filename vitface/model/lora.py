@@ -43,8 +43,8 @@ class Linear(nn.Linear):
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.scaling, self.num_domains = 0.0, 1

@@ -62,13 +62,20 @@ def lora_linear(
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: str) -> Tensor:
-    """act(x W1ᵀ + b1) W2ᵀ + b2: (B, N, D) -> (B, N, D), for the MLP without adapters; `act` as in `activate`."""
+    """act(x W1ᵀ + b1) W2ᵀ + b2: (..., D) -> (..., D), for the MLP without adapters; `act` as in `activate`."""
     return F.linear(activate(F.linear(x, w1, b1), act), w2, b2)
 
 
 def activate(u: Tensor, act: str) -> Tensor:
-    """ "gelu" (the exact one), or "quick_gelu", u · sigmoid(1.702 u), as in OpenAI's CLIP."""
-    return F.gelu(u) if act == "gelu" else u * torch.sigmoid(1.702 * u)
+    """The activation `act` of an MLP: "gelu", the exact one; "gelu_tanh", its approximation by a tanh (SigLIP);
+    "quick_gelu", u · sigmoid(1.702 u) (OpenAI's CLIP); "relu6", u within [0, 6] (face recognisers); or "swiglu",
+    silu(a) · b of the halves a and b of u (Shazeer 2020, arXiv:2002.05202): (..., 2 H) -> (..., H)."""
+    if act == "swiglu":
+        a, b = u.chunk(2, dim=-1)
+        return F.silu(a) * b
+    if act == "quick_gelu":
+        return u * torch.sigmoid(1.702 * u)
+    return F.relu6(u) if act == "relu6" else F.gelu(u, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def attention(qkv: Tensor, num_heads: int, num_queries: int | None = None) -> Tensor:
@@ -84,6 +91,19 @@ def attention_map(qkv: Tensor, num_heads: int) -> Tensor:
     """softmax(q kᵀ / sqrt(hd)) itself: (B, N, 3 D) -> (B, nh, N, N) float32; each row sums to one."""
     q, k, _ = split_heads(qkv, num_heads)
     return torch.softmax((q.float() @ k.float().mT) * q.shape[-1] ** -0.5, dim=-1)
+
+
+def rotate(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """Turns q and k by their places: (B, N, 3 D) -> (B, N, 3 D); `rotation` (2, N, hd), the cosines and sines.
+
+    Number i of a head and number i + hd / 2 are the two coordinates that are turned; in float32 at least.
+    """
+    cos, sin = rotation[:, :, None]  # (N, 1, hd) each
+    heads = qkv.unflatten(2, (-1, rotation.shape[-1]))  # (B, N, 3 nh, hd)
+    turned, v = heads.split([heads.shape[2] // 3 * 2, heads.shape[2] // 3], dim=2)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(qkv.dtype), v], dim=2).flatten(2)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:

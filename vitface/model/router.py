@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vitface.model.vit import ViT
+
 HIDDEN = 256
 STRIDE = 2  # of rows and columns of patches
 
@@ -22,29 +24,30 @@ class Router(nn.Module):
     `depth` frozen blocks -> mean patch token, normalised -> MLP D -> 256 -> K -> softmax(logits / temperature).
     """
 
-    def __init__(self, embed_dim: int, num_domains: int, depth: int, temperature: float = 1.0):
+    def __init__(self, embed_dim: int, prefix: int, num_domains: int, depth: int, temperature: float = 1.0):
         super().__init__()
-        self.depth, self.temperature = depth, temperature
+        self.prefix, self.depth, self.temperature = prefix, depth, temperature
         self.fc1 = nn.Linear(embed_dim, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_domains)
 
-    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`blocks` are those of the ViT, whose first `depth` are run frozen and without a gradient. The known `domains`
-        (B,) are for a control that reads them instead (see `vitface.study.controls`)."""
+    def forward(self, tokens: Tensor, vit: ViT, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The first `depth` blocks of `vit` are run frozen and without a gradient. The known `domains` (B,) are for a
+        control that reads them instead (see `vitface.study.controls`)."""
         with torch.no_grad():
-            x = subsample_patches(tokens)
-            for block in blocks[: self.depth]:
-                x = block(x)
-            mean_patch = x[:, 1:].mean(dim=1).float()
+            x, rotation = subsample_patches(tokens, self.prefix), vit.rotation
+            rotation = None if rotation is None else subsample_patches(rotation, self.prefix)
+            for block in vit.blocks[: self.depth]:
+                x = block(x, None, rotation)
+            mean_patch = x[:, self.prefix :].mean(dim=1).float()
         logits = self.fc2(F.gelu(self.fc1(F.layer_norm(mean_patch, mean_patch.shape[-1:]))))
         return (logits / self.temperature).softmax(dim=1), logits
 
 
-def subsample_patches(tokens: Tensor) -> Tensor:
-    """CLS and the patches of every second row and column: (B, 1 + g², D) -> (B, 1 + ceil(g / 2)², D)."""
-    side = round((tokens.shape[1] - 1) ** 0.5)
-    patches = rearrange(tokens[:, 1:], "b (h w) d -> b h w d", h=side)[:, ::STRIDE, ::STRIDE]
-    return torch.cat([tokens[:, :1], rearrange(patches, "b h w d -> b (h w) d")], dim=1)
+def subsample_patches(tokens: Tensor, prefix: int) -> Tensor:
+    """Every second row and column of the patches: (B, prefix + g², D) -> (B, prefix + ceil(g / 2)², D)."""
+    side = round((tokens.shape[1] - prefix) ** 0.5)
+    patches = rearrange(tokens[:, prefix:], "b (h w) d -> b h w d", h=side)[:, ::STRIDE, ::STRIDE]
+    return torch.cat([tokens[:, :prefix], rearrange(patches, "b h w d -> b (h w) d")], dim=1)
 
 
 def load_balance_loss(weights: Tensor, whole_batch: Callable[[Tensor], Tensor] = lambda usage: usage) -> Tensor:

@@ -1,28 +1,30 @@
-"""The Vision Transformer, in forward order: patches -> tokens -> blocks -> norm.
+"""The Vision Transformer, in forward order: patches -> tokens -> blocks -> norm -> pool.
 
-One file for DINOv2 (Oquab et al. 2023, arXiv:2304.07193), CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020)
-and the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929); what differs between them is data in `ViTConfig`.
-State-dict names are DINOv2's and timm's.
+One file for all backbones: the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), CLIP's, SigLIP's and PE's vision
+towers, DINOv2 and DINOv3, and face recognisers; what differs between them is data in `ViTConfig`. State-dict names are
+DINOv2's and timm's.
 
 `mix` says how the adapters are used; without it the frozen layers run alone (see `vitface.model.lora.Mix`).
-Letters: B images, S input side, P patch, N tokens (1 + patches), D width, nh heads, K domains.
+Letters: B images, S input side, P patch, g patches a side, N tokens (prefix + g²), D width, nh heads.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitface.config import ViTConfig
 from vitface.model.lora import Linear, Mix
-from vitface.model.ops import REFERENCE, Ops, attention_map
+from vitface.model.ops import REFERENCE, Ops, attention_map, rotate
+from vitface.model.pool import make_pool
+from vitface.model.positions import rotations
+from vitface.presets import ViTConfig
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, S, S) -> (B, N - 1, D): one linear map of each P x P patch, as a convolution."""
+    """(B, 3, S, S) -> (B, g², D): one linear map of each P x P patch, as a convolution."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -33,28 +35,42 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of the first `num_queries` tokens, None: of all: (B, N, D) -> (B, num_queries, D)."""
+    """Multi-head self-attention of the first `num_queries` tokens, None: of all: (B, N, D) -> (B, num_queries, D).
 
-    def __init__(self, embed_dim: int, num_heads: int):
+    `rotation`, of `vitface.model.positions`, turns queries and keys by the places of their patches; None: they stay.
+    """
+
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.num_heads = num_heads
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
         self.num_queries: int | None = None
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
+        self.qkv = Linear(dim, 3 * dim, config.qkv_bias)
+        self.proj = Linear(dim, dim)
         self.ops: Ops = REFERENCE
 
-    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
-        return self.proj(self.ops.attention(self.qkv(x, mix), self.num_heads, self.num_queries), mix)
+    def forward(self, x: Tensor, mix: Mix | None = None, rotation: Tensor | None = None) -> Tensor:
+        return self.proj(self.heads(x, mix, rotation), mix)
+
+    def heads(self, x: Tensor, mix: Mix | None, rotation: Tensor | None) -> Tensor:
+        """What `proj` is given: the values that each head has gathered, side by side."""
+        return self.ops.attention(self.rotated_qkv(x, mix, rotation), self.num_heads, self.num_queries)
+
+    def rotated_qkv(self, x: Tensor, mix: Mix | None, rotation: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, 3 D)."""
+        qkv = self.qkv(x, mix)
+        return qkv if rotation is None else rotate(qkv, rotation)
 
 
 class Mlp(nn.Module):
-    """fc1 -> activation -> fc2, hidden width 4 D."""
+    """fc1 -> activation -> fc2; with SwiGLU fc1 is twice as wide, its first half the gate of the other."""
 
-    def __init__(self, embed_dim: int, act: str):
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.act = act
-        self.fc1 = Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = Linear(4 * embed_dim, embed_dim)
+        dim, hidden = config.embed_dim, int(config.mlp_ratio * config.embed_dim)
+        self.act = config.act
+        self.fc1 = Linear(dim, 2 * hidden if self.act == "swiglu" else hidden)
+        self.fc2 = Linear(hidden, dim)
         self.ops: Ops = REFERENCE
 
     def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
@@ -82,34 +98,48 @@ class Block(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.attn = Attention(dim, config.num_heads)
+        self.attn = Attention(config)
         self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.mlp = Mlp(dim, config.act)
+        self.mlp = Mlp(config)
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
-        x = x[:, : self.attn.num_queries] + self.ls1(self.attn(self.norm1(x), mix))
+    def forward(self, x: Tensor, mix: Mix | None = None, rotation: Tensor | None = None) -> Tensor:
+        x = x[:, : self.attn.num_queries] + self.ls1(self.attn(self.norm1(x), mix, rotation))
         return x + self.ls2(self.mlp(self.norm2(x), mix))
 
 
 class ViT(nn.Module):
-    """Normalised images (B, 3, S, S) -> final-norm tokens (B, N, D), CLS first.
+    """Normalised images (B, 3, S, S) -> final-norm tokens (B, N, D): CLS, registers, patches row by row.
 
-    `image_size` S is any multiple of the patch; `pos_embed` has that size's grid.
+    `image_size` S is any multiple of the patch; `pos_embed` has that size's grid, and a place for CLS.
     """
+
+    rotation: Tensor | None
 
     def __init__(self, config: ViTConfig, image_size: int):
         super().__init__()
         self.config, self.image_size = config, image_size
-        num_tokens = 1 + config.grid(image_size) ** 2
+        dim, places = config.embed_dim, config.class_token + config.grid(image_size) ** 2
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.embed_dim))
-        self.norm_pre = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm_pre else nn.Identity()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, dim)) if config.pos_embed else None
+        self.register_buffer("rotation", rotations(config, image_size), persistent=False)
+        self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.pool = make_pool(config)
         self.recomputed = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the frozen layers and their activations."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
     def keep_queries(self, num_queries: int | None) -> None:
         """The last block computes the first `num_queries` tokens only, None: all. They are the same either way."""
@@ -125,17 +155,22 @@ class ViT(nn.Module):
         return self.encode(self.tokens(images), mix)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the input of the first block (B, N, D), in the dtype of `pos_embed`."""
+        """(B, 3, S, S) -> the input of the first block (B, N, D), in `dtype`."""
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             want = f"(B, 3, {self.image_size}, {self.image_size})"
             raise ValueError(f"images are {tuple(images.shape)}, this model takes {want}")
         return self.with_positions(self.patch_embed(images))
 
     def with_positions(self, patches: Tensor) -> Tensor:
-        """Patch embeddings (B, N - 1, D) -> the input of the first block: CLS in front, positions added."""
-        patches = patches.to(self.pos_embed.dtype)
-        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
-        return self.norm_pre(torch.cat([cls, patches], dim=1) + self.pos_embed)
+        """Patch embeddings (B, g², D) -> the input of the first block: CLS and registers in front, positions added."""
+        x = patches.to(self.dtype)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return self.norm_pre(x)
 
     def encode(self, x: Tensor, mix: Mix | None = None, levels: int = 1) -> Tensor:
         """The input of the first block (B, N, D) -> final-norm tokens (B, N, levels D).
@@ -148,22 +183,22 @@ class ViT(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             # nothing in a block is random, so no random state is kept
             again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            x = (again if number <= self.recomputed else block)(x, mix)
+            x = (again if number <= self.recomputed else block)(x, mix, self.rotation)
             if number in read:
                 earlier.append(F.layer_norm(x, x.shape[-1:]))
         return torch.cat([self.norm(x), *earlier], dim=-1) if earlier else self.norm(x)
 
     def attention(self, images: Tensor, mix: Mix | None = None, block: int = -1) -> Tensor:
-        """The attention map of one block, (B, nh, N, N) float32; row 0 is where CLS looks, each row sums to one."""
+        """The attention map of one block, (B, nh, N, N) float32; row i is where token i looks, each row sums to one."""
         depth = len(self.blocks)
         if not -depth <= block < depth:
             raise ValueError(f"block {block} does not exist; this model has {depth}")
         x = self.tokens(images)
         for earlier in self.blocks[: block % depth]:
-            x = earlier(x, mix)
+            x = earlier(x, mix, self.rotation)
         chosen = self.blocks[block]
         assert isinstance(chosen, Block)
-        return attention_map(chosen.attn.qkv(chosen.norm1(x), mix), chosen.attn.num_heads)
+        return attention_map(chosen.attn.rotated_qkv(chosen.norm1(x), mix, self.rotation), chosen.attn.num_heads)
 
 
 @torch.no_grad()
@@ -171,7 +206,7 @@ def init_weights(vit: ViT, seed: int = 0) -> None:
     """Random initialisation, a pure function of `seed`: N(0, 0.02²) matrices, zero biases, unit norms and scales."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vit.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "running_mean")):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

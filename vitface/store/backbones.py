@@ -14,15 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.config import MAX_IMAGE_SIZE, VIT_PRESETS, ViTConfig, backbone_name
+from vitface.config import MAX_IMAGE_SIZE
 from vitface.errors import ConfigError, WeightsError, command, expect, is_path, is_whole
 from vitface.files import cache_home, identify_file, open_regular, replace_file, sha256_file
+from vitface.model.positions import resample_pos_embed
 from vitface.model.vit import ViT, init_weights
+from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.store.settings import vit_config
 from vitface.store.tensors import first_fault, tensor_bytes
 from vitface.version import __version__
@@ -35,7 +35,7 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
 
     `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises the
     weights, always to the same values for one name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens
-    (B, N, D), CLS first. `vit.config` holds its settings, those of the file where there is one.
+    (B, N, D): CLS, registers, patches. `vit.config` holds its settings, those of the file where there is one.
     """
     expect(isinstance(name, str), "name", name, "that of a backbone, such as 'dinov2'")
     expect(weights is None or is_path(weights), "weights", weights, "a file's path, 'random' or None")
@@ -53,37 +53,11 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     fault = first_fault(tensors, expected_tensors(config), exact_dtype=False)
     if fault:
         raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
-    tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
+    if config.pos_embed:
+        tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
     vit = ViT(config, image_size)
     vit.load_state_dict(tensors)
     return vit.eval()
-
-
-def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
-    """Resamples the patch part of `pos_embed`, (1, 1 + g², D) -> (1, 1 + grid², D), bicubic, in float32 at least.
-
-    Each rule is the one that some weights were published with:
-    "scale_offset"   Meta's DINOv2: by the scale factor (grid + 0.1) / g, no antialias (`interpolate_offset`)
-    "size"           to the size, no antialias (transformers; our choice for CLIP, which has none of its own)
-    "size_antialias" to the size, with antialias (timm)
-    If `grid` is the native grid, the table is returned as it is.
-    """
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    native = round(patches.shape[1] ** 0.5)
-    if native * native != patches.shape[1]:
-        raise ValueError(f"pos_embed has {patches.shape[1]} patch rows, which is not a square grid")
-    if grid == native:
-        return pos_embed
-    table = rearrange(patches.to(torch.promote_types(patches.dtype, torch.float32)), "1 (h w) d -> 1 d h w", h=native)
-    if rule == "scale_offset":
-        factor = (grid + 0.1) / native
-        table = F.interpolate(table, scale_factor=(factor, factor), mode="bicubic")
-    elif rule in ("size", "size_antialias"):
-        table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=rule == "size_antialias")
-    else:
-        raise ValueError(f"unknown positional rule {rule!r}")
-    assert table.shape[-2:] == (grid, grid)
-    return torch.cat([cls, rearrange(table, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
 
 
 def find_backbone(name: str) -> Path:

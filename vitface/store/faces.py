@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitface.config import Dtype, FaceConfig, backbone_name
+from vitface.config import Dtype, FaceConfig
 from vitface.errors import CheckpointError, command, expect, is_path, printable
 from vitface.files import identify_file, read_json, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
+from vitface.presets import backbone_name
 from vitface.store import hub
 from vitface.store.backbones import backbone_files, contents_sha256, find_backbone, load_backbone, weights_sha256
 from vitface.store.settings import face_config, read_config
@@ -235,7 +236,7 @@ def load_trained(model: FaceModel, path: Path) -> None:
 def frozen_face(
     name: str, weights: str | Path | None = None, image_size: int = 224, dtype: Dtype = "fp32"
 ) -> FaceModel:
-    """The frozen backbone as a face model: the embedding is the raw CLS token."""
+    """The frozen backbone as a face model: the embedding is what its own pool makes, such as the CLS token."""
     vit = load_backbone(name, weights, image_size)
     name, digest = backbone_name(name), weights_sha256(backbone_name(name), weights)
     return FaceModel(vit, frozen_config(FaceConfig(name, digest, vit.config, image_size, dtype=dtype))).eval()
@@ -245,5 +246,5 @@ def frozen_config(config: FaceConfig) -> FaceConfig:
     """The settings of `frozen_face` for the backbone, the image size and the dtype of a model's settings."""
     vit = config.vit
     return FaceConfig(
-        config.backbone, config.weights_sha256, vit, config.image_size, embedding_dim=vit.embed_dim, dtype=config.dtype
+        config.backbone, config.weights_sha256, vit, config.image_size, embedding_dim=vit.output_dim, dtype=config.dtype
     )

@@ -13,18 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from vitface.config import (
-    LEAST_TEMPERATURE,
-    MAX_IMAGE_SIZE,
-    MAX_NUMBER,
-    MAX_SIZE,
-    FaceConfig,
-    TrainConfig,
-    ViTConfig,
-    backbone_name,
-)
+from vitface.config import LEAST_TEMPERATURE, MAX_IMAGE_SIZE, MAX_NUMBER, MAX_SIZE, FaceConfig, TrainConfig
 from vitface.errors import CheckpointError
 from vitface.files import open_regular, read_json
+from vitface.presets import ViTConfig, backbone_name
 
 MAX_COUNT, MAX_LOG_BYTES = 2**63 - 1, 16 << 20
 EPOCH_COLUMNS = ("epoch", "loss", "holdout_auc", "img_per_s")  # of log.csv; a value may be empty

@@ -6,11 +6,12 @@ shows how much DA-LoRA gains from the choice, and how much from its number of pa
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitface.errors import ConfigError
 from vitface.model.face import FaceModel
 from vitface.model.router import Router
+from vitface.model.vit import ViT
 
 
 def uniform_gate(model: FaceModel, seed: int = 0) -> None:
@@ -34,8 +35,8 @@ def _fix(model: FaceModel, logits) -> None:
 class ShuffledRouter(Router):
     """A router that gives each image the domain weights of the image half a batch further on."""
 
-    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weights, logits = super().forward(tokens, blocks)
+    def forward(self, tokens: Tensor, vit: ViT, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weights, logits = super().forward(tokens, vit)
         return weights.roll(max(len(weights) // 2, 1), 0), logits
 
 

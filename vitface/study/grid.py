@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitface.config import TrainConfig, backbone_name
+from vitface.config import TrainConfig
 from vitface.data.synthetic.worlds import SYNTHETIC
+from vitface.documents import table
 from vitface.errors import CheckpointError, ConfigError, EvaluationError
 from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.compare import ONE_SEED, Comparison, Side, compare, read_run
@@ -24,8 +25,8 @@ from vitface.evaluation.judging import judged, judged_frozen
 from vitface.evaluation.routing import synthetic_routing
 from vitface.evaluation.scores import SCORES, load_scores, save_scores
 from vitface.files import check_output, json_bytes, replace_file
-from vitface.markdown import table
 from vitface.model.counts import parameter_counts
+from vitface.presets import backbone_name
 from vitface.recogniser import Recogniser, load
 from vitface.store.backbones import weights_sha256
 from vitface.store.faces import meta_model, open_checkpoint

@@ -98,7 +98,7 @@ def final_evaluation(model: FaceModel, names: list[str], data_dir: str, with_fro
             count = len(pairs.distinct()[0])
             kept = is_kept(
                 dataclasses.replace(frozen_config(model.config), dtype="fp32"),
-                model.vit.pos_embed.device,
+                model.vit.device,
                 name,
                 pairs.sha256(),
             )

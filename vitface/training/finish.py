@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from vitface.config import TrainConfig
+from vitface.documents import table
 from vitface.evaluation.benchmarks import Evaluation, evaluate_all, next_command
 from vitface.evaluation.judging import evaluate_frozen, judged, judged_frozen
 from vitface.evaluation.report import results_table
 from vitface.evaluation.scores import keep_scores
 from vitface.files import replace_file
-from vitface.markdown import table
 from vitface.metrics import roc
 from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_epochs

@@ -53,7 +53,7 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     parameters = [*model.parameters(), *margin.parameters()]
     constant = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     constant += sum(buffer.nbytes for buffer in margin.buffers())  # a sampled identity matrix and its moments
-    images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.pos_embed.device)
+    images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.device)
     before = vit.recomputed
     entry = vit.tokens(images).detach().requires_grad_()
     mix = Mix(entry.new_ones(PROBE, model.config.num_domains) if model.router is not None else None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vitface.config import VIT_PRESETS, FaceConfig, TrainConfig, backbone_name
+from vitface.config import FaceConfig, TrainConfig
 from vitface.data.checks.check_images import size_alarm
 from vitface.data.degrade import Sensors, parse_sensors
 from vitface.data.formats.packed import PackedSamples
@@ -23,6 +23,7 @@ from vitface.extras import require
 from vitface.files import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss, make_margin
+from vitface.presets import VIT_PRESETS, backbone_name
 from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
 from vitface.training.batches import TrainingData, micro_batch_size
 from vitface.training.ranks.identities import ShardedMargin

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitface.commands.parser import CommandParser
-from vitface.config import backbone_name
 from vitface.errors import ConfigError, WeightsError, command
+from vitface.presets import backbone_name
 from vitface.weights.sources import SOURCES
 
 if TYPE_CHECKING:

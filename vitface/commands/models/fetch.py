@@ -4,8 +4,8 @@ import argparse
 
 from vitface.commands.models.convert import next_command, report
 from vitface.commands.parser import CommandParser
-from vitface.config import backbone_name
 from vitface.files import cache_home
+from vitface.presets import backbone_name
 from vitface.weights.sources import SOURCES
 
 EXAMPLES = f"""examples:
