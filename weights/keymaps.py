@@ -1,7 +1,8 @@
 """The names in published checkpoints, with a map to ours for each family of files.
 
 `{i}` is the block's index, `*` stands for `weight` and `bias`. `[q]`, `[k]` and `[v]` mark the parts of a fused
-`attn.qkv`, which are stacked by these marks, never by their order in a file. Tensors that are not used are listed:
+`attn.qkv`, `[gate]` and `[up]` those of SwiGLU's `mlp.fc1`, which are stacked by these marks, never by their order in a
+file. Names are those that `weights.layouts.arrange` leaves. Tensors that are not used are listed:
 `dropped` has patterns of names in the vision tower, `outside` of names without the tower's prefix.
 """
 
@@ -19,17 +20,13 @@ def _abstract(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Family:
-    """One layout of source files: `names` maps its names to ours; `prefixes` may precede the vision tower's names.
-
-    `registers` are the names of register tokens in a variant; our ViT does not have them.
-    """
+    """One layout of source files: `names` maps its names to ours; `prefixes` may precede the vision tower's names."""
 
     title: str
     names: dict[str, str]
     prefixes: tuple[str, ...] = ("",)
     dropped: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
-    registers: tuple[str, ...] = ()
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -63,7 +60,19 @@ def _block(prefix: str, norm1: str, attention: tuple[str, ...], norm2: str, fc1:
     return {f"{prefix}.{{i}}.{name}": f"blocks.{{i}}.{our}" for name, our in zip(stars, ours, strict=True)}
 
 
-# Meta's DINOv2 and everything of timm's, CLIP included: the names are ours.
+def _pool(prefix: str, query: str, proj: str, norm: str, fc1: str, fc2: str) -> dict[str, str]:
+    """The names of an attention pool, whose fused projection `arrange` has parted into q and kv."""
+    theirs = (query, "q.*", "kv.*", f"{proj}.*", f"{norm}.*", f"{fc1}.*", f"{fc2}.*")
+    ours = ("query", "q.*", "kv.*", "proj.*", "norm.*", "fc1.*", "fc2.*")
+    return {f"{prefix}.{name}": f"pool.{our}" for name, our in zip(theirs, ours, strict=True)}
+
+
+def _swiglu(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
+    ours = ("mlp.fc1.*[gate]", "mlp.fc1.*[up]", "mlp.fc2.*")
+    return {f"{prefix}.{name}.*": f"blocks.{{i}}.{our}" for name, our in zip((gate, up, down), ours, strict=True)}
+
+
+# Meta's DINOv2 and DINOv3, and everything of timm's, CLIP included: the names are ours, but for a few.
 META_TIMM = Family(
     title="Meta or timm",
     names={
@@ -74,10 +83,15 @@ META_TIMM = Family(
         **_block("blocks", "norm1", ("attn.qkv", "attn.proj"), "norm2", "mlp.fc1", "mlp.fc2"),
         "blocks.{i}.ls1.gamma": "blocks.{i}.ls1.gamma",
         "blocks.{i}.ls2.gamma": "blocks.{i}.ls2.gamma",
+        "blocks.{i}.gamma_1": "blocks.{i}.ls1.gamma",
+        "blocks.{i}.gamma_2": "blocks.{i}.ls2.gamma",
+        **dict.fromkeys(("register_tokens", "storage_tokens", "reg_token"), "register_tokens"),
+        **_swiglu("blocks.{i}.mlp", "w1", "w2", "w3"),
+        **_swiglu("blocks.{i}.mlp", "fc1_g", "fc1_x", "fc2"),
+        **_pool("attn_pool", "latent", "proj", "norm", "mlp.fc1", "mlp.fc2"),
         "norm.*": "norm.*",
     },
-    dropped=("mask_token", "head.weight", "head.bias"),
-    registers=("register_tokens", "reg_token"),
+    dropped=("mask_token", "head.weight", "head.bias", "rope_embed.periods", "projectors.*"),
 )
 
 # transformers' Dinov2Model and ViTModel. Since version 5 their modules have the second names, their files the first.
@@ -97,13 +111,36 @@ TRANSFORMERS_DINOV2 = Family(
         **_EMBEDDINGS,
         **_block("encoder.layer", "norm1", _VERSION_4, "norm2", "mlp.fc1", "mlp.fc2"),
         **_block("encoder.layer", "norm1", _VERSION_5, "norm2", "mlp.fc1", "mlp.fc2"),
+        "embeddings.register_tokens": "register_tokens",
         "encoder.layer.{i}.layer_scale1.lambda1": "blocks.{i}.ls1.gamma",
         "encoder.layer.{i}.layer_scale2.lambda1": "blocks.{i}.ls2.gamma",
     },
     prefixes=("", "dinov2."),
     dropped=("embeddings.mask_token",),
     outside=("classifier.weight", "classifier.bias"),
-    registers=("embeddings.register_tokens",),
+)
+TRANSFORMERS_DINOV3 = Family(
+    title="transformers DINOv3",
+    names={
+        "embeddings.cls_token": "cls_token",
+        "embeddings.register_tokens": "register_tokens",
+        "embeddings.patch_embeddings.*": "patch_embed.proj.*",
+        **{
+            name: ours
+            for layer in ("layer", "model.layer")  # their files, and their modules since version 5
+            for name, ours in {
+                **_block(layer, "norm1", _VERSION_5, "norm2", "mlp.up_proj", "mlp.down_proj"),
+                f"{layer}.{{i}}.mlp.gate_proj.*": "blocks.{i}.mlp.fc1.*[gate]",
+                f"{layer}.{{i}}.mlp.gated_up_proj.*": "blocks.{i}.mlp.fc1.*[up]",
+                f"{layer}.{{i}}.layer_scale1.lambda1": "blocks.{i}.ls1.gamma",
+                f"{layer}.{{i}}.layer_scale2.lambda1": "blocks.{i}.ls2.gamma",
+            }.items()
+        },
+        "norm.*": "norm.*",
+    },
+    prefixes=("", "dinov3_vit."),
+    dropped=("embeddings.mask_token", "rope_embeddings.*"),
+    outside=("classifier.weight", "classifier.bias"),
 )
 TRANSFORMERS_VIT = Family(
     title="transformers ViT",
@@ -136,7 +173,46 @@ TRANSFORMERS_CLIP = Family(
     outside=("visual_projection.weight", "text_model.*", "text_projection.weight", "logit_scale"),
 )
 
-# OpenAI's archive and open_clip's own files; `proj` turns the tower's output into the shared embedding.
+# transformers' SiglipVisionModel and the whole SiglipModel, of SigLIP 2 as well.
+TRANSFORMERS_SIGLIP = Family(
+    title="transformers SigLIP",
+    names={
+        "embeddings.position_embedding.weight": "pos_embed",
+        "embeddings.patch_embedding.*": "patch_embed.proj.*",
+        **_block("encoder.layers", "layer_norm1", _CLIP_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
+        "post_layernorm.*": "norm.*",
+        **_pool("head", "probe", "attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2"),
+    },
+    prefixes=("", "vision_model.", "vision_model.vision_model."),
+    dropped=("embeddings.position_ids",),
+    outside=("text_model.*", "logit_scale", "logit_bias"),
+)
+
+# big_vision's own files of SigLIP and SigLIP 2, whose kernels `arrange` has turned and whose blocks it has numbered.
+_BIG_VISION_ATTENTION = tuple(f"MultiHeadDotProductAttention_0.{name}" for name in ("query", "key", "value", "out"))
+_BIG_VISION_MLP = ("MlpBlock_0.Dense_0", "MlpBlock_0.Dense_1")
+BIG_VISION = Family(
+    title="big_vision",
+    names={
+        "embedding.*": "patch_embed.proj.*",
+        "pos_embedding": "pos_embed",
+        **_block(
+            "encoderblock",
+            "LayerNorm_0",
+            _BIG_VISION_ATTENTION,
+            "LayerNorm_1",
+            "MlpBlock_0.Dense_0",
+            "MlpBlock_0.Dense_1",
+        ),
+        "encoder_norm.*": "norm.*",
+        **_pool("MAPHead_0", "probe", "out", "LayerNorm_0", *_BIG_VISION_MLP),
+    },
+    prefixes=("params/img/",),
+    outside=("params/txt/*", "params/t", "params/b"),
+)
+
+# OpenAI's archive, open_clip's own files, and Meta's PE, which has an attention pool; `proj` turns the tower's output
+# into the shared embedding.
 _TEXT_TOWER = (
     *("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.*", "transformer.resblocks.*"),
     *("logit_scale", "input_resolution", "context_length", "vocab_size"),
@@ -152,30 +228,72 @@ OPENAI_CLIP = Family(
             "transformer.resblocks", "ln_1", ("attn.in_proj_*", "attn.out_proj"), "ln_2", "mlp.c_fc", "mlp.c_proj"
         ),
         "ln_post.*": "norm.*",
+        **_pool("attn_pool", "probe", "attn.out_proj", "layernorm", "mlp.c_fc", "mlp.c_proj"),
     },
     prefixes=("visual.", ""),
     dropped=("proj",),
     outside=_TEXT_TOWER,
 )
 
-FAMILIES = (META_TIMM, TRANSFORMERS_DINOV2, TRANSFORMERS_VIT, TRANSFORMERS_CLIP, OPENAI_CLIP)
+FAMILIES = (
+    META_TIMM,
+    TRANSFORMERS_DINOV2,
+    TRANSFORMERS_DINOV3,
+    TRANSFORMERS_VIT,
+    TRANSFORMERS_CLIP,
+    TRANSFORMERS_SIGLIP,
+    BIG_VISION,
+    OPENAI_CLIP,
+)
+# what training scripts put in front of a tower's names, and the names of what they train beside it
+_AROUND = {
+    "module",
+    "model",
+    "net",
+    "backbone",
+    "encoder",
+    "trunk",
+    "timm_model",
+    "visual",
+    "image_encoder",
+    "vision_tower",
+}
+_AROUND |= {"vision_model", "vit", "base_model", "teacher", "student", "ema", "model_ema"}
+BESIDE = ("*head*", "student.*", "classifier.*", "fc.*", "projectors.*", "teacher.*_head.*")
 
 
 def find_family(names: set[str]) -> tuple[Family, str] | None:
     """The family of a file that holds `names`, and the prefix of its vision tower; None for any other file.
 
-    transformers' DINOv2 and ViT share the CLS token's name: of several families, the one that knows most names counts.
+    Families share names: of several, the one that knows most names counts, and a teacher before a student.
     """
-    matches = [
-        (family, prefix)
-        for family in FAMILIES
-        for prefix in family.prefixes
-        if prefix + family.source_names("cls_token")[0] in names
-    ]
-    return max(matches, key=lambda match: len(match[0].targets(names, match[1])), default=None)
+    matches = []
+    for family in FAMILIES:
+        for end in family.source_names("patch_embed.proj.weight"):
+            prefixes = {name.removesuffix(end) for name in names if name.endswith(end)}
+            matches += [(family, prefix) for prefix in sorted(prefixes) if _may_precede(prefix, family)]
+    return max(matches, key=lambda m: (len(m[0].targets(names, m[1])), "student" not in m[1]), default=None)
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What training scripts put in front of every name of a file, such as "module."; a vision tower's own stays."""
+    prefix, rest = "", [*names]
+    while (first := {name.partition(".")[0] for name in rest}) and len(first) == 1 and first < _AROUND - {"visual"}:
+        part = f"{first.pop()}."
+        if part == "vision_model." or not all(name.startswith(part) for name in rest):
+            break
+        prefix, rest = prefix + part, [name.removeprefix(part) for name in rest]
+    return prefix
+
+
+def _may_precede(prefix: str, family: Family) -> bool:
+    around = next((p for p in sorted(family.prefixes, key=len, reverse=True) if prefix.endswith(p)), "")
+    outer = prefix.removesuffix(around)
+    return not outer or (outer.endswith(".") and set(outer[:-1].split(".")) <= _AROUND)
 
 
 def transformers_family(backbone: str) -> Family:
     """The layout of the transformers model that is the preset `backbone`."""
-    kinds = {"dinov2": TRANSFORMERS_DINOV2, "clip": TRANSFORMERS_CLIP, "vit": TRANSFORMERS_VIT}
+    kinds = {"dinov2": TRANSFORMERS_DINOV2, "dinov3": TRANSFORMERS_DINOV3, "eupe": TRANSFORMERS_DINOV3}
+    kinds |= {"clip": TRANSFORMERS_CLIP, "siglip2": TRANSFORMERS_SIGLIP, "vit": TRANSFORMERS_VIT}
     return kinds[backbone.split("_")[0]]

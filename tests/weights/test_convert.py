@@ -24,7 +24,7 @@ from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import load_backbone, read_backbone
+from vitface.store.backbones import expected_tensors, load_backbone, read_backbone
 from vitface.weights import conversion
 from vitface.weights.conversion import convert_backbone, convert_file
 from vitface.weights.keymaps import FAMILIES
@@ -285,7 +285,7 @@ def test_the_order_in_the_file_means_nothing(layout, order, depth):
     ours = random_state(config)
     items = list(write_as(ours).items())
     order.shuffle(items)
-    assert_same(conversion.map_tensors(Path("f"), dict(items), name, config)[1], ours)
+    assert_same(conversion.map_tensors(Path("f"), dict(items), name, config)[2], ours)
 
 
 def test_two_names_of_one_tensor_are_both_named(tmp_path):
@@ -296,13 +296,14 @@ def test_two_names_of_one_tensor_are_both_named(tmp_path):
         convert_state(theirs, "dinov2_vits14", config, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["register_tokens", "reg_token", "embeddings.register_tokens"])
-def test_register_tokens_are_refused_by_name(key, tmp_path):
-    config = tiny("dinov2_vits14")
-    ours = random_state(config)
+@pytest.mark.parametrize("key", ["register_tokens", "reg_token", "storage_tokens", "embeddings.register_tokens"])
+def test_register_tokens_make_it_another_preset(key, monkeypatch, tmp_path):
+    for name in ("dinov2_vits14", "dinov2_vits14_reg"):
+        monkeypatch.setitem(VIT_PRESETS, name, tiny(name))
+    ours = random_state(tiny("dinov2_vits14"))
     theirs = as_transformers_dinov2(ours) if key.startswith("embeddings") else as_meta(ours)
-    with pytest.raises(WeightsError, match=f"register tokens \\({key}\\).*without registers"):
-        convert_state(theirs | {key: randn(1, 4, 8)}, "dinov2_vits14", config, tmp_path)
+    with pytest.raises(WeightsError, match="4 registers; convert it as dinov2_vits14_reg"):
+        convert_state(theirs | {key: randn(1, 4, 8)}, "dinov2_vits14", tiny("dinov2_vits14"), tmp_path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -327,7 +328,7 @@ def test_a_dropped_tensor_may_hold_anything(tmp_path):
         ("encoder.layer.0.attention.attention.key.weight", randn(4, 8)),
         ("encoder.layer.0.attention.attention.key.bias", torch.zeros(8, dtype=torch.int64)),
         ("encoder.layer.1.mlp.fc1.weight", randn(8, 32)),
-        ("embeddings.position_embeddings", randn(1, 10, 8)),
+        ("embeddings.position_embeddings", randn(1, 11, 8)),
         ("embeddings.position_embeddings", randn(5, 1, 8)),
         ("embeddings.cls_token", torch.tensor(1.0)),
         ("layernorm.weight", randn(1, 8)),
@@ -689,7 +690,7 @@ def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys)
         "logit_scale",
         "transformer.resblocks.* (2)",
     }
-    assert "activation quick_gelu (as OpenAI's; LAION's and DataComp's weights need --act gelu)" in printed
+    assert "assumed as the preset's; --act, --mean and --std if the weights were trained with others" in printed
     assert "wrote     weights/clip_vitb16.safetensors" in printed
     assert printed.endswith("next      vitface train --backbone clip_vitb16\n")
     assert load_backbone("clip", image_size=32).config.act == "quick_gelu"
@@ -742,17 +743,21 @@ def test_unknown_names_are_config_errors(tmp_path):
 
 
 def test_the_key_maps_name_only_our_tensors():
-    configs = [tiny("clip_vitb16", depth=1), tiny("dinov2_vits14", depth=1)]
-    ours = {key.replace("blocks.0.", "blocks.{i}.") for config in configs for key in random_state(config)}
+    configs = [tiny(name, depth=1) for name in VIT_PRESETS]
+    ours = {key.replace("blocks.0.", "blocks.{i}.") for config in configs for key in expected_tensors(config)}
+    marks = ("[q]", "[k]", "[v]", "[gate]", "[up]")
     for family in FAMILIES:
         targets = [target.split("[")[0] for target in family.keys.values()]
         assert set(targets) <= ours
-        assert all(target.endswith(("[q]", "[k]", "[v]")) == ("[" in target) for target in family.keys.values())
+        assert all(target.endswith(marks) == ("[" in target) for target in family.keys.values())
+
+
+LICENCES = ("Apache-2.0", "MIT", "DINOv3 License", "FAIR Noncommercial Research License")
 
 
 def test_the_pinned_sources_are_complete():
     for name, source in SOURCES.items():
-        assert name in VIT_PRESETS and source.licence in ("Apache-2.0", "MIT")
+        assert name in VIT_PRESETS and source.licence in LICENCES
         if source.url is not None:
             assert source.url.startswith("https://") and len(bytes.fromhex(source.sha256)) == 32
         if name.startswith("clip"):

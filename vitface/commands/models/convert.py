@@ -2,20 +2,22 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from vitface.commands.parser import CommandParser
 from vitface.errors import ConfigError, WeightsError, command
-from vitface.presets import backbone_name
+from vitface.presets import Act, backbone_name
 from vitface.weights.sources import SOURCES
 
 if TYPE_CHECKING:
     from vitface.weights.conversion import Conversion
 
+ACTS = get_args(Act)
 EXAMPLES = f"""examples:
   vitface convert clip --src ViT-B-16.pt
   vitface convert dinov2 --src dinov2_vits14_pretrain.pth --out dinov2.safetensors
   vitface convert clip --src laion/open_clip_model.safetensors --act gelu
+  vitface convert vit_tiny_patch16 --src deit_tiny.pth --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
 
 backbones: {", ".join(SOURCES)}
 """
@@ -23,9 +25,12 @@ backbones: {", ".join(SOURCES)}
 
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the backbone: dinov2, clip or one of the list below")
-    parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    parser.add_argument("--src", type=Path, required=True, metavar="FILE", help=".pth, .pt, .bin, .safetensors or .npz")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: weights/NAME.safetensors")
-    parser.add_argument("--act", choices=("gelu", "quick_gelu"), help="the activation, if it is not the preset's")
+    parser.add_argument("--act", choices=ACTS, help="the activation, if it is not the preset's")
+    for name in ("mean", "std"):
+        help_ = f"the {name} of red, green and blue, from 0 to 1, if it is not the preset's"
+        parser.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=help_)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
             read_backbone(out)
         except WeightsError:
             raise ConfigError(f"--out {out} exists and is no backbone file to replace; name another") from None
-    print(report(convert_backbone(arguments.name, arguments.src, out, arguments.act)))
+    given = {name: tuple(value) for name in ("mean", "std") if (value := getattr(arguments, name))}
+    print(report(convert_backbone(arguments.name, arguments.src, out, act=arguments.act, **given)))
 
 
 def report(done: "Conversion") -> str:
@@ -46,15 +52,16 @@ def report(done: "Conversion") -> str:
     config = done.config
     pinned = "the published original" if done.published else "not a file with a pinned sha256"
     dropped = ", ".join(f"{names} ({count})" if "*" in names else names for names, count in done.dropped.items())
-    act = config.act
-    if act == "quick_gelu" and not done.published:
-        act += " (as OpenAI's; LAION's and DataComp's weights need --act gelu)"
+    source = ", ".join(done.settings_from)
+    if not source and not done.published:
+        source = "assumed as the preset's; --act, --mean and --std if the weights were trained with others"
     lines = [
         f"read      {done.src}: {done.family}, sha256 {done.sha256}, {pinned}",
         f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
         f"dropped   {dropped or 'none'}",
-        f"settings  activation {act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
+        f"settings  activation {config.act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
         f"positions {config.pos_interp}, mean {config.mean}, std {config.std}",
+        *([f"          {'from ' * bool(done.settings_from)}{source}"] if source else []),
         f"wrote     {done.out} ({done.out.stat().st_size / 1e6:.1f} MB)",
         f"next      {next_command(done.name, done.out)}",
     ]
