@@ -134,7 +134,7 @@ def images(count: int = 3) -> torch.Tensor:
 
 def ours(vit: ViT) -> torch.Tensor:
     with torch.no_grad():
-        return vit(images().to(vit.pos_embed.dtype), Mix())[:, 0]
+        return vit(images().to(vit.dtype), Mix())[:, 0]
 
 
 VARIANTS = [
