@@ -50,7 +50,7 @@ class KnownRouter(Router):
 
     domain, shift = 0, 0
 
-    def forward(self, tokens: Tensor, blocks: nn.ModuleList, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, vit: ViT, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if domains is None:
             domains = torch.full((len(tokens),), self.domain, device=tokens.device)
         weights = F.one_hot(domains.roll(self.shift), self.fc2.out_features).float()
