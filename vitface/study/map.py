@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vitface.documents import table
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.statistics import DRAWS, identity_draws, interval, seed_weights
 from vitface.files import json_bytes, replace_file
-from vitface.documents import table
 
 Results = dict[str, Verification]  # by the name of a set of pairs
 Arms = dict[str, dict[int, Results]]  # {arm: {seed: results}}
