@@ -12,22 +12,28 @@ import torch
 from conftest import optional
 
 from vitface.__main__ import main
+from vitface.gallery import parts
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import Settings
 
-COUNT, DIM, QUERIES = 10_000, 64, 20
+COUNT, DIM, QUERIES, MANY = 10_000, 64, 20, 10_000
 
 
-@pytest.fixture(scope="module", params=["float32", "float16"])
+def each_dtype(count, *marks):
+    return [pytest.param((dtype, count), id=f"{dtype}, {count} queries", marks=marks) for dtype in parts.DTYPES]
+
+
+@pytest.fixture(scope="module", params=[*each_dtype(QUERIES), *each_dtype(MANY, pytest.mark.slow)])
 def people(request, tmp_path_factory):
     """(gallery, its folder, queries); names of all kinds."""
+    dtype, queries = request.param
     generator = torch.Generator().manual_seed(0)
-    gallery = Gallery(DIM, Settings("m" * 64, True, {1e-3: 0.25}), dtype=request.param)
+    gallery = Gallery(DIM, Settings("m" * 64, True, {1e-3: 0.25}), dtype=dtype)
     names = [f"person-{i // 4}/{i}.jpg" for i in range(COUNT)]
     names[:3] = ["Zoë/王\t1.jpg", 'O\'Brien \\ "x".jpg', "two\nlines"]
     gallery.add(names, torch.randn(COUNT, DIM, generator=generator))
     gallery.save(folder := tmp_path_factory.mktemp("galleries") / "people")
-    return gallery, folder, torch.nn.functional.normalize(torch.randn(QUERIES, DIM, generator=generator), dim=1)
+    return gallery, folder, torch.nn.functional.normalize(torch.randn(queries, DIM, generator=generator), dim=1)
 
 
 def exported(people, to, out):
@@ -40,11 +46,10 @@ def exported(people, to, out):
 
 def check_same(people, found, tolerance=1e-5):
     """`found`: for each query the ten (name, score); ties aside, and what is nearer than rounding."""
-    for query, theirs in zip(people[2], found, strict=True):
-        ours = people[0].search(query[None], 10)[0]
-        np.testing.assert_allclose([score for _, score in theirs], [match.score for match in ours], atol=tolerance)
-        exact = dict(people[0].search(query[None], 12)[0])
-        for (name, score), match in zip(theirs, ours, strict=True):
+    for ours, theirs in zip(people[0].search(people[2], 12), found, strict=True):
+        np.testing.assert_allclose([score for _, score in theirs], [m.score for m in ours[:10]], atol=tolerance)
+        exact = dict(ours)
+        for (name, score), match in zip(theirs, ours[:10], strict=True):
             assert name == match.name or abs(exact[name] - score) < tolerance > abs(match.score - score)
 
 
@@ -122,11 +127,16 @@ def test_pgvector(people, postgres, tmp_path):
     if 'type "halfvec" does not exist' in loaded.stderr:
         pytest.skip("pgvector before 0.7 has no halfvec")
     assert loaded.returncode == 0, loaded.stderr
-    found = []
-    for query in people[2].tolist():
-        nearest = "SELECT name, -(embedding <#> :'q') FROM faces ORDER BY embedding <#> :'q' LIMIT 10"
-        answer = postgres("-v", f"q={query}", input=f"SELECT json_agg(x) FROM ({nearest}) AS x(name, score);")  # noqa: S608
-        found.append([(row["name"], row["score"]) for row in json.loads(answer.stdout)])
+    kind = "halfvec" if people[0].settings.dtype == "float16" else "vector"
+    rows = "".join(f"{i}\t{query}\n" for i, query in enumerate(people[2].tolist()))
+    nearest = "SELECT name, -(embedding <#> q) AS cosine FROM faces ORDER BY embedding <#> q LIMIT 10"
+    answer = postgres(
+        input=f"CREATE TEMP TABLE queries (id int, q {kind}({DIM}));\nCOPY queries FROM STDIN;\n{rows}\\.\n"
+        f"SELECT json_agg(json_build_array(name, cosine) ORDER BY id, cosine DESC) "
+        f"FROM queries, LATERAL ({nearest}) AS found;"
+    )
+    each = [tuple(pair) for pair in json.loads(answer.stdout)]
+    found = [each[at : at + 10] for at in range(0, len(each), 10)]
     half = people[0].settings.dtype == "float16"  # pgvector rounds the query, too
     check_same(people, found, 2e-4 if half else 1e-5)
     kept = json.loads(postgres("-c", "SELECT json_agg(name ORDER BY id) FROM faces").stdout)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import vitface
 from vitface.errors import DataError
+from vitface.gallery import blocks
 from vitface.gallery import gallery as module
 from vitface.gallery.gallery import Gallery, Match
 from vitface.gallery.parts import Settings, part_files, read_names
@@ -180,6 +181,28 @@ def test_mutated_parts_are_named_or_valid(tmp_path):
         except DataError:
             outcomes.add("named")
     assert outcomes == {"valid", "named"}
+
+
+def test_rows_that_a_gpu_has_no_room_for_stay_in_memory(tmp_path, monkeypatch):
+    """With a device that computes nothing in place of the GPU: each block is taken there when it is searched."""
+    free = {"bytes": blocks.SPARE + 16 * 12 * 4}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 << 30))
+    gpu = torch.device("cuda")
+    assert blocks.home(gpu, 16 * 12 * 4) == gpu and blocks.home(gpu, 16 * 12 * 4 + 1) == torch.device("cpu")
+    free["bytes"] = blocks.SPARE
+    filled(40).save(tmp_path / "people")
+    gallery = Gallery(12, Settings())
+    monkeypatch.setattr(gallery, "device", gpu)
+    monkeypatch.setattr(Gallery, "_unit_rows", lambda self, rows: rows)
+    gallery.add_parts(tmp_path / "people")
+    assert [block.file is not None for block in gallery._blocks] == [True, True, True]
+    gallery.add([*"abcdefgh"], torch.eye(12)[:8])
+    assert {block.rows.device.type for block in gallery._blocks} == {"cpu"} and len(gallery) == 48
+    monkeypatch.setattr(gallery, "device", torch.device("meta"))
+    with Largest() as largest:
+        scores, found = gallery._best(torch.eye(12, device="meta")[:4], 3)
+    assert scores.device.type == found.device.type == "meta" and scores.shape == found.shape == (4, 3)
+    assert largest.numel <= 16 * 12
 
 
 @pytest.mark.gpu

@@ -164,7 +164,8 @@ def _read_layers(
         wanted = (settings["r"], in_features), (out_features // (3 if mark else 1), settings["r"])
         for side, want in zip("AB", wanted, strict=True):
             tensor = modules[module][side]
-            if tensor.shape != want or not tensor.is_floating_point() or not tensor.isfinite().all():
+            is_float = tensor.is_floating_point() and tensor.itemsize > 1  # torch computes little with float8
+            if tensor.shape != want or not is_float or not tensor.isfinite().all():
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ExchangeError(f"{path}: lora_{side} of {module} is {found}, expected finite floats {want}")
         layers[layer][mark] = modules[module]["A"].float(), modules[module]["B"].float()

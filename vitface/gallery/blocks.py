@@ -11,6 +11,7 @@ from vitface.errors import DataError
 from vitface.gallery import parts
 
 CHUNK = 1 << 9  # float16 rows that are made float32 at a time: they stay in a core's cache
+SPARE = 1 << 30  # bytes of a GPU that are left for a search and for the model
 
 
 @dataclass
@@ -37,6 +38,14 @@ class Block:
                     check_rows(rows, self.file)
                 self.checked = True
         return self.rows[: self.count]
+
+
+def home(device: torch.device, count: int) -> torch.device:
+    """Where `count` bytes of rows are kept: on a GPU while it has room for them, else in the machine's memory, from
+    where a search takes them to the GPU block by block."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < count + SPARE:
+        return torch.device("cpu")
+    return device
 
 
 def check_rows(rows: Tensor, file: Path) -> None:

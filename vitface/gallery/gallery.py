@@ -20,7 +20,7 @@ from torch import Tensor
 from vitface.device import resolve_device
 from vitface.errors import ConfigError, DataError, command
 from vitface.gallery import parts
-from vitface.gallery.blocks import Block, best, check_rows
+from vitface.gallery.blocks import Block, best, check_rows, home
 from vitface.gallery.parts import DTYPES, Settings
 from vitface.lock import waiting_lock
 
@@ -38,8 +38,9 @@ class Match(NamedTuple):
 class Gallery:
     """Embeddings (N, E), unit norm, each with a name; names may repeat, as a person may have many photos.
 
-    `settings` name the model of these embeddings and its thresholds; a search does not need them. Rows are kept, and
-    searches run, on `device`. With the `dtype` float16 rows take half the memory; cosines differ by less than 0.001.
+    `settings` name the model of these embeddings and its thresholds; a search does not need them. Searches run on
+    `device`, and rows are kept there while there is room. With the `dtype` float16 rows take half the memory; cosines
+    differ by less than 0.001.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class Gallery:
         """The last block, made longer, or a new one; at most twice as long as its rows need."""
         last = self._blocks[-1] if self._blocks else None
         if last is None or last.file or last.count >= BLOCK:
-            last = Block(torch.empty(0, self.embedding_dim, dtype=DTYPES[self.settings.dtype], device=self.device))
+            rows = torch.empty(0, self.embedding_dim, dtype=DTYPES[self.settings.dtype])
+            last = Block(rows.to(home(self.device, BLOCK * self.embedding_dim * rows.element_size())))
             self._blocks.append(last)
         if last.count == len(last.rows):
             length = min(BLOCK, max(2 * last.count, last.count + wanted))
@@ -133,7 +135,7 @@ class Gallery:
             kept = stays[start : start + block.count]
             start += block.count
             if kept.any():
-                rows = block.filled()[torch.from_numpy(kept).to(self.device)]
+                rows = block.filled()[torch.from_numpy(kept).to(block.rows.device)]
                 blocks.append(block if kept.all() else Block(rows, len(rows)))
         if len(stays) != (left := int(stays.sum())):
             self._removed.update(other for other, kept in zip(self.names, stays, strict=True) if not kept)
@@ -166,7 +168,7 @@ class Gallery:
         rows = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         start = 0
         for part in (part for block in self._blocks for part in block.filled().split(BLOCK)):
-            cosines, found = best(queries, part, min(k, len(part)))
+            cosines, found = best(queries, part.to(self.device), min(k, len(part)))
             cosines = torch.cat([scores, cosines], dim=1)
             scores, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
             rows, start = torch.cat([rows, found + start], dim=1).gather(1, order), start + len(part)
@@ -233,7 +235,8 @@ class Gallery:
             found[file.name] = len(names)
             if rows.shape[1] != self.embedding_dim:
                 raise DataError(f"{path} mixes embeddings of {self.embedding_dim} and of {rows.shape[1]} numbers")
-            if len(rows) < MAPPED or rows.dtype != DTYPES[self.settings.dtype] or self.device.type != "cpu":
+            is_small = len(rows) < MAPPED or rows.dtype != DTYPES[self.settings.dtype]
+            if is_small or home(self.device, rows.nbytes).type != "cpu":
                 check_rows(rows, file)
                 self.add(names, rows)
             else:
