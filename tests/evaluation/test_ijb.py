@@ -15,19 +15,23 @@ from vitface.data.formats.published import MODES
 from vitface.data.images import read_image
 from vitface.errors import EvaluationError
 from vitface.evaluation.ijb import embedding, scoring
-from vitface.evaluation.ijb.results import mean_search, result_text
+from vitface.evaluation.ijb.results import result_text
 from vitface.evaluation.ijb.scoring import evaluate_templates, pair_scores, tar_at_far
 from vitface.recogniser import load
 
 
 def check(result, wanted):
-    assert result.tar == pytest.approx(wanted["tar"], abs=1e-9)
-    assert result.auc == pytest.approx(wanted["auc"], abs=1e-9)
-    for found in result.searches:
-        kind = found.gallery.split("1N_")[1]
-        assert found.rank == pytest.approx(wanted["rank"][kind], abs=1e-9)
-        assert found.tpir == pytest.approx(wanted["tpir"][kind], abs=1e-9)
-    assert len(result.searches) == 2
+    assert result["tar_at_far"] == pytest.approx({f"{far:g}": rate for far, rate in wanted["tar"].items()}, abs=1e-9)
+    assert result["auc"] == pytest.approx(wanted["auc"], abs=1e-9)
+    assert [*result["searches"]] == [kind[-2:] for kind in wanted["rank"]] + ["mean"]
+    for kind in wanted["rank"]:
+        rates = {f"rank-{k}": rate for k, rate in wanted["rank"][kind].items()}
+        rates |= {f"TPIR@{far:g}": rate for far, rate in wanted["tpir"][kind].items()}
+        found = result["searches"][kind[-2:]]
+        assert {rate: found[rate] for rate in rates} == pytest.approx(rates, abs=1e-9)
+    a, b, _ = result["searches"]
+    means = {rate: (result["searches"][a][rate] + result["searches"][b][rate]) / 2 for rate in rates}
+    assert result["searches"]["mean"] == pytest.approx(means, abs=1e-12)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.endswith("F1")])
@@ -88,8 +92,8 @@ def test_inverted_labels_are_an_error_and_few_false_accepts_are_marked(tmp_path)
         of[found.rows] = found.subjects % 100
     rows = people[of[faces.row]].astype(np.float32)
     result = evaluate_templates(faces, protocol, [rows], "N1D0F1")
-    text = result_text(result)
-    assert "100.00*" in text and "fewer than 30" in text and mean_search(result)["rank-1"] == 1
+    text = result_text("ijbc", result)
+    assert "100.00*" in text and "fewer than 30" in text and result["searches"]["mean"]["rank-1"] == 1
     np.savetxt(path, np.column_stack([pairs[:, :2], 1 - pairs[:, 2]]), "%d")
     protocol = read_protocol(faces)
     assert "label.txt: line 1: " in protocol.alarms[0] and "labels are not what the subjects" in protocol.alarms[0]
@@ -134,7 +138,7 @@ def test_the_command_from_crops_to_the_results_file(command, tmp_path, mode, cap
     wanted = reference(home, rows.detach().numpy(), mode)
     entry = json.loads((tmp_path / "r.json").read_text())["benchmarks"]["ijbc"]
     assert entry["tar_at_far"] == {f"{far:g}": pytest.approx(rate, abs=1e-9) for far, rate in wanted["tar"].items()}
-    kept = json.loads((tiny_run / "ijbc.json").read_text())["modes"]
+    kept = json.loads((tiny_run / "ijbc.json").read_text())["results"]
     assert kept == {mode: entry} and entry["faces"] == len(lines)
     assert f"ijbc {mode}: {len(lines):,} faces" in out and "TAR at FAR" in (tmp_path / "r.html").read_text()
     assert "its figures are not comparable" in err
@@ -160,7 +164,7 @@ def test_a_stopped_embedding_goes_on(command, tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert run("--pooling", "N0D1F1") == 0 and run() == 0
     assert seen[-1] == max(seen) and capsys.readouterr().out.endswith(first)
-    assert sorted(json.loads((tiny_run / "ijbc.json").read_text())["modes"]) == ["N0D1F1", "N1D1F1"]
+    assert sorted(json.loads((tiny_run / "ijbc.json").read_text())["results"]) == ["N0D1F1", "N1D1F1"]
     (home / "loose_crop" / "11.jpg").write_bytes((home / "loose_crop" / "1.jpg").read_bytes())
     assert run() == 0 and seen[-2:] == [max(seen), 1] and len(list(parts[0].parent.iterdir())) == 1 + max(seen)
 
@@ -178,7 +182,7 @@ def test_runs_are_compared_by_what_they_kept(command, tmp_path, capsys):
     entry = json.loads((tmp_path / "c.json").read_text())["runs"][str(tiny_run)]["N1D1F1"]
     assert first.split()[0] == "N1D1F1" and second.split()[0] == "N0D1F1" and first.endswith(str(tiny_run))
     assert first.split()[6] == f"{100 * entry['tar_at_far']['0.1']:.2f}" and head.split()[5:7] == ["1e-01", "rank-1"]
-    (tiny_run / "ijbc.json").write_text('{"model": "x", "modes": {"N9": {}}}')
+    (tiny_run / "ijbc.json").write_text('{"model": "x", "results": {"N9": {}}}')
     assert main(["evaluate", "--compare", str(tiny_run), "--bench", "ijbc"]) == 2
     assert "is damaged" in capsys.readouterr().err
 
@@ -198,7 +202,7 @@ def test_a_gallery_that_knows_all_probes_has_no_false_positive_rate(tmp_path):
     own = scoring.Gallery("own", probes.rows[known], probes.subjects[known])
     templates = np.random.default_rng(0).normal(size=(len(faces.templates), 8))
     found = scoring.search(templates, first, own)
-    assert found.unmated == 0 and np.isnan(found.tpir[0.01]) and 0 <= found.rank[1] <= found.rank[10] == 1
+    assert found["unmated"] == 0 and found["TPIR@0.01"] is None and 0 <= found["rank-1"] <= found["rank-10"] == 1
     with pytest.raises(EvaluationError, match="no probe is of a person in own"):
         scoring.search(templates, own, second)
 

@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitface.errors import ConfigError, in_one_line
 from vitface.files import json_bytes, sha256_file, write_output
 
 if TYPE_CHECKING:
     from vitface.evaluation.ijb.embedding import StoredRows
-    from vitface.evaluation.ijb.scoring import TemplateResult
+    from vitface.evaluation.plots import Chart
     from vitface.recogniser import Recogniser
     from vitface.store.faces import Checkpoint
 
@@ -19,6 +18,7 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
     """Embeds the faces over all ranks, where that is still to be done; the first rank scores them and prints."""
     from vitface.data.formats.ijb_lists import read_faces, read_protocol
     from vitface.evaluation.ijb.embedding import StoredRows
+    from vitface.evaluation.ijb.results import result_text, roc_of_templates
     from vitface.evaluation.ijb.scoring import evaluate_templates
     from vitface.training.ranks.parallel import over_ranks
     from vitface.training.ranks.process_group import check_same, local_share, rank
@@ -39,7 +39,11 @@ def evaluate_ijb(model: "Recogniser", checkpoint: "Checkpoint | None", arguments
     if protocol is None:
         return 0
     result = evaluate_templates(faces, protocol, map(rows.part, range(len(rows.files))), arguments.pooling)
-    _show(result, protocol.alarms, rows.folder, model, checkpoint, arguments)
+    if result["auc"] < 0.55:
+        protocol.alarms.append(f"{faces.name}: AUC {result['auc']:.4f} is chance level: the model or the crops are bad")
+    print(f"embeddings: {rows.folder}, for other --pooling; delete it when you are done", file=sys.stderr)
+    text, charts = result_text(faces.name, result), [roc_of_templates(faces.name, result)]
+    write_result(result, text, charts, protocol.alarms, model, checkpoint, arguments)
     return 0
 
 
@@ -56,36 +60,34 @@ def predict_faces(rows: "StoredRows", numbers: list[int]) -> int:
     return 0
 
 
-def _show(
-    result: "TemplateResult",
+def write_result(
+    entry: dict[str, Any],
+    text: str,
+    charts: "list[Chart]",
     alarms: list[str],
-    folder: Path,
     model: "Recogniser",
     checkpoint: "Checkpoint | None",
     arguments: argparse.Namespace,
 ) -> None:
-    """Prints the result, keeps it in the run, and writes --json and --output."""
+    """Prints a result, as text, and its alarms; keeps it, as `entry`, in the run; writes --json and --output."""
     from vitface.evaluation.benchmarks import Evaluation
-    from vitface.evaluation.ijb.results import keep_result, result_json, result_text
+    from vitface.evaluation.ijb.results import keep_result
     from vitface.evaluation.page import report_page
 
-    print(result_text(result))
-    print(f"embeddings: {folder}, for other --pooling; delete it when you are done", file=sys.stderr)
-    if result.auc < 0.55:
-        alarms = [*alarms, f"{result.name}: AUC {result.auc:.4f} is chance level: the model or the crops are broken"]
+    print(text)
     run = checkpoint and checkpoint.run
     if checkpoint and run and checkpoint.is_best and not arguments.gate:
         try:
-            keep_result(run, result, checkpoint.sha256)
+            keep_result(run, arguments.bench, entry, checkpoint.sha256)
         except OSError as error:
             print(f"warning: the result was not kept in {run} ({error.strerror})", file=sys.stderr)
     if arguments.json:
-        entry = {"alarms": alarms, "failures": [], "benchmarks": {result.name: result_json(result)}}
-        write_output(arguments.json, json_bytes(entry))
+        data = {"alarms": alarms, "failures": [], "benchmarks": {arguments.bench: entry}}
+        write_output(arguments.json, json_bytes(data))
     if arguments.output:
         title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
-        data = Evaluation({}, alarms, [])
-        page = report_page(title, model, data, run, arguments.data_dir, False, {}, [result])
+        evaluation = Evaluation({}, alarms, [])
+        page = report_page(title, model, evaluation, run, arguments.data_dir, False, {}, [(text, charts)])
         write_output(arguments.output, page.encode())
         print(f"wrote {arguments.output}")
     for alarm in alarms:
@@ -94,11 +96,11 @@ def _show(
 
 def compare_ijb(arguments: argparse.Namespace) -> int:
     """Prints a line per run and mode of pooling, from the results that the runs kept."""
-    from vitface.evaluation.ijb.results import comparison_lines, kept_results
+    from vitface.evaluation.ijb.results import compared_rates, comparison_text, kept_results
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
-    kept = {str(run): kept_results(run, arguments.bench) for run in runs}
-    print("\n".join(comparison_lines(kept)))
+    kept = {str(run): kept_results(run, arguments.bench, compared_rates) for run in runs}
+    print(comparison_text(kept))
     if arguments.json:
         write_output(arguments.json, json_bytes({"benchmark": arguments.bench, "runs": kept}))
     return 0

@@ -1,11 +1,10 @@
 """`vitface evaluate --bench tinyface`: small photos, each searched among many."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from vitface.commands.evaluate_ijb import predict_faces
-from vitface.errors import ConfigError, in_one_line
+from vitface.commands.evaluate_ijb import predict_faces, write_result
+from vitface.errors import ConfigError
 from vitface.files import json_bytes, write_output
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ def evaluate_tinyface(model: "Recogniser", checkpoint: "Checkpoint | None", argu
     """Embeds the photos over all ranks, where that is still to be done; the first rank searches and prints."""
     from vitface.data.formats.tinyface_folder import read_tinyface
     from vitface.evaluation.ijb.embedding import StoredRows
-    from vitface.evaluation.tinyface import keep_result, result_json, result_text, search_ranks
+    from vitface.evaluation.tinyface import result_json, result_text, search_ranks
     from vitface.training.ranks.parallel import over_ranks
     from vitface.training.ranks.process_group import check_same, local_share, rank
 
@@ -34,48 +33,17 @@ def evaluate_tinyface(model: "Recogniser", checkpoint: "Checkpoint | None", argu
     if rank() != 0:
         return 0
     entry = result_json(faces, search_ranks(faces, map(rows.part, range(len(rows.files)))))
-    print(result_text(entry))
-    if checkpoint and checkpoint.run and checkpoint.is_best and not arguments.gate:
-        try:
-            keep_result(checkpoint.run, entry, checkpoint.sha256)
-        except OSError as error:
-            print(f"warning: the result was not kept in {checkpoint.run} ({error.strerror})", file=sys.stderr)
-    _write(entry, faces.alarms, model, checkpoint, arguments)
+    write_result(entry, result_text(entry), [], faces.alarms, model, checkpoint, arguments)
     return 0
-
-
-def _write(
-    entry: dict,
-    alarms: list[str],
-    model: "Recogniser",
-    checkpoint: "Checkpoint | None",
-    arguments: argparse.Namespace,
-) -> None:
-    """Writes --json and --output, and prints the alarms."""
-    from vitface.evaluation.benchmarks import Evaluation
-    from vitface.evaluation.page import report_page
-    from vitface.evaluation.tinyface import result_text
-
-    if arguments.json:
-        data = {"alarms": alarms, "failures": [], "benchmarks": {"tinyface": entry}}
-        write_output(arguments.json, json_bytes(data))
-    if arguments.output:
-        title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
-        evaluation = Evaluation({}, alarms, [])
-        run = checkpoint and checkpoint.run
-        page = report_page(title, model, evaluation, run, arguments.data_dir, False, {}, (), result_text(entry))
-        write_output(arguments.output, page.encode())
-        print(f"wrote {arguments.output}")
-    for alarm in alarms:
-        print(f"ALARM {in_one_line(alarm)}", file=sys.stderr)
 
 
 def compare_tinyface(arguments: argparse.Namespace) -> int:
     """Prints a line per run, from the results that the runs kept."""
-    from vitface.evaluation.tinyface import comparison_lines, kept_result
+    from vitface.evaluation.ijb.results import kept_results
+    from vitface.evaluation.tinyface import comparison_lines, rates
 
     runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
-    kept = {str(run): kept_result(run) for run in runs}
+    kept = {str(run): next(iter(kept_results(run, "tinyface", rates).values())) for run in runs}
     print("\n".join(comparison_lines(kept)))
     if arguments.json:
         write_output(arguments.json, json_bytes({"benchmark": "tinyface", "runs": kept}))

@@ -14,8 +14,6 @@ from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSampl
 from vitface.documents import render
 from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import Evaluation, category, read_benchmark
-from vitface.evaluation.ijb.results import result_text
-from vitface.evaluation.ijb.scoring import TemplateResult
 from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, summary_lines
@@ -36,14 +34,13 @@ def report_page(
     data_dir: Path,
     faces: bool,
     routing: Mapping[str, dict[str, Any]],
-    templates: Sequence[TemplateResult] = (),
-    searched: str = "",
+    others: Sequence[tuple[str, list[Chart]]] = (),
 ) -> str:
     """The whole page as HTML.
 
     `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, `routing`
-    {benchmark: `benchmark_routing`} the router's weights by pose, `templates` results on IJB, and
-    `searched` a result on TinyFace, as text.
+    {benchmark: `benchmark_routing`} the router's weights by pose, and `others` results that are not of pairs of photos,
+    as text and charts.
     """
     results = evaluation.results
     return render(
@@ -63,8 +60,7 @@ def report_page(
         attention=attention_maps(model),
         routing=routing_section(model, routing) if model.config.num_domains > 1 else None,
         settings=vars(model.config),
-        searched=searched,
-        templates=[(result_text(result), template_chart(result)) for result in templates],
+        others=others,
     )
 
 
@@ -86,12 +82,6 @@ def roc_chart(results: dict[str, Verification]) -> Chart:
         far, tar, _ = roc(-result.distance, result.issame)
         curves[name] = far[far > 0], tar[far > 0]
     return line_chart("ROC", "false accept rate (log)", "true accept rate", curves, log_x=True)
-
-
-def template_chart(result: TemplateResult) -> Chart:
-    """True accept rate over false accept rate of IJB's pairs, from 1e-6."""
-    title = f"{result.name} {result.mode}, 1:1"
-    return line_chart(title, "false accept rate (log)", "true accept rate", {result.mode: result.curve}, log_x=True)
 
 
 def histogram(name: str, result: Verification) -> Chart:

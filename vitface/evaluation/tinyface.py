@@ -1,19 +1,17 @@
-"""TinyFace's search: the shares of probes that find a photo of their person among the best; as text, JSON and in a run.
+"""TinyFace's search: the shares of probes that find a photo of their person among the best; as text and JSON.
 
 Scores are cosines in float64, rounded to 12 decimals, as IJB's; ties count against the model. Letter: E embedding.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vitface.data.formats.tinyface_folder import TinyFace
-from vitface.errors import CheckpointError, EvaluationError, VitfaceError, command, in_one_line
+from vitface.errors import EvaluationError, in_one_line
 from vitface.evaluation.ijb.scoring import products
 from vitface.evaluation.statistics import wilson
-from vitface.files import json_bytes, read_json, replace_file
 
 RANKS = (1, 5, 10, 20)
 
@@ -56,33 +54,13 @@ def result_text(entry: Mapping[str, Any]) -> str:
     return f"tinyface: {counts}\n{ranks}  (rank-1: 95 % interval {low:.2f} to {high:.2f})"
 
 
-def keep_result(run: Path, entry: dict[str, Any], model: str) -> None:
-    """Writes tinyface.json of a run: {"model": SHA-256, "result": `result_json`}."""
-    replace_file(run / "tinyface.json", json_bytes({"model": model, "result": entry}))
-
-
-def kept_result(run: Path) -> dict[str, Any]:
-    """The `result_json` that a run kept; CheckpointError unless it is of the run's best checkpoint."""
-    from vitface.store.faces import open_checkpoint
-
-    file, again = run / "tinyface.json", command("evaluate", "--checkpoint", run, "--bench", "tinyface")
-    fault = "is not of the run's best checkpoint"
-    try:
-        written = read_json(file)
-        entry, of_best = written["result"], written["model"] == open_checkpoint(run).sha256
-        if of_best and all(0 <= entry["rank"][str(k)] <= 1 for k in RANKS):
-            return entry
-    except VitfaceError:
-        raise
-    except OSError:
-        fault = "is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fault = "is damaged"
-    raise CheckpointError(f"{file} {fault}; evaluate the run again with\n  {again}")
+def rates(entry: Mapping[str, Any]) -> list[float | None]:
+    """The shares of `result_json` at RANKS."""
+    return [entry["rank"][str(k)] for k in RANKS]
 
 
 def comparison_lines(kept: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per run of {run: `kept_result`}, the shares in %."""
+    """A line per run of {run: `result_json`}, the shares in %."""
     head = "".join(f"{f'rank-{k}':>9}" for k in RANKS)
     rows = {run: "".join(f"{100 * entry['rank'][str(k)]:>9.2f}" for k in RANKS) for run, entry in kept.items()}
     return [head, *(f"{row}  {in_one_line(run)}" for run, row in rows.items())]

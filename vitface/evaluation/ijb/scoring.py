@@ -5,8 +5,8 @@ template of which nothing is left (all its faces have the detector's score 0) is
 Letters: N faces, T templates, M pairs, E embedding.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,44 +18,17 @@ from vitface.metrics import check_scores
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FPIRS = (1e-2, 1e-1)
 RANKS = (1, 5, 10)
+RATES = [*(f"rank-{k}" for k in RANKS), *(f"TPIR@{far:g}" for far in FPIRS)]  # of a search
 PRODUCT = 1 << 23  # cosines in memory at a time
+Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Search:
-    """What a search in one gallery finds: shares of the `mated` probes, whose person is in it.
+def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndarray], mode: str) -> Result:
+    """The result, for JSON, from embeddings of the faces in their order, not normalised, in arrays float32 (n, E).
 
-    `rank[k]`: their person is among the k best. `tpir[f]`: it is the best, and above a threshold that a share f of the
-    `unmated` probes reach at most; NaN where there is none. A template that ties with the right one counts as better.
-    """
-
-    gallery: str
-    mated: int
-    unmated: int
-    rank: dict[int, float]
-    tpir: dict[float, float]
-
-
-@dataclass(frozen=True)
-class TemplateResult:
-    """The result of one of the MODES of pooling on "ijbb" or "ijbc"; `tar` by false accept rate; the two `searches`.
-
-    `counts` are of faces, templates, pairs, and of them same ones; `curve` is (FAR, TAR) to draw.
-    """
-
-    name: str
-    mode: str
-    counts: dict[str, int]
-    tar: dict[float, float]
-    auc: float
-    curve: tuple[np.ndarray, np.ndarray]
-    searches: list[Search]
-
-
-def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndarray], mode: str) -> TemplateResult:
-    """The result from embeddings of the faces in their order, not normalised, in arrays float32 (n, E).
-
-    EvaluationError if nothing can be computed from them, or if different pairs are the more similar ones.
+    {"mode", of MODES; "faces", "templates", "pairs", "same": numbers; "tar_at_far": {FAR: share}; "auc"; "roc", [FAR,
+    TAR] to draw; "searches": {gallery, or "mean": `search`}, empty where a set has pairs only}. EvaluationError if
+    nothing can be computed from the embeddings, or if different pairs are the more similar ones.
     """
     templates = pool(faces, parts, mode)
     score = pair_scores(templates, protocol.pairs)
@@ -64,18 +37,17 @@ def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndar
     area = sum(np.searchsorted(different, same, side).mean() for side in ("left", "right")) / (2 * len(different))
     if area < 0.45:
         raise EvaluationError(f"{faces.name}: AUC {area:.4f} is below chance: the labels are inverted, or shifted")
-    rates = np.logspace(-6, 0, 121)
-    searches = [search(templates, gallery, protocol.lists[-1]) for gallery in protocol.lists[:-1]]
-    counts = (len(faces.crops), len(templates), len(score), len(same))
-    return TemplateResult(
-        faces.name,
-        mode,
-        dict(zip(("faces", "templates", "pairs", "same"), counts, strict=True)),
-        {far: tar_at_far(same, different, far) for far in FARS},
-        float(area),
-        (rates, np.array([tar_at_far(same, different, far) for far in rates])),
-        searches,
-    )
+    searches = {g.name.rpartition("_")[2]: search(templates, g, protocol.lists[-1]) for g in protocol.lists[:-1]}
+    if searches:
+        found = {rate: [one[rate] for one in searches.values()] for rate in RATES}
+        searches["mean"] = {rate: None if None in shares else sum(shares) / 2 for rate, shares in found.items()}
+    return {
+        **{"mode": mode, "faces": len(faces.crops), "templates": len(templates), "pairs": len(score)},
+        **{"same": len(same), "tar_at_far": {f"{far:g}": tar_at_far(same, different, far) for far in FARS}},
+        "auc": float(area),
+        "roc": [[far, tar_at_far(same, different, far)] for far in np.logspace(-6, 0, 121).tolist()],
+        "searches": searches,
+    }
 
 
 def pool(faces: Faces, parts: Iterable[np.ndarray], mode: str) -> np.ndarray:
@@ -105,17 +77,29 @@ def pair_scores(templates: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     a product of matrices is many times faster than M products of rows that lie anywhere.
     """
     (left, row), (right, column) = (_places(side, len(templates)) for side in pairs.T)
-    step, wide = max(1, PRODUCT // len(right)), len(right)
+    step, wide = step_of(len(right)), len(right)
     block_of = (row // step).astype(np.min_scalar_type(len(left) // step))[pairs[:, 0]]
     cell = (row % step * wide)[pairs[:, 0]]
     cell += column[pairs[:, 1]]
-    order, scores, start = np.argsort(block_of, kind="stable"), np.empty(len(pairs)), 0
-    second = templates[right].T
-    for block, count in enumerate(np.bincount(block_of)):
-        some = order[start : (start := start + count)]
-        cosines = templates[left[block * step : (block + 1) * step]] @ second
+    order, scores = np.argsort(block_of, kind="stable"), np.empty(len(pairs))
+    ends = np.cumsum(np.bincount(block_of)).tolist()
+    for (_, cosines), start, end in zip(products(templates[left], templates[right]), [0, *ends], ends, strict=False):
+        some = order[start:end]
         scores[some] = cosines.ravel()[cell[some]].round(12)
     return scores
+
+
+def products(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows of `first`, their cosines with all of `second`), PRODUCT of them at a time."""
+    step = step_of(len(second))
+    for start in range(0, len(first), step):
+        block = slice(start, start + step)
+        yield block, first[block] @ second.T
+
+
+def step_of(columns: int) -> int:
+    """The rows of a block of `products`."""
+    return max(1, PRODUCT // columns)
 
 
 def _places(rows: np.ndarray, templates: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,23 +116,26 @@ def tar_at_far(same: np.ndarray, different: np.ndarray, far: float) -> float:
     return 1.0 if accepted >= len(different) else float((same > different[-1 - accepted]).mean())
 
 
-def search(templates: np.ndarray, gallery: Gallery, probes: Gallery) -> Search:
-    """Searches all probes in a gallery; DataError if it has nobody of them."""
+def search(templates: np.ndarray, gallery: Gallery, probes: Gallery) -> dict[str, Any]:
+    """Searches all probes in a gallery: the shares RATES of the "mated" ones, whose person is in it.
+
+    "rank-5": their person is among the 5 best. "TPIR@0.01": it is the best, and above a threshold that a share 0.01 of
+    the "unmated" probes reach at most; None where there is none. A template that ties with the right one counts as
+    better. EvaluationError if no probe is mated.
+    """
     order = np.argsort(gallery.subjects)
     place = np.searchsorted(gallery.subjects[order], probes.subjects)
     mate = order[np.minimum(place, len(order) - 1)]
     mated = gallery.subjects[mate] == probes.subjects
     rank, own, best = np.zeros(len(mate), int), np.zeros(len(mate)), np.zeros(len(mate))
-    step = max(1, PRODUCT // len(gallery.rows))
-    for start in range(0, len(mate), step):
-        block = slice(start, start + step)
-        cosines = (templates[probes.rows[block]] @ templates[gallery.rows].T).round(12)
+    for block, cosines in products(templates[probes.rows], templates[gallery.rows]):
+        cosines = cosines.round(12)
         own[block] = np.take_along_axis(cosines, mate[block, None], axis=1)[:, 0]
         rank[block] = (cosines >= own[block, None]).sum(axis=1)
         best[block] = cosines.max(axis=1)
     if not mated.any():
         raise EvaluationError(f"no probe is of a person in {gallery.name}: the lists are of different sets")
     found, unmated = np.where(rank[mated] == 1, own[mated], -np.inf), np.sort(best[~mated])
-    tpir = {far: tar_at_far(found, unmated, far) if len(unmated) else float("nan") for far in FPIRS}
-    ranks = {k: float((rank[mated] <= k).mean()) for k in RANKS}
-    return Search(gallery.name, int(mated.sum()), len(unmated), ranks, tpir)
+    shares = [float((rank[mated] <= k).mean()) for k in RANKS]
+    shares += [tar_at_far(found, unmated, far) if len(unmated) else None for far in FPIRS]
+    return {**dict(zip(RATES, shares, strict=True)), "mated": int(mated.sum()), "unmated": len(unmated)}
