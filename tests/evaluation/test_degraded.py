@@ -1,6 +1,7 @@
 """Benchmarks whose photos are as a sensor gives them: which photos, under which names, and as a curve."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from vitface.__main__ import main
 from vitface.data.degrade import degrade_crops, parse_sensors
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, Degraded, evaluate_all
+from vitface.evaluation.scores import load_scores
 
 PAIRS = 60
 
@@ -51,7 +53,9 @@ def test_a_kind_without_an_amount_is_a_curve_in_the_report(few_pairs, tiny_run, 
     text = page.read_text()
     assert "<h2>Degraded photos</h2>" in text and "lowres, side in pixels" in text
     assert "synthetic, the second photo only" in text
-    assert not (tiny_run / "scores.safetensors").exists()  # those of the photos as they are would be replaced
+    assert not (tiny_run / "scores.safetensors").exists()  # that of the photos as they are
+    kept, _ = load_scores(tiny_run / "scores-lowres-16-probe.safetensors")
+    assert kept["synthetic"].accuracy == json.loads(results.read_text())["benchmarks"][names[2]]["accuracy"]
     assert main([*common]) == 0
     plain = json.loads(results.read_text())["benchmarks"]["synthetic"]["accuracy"]
     assert main([*common, "--degrade", "lowres:112"]) == 0
@@ -72,3 +76,18 @@ def test_a_kind_without_an_amount_is_a_curve_in_the_report(few_pairs, tiny_run, 
 def test_what_cannot_be_degraded_is_refused(few_pairs, tiny_run, capsys, flags, answer):
     assert main(["evaluate", "--checkpoint", str(tiny_run), "--bench", "synthetic", *flags.split()]) == 2
     assert answer in capsys.readouterr().err
+
+
+def test_runs_are_compared_on_degraded_photos(few_pairs, tiny_run, capsys):
+    other = tiny_run.parent / "other"
+    shutil.copytree(tiny_run, other, symlinks=True)
+    for seed, run in enumerate((tiny_run, other)):
+        (run / "config.json").write_text(json.dumps({"seed": 0, "lora_rank": 4 + seed}))
+    compare = ["evaluate", "--compare", str(tiny_run), str(other), "--degrade", "nir:30"]
+    assert main(compare) == 2
+    assert f"--checkpoint {tiny_run} --bench all --degrade nir:30" in capsys.readouterr().err
+    for run in (tiny_run, other):
+        assert main(["evaluate", "--checkpoint", str(run), "--bench", "synthetic", "--degrade", "nir:30"]) == 0
+    assert main(compare) == 0
+    shown = capsys.readouterr().out
+    assert "photos: nir:30\n" in shown and "+0.00" in shown and "verdict: no difference shown" in shown

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,8 @@ from vitface.data.formats.tinyface_folder import find_tinyface
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError, command, did_you_mean
 from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
-from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, results_table, summary_json
-from vitface.evaluation.scores import benchmark_of, keep_scores
+from vitface.evaluation.scores import SCORES, benchmark_of, keep_scores
 from vitface.files import json_bytes, write_output
 
 if TYPE_CHECKING:
@@ -196,15 +194,8 @@ def show(
         print("\n".join([results_table(evaluation.results), *quality_lines(quality), *notes(evaluation.results)]))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
-    if (
-        checkpoint
-        and run
-        and evaluation.results
-        and checkpoint.is_best
-        and not arguments.gate
-        and not evaluation.degraded
-    ):
-        try_to_keep(run, evaluation.results, checkpoint.sha256)
+    if checkpoint and run and evaluation.results and checkpoint.is_best and not arguments.gate:
+        try_to_keep(run, evaluation, checkpoint.sha256)
     routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
     if arguments.json:
         written = {"alarms": evaluation.alarms, "failures": evaluation.failures}
@@ -222,10 +213,13 @@ def show(
         print("\n".join(problems), file=sys.stderr)
 
 
-def try_to_keep(run: Path, results: Mapping[str, Verification], model: str) -> None:
-    """`keep_scores`; where the run cannot be written to, a warning."""
+def try_to_keep(run: Path, evaluation: Evaluation, model: str) -> None:
+    """`keep_scores`, of degraded pairs in a file for each condition; where the run cannot be written to, a warning."""
     try:
-        keep_scores(run, results, model)
+        results = evaluation.results
+        for degraded in dict.fromkeys(map(evaluation.degraded.get, results)):
+            some = {label: result for label, result in results.items() if evaluation.degraded.get(label) == degraded}
+            keep_scores(run, some, model, degraded.scores if degraded else SCORES)
     except OSError as error:
         reason = f"{run} cannot be written to ({error.strerror})"
         print(f"warning: {reason}, so the scores were not kept there for --compare", file=sys.stderr)
@@ -274,14 +268,21 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     """Compares every experiment with the first one named, from the scores that the runs kept."""
     from vitface.evaluation.compare import compare, comparison_text, group_runs, read_run
 
-    runs = list(dict.fromkeys(path.resolve() for path in arguments.compare))
-    results = [
-        {name: result for name, result in read_run(run).items() if arguments.bench in (benchmark_of(name), "all", None)}
-        for run in runs
-    ]
-    first, *others = group_runs(runs, results)
-    comparisons = [compare(first, other) for other in others]
-    print("\n\n".join(comparison_text(comparison) for comparison in comparisons))
+    runs, comparisons = list(dict.fromkeys(path.resolve() for path in arguments.compare)), []
+    for degraded in conditions_of(arguments):
+        results = [
+            {
+                name: r
+                for name, r in read_run(run, degraded).items()
+                if arguments.bench in (benchmark_of(name), "all", None)
+            }
+            for run in runs
+        ]
+        first, *others = group_runs(runs, results)
+        found = [compare(first, other) for other in others]
+        print(f"photos: {degraded}\n" if degraded else "", end="")
+        print("\n\n".join(map(comparison_text, found)))
+        comparisons += found
     if arguments.json:
         entries = [dataclasses.asdict(comparison) for comparison in comparisons]
         write_output(arguments.json, json_bytes({"comparisons": entries}))

@@ -8,6 +8,7 @@ crops under the published names (see `published`, which also takes names that ar
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,20 @@ class Degraded:
 
     def label(self, name: str) -> str:
         """The name of a benchmark's results: "lfw lowres:16", "lfw lowres:16 probe"."""
-        return " ".join([name, ",".join(map(str, self.sensors)), *["probe"] * self.probe])
+        return f"{name} {self}"
+
+    @property
+    def text(self) -> str:
+        """The sensors as --degrade takes them."""
+        return ",".join(map(str, self.sensors))
+
+    def __str__(self) -> str:
+        return self.text + " probe" * self.probe
+
+    @property
+    def scores(self) -> str:
+        """The name of the file where a run keeps its scores on such pairs."""
+        return f"scores-{re.sub('[:, ]', '-', str(self))}.safetensors"
 
 
 @dataclass(frozen=True)

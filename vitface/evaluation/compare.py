@@ -10,6 +10,7 @@ import numpy as np
 from vitface.config import BOOKKEEPING
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import CheckpointError, ConfigError, EvaluationError, command
+from vitface.evaluation.benchmarks import Degraded
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.report import FIVE
 from vitface.evaluation.scores import SCORES, benchmark_of, labelled, load_scores
@@ -58,15 +59,19 @@ class Comparison:
     verdict: str
 
 
-def read_run(run: Path) -> dict[str, Verification]:
-    """The results of a run by benchmark; CheckpointError if they are missing or not of its best checkpoint."""
-    trained, again = (run / "checkpoints").is_dir(), command("evaluate", "--checkpoint", run, "--bench", "all")
-    if not (run / SCORES).is_file():
+def read_run(run: Path, degraded: Degraded | None = None) -> dict[str, Verification]:
+    """The results of a run by benchmark, as they are or `degraded`; CheckpointError if they are missing or not of its
+    best checkpoint."""
+    trained, file, words = (run / "checkpoints").is_dir(), SCORES, ["--bench", "all"]
+    if degraded:
+        file, words = degraded.scores, [*words, f"--degrade{'-probe' * degraded.probe}", degraded.text]
+    again = command("evaluate", "--checkpoint", run, *words)
+    if not (run / file).is_file():
         advice = f"it was not evaluated yet; do it with\n  {again}" if trained else "it is no run; name run directories"
-        raise CheckpointError(f"{run} has no scores ({SCORES} is missing): {advice}")
-    results, model = load_scores(run / SCORES)
+        raise CheckpointError(f"{run} has no scores ({file} is missing): {advice}")
+    results, model = load_scores(run / file)
     if trained and model != open_checkpoint(run).sha256:
-        raise CheckpointError(f"{run / SCORES} is not of the run's best checkpoint; evaluate it again with\n  {again}")
+        raise CheckpointError(f"{run / file} is not of the run's best checkpoint; evaluate it again with\n  {again}")
     return results
 
 

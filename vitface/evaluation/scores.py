@@ -48,22 +48,22 @@ def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> 
     replace_file(path, save(tensors, {"model": model}), private=True)
 
 
-def keep_scores(run: Path, results: Mapping[str, Verification], model: str) -> None:
-    """Adds `results` to the scores of a run directory; those of another checkpoint than `model` are dropped, and those
-    of a damaged file, with a note. Sets of more than MAX_PAIRS are not kept, also with a note."""
+def keep_scores(run: Path, results: Mapping[str, Verification], model: str, file: str = SCORES) -> None:
+    """Adds `results` to a file of scores of a run directory; those of another checkpoint than `model` are dropped, and
+    those of a damaged file, with a note. Sets of more than MAX_PAIRS are not kept, also with a note."""
     for name, result in results.items():
         if len(result.issame) > MAX_PAIRS:
             print(f"note: {name} has more than {MAX_PAIRS:,} pairs: its scores are not kept", file=sys.stderr)
     results = {name: result for name, result in results.items() if len(result.issame) <= MAX_PAIRS}
     with waiting_lock(run / ".scores.lock"):
         try:
-            kept, kept_model = load_scores(run / SCORES)
+            kept, kept_model = load_scores(run / file)
         except CheckpointError as error:
             kept, kept_model = {}, model
-            if (run / SCORES).exists():
+            if (run / file).exists():
                 print(f"note: {error}: only the scores of this evaluation are kept", file=sys.stderr)
         every = [*(kept if kept_model == model else {}).items(), *results.items()]
-        save_scores(run / SCORES, labelled((benchmark_of(label), result) for label, result in every), model)
+        save_scores(run / file, labelled((benchmark_of(label), result) for label, result in every), model)
 
 
 def load_scores(path: Path) -> tuple[dict[str, Verification], str]:
