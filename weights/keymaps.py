@@ -67,11 +67,6 @@ def _pool(prefix: str, query: str, proj: str, norm: str, fc1: str, fc2: str) -> 
     return {f"{prefix}.{name}": f"pool.{our}" for name, our in zip(theirs, ours, strict=True)}
 
 
-def _swiglu(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
-    ours = ("mlp.fc1.*[gate]", "mlp.fc1.*[up]", "mlp.fc2.*")
-    return {f"{prefix}.{name}.*": f"blocks.{{i}}.{our}" for name, our in zip((gate, up, down), ours, strict=True)}
-
-
 # Meta's DINOv2 and DINOv3, and everything of timm's, CLIP included: the names are ours, but for a few.
 META_TIMM = Family(
     title="Meta or timm",
@@ -86,8 +81,8 @@ META_TIMM = Family(
         "blocks.{i}.gamma_1": "blocks.{i}.ls1.gamma",
         "blocks.{i}.gamma_2": "blocks.{i}.ls2.gamma",
         **dict.fromkeys(("register_tokens", "storage_tokens", "reg_token"), "register_tokens"),
-        **_swiglu("blocks.{i}.mlp", "w1", "w2", "w3"),
-        **_swiglu("blocks.{i}.mlp", "fc1_g", "fc1_x", "fc2"),
+        "blocks.{i}.mlp.fc1_g.*": "blocks.{i}.mlp.fc1.*[gate]",
+        "blocks.{i}.mlp.fc1_x.*": "blocks.{i}.mlp.fc1.*[up]",
         **_pool("attn_pool", "latent", "proj", "norm", "mlp.fc1", "mlp.fc2"),
         "norm.*": "norm.*",
     },
@@ -119,28 +114,26 @@ TRANSFORMERS_DINOV2 = Family(
     dropped=("embeddings.mask_token",),
     outside=("classifier.weight", "classifier.bias"),
 )
-TRANSFORMERS_DINOV3 = Family(
-    title="transformers DINOv3",
-    names={
+
+
+def _dinov3(title: str, mlp: dict[str, str]) -> Family:
+    names = {
         "embeddings.cls_token": "cls_token",
         "embeddings.register_tokens": "register_tokens",
         "embeddings.patch_embeddings.*": "patch_embed.proj.*",
-        **{
-            name: ours
-            for layer in ("layer", "model.layer")  # their files, and their modules since version 5
-            for name, ours in {
-                **_block(layer, "norm1", _VERSION_5, "norm2", "mlp.up_proj", "mlp.down_proj"),
-                f"{layer}.{{i}}.mlp.gate_proj.*": "blocks.{i}.mlp.fc1.*[gate]",
-                f"{layer}.{{i}}.mlp.gated_up_proj.*": "blocks.{i}.mlp.fc1.*[up]",
-                f"{layer}.{{i}}.layer_scale1.lambda1": "blocks.{i}.ls1.gamma",
-                f"{layer}.{{i}}.layer_scale2.lambda1": "blocks.{i}.ls2.gamma",
-            }.items()
-        },
         "norm.*": "norm.*",
-    },
-    prefixes=("", "dinov3_vit."),
-    dropped=("embeddings.mask_token", "rope_embeddings.*"),
-    outside=("classifier.weight", "classifier.bias"),
+    }
+    for layer in ("layer", "model.layer"):  # their files, and their modules since version 5
+        names |= _block(layer, "norm1", _VERSION_5, "norm2", "mlp.up_proj", "mlp.down_proj")
+        names |= {f"{layer}.{{i}}.layer_scale{n}.lambda1": f"blocks.{{i}}.ls{n}.gamma" for n in (1, 2)}
+        names |= {f"{layer}.{{i}}.mlp.{name}.*": f"blocks.{{i}}.mlp.{ours}" for name, ours in mlp.items()}
+    beside = ("classifier.weight", "classifier.bias")
+    return Family(title, names, ("", "dinov3_vit."), ("embeddings.mask_token", "rope_embeddings.*"), beside)
+
+
+TRANSFORMERS_DINOV3 = _dinov3("transformers DINOv3", {})
+TRANSFORMERS_DINOV3_GATED = _dinov3(
+    "transformers DINOv3 with SwiGLU", {"gate_proj": "fc1.*[gate]", "up_proj": "fc1.*[up]"}
 )
 TRANSFORMERS_VIT = Family(
     title="transformers ViT",
@@ -239,6 +232,7 @@ FAMILIES = (
     META_TIMM,
     TRANSFORMERS_DINOV2,
     TRANSFORMERS_DINOV3,
+    TRANSFORMERS_DINOV3_GATED,
     TRANSFORMERS_VIT,
     TRANSFORMERS_CLIP,
     TRANSFORMERS_SIGLIP,
@@ -292,8 +286,10 @@ def _may_precede(prefix: str, family: Family) -> bool:
     return not outer or (outer.endswith(".") and set(outer[:-1].split(".")) <= _AROUND)
 
 
-def transformers_family(backbone: str) -> Family:
-    """The layout of the transformers model that is the preset `backbone`."""
+def transformers_family(backbone: str) -> Family | None:
+    """The layout of the transformers model that is the preset `backbone`; None if it has no such model."""
+    if backbone == "dinov3_vits16plus":
+        return TRANSFORMERS_DINOV3_GATED
     kinds = {"dinov2": TRANSFORMERS_DINOV2, "dinov3": TRANSFORMERS_DINOV3, "eupe": TRANSFORMERS_DINOV3}
     kinds |= {"clip": TRANSFORMERS_CLIP, "siglip2": TRANSFORMERS_SIGLIP, "vit": TRANSFORMERS_VIT}
-    return kinds[backbone.split("_")[0]]
+    return kinds.get(backbone.split("_")[0])

@@ -16,6 +16,7 @@ State = dict[str, Tensor]
 # put between the parts of a name by torch.compile, FSDP and activation checkpointing
 _WRAPPED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CHUNK = re.compile(r"((?:^|\.)blocks\.)\d+\.(?=\d+\.)")  # DINOv2 trains its blocks in chunks; the second is the index
+_META_GATED, _TIMM_GATED = re.compile(r"(?<=\.mlp\.)(w[123])(?=\.)"), {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2"}
 _POOL = re.compile(r"(?P<pool>.*(?:head|attn_pool)\.)(?:attention|attn)\.in_proj_(?P<kind>weight|bias)")
 
 
@@ -33,11 +34,8 @@ def arrange(state: State, prefix: str, config: ViTConfig) -> State:
             width = tensor.shape[0] // 3
             for part, rows in (("q", slice(None, width)), ("kv", slice(width, None))):
                 arranged[f"{pool['pool']}{part}.{pool['kind']}"] = tensor[rows]
-        elif name.endswith((".mlp.up_proj.weight", ".mlp.up_proj.bias")):
-            gated = name.replace("up_proj", "gate_proj") in state
-            arranged[name.replace("up_proj", "gated_up_proj") if gated else name] = tensor
         else:
-            arranged[name] = tensor
+            arranged[_META_GATED.sub(lambda found: _TIMM_GATED[found[1]], name)] = tensor
     arranged = _with_qkv_biases(arranged, config)
     positions = arranged.get(f"{prefix}pos_embed")
     if positions is not None and config.class_token and math.isqrt(positions.shape[-2]) ** 2 == positions.shape[-2]:
@@ -61,6 +59,14 @@ def _with_qkv_biases(state: State, config: ViTConfig) -> State:
         elif config.rope != "none" and name.endswith(("attention.k_proj.weight", "attn.qkv.weight")):
             found.setdefault(f"{stem}.bias", torch.zeros(len(tensor), dtype=tensor.dtype))
     return found
+
+
+def neighbour_turns(tensor: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `half_turns`."""
+    q, k, v = tensor.chunk(3)
+    heads = {"nh": num_heads, "yx": 2, "two": 2}
+    parts = [rearrange(part, "(nh two yx i) ... -> nh yx i two ...", **heads).flip(1) for part in (q, k)]
+    return torch.cat([*(part.reshape(v.shape) for part in parts), v])
 
 
 def half_turns(tensor: Tensor, num_heads: int) -> Tensor:

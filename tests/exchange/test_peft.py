@@ -19,21 +19,29 @@ from vitface.exchange.from_peft import read_domains, read_peft
 from vitface.exchange.peft import CONFIG, TENSORS, TIMM, peft_files, transformers_layout
 from vitface.model.lora import TARGETS, Mix, adapter_state_dict, add_lora
 from vitface.model.vit import ViT, init_weights
-from vitface.presets import VIT_PRESETS
+from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.weights.keymaps import transformers_family
 
 peft, transformers = optional("peft"), optional("transformers")
 # what transformers says of itself; PEFT's warnings of missing keys stay errors
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-BACKBONES = {
+
+
+def small(name: str, **changes) -> ViTConfig:
+    sizes = dict(native_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    return dataclasses.replace(VIT_PRESETS[name], **{**sizes, **changes})
+
+
+BACKBONES = {  # those that transformers has a model of
     "dinov2_vits14": tiny_config(),
-    "clip_vitb16": dataclasses.replace(
-        VIT_PRESETS["clip_vitb16"], native_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2
-    ),
-    "vit_tiny_patch16": dataclasses.replace(
-        VIT_PRESETS["vit_tiny_patch16"], native_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2
-    ),
+    "clip_vitb16": small("clip_vitb16"),
+    "vit_tiny_patch16": small("vit_tiny_patch16"),
+    "dinov2_vits14_reg": small("dinov2_vits14_reg"),
+    "dinov3_vits16": small("dinov3_vits16"),
+    "dinov3_vits16plus": small("dinov3_vits16plus"),
+    "siglip2_vitb16": small("siglip2_vitb16", pool_heads=2),
 }
+OTHERS = {"pe_core_t16": small("pe_core_t16", pool_heads=2), "lvface_t": small("lvface_t")}
 
 
 def adapted_vit(backbone: str, config: FaceConfig, seed: int = 0) -> ViT:
@@ -41,7 +49,7 @@ def adapted_vit(backbone: str, config: FaceConfig, seed: int = 0) -> ViT:
     vit = ViT(config.vit, 32)
     init_weights(vit, seed)
     with torch.no_grad():
-        for parameter in vit.blocks.parameters():
+        for parameter in (*vit.blocks.parameters(), *vit.pool.parameters()):
             parameter.mul_(5 if parameter.dim() > 1 else 1)
     if config.lora_rank:
         add_lora(
@@ -57,7 +65,9 @@ def adapted_vit(backbone: str, config: FaceConfig, seed: int = 0) -> ViT:
 
 
 def settings(backbone: str, **changes) -> FaceConfig:
-    return FaceConfig(backbone, "random", BACKBONES[backbone], 32, **{"lora_rank": 4, "lora_alpha": 8, **changes})
+    return FaceConfig(
+        backbone, "random", {**BACKBONES, **OTHERS}[backbone], 32, **{"lora_rank": 4, "lora_alpha": 8, **changes}
+    )
 
 
 def theirs(backbone: str, vit: ViT) -> nn.Module:
@@ -71,19 +81,32 @@ def theirs(backbone: str, vit: ViT) -> nn.Module:
         patch_size=8,
         layer_norm_eps=vit.config.norm_eps,
     )
-    if backbone.startswith("dinov2"):
+    registers = {"num_register_tokens": vit.config.registers}
+    if backbone.endswith("reg"):
+        model = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**sizes, **registers))
+    elif backbone.startswith("dinov3"):
+        gated = backbone.endswith("plus")
+        act = {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu"}
+        model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, **registers, **act))
+    elif backbone.startswith("siglip"):
+        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
+    elif backbone.startswith("dinov2"):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     elif backbone.startswith("clip"):
         model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
     else:
         model = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False)
-    family, ours, state = transformers_family(backbone), vit.state_dict(), model.state_dict()
-    for key, tensor in state.items():
+    family, ours = transformers_family(backbone), vit.state_dict()
+    marks = {"[q]": (0, 3), "[k]": (1, 3), "[v]": (2, 3), "[gate]": (0, 2), "[up]": (1, 2)}
+    for key, tensor in model.state_dict().items():
         target = family.target(key)
         if target is not None:
-            name, _, mark = target.partition("[")
-            part = ours[name].chunk(3)["qkv".index(mark[0])] if mark else ours[name]
-            tensor.copy_(part.reshape(tensor.shape))
+            name, bracket, mark = target.partition("[")
+            index, count = marks[bracket + mark] if mark else (0, 1)
+            tensor.copy_(ours[name].chunk(count)[index].reshape(tensor.shape))
+        elif "head.attention.in_proj" in key:
+            kind = key.rpartition("_")[2]
+            tensor.copy_(torch.cat([ours[f"pool.q.{kind}"], ours[f"pool.kv.{kind}"]]))
     return model.eval()
 
 
@@ -132,9 +155,14 @@ def images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+def close_to(backbone: str) -> dict[str, float]:
+    """How exact transformers is: it turns DINOv3's queries and keys by angles in float32."""
+    return dict(rtol=1e-6, atol=1e-6) if backbone.startswith("dinov3") else dict(rtol=1e-9, atol=1e-9)
+
+
 def ours(vit: ViT) -> torch.Tensor:
     with torch.no_grad():
-        return vit(images().to(vit.dtype), Mix())[:, 0]
+        return vit.pool(vit(images().to(vit.dtype), Mix()))
 
 
 VARIANTS = [
@@ -154,7 +182,7 @@ def test_peft_on_transformers_computes_the_same(backbone, changes, tmp_path):
     write_folder(tmp_path / "adapter", {"": files})
     before = cls(base)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    torch.testing.assert_close(cls(adapted.double()), ours(vit.double()), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(cls(adapted.double()), ours(vit.double()), **close_to(backbone))
     assert (before - ours(vit)).abs().max() > 0.03  # the adapters matter
 
 
@@ -186,15 +214,17 @@ def test_a_domain_is_an_adapter_that_peft_can_route_to(backbone, tmp_path):
         adapted.set_adapter(f"d{k}")
         gate = torch.eye(3)[[k] * 3]
         with torch.no_grad():
-            expected = vit.double()(images().double(), Mix(gate.double()))[:, 0]
-        torch.testing.assert_close(cls(adapted.double()), expected, atol=1e-9, rtol=1e-9)
+            expected = vit.double().pool(vit(images().double(), Mix(gate.double())))
+        torch.testing.assert_close(cls(adapted.double()), expected, **close_to(backbone))
     read, domains = read_domains(tmp_path / "a", backbone, config.vit)
     assert domains == 3 and all(torch.equal(read.tensors[key], tensor.float()) for key, tensor in adapters.items())
 
 
-@pytest.mark.parametrize("version", ["timm", 4, 5])
+KINDS = [*itertools.product(BACKBONES, ["timm", 4, 5]), *((name, "timm") for name in OTHERS)]
+
+
+@pytest.mark.parametrize(("backbone", "version"), KINDS)
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("backbone", BACKBONES)
 def test_what_is_written_is_read_back_bitwise(backbone, changes, version, tmp_path):
     config = settings(backbone, **changes)
     vit = adapted_vit(backbone, config)
@@ -224,6 +254,23 @@ NAMES_OF_FOUR = {  # transformers 4's names, written by hand: version 5 is what 
         "vision_model.encoder.layers.0.mlp.fc1",
         "vision_model.encoder.layers.0.mlp.fc2",
     },
+    "dinov3_vits16plus": {
+        "layer.0.attention.q_proj",
+        "layer.0.attention.k_proj",
+        "layer.0.attention.v_proj",
+        "layer.0.attention.o_proj",
+        "layer.0.mlp.gate_proj",
+        "layer.0.mlp.up_proj",
+        "layer.0.mlp.down_proj",
+    },
+    "siglip2_vitb16": {
+        "vision_model.encoder.layers.0.self_attn.q_proj",
+        "vision_model.encoder.layers.0.self_attn.k_proj",
+        "vision_model.encoder.layers.0.self_attn.v_proj",
+        "vision_model.encoder.layers.0.self_attn.out_proj",
+        "vision_model.encoder.layers.0.mlp.fc1",
+        "vision_model.encoder.layers.0.mlp.fc2",
+    },
     "vit_tiny_patch16": {
         "encoder.layer.0.attention.attention.query",
         "encoder.layer.0.attention.attention.key",
@@ -235,7 +282,7 @@ NAMES_OF_FOUR = {  # transformers 4's names, written by hand: version 5 is what 
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", NAMES_OF_FOUR)
 def test_the_names_of_transformers_4(backbone, tmp_path):
     config = settings(backbone, lora_targets="attn+mlp")
     adapters = adapter_state_dict(adapted_vit(backbone, config))
@@ -244,6 +291,25 @@ def test_the_names_of_transformers_4(backbone, tmp_path):
     assert {name for name in found if ".0." in name} == NAMES_OF_FOUR[backbone]
     targets = json.loads((tmp_path / "a" / CONFIG).read_text())["target_modules"]
     assert all(any(f".{name}".endswith(f".{target}") for target in targets) for name in found)
+
+
+@pytest.mark.parametrize("backbone", OTHERS)
+def test_what_transformers_has_no_model_of_is_said(backbone):
+    with pytest.raises(ExchangeError, match=f"no model of {backbone}; --format peft has the names of timm"):
+        transformers_layout(backbone)
+
+
+def test_pes_adapters_turn_as_its_own_heads_do(tmp_path):
+    """B of q and k is written in the order of PE's numbers, in which neighbours are turned, x before y."""
+    config = settings("pe_core_t16")
+    adapters = adapter_state_dict(adapted_vit("pe_core_t16", config))
+    write_folder(tmp_path / "a", {"": peft_files(adapters, config, TIMM)})
+    written = load_file(tmp_path / "a" / TENSORS)["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
+    b = adapters["blocks.0.attn.qkv.lora_b"]
+    # a head of 8 numbers: ours are y0 y1 x0 x1 and their partners, PE's x0 x0' x1 x1' y0 y0' y1 y1'
+    places = [2, 6, 3, 7, 0, 4, 1, 5]
+    rows = [part * 16 + head * 8 + place for part in (0, 1) for head in (0, 1) for place in places]
+    assert torch.equal(written, b[[*rows, *range(32, 48)]])
 
 
 def trained_by_peft(backbone: str, folder, targets: list[str], **changes) -> tuple[ViT, nn.Module]:
@@ -271,6 +337,11 @@ def trained_by_peft(backbone: str, folder, targets: list[str], **changes) -> tup
         ("clip_vitb16", ["k_proj", "v_proj", "out_proj"], 8, "attn"),
         ("clip_vitb16", ["v_proj", "fc2"], 4, "attn+mlp"),
         ("vit_tiny_patch16", ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], 12, "attn+mlp"),
+        ("dinov2_vits14_reg", ["q_proj", "v_proj"], 8, "attn"),
+        ("dinov3_vits16", ["q_proj", "v_proj", "up_proj", "down_proj"], 8, "attn+mlp"),
+        ("dinov3_vits16plus", ["gate_proj", "up_proj", "down_proj"], 8, "attn+mlp"),
+        ("dinov3_vits16plus", ["up_proj"], 4, "attn+mlp"),
+        ("siglip2_vitb16", ["q_proj", "v_proj"], 8, "attn"),
     ],
 )
 def test_what_peft_trained_computes_the_same_here(backbone, targets, rank, kind, rslora, tmp_path):
@@ -281,7 +352,7 @@ def test_what_peft_trained_computes_the_same_here(backbone, targets, rank, kind,
     config = settings(backbone, **read.settings)  # at its rank and alpha, which are not PEFT's
     add_lora(vit, TARGETS[kind], rank, config.lora_alpha, config.lora_scaling)
     vit.load_state_dict({**vit.state_dict(), **read.tensors})
-    torch.testing.assert_close(ours(vit.double()), cls(model.double()), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ours(vit.double()), cls(model.double()), **close_to(backbone))
     assert (before - ours(vit)).abs().max() > 0.03
 
 

@@ -30,6 +30,7 @@ from vitface.presets import ViTConfig
 from vitface.store.backbones import expected_tensors, find_backbone, load_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
+from vitface.weights.layouts import half_turns
 
 MAX_CONFIG_BYTES = 1 << 20
 # settings that do not change the formula; any other must be empty
@@ -90,7 +91,7 @@ def read_peft(folder: Path, backbone: str, config: ViTConfig, own_base: bool = F
     if dropped:
         more = f", and {len(dropped) - 3} more" if len(dropped) > 3 else ""
         notes.append(f"left out, as no part of the vision tower: {', '.join(dropped[:3])}{more}")
-    fused = {layer: _fuse(parts, config.embed_dim) for layer, parts in layers.items()}
+    fused = {layer: _fuse(parts) for layer, parts in layers.items()}
     rank, scaling = max(len(a) for a, _ in fused.values()), "rslora" if found["use_rslora"] else "lora"
     if rank > MAX_SIZE:
         raise ExchangeError(f"{folder}: q, k and v together have rank {rank:,}; a model's is at most {MAX_SIZE:,}")
@@ -161,7 +162,7 @@ def _read_layers(
         if mark in layers.setdefault(layer, {}):
             raise ExchangeError(f"{path} names a layer as transformers 4 and as transformers 5 does")
         out_features, in_features = shapes[f"{layer}.weight"]
-        wanted = (settings["r"], in_features), (out_features // (3 if mark else 1), settings["r"])
+        wanted = (settings["r"], in_features), (out_features // len(marks_of(mark)), settings["r"])
         for side, want in zip("AB", wanted, strict=True):
             tensor = modules[module][side]
             is_float = tensor.is_floating_point() and tensor.itemsize > 1  # torch computes little with float8
@@ -206,15 +207,20 @@ def _check_blocks(path: Path, layers: dict[str, Parts], depth: int) -> None:
             raise ExchangeError(f"{path}: block {block} has no adapter on {target}{mark}, other blocks have one")
 
 
-def _fuse(parts: Parts, embed_dim: int) -> tuple[Tensor, Tensor]:
+def marks_of(mark: str) -> tuple[str, ...]:
+    """The marks of the parts of the layer that has a part with this one."""
+    return next(marks for marks in MARKS if mark in marks)
+
+
+def _fuse(parts: Parts) -> tuple[Tensor, Tensor]:
     """One layer's parts -> its A (R, I) and B (O, R)."""
     if "" in parts:
         return parts[""]
-    first = next(iter(parts.values()))[0]
-    if len(parts) == 3 and all(torch.equal(first, a) for a, _ in parts.values()):
-        return first, torch.cat([parts[mark][1] for mark in MARKS[1:]])
-    nothing = first.new_zeros(0, embed_dim), first.new_zeros(embed_dim, 0)
-    a, b = zip(*(parts.get(mark, nothing) for mark in MARKS[1:]), strict=True)
+    marks, (first, rows) = marks_of(next(iter(parts))), next(iter(parts.values()))
+    if len(parts) == len(marks) and all(torch.equal(first, a) for a, _ in parts.values()):
+        return first, torch.cat([parts[mark][1] for mark in marks])
+    nothing = first[:0], rows[:, :0]
+    a, b = zip(*(parts.get(mark, nothing) for mark in marks), strict=True)
     return torch.cat(a), torch.block_diag(*b)
 
 
@@ -225,6 +231,8 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
     for layer in (f"blocks.{block}.{target}" for block in range(config.depth) for target in TARGETS[targets]):
         out_features, in_features = shapes[f"{layer}.weight"]
         a, b = fused.get(layer, (torch.zeros(0, in_features), torch.zeros(out_features, 0)))
+        if config.rope == "index" and layer.endswith("attn.qkv"):
+            b = half_turns(b, config.num_heads)
         tensors[f"{layer}.lora_a"] = torch.cat([a, torch.zeros(rank - len(a), in_features)])
         tensors[f"{layer}.lora_b"] = torch.cat([b, torch.zeros(out_features, rank - len(a))], dim=1)
     return tensors
@@ -233,7 +241,7 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
 def adapted_backbone(
     adapter: Path, backbone: str, weights: str | None, image_size: int
 ) -> tuple[FaceModel, str | Path, list[str]]:
-    """(A preset with the adapter of a PEFT folder, whose embedding is the CLS token; the backbone's file; notes)."""
+    """(A preset with the adapter of a PEFT folder, whose embedding is that of its pool; the backbone's file; notes)."""
     frozen = frozen_face(backbone, weights, image_size)
     adapters, domains = read_domains(adapter, frozen.config.backbone, frozen.config.vit, bool(weights))
     if domains > 1:

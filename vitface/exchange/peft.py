@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitface.config import FaceConfig
+from vitface.errors import ExchangeError
 from vitface.store.tensors import tensor_bytes
 from vitface.weights.keymaps import META_TIMM, Family, transformers_family
+from vitface.weights.layouts import neighbour_turns
 from vitface.weights.sources import SOURCES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MARKS = ("", "[q]", "[k]", "[v]")  # of a whole layer, or of the parts of a fused qkv
+MARKS = (("[q]", "[k]", "[v]"), ("[gate]", "[up]"), ("",))  # of the parts of a fused qkv, of SwiGLU's fc1, of a layer
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,33 @@ class Layout:
     version: int = 5
     prefix: str = ""
 
-    def modules(self, path: str) -> list[str]:
-        """The module that stands for our layer `path`, or the three modules for its q, k and v."""
-        names = [self.family.source_names(f"{path}.weight{mark}") for mark in MARKS]
-        return [self.prefix + found[0 if self.version == 4 else -1].removesuffix(".weight") for found in names if found]
+    def modules(self, path: str, gated: bool) -> list[str]:
+        """The module that stands for our layer `path`, or those of its q, k and v, or of the parts of a `gated` MLP."""
+        for marks in MARKS:
+            names = [self.family.source_names(f"{path}.weight{mark}") for mark in marks]
+            if all(names) and (gated or marks != MARKS[1]):
+                break
+        return [self.prefix + found[0 if self.version == 4 else -1].removesuffix(".weight") for found in names]
+
+    def pool_layers(self) -> list[str]:
+        """The modules of an attention pool's MLP, whose names end as those of a block's."""
+        names = [name for layer in ("pool.fc1", "pool.fc2") for name in self.family.source_names(f"{layer}.weight")]
+        return [self.prefix + name.removesuffix(".weight") for name in names]
 
 
 TIMM = Layout(META_TIMM)
 
 
 def transformers_layout(backbone: str, version: int = 5) -> Layout:
-    """The layout of Dinov2Model, ViTModel or CLIPVisionModel; version 5 has dropped CLIP's prefix "vision_model."."""
-    prefix = "vision_model." if version == 4 and backbone.startswith("clip") else ""
-    return Layout(transformers_family(backbone), version, prefix)
+    """The layout of Dinov2Model, DINOv3ViTModel, ViTModel, CLIPVisionModel or SiglipVisionModel.
+
+    Version 5 has dropped the prefix "vision_model." of the last two. ExchangeError where transformers has no model.
+    """
+    family = transformers_family(backbone)
+    if family is None:
+        raise ExchangeError(f"transformers has no model of {backbone}; --format peft has the names of timm")
+    prefix = "vision_model." if version == 4 and backbone.startswith(("clip", "siglip")) else ""
+    return Layout(family, version, prefix)
 
 
 def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layout, domain: int = 0) -> dict[str, bytes]:
@@ -52,8 +68,10 @@ def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layou
     columns = slice(domain * config.lora_rank, (domain + 1) * config.lora_rank)
     tensors, targets = {}, set()
     for path in (key.removesuffix(".lora_a") for key in adapters if key.endswith(".lora_a")):
-        modules = layout.modules(path)
+        modules = layout.modules(path, config.vit.act == "swiglu")
         a, b = adapters[f"{path}.lora_a"][columns], adapters[f"{path}.lora_b"][:, columns]
+        if config.vit.rope == "index" and path.endswith("attn.qkv"):
+            b = neighbour_turns(b, config.vit.num_heads)
         for module, rows in zip(modules, b.chunk(len(modules)), strict=True):
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone()  # tensors of a file share no memory
             tensors[f"{PREFIX}{module}.lora_B.weight"] = rows.clone()
@@ -67,6 +85,9 @@ def peft_files(adapters: Mapping[str, Tensor], config: FaceConfig, layout: Layou
         "target_modules": sorted(targets),
         "inference_mode": True,
     }  # what is left out has PEFT's default
+    excluded = layout.pool_layers() if config.vit.pool == "attention" else []
+    if any(layer.endswith(f".{target}") for layer in excluded for target in targets):
+        settings["exclude_modules"] = excluded
     return {CONFIG: json.dumps(settings, indent=2).encode(), TENSORS: tensor_bytes(tensors, {"format": "pt"})}
 
 

@@ -7,7 +7,7 @@ dropped and listed. Anything else that is not known is an ExchangeError.
 import fnmatch
 import itertools
 import re
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,22 @@ def our_layers(path: Path, modules: list[str], full: list[str], backbone: str) -
 
     `full` are the tensors that were trained in full; none may be the tower's.
     """
-    families = (META_TIMM, transformers_family(backbone))
+    families = _families(backbone)
     inside = [module for module in modules if not any(_is_outside(module, family) for family in families)]
-    counts = Counter(
-        (family.title, prefix)
-        for module, family in itertools.product(inside, families)
-        for prefix in _prefixes(module)
-        if _layer(family, module, prefix)
-    )
-    layouts = counts.most_common(2)
-    if len(layouts) == 2 and layouts[0][1] == layouts[1][1]:
-        names = " and ".join(prefix or "no prefix" for (_, prefix), _ in layouts)
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for module, family in itertools.product(inside, families):
+        for prefix in _prefixes(module):
+            if _layer(family, module, prefix):
+                found[family.title, prefix].add(module)
+    layouts = sorted(found, key=lambda layout: -len(found[layout]))[:2]
+    if (
+        len(layouts) == 2
+        and len(found[layouts[0]]) == len(found[layouts[1]])
+        and found[layouts[0]] != found[layouts[1]]
+    ):
+        names = " and ".join(prefix or "no prefix" for _, prefix in layouts)
         raise ExchangeError(f"{path} has adapters of two towers, under {names}; save those of one")
-    title, prefix = layouts[0][0] if layouts else (META_TIMM.title, "")
+    title, prefix = layouts[0] if layouts else (META_TIMM.title, "")
     family = next(family for family in families if family.title == title)
     for name in (name for name in full if name.startswith(prefix) and family.target(name.removeprefix(prefix))):
         raise ExchangeError(f"{path}: {name} is a part of the backbone, trained in full, which has no place here")
@@ -83,9 +86,13 @@ def our_layers(path: Path, modules: list[str], full: list[str], backbone: str) -
     return layers, [module for module in modules if module not in layers]
 
 
+def _families(backbone: str) -> list[Family]:
+    return [family for family in (META_TIMM, transformers_family(backbone)) if family]
+
+
 def part_of_backbone(saved: str, backbone: str) -> bool:
     """Whether a name of `modules_to_save` is that of a module of the vision tower."""
-    names = {key.rpartition(".")[0] for family in (META_TIMM, transformers_family(backbone)) for key in family.keys}
+    names = {key.rpartition(".")[0] for family in _families(backbone) for key in family.keys}
     return any(f".{saved}." in f".{name}." for name in names)
 
 
