@@ -69,7 +69,8 @@ def _parse(text: str) -> Sensor:
     name, colon, amount = text.partition(":")
     if name not in KINDS:
         known = f"{', '.join(KINDS)}, {ALL}"
-        raise ConfigError(f"--degrade: unknown kind {name[:40]!r}; known: {known}{did_you_mean(name, KINDS)}")
+        advice = "; for photos as they are, leave --degrade out" if name == "none" else did_you_mean(name, KINDS)
+        raise ConfigError(f"--degrade: unknown kind {name[:40]!r}; known: {known}{advice}")
     kind, ends = KINDS[name], amount.split("-")
     try:
         low, high = (float(ends[0]), float(ends[-1])) if colon else kind.usual
