@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 from cases import case
-from conftest import tiny_config
+from conftest import tiny_config, tiny_vit
 from safetensors.torch import save_file
 
-from vitface.errors import ExchangeError
+from vitface.config import VIT_PRESETS
+from vitface.errors import ExchangeError, WeightsError
 from vitface.exchange.from_peft import read_peft
 from vitface.exchange.peft import CONFIG, TENSORS
+from vitface.store.backbones import load_backbone, save_backbone
 
 KIND = "PEFT"
 TIMM = {"attn.qkv": (16, 48), "attn.proj": (16, 16)}
@@ -292,3 +294,17 @@ def test_the_folder_above(tmp_path):
     read(tmp_path / "faces", lora("blocks.", TIMM))
     with pytest.raises(ExchangeError, match=f"has no {CONFIG}, but {re.escape(str(tmp_path / 'faces'))} has"):
         read_peft(tmp_path, "dinov2_vits14", tiny_config())
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@case("an adapter in float8 or int8", "an error that names the tensor and its type")
+def test_bytes_are_no_numbers(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(VIT_PRESETS, "tiny", tiny_config())
+    tensors = {key: tensor.to(kind) for key, tensor in lora("blocks.", TIMM).items()}
+    with pytest.raises(ExchangeError, match=f"lora_A of .* is {kind} .*, expected finite floats"):
+        read(tmp_path, tensors)
+    vit = tiny_vit()
+    state = {key: tensor.to(kind) for key, tensor in vit.state_dict().items()}
+    save_backbone(tmp_path / "a.safetensors", "tiny", vit.config, state, {})
+    with pytest.raises(WeightsError, match=f"{kind}"):
+        load_backbone("tiny", tmp_path / "a.safetensors", 28)
