@@ -21,6 +21,7 @@ PATHS = ["", "\0", "folder", "file", "link-to-nothing", "/dev/null", "/proc/x", 
 BASE = {  # words with which a command has everything it needs; heavy work is replaced
     "train": "--dry-run",
     "evaluate": "--bench synthetic --backbone vit_nano",
+    "golden": "dinov2",
     "study": "tiny",
     "experiments": "",
     "data pack": "faces packed --num-workers 0",
