@@ -6,6 +6,7 @@ import pytest
 from cases import case
 from ijb import write_ijb
 
+from vitface.data.checks.doctor import check
 from vitface.data.formats.ijb_lists import read_faces, read_protocol
 from vitface.errors import DataError
 
@@ -74,10 +75,10 @@ FAULTS = [
         "faces in another order",
         TEMPLATES,
         lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]],
-        "line 3: 4.jpg, b",
+        "line 3: 4.jpg is not at this",
     ),
-    ("the last faces cut off", TEMPLATES, lambda lines: lines[:-2], r"score.txt: line \d+: .* which ends before it"),
-    ("a face too many", TEMPLATES, lambda lines: [*lines, ["x.jpg", "1", "1"]], r"line \d+: x.jpg is not in ijbc_name"),
+    ("the last faces cut off", TEMPLATES, lambda lines: lines[:-2], r"score.txt: line \d+: .* this place of ijbc_face"),
+    ("a face too many", TEMPLATES, lambda lines: [*lines, ["x.jpg", "1", "1"]], r"line \d+: x.jpg is not at this"),
     ("a face without a media", TEMPLATES, at(5, "5.jpg", "7"), "line 5: '5.jpg 7' is not: crop template media"),
     ("a template 7.5", TEMPLATES, at(5, "7.5", places=[1]), "line 5: 5.jpg: template and media are whole numbers"),
     ("template and media exchanged", TEMPLATES, cells(0, 2, 1), r"label.txt: line 1: template \d+ has no face in"),
@@ -205,3 +206,13 @@ def test_shifted_labels(home):
 @case("a set of another size than IJB-C", "evaluated, with an ALARM: its figures are not comparable")
 def test_another_size(home):
     assert "the published set has 469,375 faces, 23,124 templates, 15,658,489 pairs" in read(home)[1].alarms[-1]
+
+
+@case("a data folder with IJB-C, for `data check`", "its lists are read, and what is odd or wrong in them is named")
+def test_data_check_reads_the_lists(home, tmp_path):
+    (report,) = check(tmp_path, [], 0)
+    assert report.format == "ijbc, 1:N too" and report.counts["faces"] == len(list((home / "loose_crop").iterdir()))
+    assert [finding.name for finding in report.problems] == ["odd_lists"]
+    edit(home, PAIRS, at(3, "2", places=[2]))
+    (report,) = check(tmp_path, [], 0)
+    assert report.format == "unreadable" and "line 3" in report.problems[0].what

@@ -21,6 +21,7 @@ from vitface.data.checks.check_people import (
 from vitface.data.checks.find_sets import find_sets
 from vitface.data.checks.findings import Finding, correlation, finds
 from vitface.data.checks.scan import dark_spots
+from vitface.data.formats.ijb_lists import read_faces, read_protocol
 from vitface.data.formats.packed import PackedSamples
 from vitface.data.formats.pair_lists import read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
@@ -72,6 +73,7 @@ def check(path: Path, against: list[Path], num_workers: int, embed: Embed | None
             reports.append(_training_report(folder, benchmarks, lists, num_workers, embed))
         except DataError as error:
             reports.append(Report(str(folder), "unreadable", {}, unreadable(error)))
+    reports += [_template_report(name, folder) for name, folder in found.ijb]
     reports += [Report(str(where), "not checked", {}, not_checked(why)) for where, why in found.unchecked.items()]
     return [*reports, *(Report(str(folder), "no set", {}, no_image(folder)) for folder in found.empty)]
 
@@ -85,6 +87,23 @@ def _benchmark_report(where: str, bench: Benchmark, misnamed: str) -> Report:
 @finds("note", f"the names they know: {', '.join(PAIRS)}; rename it if it is one of these")
 def not_evaluated(misnamed: str) -> str | None:
     return misnamed and f"training and evaluate --bench all do not look for {misnamed}; evaluate --bench FILE takes it"
+
+
+def _template_report(name: str, folder: Path) -> Report:
+    """Of IJB's lists, and of which crops there are; no crop is decoded."""
+    try:
+        faces = read_faces(name, folder)
+        protocol = read_protocol(faces)
+    except DataError as error:
+        return Report(str(folder), "unreadable", {}, unreadable(error))
+    counts = {"faces": len(faces.crops), "templates": len(faces.templates), "pairs": len(protocol.pairs)}
+    odd = [finding for alarm in protocol.alarms for finding in odd_lists(alarm)]
+    return Report(str(folder), f"{name}, 1:N too" if protocol.lists else f"{name}, 1:1 only", counts, odd)
+
+
+@finds("warning", "get the lists again; evaluation goes on, with this ALARM")
+def odd_lists(alarm: str) -> str:
+    return alarm
 
 
 def _training_report(

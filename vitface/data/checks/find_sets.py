@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vitface.data.folders import list_folder
+from vitface.data.formats.ijb_lists import is_ijb
 from vitface.data.formats.packed import is_packed
 from vitface.data.formats.pair_lists import PAIR_LISTS
-from vitface.data.formats.published import crops_of, is_bin, is_home, is_list, list_in
+from vitface.data.formats.published import IJB, crops_of, is_bin, is_home, is_list, list_in
 from vitface.data.formats.samples import misnamed
 from vitface.errors import DataError
 
@@ -21,17 +22,18 @@ FOREIGN = (
 
 @dataclass
 class Sets:
-    """`trainings` are folders; `pair_lists` (name, list, folder of its crops); `unchecked` {path: why}, `empty` folders
-    without an image."""
+    """`trainings` are folders; `pair_lists` (name, list, folder of its crops); `ijb` (name, folder); `unchecked` {path:
+    why}, `empty` folders without an image."""
 
     trainings: list[Path] = field(default_factory=list)
     bins: list[Path] = field(default_factory=list)
     pair_lists: list[tuple[str, Path, Path]] = field(default_factory=list)
+    ijb: list[tuple[str, Path]] = field(default_factory=list)
     unchecked: dict[Path, str] = field(default_factory=dict)
     empty: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.trainings) + len(self.bins) + len(self.pair_lists)
+        return len(self.trainings) + len(self.bins) + len(self.pair_lists) + len(self.ijb)
 
 
 def find_sets(path: Path) -> Sets:
@@ -59,6 +61,9 @@ def _visit(folder: Path, found: Sets, depth: int, seen: set[str]) -> None:
     if real in seen:
         return
     seen.add(real)
+    if names := [name for name in IJB if is_ijb(folder, name)]:
+        found.ijb += [(name, folder) for name in names]
+        return
     try:
         listing = list_folder(folder)
     except DataError as error:

@@ -10,6 +10,7 @@ A media is a photo, or a video, of which several frames may show the face. Lette
 """
 
 import io
+import itertools
 import os
 import re
 import warnings
@@ -30,9 +31,7 @@ from vitface.files import identify_file, open_regular
 
 OFF = 12.0  # px of the aligned crop, root mean square, by which landmarks miss the template that are no face's
 _PAIR = re.compile(r"\s*\d{1,9}\s+\d{1,9}\s+[01]\s*")
-_LAYOUT = (
-    "a folder IJBC (or IJBB) with loose_crop/ and meta/ of InsightFace's IJB_release; docs/data.md says where from"
-)
+_LAYOUT = "a folder IJBC (or IJBB) with loose_crop/ and meta/ of InsightFace's IJB_release; see docs/benchmarks.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +80,12 @@ def find_ijb(name: str, data_dir: Path) -> Path | None:
     """The folder of "ijbb" or "ijbc": `data_dir` itself, one in it, or one in its IJB_release."""
     outer = [data_dir, *_folders(data_dir)]
     every = [*outer, *(inner for folder in outer[1:] for inner in _folders(folder))]
-    return next((folder for folder in every if f"{name}_face_tid_mid.txt" in _meta(folder)), None)
+    return next((folder for folder in every if is_ijb(folder, name)), None)
+
+
+def is_ijb(folder: Path, name: str) -> bool:
+    """Whether "ijbb" or "ijbc" is in this very folder."""
+    return f"{name}_face_tid_mid.txt" in _meta(folder)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -178,14 +182,11 @@ def _check_crops(crops: _Lines, folder: Path) -> None:
 
 def _check_order(crops: _Lines, of_template: _Lines) -> None:
     """DataError that names the first line where two files are not about the same crop."""
-    for place, (name, other) in enumerate(zip(crops.names, of_template.names, strict=False)):
+    for place, (name, other) in enumerate(itertools.zip_longest(crops.names, of_template.names)):
         if name != other:
-            where = f"{in_one_line(other)[:80]}, but line {crops.lines[place]} of {crops.path.name} is of"
-            raise of_template.fault(of_template.lines[place], f"{where} {in_one_line(name)[:80]}; their order is one")
-    shorter, longer = sorted((crops, of_template), key=lambda lines: len(lines.names))
-    place = len(shorter.names)
-    text = f"{in_one_line(longer.names[place])[:80]} is not in {shorter.path.name}, which ends before it"
-    raise longer.fault(longer.lines[place], text)
+            here, there = (of_template, crops) if other else (crops, of_template)
+            text = f"{in_one_line(here.names[place])[:80]} is not at this place of {there.path.name}"
+            raise here.fault(here.lines[place], f"{text}; one is cut, or in another order")
 
 
 def read_protocol(faces: Faces) -> Protocol:

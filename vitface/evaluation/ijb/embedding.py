@@ -99,8 +99,8 @@ class StoredRows:
         with Progress(desc=f"embedding {self.faces.name}", total=total, initial=done, unit="img") as bar:
             for number, rows in spread(functools.partial(self._embed, num_workers), numbers):
                 if writes:
-                    for earlier in self.folder.glob(f"part-{number:06d}-*"):
-                        earlier.unlink()
+                    for earlier in {*self.folder.glob(f"part-{number:06d}-*")} - {self.files[number]}:
+                        earlier.unlink(missing_ok=True)
                     data = tensor_bytes({"embeddings": torch.from_numpy(np.ascontiguousarray(rows))})
                     replace_file(self.files[number], data, private=True)
                 bar.update(len(rows))
