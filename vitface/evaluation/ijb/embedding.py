@@ -56,10 +56,9 @@ class StoredRows:
 
     @functools.cached_property
     def folder(self) -> Path:
-        weight = self.model.model.vit.pos_embed
-        crops = str(self.faces.folder.resolve())
-        about = [__version__, torch.__version__, weight.device.type, str(weight.dtype), self.about, self.flip]
-        about += [dataclasses.asdict(self.model.config), crops]
+        device, crops = self.model.model.vit.device.type, str(self.faces.folder.resolve())
+        about = [__version__, torch.__version__, device, self.about, self.flip, crops]
+        about += [dataclasses.asdict(self.model.config)]
         return cache_home() / self.faces.name / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
     @functools.cached_property
