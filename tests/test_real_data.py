@@ -9,8 +9,11 @@ from conftest import TEST_DATA, optional
 
 import vitface
 from vitface.__main__ import main
-from vitface.data.formats.pairs import read_bin
+from vitface.data.formats import published
+from vitface.data.formats.pairs import read_bin, write_bin
 from vitface.data.formats.samples import RecordSamples
+from vitface.evaluation import benchmarks
+from vitface.evaluation.benchmarks import category
 from vitface.metrics import auc
 from vitface.training.holdout import all_pairs
 
@@ -91,3 +94,40 @@ def test_the_real_sets_are_what_they_claim(real_data):
     assert (len(pairs.images), int(pairs.issame.sum())) == (12_000, 3_000)
     samples = RecordSamples(real_data / "celeba289")
     assert (len(samples), len(samples.names)) == (6_071, 289)
+
+
+@pytest.mark.slow
+def test_stand_ins_for_rfw_xqlfw_and_own_pairs(real_data, tmp_path, monkeypatch, capsys):
+    """200 pairs of LFW's people each, as four groups, in XQLFW's layout and in a list, through the command."""
+    pairs = read_bin(real_data / "lfw.bin")
+    folder, crops = tmp_path / "data", tmp_path / "data" / "xqlfw" / "xqlfw_aligned_112"
+    folder.mkdir()
+    for number, (name, group) in enumerate({**published.RFW, "xqlfw": ""}.items()):
+        monkeypatch.setitem(published.PAIRS, name, 200)
+        monkeypatch.setitem(benchmarks.BENCHMARKS, name, benchmarks.Benchmark(category(name), 200))
+        chosen = np.concatenate([np.arange(600 * fold, 600 * fold + 600, 30) for fold in range(10)]) + number
+        images, issame = [pairs.images[2 * i + k] for i in chosen for k in (0, 1)], pairs.issame[chosen]
+        if group:
+            write_bin(folder / f"{group.title()}_test.bin", images, issame)
+            continue
+        lines, table, scores = ["10\t10"], ["path1,path2,label"], ["ID\tNum\tScore"]
+        for i, same in enumerate(issame):
+            first, second = (f"P{i}", 1), (f"P{i}" if same else f"Q{i}", 2)
+            for (who, k), image in zip((first, second), images[2 * i : 2 * i + 2], strict=True):
+                (crops / who).mkdir(parents=True, exist_ok=True)
+                (crops / who / f"{who}_{k:04d}.jpg").write_bytes(image)
+                scores.append(f"{who}\t{k}\t{i / 200}")
+            lines.append(f"P{i}\t1\t2" if same else f"P{i}\t1\tQ{i}\t2")
+            names = [f"{who}/{who}_{k:04d}.jpg" for who, k in (first, second)]
+            table.append(f"{names[0]},{names[1]},{int(same)}")
+        (crops.parent / "xqlfw_pairs.txt").write_text("\n".join(lines))
+        (crops.parent / "xqlfw_scores.txt").write_text("\n".join(scores))
+        (crops / "mine.csv").write_text("\n".join(table))
+    command = ["evaluate", "--backbone", "vit_nano", "--image-size", "112", "--device", "cpu", "--json"]
+    assert main([*command, str(tmp_path / "all.json"), "--bench", "all", "--data-dir", str(folder)]) == 0
+    assert main([*command, str(tmp_path / "own.json"), "--bench", str(crops / "mine.csv")]) == 0
+    every, own = (json.loads((tmp_path / file).read_text()) for file in ("all.json", "own.json"))
+    assert [*every["benchmarks"]] == ["xqlfw", *published.RFW] and every["rfw"]["spread"] > 0
+    assert len(every["xqlfw_quality"]) == 3 and own["benchmarks"]["mine.csv"]["published"] is False
+    assert own["benchmarks"]["mine.csv"]["accuracy"] == every["benchmarks"]["xqlfw"]["accuracy"] > 0.55
+    assert "spread of RFW" in capsys.readouterr().out
