@@ -25,6 +25,7 @@ from vitface.weights.beside import settings_beside
 from vitface.weights.keymaps import BESIDE, FAMILIES, Family, find_family
 from vitface.weights.layouts import arrange, half_turns
 from vitface.weights.reading import read_source
+from vitface.weights.recognisers import check_variant, takes_bgr
 from vitface.weights.sources import SOURCES
 
 
@@ -46,25 +47,27 @@ class Conversion:
     used: int
     dropped: dict[str, int]
     settings_from: tuple[str, ...] = ()
+    bgr: bool = False  # the source takes blue first: its patch convolution was turned
 
 
-def convert_backbone(name: str, src: str | Path, out: str | Path, **given: Any) -> Conversion:
+def convert_backbone(name: str, src: str | Path, out: str | Path, bgr: bool | None = None, **given: Any) -> Conversion:
     """Converts the checkpoint `src` into the backbone file `out`, which is replaced only by a complete file.
 
     `name` is a preset or its alias. `given` are fields of `ViTConfig` that no checkpoint names and that override those
     of files beside it (see `settings_beside`) and of the preset: `act`, as open_clip's LAION and DataComp weights have
-    the exact GELU, `mean` and `std`, as DeiT has ImageNet's. WeightsError names what does not fit.
+    the exact GELU, `mean` and `std`, as DeiT has ImageNet's. `bgr` is whether the source takes blue first, None: what a
+    recogniser's settings beside it say. WeightsError names what does not fit.
     """
     name, src = backbone_name(name), Path(src)
     if name not in SOURCES:
         raise WeightsError(f"{name} ships with the package as a converted file: there is nothing to convert")
     found, files = settings_beside(src, VIT_PRESETS[name])
     given = {field: value for field, value in given.items() if value is not None}
-    done = convert_file(name, dataclasses.replace(VIT_PRESETS[name], **{**found, **given}), src, Path(out))
+    done = convert_file(name, dataclasses.replace(VIT_PRESETS[name], **{**found, **given}), src, Path(out), bgr)
     return dataclasses.replace(done, settings_from=(*files, *map(to_flag, given)))
 
 
-def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversion:
+def convert_file(name: str, config: ViTConfig, src: Path, out: Path, bgr: bool | None = None) -> Conversion:
     """`convert_backbone` for any sizes: `config` describes the model in `src`."""
     if not src.is_file():
         hint = "; name the file inside, such as model.safetensors" if src.is_dir() else ""
@@ -74,7 +77,11 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversi
     digest = sha256_file(src)
     published = digest == SOURCES[name].sha256
     state = read_source(src, digest)
+    check_variant(src, state)
     family, config, tensors, dropped = map_tensors(src, state, name, config)
+    bgr = takes_bgr(src) if bgr is None and config.pool == "tokens" else bool(bgr)
+    if bgr:
+        tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flip(1)
     licence = f"{SOURCES[name].licence} ({SOURCES[name].origin})"
     source = {
         "file": src.name,
@@ -88,7 +95,7 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path) -> Conversi
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot write {out}: {error}") from None
     used = len(state) - sum(dropped.values())
-    return Conversion(name, config, src, out, family.title, digest, published, used, dropped)
+    return Conversion(name, config, src, out, family.title, digest, published, used, dropped, bgr=bgr)
 
 
 def map_tensors(
@@ -198,4 +205,4 @@ def _checked(path: Path, key: str, tensor: Tensor, target: str, shape: torch.Siz
     tensor = tensor.to(torch.float32)
     if not tensor.isfinite().all():
         raise WeightsError(f"{path}: {key} has NaN or infinite values; download it again")
-    return tensor
+    return torch.where(tensor.abs() < torch.finfo(torch.float32).tiny, 0.0, tensor)  # denormals make a CPU crawl

@@ -37,7 +37,7 @@ class Family:
     def target(self, key: str) -> str | None:
         """Our name, with its [q], [k] or [v], for `key` without prefix; None if the map has none."""
         abstract, index = _abstract(key)
-        target = self.keys.get(abstract)
+        target = self.keys.get(key, self.keys.get(abstract))
         return None if target is None else target.replace("{i}", index)
 
     def targets(self, keys: Iterable[str], prefix: str) -> dict[str, str]:
@@ -228,8 +228,22 @@ OPENAI_CLIP = Family(
     outside=_TEXT_TOWER,
 )
 
+# arcface_torch's ViTs, LVFace's and CVLface's, whose `feature` maps all tokens in a row to the embedding.
+_NORM = ("weight", "bias", "running_mean", "running_var")
+RECOGNISER = Family(
+    title="LVFace, arcface_torch or CVLface",
+    names={
+        **{name: name for name in ("pos_embed", "patch_embed.proj.*", "norm.*")},
+        **_block("blocks", "norm1", ("attn.qkv", "attn.proj"), "norm2", "mlp.fc1", "mlp.fc2"),
+        **{f"feature.{2 * i}.weight": f"pool.fc{i + 1}.weight" for i in (0, 1)},
+        **{f"feature.{2 * i + 1}.{kind}": f"pool.norm{i + 1}.{kind}" for i in (0, 1) for kind in _NORM},
+    },
+    dropped=("mask_token", "feature.[13].num_batches_tracked"),
+)
+
 FAMILIES = (
     META_TIMM,
+    RECOGNISER,
     TRANSFORMERS_DINOV2,
     TRANSFORMERS_DINOV3,
     TRANSFORMERS_DINOV3_GATED,

@@ -22,7 +22,16 @@ from vitface.weights.sources import SOURCES
 
 MAX_PICKLE_BYTES = 64 << 20
 # the names of the entry of a training checkpoint that holds the weights
-WRAPPERS = ("state_dict", "model", "model_state_dict", "weights", "teacher", "model_ema", "student")
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "state_dict_backbone",
+    "weights",
+    "teacher",
+    "model_ema",
+    "student",
+)
 
 
 def read_source(path: Path, digest: str) -> dict[str, Tensor]:

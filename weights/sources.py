@@ -58,6 +58,21 @@ def _pe(size: str, resolution: str) -> Source:
     return Source("Meta's Perception Encoder", "Apache-2.0", None, None, None, timm, page)
 
 
+FACES_LICENCE = "for non-commercial research only, and under the terms of the faces they were trained on"
+
+
+def _lvface(size: str, sha256: str | None = None) -> Source:
+    page, name = "https://huggingface.co/bytedance-research/LVFace", f"LVFace-{size}_Glint360K"
+    url = f"{page}/resolve/main/{name}/{name}.pt" if sha256 else None
+    return Source("ByteDance's LVFace, trained on Glint360K", FACES_LICENCE, url, sha256, page=page)
+
+
+def _adaface(size: str, sha256: str | None = None) -> Source:
+    page = f"https://huggingface.co/minchul/cvlface_adaface_vit_{size}_webface4m"
+    url = f"{page}/resolve/main/model.safetensors" if sha256 else None
+    return Source("CVLface's AdaFace, trained on WebFace4M", FACES_LICENCE, url, sha256, page=page)
+
+
 DETECTOR = Source(  # version 2026may, by its commit; the address is that of Git LFS, which stores the file
     "OpenCV Zoo's YuNet",
     "MIT",
@@ -90,6 +105,12 @@ SOURCES: dict[str, Source] = {
     "pe_core_t16": _pe("T16", "384"),
     "pe_core_s16": _pe("S16", "384"),
     "pe_core_b16": _pe("B16", "224"),
+    "lvface_t": _lvface("T"),
+    "lvface_s": _lvface("S"),
+    "lvface_b": _lvface("B", "143ded01bf5794aafff91fcd1e3f3408bfbf6b890fc8482274f1c97a82fa7542"),
+    "lvface_l": _lvface("L"),
+    "adaface_vit_s": _adaface("small"),
+    "adaface_vit_b": _adaface("base", "5fafd6b7d599a3ede5fac5bd1d01ad05e9e93e89b39b7687d4a3bc93ff2aebc0"),
     "vit_tiny_patch16": Source(
         "timm's vit_tiny_patch16_224 (AugReg)", "Apache-2.0", timm="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     ),

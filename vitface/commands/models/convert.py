@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 from vitface.commands.parser import CommandParser
 from vitface.errors import ConfigError, WeightsError, command
-from vitface.presets import Act, backbone_name
+from vitface.presets import VIT_PRESETS, Act, backbone_name
 from vitface.weights.sources import SOURCES
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def add_flags(parser: CommandParser) -> None:
         help_ = f"the {name} of red, green and blue, from 0 to 1, if it is not the preset's"
         parser.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=help_)
 
+    bgr = "the source takes blue first; default: what a recogniser's config.yaml beside it says"
+    parser.add_argument("--bgr", action=argparse.BooleanOptionalAction, default=None, help=bgr)
+
 
 def run(arguments: argparse.Namespace) -> None:
     from vitface.store.backbones import read_backbone
@@ -44,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         except WeightsError:
             raise ConfigError(f"--out {out} exists and is no backbone file to replace; name another") from None
     given = {name: tuple(value) for name in ("mean", "std") if (value := getattr(arguments, name))}
-    print(report(convert_backbone(arguments.name, arguments.src, out, act=arguments.act, **given)))
+    print(report(convert_backbone(arguments.name, arguments.src, out, arguments.bgr, act=arguments.act, **given)))
 
 
 def report(done: "Conversion") -> str:
@@ -60,7 +63,7 @@ def report(done: "Conversion") -> str:
         f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
         f"dropped   {dropped or 'none'}",
         f"settings  activation {config.act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
-        f"positions {config.pos_interp}, mean {config.mean}, std {config.std}",
+        f"positions {config.pos_interp}, mean {config.mean}, std {config.std}{', colours turned from BGR' * done.bgr}",
         *([f"          {'from ' * bool(done.settings_from)}{source}"] if source else []),
         f"wrote     {done.out} ({done.out.stat().st_size / 1e6:.1f} MB)",
         f"next      {next_command(done.name, done.out)}",
@@ -69,11 +72,13 @@ def report(done: "Conversion") -> str:
 
 
 def next_command(name: str, path: Path) -> str:
-    """The command that trains on the backbone file `path`; it names the file only if it is not found without that."""
+    """The command for the backbone file `path`: a recogniser is calibrated, others are trained on. It names the file
+    only if it is not found without that."""
     from vitface.store.backbones import find_backbone
 
     try:
         found = find_backbone(name).resolve() == path.resolve()
     except WeightsError:
         found = False
-    return command("train", "--backbone", name, *([] if found else ["--weights", path]))
+    use = ("calibrate", "--bench", "lfw") if VIT_PRESETS[name].pool == "tokens" else ("train",)
+    return command(*use, "--backbone", name, *([] if found else ["--weights", path]))

@@ -5,7 +5,7 @@ import argparse
 from vitface.commands.models.convert import next_command, report
 from vitface.commands.parser import CommandParser
 from vitface.files import cache_home
-from vitface.presets import backbone_name
+from vitface.presets import VIT_PRESETS, backbone_name
 from vitface.weights.sources import SOURCES
 
 EXAMPLES = f"""examples:
@@ -28,5 +28,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{fetch_detector()} is there\nnext      vitface align SRC OUT")
         return
     name = backbone_name(arguments.name)
+    print(about(name), flush=True)
     done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
     print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
+
+
+def about(name: str) -> str:
+    """What will be downloaded: whose it is and how large, its licence, and the sha256 that is expected."""
+    from vitface.store.backbones import expected_tensors
+
+    source = SOURCES.get(name)
+    if source is None:
+        return f"{name} ships with the package"
+    megabytes = sum(4 * tensor.numel() for tensor in expected_tensors(VIT_PRESETS[name]).values()) / 1e6
+    return (
+        f"{name}: {source.origin}, about {megabytes:,.0f} MB\nlicence   {source.licence}\n"
+        f"sha256    {source.sha256 or 'not known here: convert prints that of the file that you have'}"
+    )
