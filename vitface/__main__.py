@@ -20,7 +20,10 @@ from vitface.errors import did_you_mean, exit_code
 from vitface.version import __version__
 
 GROUPS = {
-    "training and evaluation": ("vitface.commands", ("train", "evaluate", "golden", "study", "experiments", "data")),
+    "training and evaluation": (
+        "vitface.commands",
+        ("train", "evaluate", "calibrate", "golden", "study", "experiments", "data"),
+    ),
     "photos": ("vitface.commands.photos", ("align", "verify", "embed", "search", "cluster", "explain")),
     "models": ("vitface.commands.models", ("fetch", "convert", "info", "export", "import-peft", "publish")),
 }

@@ -57,6 +57,12 @@ class ViTConfig:
         """The width of what `pool` makes."""
         return self.pool_dim or self.embed_dim
 
+    @property
+    def usual_size(self) -> int:
+        """The side of the images that the backbone is given unless another is asked for: 224 px, or its native size
+        where that is smaller."""
+        return min(self.native_size, 224)
+
     def grid(self, image_size: int) -> int:
         """Patches along one side of a square image of `image_size` pixels.
 

@@ -74,7 +74,7 @@ def add_flags(parser: CommandParser) -> None:
     add("--json", type=output_file(".json"), metavar="FILE", help="also write the results there")
     how = "N1: an embedding counts with its norm, D1: with the detector's score, F1: its mirror image is added"
     add("--pooling", choices=MODES, default=MODES[0], help=f"of IJB's faces to templates; {how} (default: {MODES[0]})")
-    add_shared(parser, *MODEL_FLAGS, "--backbone", "--image-size", "--num-workers", "--dry-run")
+    add_shared(parser, *MODEL_FLAGS, "--num-workers", "--dry-run")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -104,25 +104,19 @@ def own_pairs(bench: str, data_dir: Path) -> tuple[str, Path]:
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Recogniser, Checkpoint | None]":
-    """The model to evaluate, and its checkpoint; ConfigError if both a checkpoint and a backbone are named."""
-    from vitface.commands.inputs import newest_run
+    """The model to evaluate, and its checkpoint, None for a frozen backbone."""
+    from vitface.commands import inputs
     from vitface.device import resolve_device
-    from vitface.evaluation.judging import judged, judged_frozen
-    from vitface.store.faces import open_checkpoint
+    from vitface.evaluation.judging import judged
+    from vitface.store.faces import FrozenBackbone
     from vitface.study.controls import shuffled_gate
 
-    if arguments.backbone is None:
-        if arguments.image_size is not None:
-            raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
-        checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-        control = shuffled_gate if arguments.gate else None
-        return judged(checkpoint, resolve_device(arguments.device), control), checkpoint
+    checkpoint, device = inputs.open_model(arguments), resolve_device(arguments.device)
+    if not isinstance(checkpoint, FrozenBackbone):
+        return judged(checkpoint, device, shuffled_gate if arguments.gate else None), checkpoint
     if arguments.gate:
-        raise ConfigError("a frozen backbone has no gate; --gate goes with --checkpoint")
-    if arguments.checkpoint is not None:
-        raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
-    device = resolve_device(arguments.device)
-    return judged_frozen(arguments.backbone, arguments.weights, arguments.image_size or 224, device), None
+        raise ConfigError("a frozen backbone has no gate; --gate goes with the checkpoint of a run")
+    return judged(checkpoint, device), None
 
 
 def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace) -> int:
@@ -204,7 +198,7 @@ def show(
         written |= {"routing": routing} if routing else {}
         write_output(arguments.json, json_bytes(written))
     if arguments.output:
-        title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
+        title = str(checkpoint.path) if checkpoint else f"{model.config.backbone}, frozen"
         page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
         write_output(arguments.output, page.encode())
         print(f"wrote {arguments.output}")

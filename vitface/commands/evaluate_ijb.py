@@ -85,7 +85,7 @@ def write_result(
         data = {"alarms": alarms, "failures": [], "benchmarks": {arguments.bench: entry}}
         write_output(arguments.json, json_bytes(data))
     if arguments.output:
-        title = str(checkpoint.path) if checkpoint else f"{arguments.backbone}, frozen"
+        title = str(checkpoint.path) if checkpoint else f"{model.config.backbone}, frozen"
         evaluation = Evaluation({}, alarms, [])
         page = report_page(title, model, evaluation, run, arguments.data_dir, False, {}, [(text, charts)])
         write_output(arguments.output, page.encode())

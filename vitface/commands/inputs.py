@@ -12,16 +12,16 @@ from vitface.data.faces.folder import Finder
 from vitface.data.faces.landmarks import read_landmarks
 from vitface.data.faces.photos import CropReader
 from vitface.data.folders import some
-from vitface.device import dtype_note, inference_dtype, resolve_device
+from vitface.device import dtype_note, inference_dtype, resolve_device, resolve_dtype
 from vitface.errors import CheckpointError, ConfigError, in_one_line
 from vitface.recogniser import Recogniser
-from vitface.store.faces import Checkpoint, open_checkpoint, step_directories
+from vitface.store.faces import Checkpoint, FrozenBackbone, open_backbone, open_checkpoint, step_directories
 from vitface.store.thresholds import choose_threshold
 from vitface.training.ranks.process_group import broadcast
 
 NO_THRESHOLD = (
-    "no threshold was calibrated for this model: training does it with --holdout-people, where they have enough images "
-    "(FAR 0.01 needs 3,000 pairs of different people); or pass your own --threshold COSINE"
+    "no threshold was calibrated for this model: `vitface calibrate` does it with pairs, such as --bench lfw, and "
+    "training with --holdout-people (FAR 0.01 needs 3,000 different pairs); or pass your own --threshold COSINE"
 )
 
 
@@ -30,24 +30,39 @@ def newest_run() -> Path:
     steps = [step for run in Path("runs").glob("*/") for step in step_directories(run)]
     if not steps:
         raise CheckpointError(
-            "no trained run in runs/: name one with --checkpoint RUN, or train one:\n  vitface train --exp demo"
+            "no trained run in runs/: name one with --checkpoint RUN, or a recogniser with --backbone, or train one:\n"
+            "  vitface train --exp demo"
         )
     run = max(steps, key=lambda step: step.stat().st_mtime).parent.parent
     print(f"checkpoint: {run}", file=sys.stderr)
     return run
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
-    """Loads the model of --checkpoint, or of the newest run, on --device; returns its checkpoint too.
+def open_model(arguments: argparse.Namespace) -> Checkpoint:
+    """The model of --checkpoint, --backbone or the newest run; ConfigError for flags that contradict each other."""
+    if arguments.backbone is None:
+        if arguments.image_size is not None:
+            raise ConfigError("a checkpoint knows its image size; --image-size goes with --backbone")
+        return open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
+    if arguments.checkpoint is not None:
+        raise ConfigError("--checkpoint knows its backbone; pass either --checkpoint or --backbone")
+    return open_backbone(arguments.backbone, arguments.weights, arguments.image_size)
 
-    It prints the dtype to stderr if that is not the one the model was trained in.
+
+def load_model(arguments: argparse.Namespace) -> tuple[Recogniser, Checkpoint]:
+    """Loads the model of `open_model` on --device; returns its checkpoint too.
+
+    It prints the dtype to stderr if that is not the one the model was trained in, and what a backbone is not made for.
     """
-    device = resolve_device(arguments.device)
-    checkpoint = open_checkpoint(arguments.checkpoint or newest_run(), arguments.weights)
-    trained = checkpoint.config
-    dtype = broadcast(inference_dtype(trained.dtype, device, trained.vit.embed_dim))  # each rank has measured its own
+    device, checkpoint = resolve_device(arguments.device), open_model(arguments)
+    trained, frozen = checkpoint.config, isinstance(checkpoint, FrozenBackbone)
+    width = trained.vit.embed_dim
+    here = resolve_dtype("auto", device, width) if frozen else inference_dtype(trained.dtype, device, width)
+    dtype = broadcast(here)  # each rank has measured its own
     model = Recogniser.from_checkpoint(checkpoint, device, dtype).prepare()
-    if model.config.dtype != trained.dtype:
+    if frozen and trained.vit.pool != "tokens":
+        print(f"note: {trained.backbone} was not trained to tell people apart; lvface_b was, for one", file=sys.stderr)
+    if model.config.dtype != trained.dtype and not frozen:
         note = dtype_note(model.config.dtype, device, trained.vit.embed_dim)
         print(f"dtype: {note}; trained in {trained.dtype}", file=sys.stderr)
     return model, checkpoint

@@ -112,9 +112,12 @@ def new_path(text: str) -> Path:
 SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/"),
     "--weights": dict(metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"),
-    "--backbone": dict(choices=[*VIT_ALIASES, *VIT_PRESETS], help="this frozen backbone, without a trained head"),
+    "--backbone": dict(
+        choices=[*VIT_ALIASES, *VIT_PRESETS], help="this frozen backbone as it is, such as a recogniser"
+    ),
     "--image-size": dict(
-        type=number(int, bounds_of("image_size")), help="input side in pixels, with --backbone only (default: 224)"
+        type=number(int, bounds_of("image_size")),
+        help="input side in pixels, with --backbone only (default: 224, or what it takes)",
     ),
     "--device": dict(default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)"),
     "--align": dict(
@@ -135,7 +138,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--docs": dict(type=output_file(".md"), metavar="FILE.md", help="also put the table there, between two markers"),
     "--json": dict(action="store_true", help="print the result as JSON"),  # see `print_result`
 }
-MODEL_FLAGS = ("--checkpoint", "--weights", "--device")  # see `inputs.load_model`
+MODEL_FLAGS = ("--checkpoint", "--backbone", "--image-size", "--weights", "--device")  # see `inputs.open_model`
 PHOTO_FLAGS = ("--align", "--detector")  # see `inputs.crop_reader`
 FINDER_FLAGS = ("--landmarks", "--detector", "--num-workers")  # see `inputs.make_finder`
 THRESHOLD_FLAGS = ("--far", "--threshold")  # see `inputs.threshold_of`

@@ -38,7 +38,7 @@ def judged(
     return model.prepare()
 
 
-def judged_frozen(name: str, weights: str | Path | None, image_size: int, device: torch.device) -> Recogniser:
+def judged_frozen(name: str, weights: str | Path | None, image_size: int | None, device: torch.device) -> Recogniser:
     """The frozen backbone, prepared, in float32: a baseline has one precision on every machine."""
     return Recogniser(frozen_face(name, weights, image_size)).to(device).prepare()
 

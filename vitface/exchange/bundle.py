@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vitface.data.formats.published import PAIRS
 from vitface.errors import ConfigError, ExchangeError
 from vitface.files import json_bytes, make_folder, new_folder, sha256_bytes, sync_folder, write_synced
 from vitface.model.face import FaceModel
@@ -30,6 +31,8 @@ def face_files(
         "model.json": json_bytes(dataclasses.asdict(model.config)),
     }
     if calibration:
+        if calibration.get("source", "lfw") not in PAIRS:  # a file's name may be somebody's
+            calibration = {**calibration, "source": "own pairs"}
         files[THRESHOLDS_FILE] = json_bytes({"model": sha256_bytes(files["model.safetensors"]), **calibration})
     manifest: dict[str, Any] = {"vitface_version": __version__, "torch_version": str(torch.__version__)}
     if backbone not in (None, "random"):

@@ -239,7 +239,7 @@ def _padded(fused: dict[str, tuple[Tensor, Tensor]], rank: int, targets: str, co
 
 
 def adapted_backbone(
-    adapter: Path, backbone: str, weights: str | None, image_size: int
+    adapter: Path, backbone: str, weights: str | None, image_size: int | None
 ) -> tuple[FaceModel, str | Path, list[str]]:
     """(A preset with the adapter of a PEFT folder, whose embedding is that of its pool; the backbone's file; notes)."""
     frozen = frozen_face(backbone, weights, image_size)

@@ -30,8 +30,8 @@ from vitface.version import __version__
 BACKBONE_FORMAT = "vitface-backbone-1"
 
 
-def load_backbone(name: str, weights: str | Path | None = None, image_size: int = 224) -> ViT:
-    """A ViT in float32 and eval mode for square images of `image_size` pixels.
+def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> ViT:
+    """A ViT in float32 and eval mode for square images of `image_size` pixels, by default `ViTConfig.usual_size`.
 
     `weights`: None looks for NAME.safetensors (see `find_backbone`), a path loads that file, "random" initialises the
     weights, always to the same values for one name. The ViT maps normalised float (B, 3, S, S) to final-norm tokens
@@ -40,10 +40,12 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     expect(isinstance(name, str), "name", name, "that of a backbone, such as 'dinov2'")
     expect(weights is None or is_path(weights), "weights", weights, "a file's path, 'random' or None")
     sizes = f"a whole number of pixels up to {MAX_IMAGE_SIZE}"
-    expect(is_whole(image_size) and image_size <= MAX_IMAGE_SIZE, "image_size", image_size, sizes)
+    fits = image_size is None or (is_whole(image_size) and image_size <= MAX_IMAGE_SIZE)
+    expect(fits, "image_size", image_size, sizes)
     name = backbone_name(name)
     if weights == "random":
-        vit = ViT(VIT_PRESETS[name], image_size)
+        config = VIT_PRESETS[name]
+        vit = ViT(config, config.usual_size if image_size is None else image_size)
         init_weights(vit)
         return vit.eval()
     path = find_backbone(name) if weights is None else Path(weights)
@@ -53,6 +55,7 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     fault = first_fault(tensors, expected_tensors(config), exact_dtype=False)
     if fault:
         raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
+    image_size = config.usual_size if image_size is None else image_size
     if config.pos_embed:
         tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
     vit = ViT(config, image_size)
@@ -87,14 +90,15 @@ def backbone_files(name: str) -> list[Path]:
     return [path for path in (Path(folder) / f"{name}.safetensors" for folder in folders) if path.is_file()]
 
 
-def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
-    """(name, config, tensors, source) of a converted file; WeightsError, with advice, for any other file."""
+def read_backbone(path: Path, tensors: bool = True) -> tuple[str, ViTConfig, dict[str, Tensor], dict[str, str]]:
+    """(name, config, tensors, source) of a converted file, without `tensors` none of them; WeightsError, with advice,
+    for any other file."""
     try:
         open_regular(path).close()
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == BACKBONE_FORMAT:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+                found = {key: file.get_tensor(key) for key in file.keys() if tensors}  # noqa: SIM118, not a dict
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -112,7 +116,7 @@ def read_backbone(path: Path) -> tuple[str, ViTConfig, dict[str, Tensor], dict[s
             f"with NAME one of {', '.join(VIT_PRESETS)}"
         )
     try:
-        return metadata["name"], vit_config(json.loads(metadata["config"])), tensors, json.loads(metadata["source"])
+        return metadata["name"], vit_config(json.loads(metadata["config"])), found, json.loads(metadata["source"])
     except (KeyError, TypeError, ValueError, RecursionError):
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 

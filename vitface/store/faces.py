@@ -9,6 +9,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,23 @@ import torch
 from torch import Tensor
 
 from vitface.config import Dtype, FaceConfig
-from vitface.errors import CheckpointError, command, expect, is_path, printable
-from vitface.files import identify_file, read_json, sha256_file
+from vitface.errors import CheckpointError, WeightsError, command, expect, is_path, printable
+from vitface.files import identify_file, json_bytes, read_json, sha256_bytes, sha256_file
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
-from vitface.presets import backbone_name
+from vitface.presets import VIT_ALIASES, VIT_PRESETS, backbone_name
 from vitface.store import hub
-from vitface.store.backbones import backbone_files, contents_sha256, find_backbone, load_backbone, weights_sha256
+from vitface.store.backbones import (
+    backbone_files,
+    contents_sha256,
+    find_backbone,
+    load_backbone,
+    read_backbone,
+    weights_sha256,
+)
 from vitface.store.settings import face_config, read_config
 from vitface.store.tensors import read_tensors
-from vitface.store.thresholds import read_calibration
+from vitface.store.thresholds import THRESHOLDS_FILE, read_calibration
 
 MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs, and all that may be shared
 MANIFEST_FILE = "manifest.json"
@@ -59,9 +67,15 @@ class Checkpoint:
         return {} if run is None else _or_note(lambda: read_config(run)) or {}
 
     @property
+    def thresholds_file(self) -> Path | None:
+        """Where its thresholds are, or would be; None for a model without a file."""
+        return (self.run or self.folder) / THRESHOLDS_FILE
+
+    @property
     def calibration(self) -> dict[str, Any] | None:
         """`read_calibration` of this model; CheckpointError if it is damaged."""
-        return read_calibration(self.run or self.folder, self.sha256)
+        file = self.thresholds_file
+        return None if file is None else read_calibration(file.parent, self.sha256, file.name)
 
     @cached_property
     def thresholds(self) -> dict[float, float]:
@@ -119,15 +133,51 @@ class Checkpoint:
         return model.eval()
 
 
+class FrozenBackbone(Checkpoint):
+    """A backbone as a face model of which nothing was trained: the embedding is what its own pool makes."""
+
+    @property
+    def thresholds_file(self) -> Path | None:
+        return None if self.weights == "random" else self.folder / f"{self.config.backbone}.thresholds.json"
+
+    @cached_property
+    def backbone(self) -> str | Path:
+        assert self.weights is not None
+        return self.weights
+
+    def load(self, dtype: Dtype | None = None) -> FaceModel:
+        return frozen_face(self.config.backbone, self.weights, self.config.image_size, dtype or self.config.dtype)
+
+
+def open_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> FrozenBackbone:
+    """The frozen backbone of a preset or alias as a model; the arguments are those of `load_backbone`, whose errors it
+    has too."""
+    name = backbone_name(name)
+    file = find_backbone(name) if weights is None else weights
+    vit = VIT_PRESETS[name] if file == "random" else read_backbone(Path(file), tensors=False)[1]
+    image_size = image_size or vit.usual_size
+    vit.grid(image_size)  # an error for a size that cannot be
+    config = frozen_config(FaceConfig(name, weights_sha256(name, file), vit, image_size))
+    digest = sha256_bytes(json_bytes(dataclasses.asdict(config)))
+    manifest = {"files": {"model.safetensors": {"sha256": digest}}}
+    return FrozenBackbone(Path(name), Path(file).parent, None, manifest, config, file)
+
+
 def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Checkpoint:
     """The checkpoint that `path` names: a run directory (its best), one step directory of it, a bundle, or a repository
-    `hf://owner/name` (`hf://owner/name@revision`) on the Hugging Face Hub.
+    `hf://owner/name` (`hf://owner/name@revision`) on the Hugging Face Hub; or a frozen backbone, by its name or its
+    converted file.
 
     CheckpointError if `path` is none of these, if a file is missing or damaged, or if no model can have the settings.
     """
     expect(is_path(path), "the path of a model", path, "that of a run or a checkpoint, or hf://owner/name")
     expect(weights is None or is_path(weights), "weights", weights, "the path of the backbone's file, or None")
     path = Path(path)
+    if not path.exists() and str(path) in (*VIT_PRESETS, *VIT_ALIASES):
+        return open_backbone(str(path), weights)
+    if path.suffix == ".safetensors":
+        with suppress(WeightsError):
+            return open_backbone(read_backbone(path, tensors=False)[0], path)
     folder = hub.download(path) if hub.is_repository(path) else path
     if (folder / "checkpoints").is_dir():
         folder = best_checkpoint(folder)
@@ -234,12 +284,12 @@ def load_trained(model: FaceModel, path: Path) -> None:
 
 
 def frozen_face(
-    name: str, weights: str | Path | None = None, image_size: int = 224, dtype: Dtype = "fp32"
+    name: str, weights: str | Path | None = None, image_size: int | None = None, dtype: Dtype = "fp32"
 ) -> FaceModel:
     """The frozen backbone as a face model: the embedding is what its own pool makes, such as the CLS token."""
     vit = load_backbone(name, weights, image_size)
     name, digest = backbone_name(name), weights_sha256(backbone_name(name), weights)
-    return FaceModel(vit, frozen_config(FaceConfig(name, digest, vit.config, image_size, dtype=dtype))).eval()
+    return FaceModel(vit, frozen_config(FaceConfig(name, digest, vit.config, vit.image_size, dtype=dtype))).eval()
 
 
 def frozen_config(config: FaceConfig) -> FaceConfig:

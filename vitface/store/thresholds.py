@@ -1,29 +1,57 @@
 """Same person or not: thresholds on disk, and the verdict of a cosine against one of them.
 
 A run or a bundle has them in thresholds.json, {"model": SHA-256 of the trained tensors, "pairs": {"same", "different"},
-"thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}.
+"thresholds": {FAR: {"threshold": cosine, "tar": true accept rate} or {"refused": why}}}; a frozen backbone has them in
+NAME.thresholds.json beside its file. "source" names the pairs, where they are not those of people held out of training.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from vitface.errors import CheckpointError, ConfigError, expect
+import numpy as np
+
+from vitface.errors import CheckpointError, ConfigError, EvaluationError, expect
 from vitface.files import read_json
+from vitface.metrics import far_threshold
 
 THRESHOLDS_FILE = "thresholds.json"
 FARS = (1e-2, 1e-3, 1e-4)  # the false accept rates that are calibrated and reported
 
 
-def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
-    """Reads {"pairs", "thresholds"} of the model with this SHA-256 from a folder's file, its numbers alone.
+def calibrate_scores(score: np.ndarray, issame: np.ndarray) -> tuple[dict[str, Any], list[str]]:
+    """({"pairs", "thresholds"} from the cosines (M,) of pairs and their labels, the same in words, a line per FAR)."""
+    pairs = {"same": int(issame.sum()), "different": int((~issame).sum())}
+    thresholds: dict[str, dict[str, float | str]] = {}
+    lines = []
+    for far in FARS:
+        try:
+            threshold, tar = far_threshold(score, issame, far)
+            thresholds[f"{far:g}"] = {"threshold": threshold, "tar": tar}
+            lines.append(f"  FAR {far:g}: {threshold:.4f}, accepts {100 * tar:.2f} % of same pairs")
+        except EvaluationError as error:
+            thresholds[f"{far:g}"] = {"refused": str(error)}
+            lines.append(f"  FAR {far:g}: not enough pairs ({error})")
+    return {"pairs": pairs, "thresholds": thresholds}, lines
+
+
+def source_text(calibration: Mapping[str, Any]) -> str:
+    """Where the thresholds are from: "lfw, 3,000 same and 3,000 different pairs"."""
+    same, different = (f"{calibration['pairs'][kind]:,}" for kind in ("same", "different"))
+    return f"{calibration.get('source', 'people held out of training')}, {same} same and {different} different pairs"
+
+
+def read_calibration(folder: Path, model: str, name: str = THRESHOLDS_FILE) -> dict[str, Any] | None:
+    """Reads {"pairs", "thresholds"} of the model with this SHA-256 from a folder's file, its numbers alone; and the
+    "source", if it has one.
 
     None if there is no file, or if it is another model's or has no threshold. CheckpointError if it is damaged.
     """
-    path = folder / THRESHOLDS_FILE
+    path = folder / name
     try:
         written = read_json(path)
         if written["model"] != model:
@@ -40,7 +68,9 @@ def read_calibration(folder: Path, model: str) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{path} is damaged; put a copy back or delete it: without it, pass --threshold"
         ) from None
-    return {"pairs": pairs, "thresholds": found} if found else None
+    source = written.get("source")
+    named = isinstance(source, str) and re.fullmatch(r"[\w .()-]{1,80}", source)
+    return {"pairs": pairs, "thresholds": found, **({"source": source} if named else {})} if found else None
 
 
 def number(value: Any, least: float, most: float = 1.0) -> float:

@@ -11,13 +11,11 @@ import numpy as np
 from vitface.data.formats.stored import Samples
 from vitface.data.loader import read_batches
 from vitface.data.progress import Progress
-from vitface.errors import EvaluationError
 from vitface.files import json_bytes, replace_file
-from vitface.metrics import far_threshold
 from vitface.model.face import FaceModel
 from vitface.model.inference import embed_batches, split
 from vitface.store.faces import Checkpoint
-from vitface.store.thresholds import FARS, THRESHOLDS_FILE
+from vitface.store.thresholds import THRESHOLDS_FILE, calibrate_scores
 from vitface.training.batches import TrainingData
 from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import rank
@@ -85,20 +83,10 @@ def calibrate(data: TrainingData, checkpoint: Checkpoint, model: FaceModel) -> s
     if not len(data.split.held_out):
         return "thresholds: none, nobody was held out"
     embeddings, _, people = embed_held_out(model, data.samples, data.split.held_out, flip=True)
-    score, issame = all_pairs(embeddings, people)
-    same, different = int(issame.sum()), int((~issame).sum())
-    thresholds: dict[str, dict[str, float | str]] = {}
-    lines = [f"thresholds on the cosine, from {same:,} same and {different:,} different pairs held out"]
-    for far in FARS:
-        try:
-            threshold, tar = far_threshold(score, issame, far)
-            thresholds[f"{far:g}"] = {"threshold": threshold, "tar": tar}
-            lines.append(f"  FAR {far:g}: {threshold:.4f}, accepts {100 * tar:.2f} % of same pairs")
-        except EvaluationError as error:
-            thresholds[f"{far:g}"] = {"refused": str(error)}
-            lines.append(f"  FAR {far:g}: not enough pairs ({error})")
-    pairs = {"same": same, "different": different}
+    calibration, lines = calibrate_scores(*all_pairs(embeddings, people))
     if rank() == 0:
-        written = {"model": checkpoint.sha256, "pairs": pairs, "thresholds": thresholds}
+        written = {"model": checkpoint.sha256, **calibration}
         replace_file(checkpoint.run / THRESHOLDS_FILE, json_bytes(written))
-    return "\n".join(lines)
+    same, different = calibration["pairs"].values()
+    first = f"thresholds on the cosine, from {same:,} same and {different:,} different pairs held out"
+    return "\n".join([first, *lines])

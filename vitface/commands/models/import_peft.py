@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, weights, notes = adapters_into(arguments.adapter, arguments.into, arguments.weights)
     else:
         model, weights, notes = adapted_backbone(
-            arguments.adapter, arguments.backbone, arguments.weights, arguments.image_size or 224
+            arguments.adapter, arguments.backbone, arguments.weights, arguments.image_size
         )
     write_folder(arguments.out, {"": face_files(model, weights)})
     print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vitface.commands.parser import CommandParser, add_shared, print_result
+from vitface.presets import VIT_ALIASES, VIT_PRESETS, backbone_name
 
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
   vitface info runs/a --json
+  vitface info lvface_b                            a backbone, with its licence and thresholds
   vitface info weights/dinov2_vits14.safetensors
 """
 
@@ -26,14 +28,19 @@ def describe(path: Path) -> dict[str, Any]:
     """The contents of `path`, ready for JSON; the errors are those of reading that kind of file or folder."""
     from vitface.gallery.parts import is_gallery, read_names, read_settings
     from vitface.model.counts import parameter_counts
-    from vitface.store.backbones import read_backbone
-    from vitface.store.faces import meta_model, open_checkpoint
+    from vitface.store.backbones import find_backbone, read_backbone
+    from vitface.store.faces import meta_model, open_backbone, open_checkpoint
     from vitface.store.settings import read_epochs, run_faults
+    from vitface.store.thresholds import source_text
 
+    if not path.exists() and str(path) in (*VIT_PRESETS, *VIT_ALIASES):
+        path = find_backbone(backbone_name(str(path)))
     if path.is_file():
         name, config, tensors, source = read_backbone(path)
         count = sum(tensor.numel() for tensor in tensors.values())
-        return {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
+        about = {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
+        calibration = open_backbone(name, path).calibration
+        return {**about, "calibration": calibration and {**calibration, "source": source_text(calibration)}}
     if is_gallery(path):
         about = dataclasses.asdict(read_settings(path))
         folders = [folder for folder, _ in about.pop("folders")]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   vitface embed photos people                      photos/ANY/DEPTH/1.jpg -> a gallery in the folder people
   vitface embed aligned people --no-align --checkpoint runs/a
+  vitface embed photos people --backbone lvface_b  by a recogniser as it is, without training
   vitface embed photos people --prune              also removes whoever is no longer in photos
   vitface embed photos/anna people                 a person's folder: rows are named anna/1.jpg, as with photos
   vitface embed photos people --dry-run            how long will it take? writes nothing
@@ -82,6 +83,7 @@ def _predict(work: "Work", arguments: argparse.Namespace) -> int:
 
 
 def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
+    from vitface.commands.calibrate import model_words
     from vitface.commands.inputs import print_gone
     from vitface.data.faces.detect import REMARKS
     from vitface.data.folders import HARMLESS, left_out_lines, some
@@ -91,7 +93,8 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
     counts = f"{done.total:,} images, {done.new:,} of them new{changed}, {len(done.skipped):,} skipped"
     named = f"\nthe names of this folder's rows begin with {done.prefix}/" if done.prefix else ""
     out = arguments.out
-    text = f"{out}: {counts}{named}\nnext: {command('search', out, 'PHOTO')}, or {command('cluster', out)}"
+    search = command("search", out, "PHOTO", *model_words(arguments))
+    text = f"{out}: {counts}{named}\nnext: {search}, or {command('cluster', out)}"
     print_result(arguments, dataclasses.asdict(done), text)
     for why in (*(f"skipped {why}" for why in done.skipped), *left_out_lines(done.left_out)):
         print(why, file=sys.stderr)

@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     made_by = gallery.settings.model
     if made_by not in (None, checkpoint.sha256) or gallery.embedding_dim != model.config.embedding_dim:
         raise ConfigError(
-            f"{arguments.gallery} was made by another model than {checkpoint.path}; name it with --checkpoint"
+            f"{arguments.gallery} was made by another model than {checkpoint.path}; "
+            "name that with --checkpoint or --backbone"
         )
     threshold, _ = threshold_of(arguments, model.thresholds)
     found = gallery.search(model.embed([crop for crop, _ in read.values()]), arguments.top)

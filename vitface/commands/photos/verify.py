@@ -5,15 +5,17 @@ import sys
 from pathlib import Path
 
 from vitface.commands.parser import MODEL_FLAGS, PHOTO_FLAGS, THRESHOLD_FLAGS, CommandParser, add_shared, print_result
-from vitface.store.thresholds import Verdict
+from vitface.store.thresholds import Verdict, source_text
 
 EXAMPLES = """examples:
   vitface verify A.jpg B.jpg                       by the newest run in runs/
+  vitface verify A.jpg B.jpg --backbone lvface_b   by a recogniser as it is, see `vitface calibrate`
   vitface verify A.jpg B.jpg --checkpoint runs/a --far 0.001 --json
   vitface verify A.jpg B.jpg --threshold 0.35      for a run without calibrated thresholds
 
 The score is the cosine of the two embeddings, from -1 to 1; it is not a probability. The threshold was calibrated on
-people that training held out: at FAR 0.001, 1 in 1,000 pairs of different people is taken for the same person.
+people that training held out, or by `vitface calibrate`: at FAR 0.001, 1 in 1,000 pairs of different people is taken
+for the same person.
 """
 
 
@@ -32,10 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     model, checkpoint = load_model(arguments)  # which takes longer
     rows = model.embed([first[0], second[0]])
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
+    source = checkpoint.calibration if verdict.far is not None else None
+    text = f"{verdict}\nthreshold from {source_text(source)}" if source else str(verdict)
     fields = {name: getattr(verdict, name) for name in ("score", "threshold", "far", "far_in_words", "same")}
-    print_result(
-        arguments, {**fields, "faces": [first[1], second[1]], "checkpoint": str(checkpoint.path)}, str(verdict)
-    )
+    about = {"threshold_from": source and source_text(source), "checkpoint": str(checkpoint.path)}
+    print_result(arguments, {**fields, "faces": [first[1], second[1]], **about}, text)
     if verdict.same is None:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2
