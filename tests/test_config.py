@@ -164,7 +164,7 @@ def test_each_bound_is_kept(name):
             ["--use-dalora", "--router-depth", "12"],
             "--router-depth must be at most 11, as dinov2 has 12 blocks, not 12",
         ),
-        (["--head-levels", "13"], "--head-levels must be at most 12, as dinov2 has 12 blocks, not 13"),
+        (["--head-levels", "13"], "--head-levels must be at most 12, the number of blocks, not 13"),
         (["--head", "bn", "--head-levels", "2"], "--head-levels goes with --head patches"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from vitface.credentials import find_secret
 from vitface.errors import ConfigError, did_you_mean
-from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
+from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name, usual_settings
 
 MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
 LEAST_TEMPERATURE = 1e-6  # of the router's softmax; below it float32 overflows
@@ -41,6 +41,7 @@ class FaceConfig:
     head_levels: int = 1
     embedding_dim: int = 512
     train_patch_embed: bool = False
+    train_head: bool = False
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     dtype: Dtype = "fp32"
 
@@ -83,7 +84,8 @@ class TrainConfig:
     )
     image_size: int = flag(224, "input side in pixels, a multiple of the patch", least=1, most=MAX_IMAGE_SIZE)
     train_patch_embed: bool = flag(False, "also train the patch convolution, as the recorded experiments did")
-    head: Literal["bn", "linear", "patches"] = flag("patches", "embedding head")
+    head: Literal["bn", "linear", "patches", "pretrained"] = flag("patches", "embedding head; of a recogniser: its own")
+    train_head: bool = flag(False, "also train the pretrained head")
     head_levels: int = flag(1, "how many blocks, evenly spaced, the head patches reads; 1: the last block", least=1)
     embedding_dim: int = flag(512, "size of the embedding", least=1, most=MAX_SIZE)
 
@@ -160,21 +162,16 @@ class TrainConfig:
         blocks = f"as {self.backbone} has {vit.depth} blocks"
         if self.use_dalora and self.router_depth >= vit.depth:  # the last one computes no more than the head reads
             raise ConfigError(f"--router-depth must be at most {vit.depth - 1}, {blocks}, not {self.router_depth}")
-        if self.head_levels > vit.depth:
-            raise ConfigError(f"--head-levels must be at most {vit.depth}, {blocks}, not {self.head_levels}")
-        if self.head_levels > 1 and self.head != "patches":
-            raise ConfigError("--head-levels goes with --head patches")
+        vit.check_head(self.head, self.head_levels, self.embedding_dim, self.train_head)
 
     def _check_batch(self) -> None:
         if self.holdout_people == 1 or (self.patience and not self.holdout_people):
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size % self.grad_accum:
             raise ConfigError(f"--batch-size {self.batch_size} is no multiple of --grad-accum {self.grad_accum}")
-        if self.batch_size // self.grad_accum < 2 and self.head != "linear":
-            raise ConfigError(
-                f"--batch-size must be at least {2 * self.grad_accum}, twice --grad-accum: the batch norm of the "
-                f"embedding head needs two images"
-            )
+        if self.batch_size // self.grad_accum < 2 and self.head in ("bn", "patches"):
+            least = f"at least {2 * self.grad_accum}, twice --grad-accum"
+            raise ConfigError(f"--batch-size must be {least}: the batch norm of the embedding head needs two images")
 
 
 BOOKKEEPING = frozenset(item.name for item in dataclasses.fields(TrainConfig) if item.metadata["bookkeeping"])
@@ -219,7 +216,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     if exp is not None and exp not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
         raise ConfigError(f"unknown experiment {exp!r}; known: {known}{did_you_mean(exp, EXPERIMENTS)}")
-    return TrainConfig(**{**(EXPERIMENTS[exp].settings if exp else {}), **given})
+    given = {**(EXPERIMENTS[exp].settings if exp else {}), **given}
+    return TrainConfig(**{**usual_settings(given.get("backbone", TrainConfig.backbone), given.get("head")), **given})
 
 
 def differences(settings: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,17 @@ class ViTConfig:
             )
         return image_size // self.patch_size
 
+    def check_head(self, head: str, levels: int, embedding_dim: int, trained: bool) -> None:
+        """ConfigError unless there can be such an embedding head."""
+        if levels > self.depth:
+            raise ConfigError(f"--head-levels must be at most {self.depth}, the number of blocks, not {levels}")
+        if levels > 1 and head != "patches":
+            raise ConfigError("--head-levels goes with --head patches")
+        if head == "pretrained" and embedding_dim != self.output_dim:
+            raise ConfigError(f"--head pretrained gives {self.output_dim} numbers, not --embedding-dim {embedding_dim}")
+        if trained and (head != "pretrained" or self.pool == "cls"):
+            raise ConfigError("--train-head trains the head that a backbone brings, --head pretrained of a recogniser")
+
     def num_tokens(self, image_size: int) -> int:
         """Of an image: the prefix and the patches."""
         return self.prefix + self.grid(image_size) ** 2
@@ -126,6 +137,14 @@ VIT_PRESETS: dict[str, ViTConfig] = {
     "vit_nano": ViTConfig(112, 16, 128, 4, 4),
 }
 VIT_ALIASES = {"dinov2": "dinov2_vits14", "dinov3": "dinov3_vits16", "clip": "clip_vitb16"}
+
+
+def usual_settings(backbone: str, head: str | None) -> dict[str, Any]:
+    """The training settings that follow from a backbone and the embedding head, None: the usual one."""
+    vit = VIT_PRESETS[backbone_name(backbone)]
+    head = head or ("pretrained" if vit.pool == "tokens" else None)
+    own = {"head": head, "embedding_dim": vit.output_dim} if head == "pretrained" else {}
+    return {"image_size": vit.usual_size, **own}
 
 
 def backbone_name(name: str) -> str:

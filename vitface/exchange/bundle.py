@@ -59,7 +59,9 @@ def merged_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     tensors = {**model.vit.state_dict(), **{name: frozen[name].float() for name in frozen if name == "pos_embed"}}
     source = {**source, "merged": f"LoRA, model.safetensors with sha256 {checkpoint.sha256}"}
     backbone = backbone_bytes(config.backbone, config.vit, tensors, source)
-    plain = dataclasses.replace(config, weights_sha256=sha256_bytes(backbone), lora_rank=0, train_patch_embed=False)
+    plain = dataclasses.replace(
+        config, weights_sha256=sha256_bytes(backbone), lora_rank=0, train_patch_embed=False, train_head=False
+    )
     face = FaceModel(model.vit, plain)
     face.head = model.head
     return {f"{config.backbone}.safetensors": backbone, **face_files(face, None, checkpoint.calibration)}

@@ -101,7 +101,8 @@ class FaceModel(nn.Module):
     """Normalised images (B, 3, S, S) -> `FaceOutput`.
 
     The constructor freezes `vit` and turns it into `config.dtype`. Trained are, in float32, the adapters, the router
-    and the head, and with `config.train_patch_embed` the patch convolution. `seed` decides how they start.
+    and the head; with `config.train_patch_embed` the patch convolution, with `train_head` the pool. `seed` decides how
+    they start.
     """
 
     def __init__(self, vit: ViT, config: FaceConfig, seed: int = 0):
@@ -109,10 +110,11 @@ class FaceModel(nn.Module):
         self.config = config
         self.stem: nn.Module | None = None
         self.vit = vit.requires_grad_(False)
+        trained = ("patch_embed.",) * config.train_patch_embed + ("pool.",) * config.train_head
         for name, parameter in vit.named_parameters():
-            if not (config.train_patch_embed and name.startswith("patch_embed.")):
+            parameter.requires_grad = name.startswith(trained) and ".running_" not in name
+            if not name.startswith(trained):
                 parameter.data = parameter.data.to(DTYPES[config.dtype])
-        vit.patch_embed.requires_grad_(config.train_patch_embed)
         if config.lora_rank:
             generator = torch.Generator().manual_seed(seed)
             targets, scale = TARGETS[config.lora_targets], (config.lora_alpha, config.lora_scaling)

@@ -121,8 +121,7 @@ def prepare_inference(model: FaceModel) -> FaceModel:
     """
     model.eval().requires_grad_(False)
     model.use_ops(fused)  # the formulas cannot read a weight in the layout of oneDNN
-    dtype = model.vit.dtype
-    linears = [module for module in model.vit.modules() if isinstance(module, Linear)]
+    linears = {module: module.weight.dtype for module in model.vit.modules() if isinstance(module, Linear)}
     for layer in linears:
         layer.double()
     if model.config.lora_rank and model.config.num_domains == 1:
@@ -134,7 +133,7 @@ def prepare_inference(model: FaceModel) -> FaceModel:
         model.vit.blocks[number] = PreparedBlock(block)
     if isinstance(model.vit.pool, TokensPool):
         model.vit.pool = _fold_batch_norms(model.vit.pool)
-    for layer in linears:
+    for layer, dtype in linears.items():
         layer.to(dtype)
         layer.weight = nn.Parameter(onednn.pack(layer.weight), requires_grad=False)
     model.use_stem(fold_stem(model))
@@ -157,7 +156,18 @@ def _fold_batch_norms(pool: TokensPool) -> nn.Module:
         norm.double()
         layer.bias = nn.Parameter(norm(torch.zeros_like(norm.bias)), requires_grad=False)
         layer.weight.mul_((norm.weight * torch.rsqrt(norm.running_var + norm.eps))[:, None])
-    return nn.Sequential(nn.Flatten(), pool.fc1, pool.fc2)
+    return FoldedPool(pool)
+
+
+class FoldedPool(nn.Module):
+    """`TokensPool` whose batch norms are in its two maps."""
+
+    def __init__(self, pool: TokensPool):
+        super().__init__()
+        self.fc1, self.fc2 = pool.fc1, pool.fc2
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(self.fc1(tokens.flatten(1).to(self.fc1.weight.dtype)))
 
 
 class PreparedBlock(Block):

@@ -36,6 +36,7 @@ class AttentionPool(nn.Module):
         self.fc1, self.fc2 = Linear(dim, 4 * dim), Linear(4 * dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.query.dtype)  # float32 where the pool is trained
         q = rearrange(self.q(self.query), "1 1 (nh hd) -> nh 1 hd", nh=self.num_heads).expand(len(tokens), -1, -1, -1)
         k, v = rearrange(self.kv(tokens), "b n (two nh hd) -> two b nh n hd", two=2, nh=self.num_heads)
         x = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b nh 1 hd -> b (nh hd)"))
@@ -69,7 +70,8 @@ class TokensPool(nn.Module):
         self.fc2, self.norm2 = Linear(dim, out, False), FixedBatchNorm(out)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm2(self.fc2(self.norm1(self.fc1(tokens.flatten(1)))))
+        rows = tokens.flatten(1).to(self.fc1.weight.dtype)  # float32 where the pool is trained
+        return self.norm2(self.fc2(self.norm1(self.fc1(rows))))
 
 
 def make_pool(config: ViTConfig) -> nn.Module:

@@ -22,9 +22,14 @@ from vitface.training.ranks.parallel import in_turns
 from vitface.training.ranks.process_group import broadcast, print0, rank
 from vitface.training.runs.log import Curves, RunLog
 from vitface.training.setup import Change, final_benchmarks
+from vitface.training.start import worse_than_frozen
 from vitface.version import __version__
 
-FROZEN = "frozen backbone, raw CLS"
+FROZEN = {
+    "cls": "frozen backbone, raw CLS",
+    "attention": "frozen backbone, its attention pool",
+    "tokens": "frozen recogniser",
+}
 TRACKED = ("accuracy", "std", "auc", "eer")  # of a `Verification`
 
 
@@ -47,14 +52,16 @@ def finish(
     device = torch.device(config.device)
     adapted = judged(checkpoint, device, change)
     thresholds = calibrate(data, checkpoint, adapted.model)
-    thresholds += f"\nALARM {data.samples.alarm}" if data.samples.alarm else ""
+    for alarm in filter(None, (data.samples.alarm, worse_than_frozen(config, read_epochs(run_dir)))):
+        thresholds += f"\nALARM {alarm}"
     data_dir, sections = config.val_data or "", {}
     held_out = len(np.unique(data.samples.labels[data.split.held_out]))
     title = "adapted, best epoch" if held_out else "adapted, last epoch"
     if names and with_frozen:
         frozen = judged_frozen(config.backbone, config.weights, config.image_size, device)
-        sections[FROZEN] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast, keep=rank() == 0)
-        print0(f"\n{FROZEN}\n{evaluation_text(sections[FROZEN])}")
+        before = FROZEN[frozen.config.vit.pool]
+        sections[before] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast, keep=rank() == 0)
+        print0(f"\n{before}\n{evaluation_text(sections[before])}")
     if names:
         sections[title] = evaluate_all(adapted.embed, names, data_dir, in_turns)
         print0(f"\n{title}\n{evaluation_text(sections[title])}")

@@ -31,18 +31,26 @@ def embed_held_out(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embeddings (n, E), domain weights (n, K) and people (n,) of at most HOLDOUT_IMAGES of these samples."""
     held_out = held_out[:: -(-len(held_out) // HOLDOUT_IMAGES)]
-    positions = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 128))
+    embeddings, gates = embed_samples(model, samples, held_out, flip, "held-out people")
+    return embeddings, gates, samples.labels[held_out]
+
+
+def embed_samples(
+    model: FaceModel, samples: Samples, indices: np.ndarray, flip: bool, what: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (n, E) and domain weights (n, K) of samples, over all ranks; `what` they are called on the screen."""
+    positions = np.array_split(np.arange(len(indices)), -(-len(indices) // 128))
 
     def embed(turns: Sequence[int]) -> Iterator[np.ndarray]:
-        read = read_batches(samples, held_out, [positions[turn] for turn in turns])
+        read = read_batches(samples, indices, [positions[turn] for turn in turns])
         for turn, (_, crops) in zip(turns, read, strict=True):
             yield np.hstack(embed_batches(model, split(model, crops, flip), flip))
             bar.update(turn + 1 - bar.n)
 
-    with Progress(desc="held-out people", total=len(positions), unit="batch", leave=False, dynamic_ncols=True) as bar:
+    with Progress(desc=what, total=len(positions), unit="batch", leave=False, dynamic_ncols=True) as bar:
         rows = in_turns(embed, len(positions))
     embeddings, gates = np.split(rows, [model.config.embedding_dim], axis=1)
-    return embeddings, gates, samples.labels[held_out]
+    return embeddings, gates
 
 
 def all_pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

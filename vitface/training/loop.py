@@ -30,6 +30,7 @@ from vitface.training.runs.interrupt import stop_requests
 from vitface.training.runs.log import RunLog
 from vitface.training.runs.resume import settings_of, state_to_resume
 from vitface.training.runs.state import TrainingState
+from vitface.training.start import start_from_recogniser
 from vitface.training.step import compiled, make_optimizer, schedule, set_rates, total_loss, update
 
 LOG_EVERY = 10
@@ -79,6 +80,8 @@ class Trainer:
             backbone = self.model.config.weights_sha256
             check_same({**facts, "trained tensors": self.state.sha256(), "backbone file": backbone})
         with stop_requests() as stop:
+            if progress.step == 0 and self.config.head == "pretrained":
+                start_from_recogniser(self, log)
             while not progress.finished:
                 started, first = time.perf_counter(), progress.step
                 self._epoch(log, stop)
