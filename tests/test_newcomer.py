@@ -1,6 +1,6 @@
-"""A newcomer follows the README alone: trains on a folder of five people, and asks who is on a new photo.
+"""A newcomer follows the quickstart alone: trains on a folder of five people, and asks who is on a new photo.
 
-The commands are those of the README's "Your own people", word for word. By default they run in this process, on drawn
+The commands are those of its "Your own people", word for word. By default they run in this process, on drawn
 photos, with a stub for the detector and the small backbone under DINOv2's name, as the two `fetch` commands cannot run
 here. Under `-m slow` they run as a shell script on real photos, with the real detector and ViT-Ti for DINOv2.
 """
@@ -29,8 +29,8 @@ from vitface.store.backbones import find_backbone, read_backbone, save_backbone
 PEOPLE, PHOTOS, MARGIN = ("anna", "ben", "chloe", "dora", "emil"), 57, 24
 
 
-def readme() -> list[str]:
-    (block,) = marked_blocks((ROOT / "README.md").read_text(), "test_newcomer.py")
+def quickstart() -> list[str]:
+    (block,) = marked_blocks((ROOT / "docs" / "quickstart.md").read_text(), "test_newcomer.py")
     return command_lines(block)
 
 
@@ -59,10 +59,10 @@ def fetched(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_the_readme_trains_on_five_people_and_knows_a_new_photo(tmp_path, monkeypatch, fetched, capsys):
+def test_the_quickstart_trains_on_five_people_and_knows_a_new_photo(tmp_path, monkeypatch, fetched, capsys):
     monkeypatch.chdir(tmp_path)
     take_photos(tmp_path)
-    fetches, commands = readme()[:2], readme()[2:]
+    fetches, commands = quickstart()[:2], quickstart()[2:]
     assert all(line.startswith("vitface fetch ") for line in fetches) and len(commands) == 6
     printed = {}
     for line in commands:
@@ -84,7 +84,7 @@ def test_the_readme_trains_on_five_people_and_knows_a_new_photo(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_readme_as_a_script_on_real_photos(real_data, tmp_path):
+def test_the_quickstart_as_a_script_on_real_photos(real_data, tmp_path):
     """Three photos of each of five people are far too few to learn from: that it runs, and what it says, is tested."""
     weights = tmp_path / "weights" / "vit_tiny_patch16.safetensors"
     weights.parent.mkdir()
@@ -98,7 +98,7 @@ def test_the_readme_as_a_script_on_real_photos(real_data, tmp_path):
         target = tmp_path / ("new.jpg" if new else f"photos/{person}/{int(number)}.jpg")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    lines = [line for line in readme() if "vitface fetch " not in line]
+    lines = [line for line in quickstart() if "vitface fetch " not in line]
     lines[2] += " --backbone vit_tiny_patch16"
     python = shlex.quote(sys.executable)
     programs = {"python train.py": f"{python} {shlex.quote(str(ROOT / 'train.py'))}", "vitface": f"{python} -m vitface"}

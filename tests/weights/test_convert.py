@@ -28,7 +28,7 @@ from vitface.store.backbones import expected_tensors, load_backbone, read_backbo
 from vitface.weights import conversion
 from vitface.weights.conversion import convert_backbone, convert_file
 from vitface.weights.keymaps import FAMILIES
-from vitface.weights.sources import SOURCES
+from vitface.weights.sources import FACES_LICENCE, SOURCES
 
 DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -752,7 +752,7 @@ def test_the_key_maps_name_only_our_tensors():
         assert all(target.endswith(marks) == ("[" in target) for target in family.keys.values())
 
 
-LICENCES = ("Apache-2.0", "MIT", "DINOv3 License", "FAIR Noncommercial Research License")
+LICENCES = ("Apache-2.0", "MIT", "DINOv3 License", "FAIR Noncommercial Research License", FACES_LICENCE)
 
 
 def test_the_pinned_sources_are_complete():
