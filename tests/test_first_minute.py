@@ -43,16 +43,10 @@ def lvface_file(path, config):
     vit = ViT(config, 112)
     init_weights(vit, 1)
     state = {name: tensor * (3 if tensor.dim() > 1 else 1) for name, tensor in vit.state_dict().items()}
-    table = (
-        ("pool.fc1", "feature.0"),
-        ("pool.norm1", "feature.1"),
-        ("pool.fc2", "feature.2"),
-        ("pool.norm2", "feature.3"),
-    )
-    theirs = {}
+    parts, theirs = ("pool.fc1", "pool.norm1", "pool.fc2", "pool.norm2"), {}
     for name, tensor in state.items():
-        for ours, other in table:
-            name = name.replace(ours, other)
+        for i, ours in enumerate(parts):
+            name = name.replace(ours, f"feature.{i}")
         theirs[name] = tensor
     theirs |= {f"feature.{i}.num_batches_tracked": torch.tensor(5) for i in (1, 3)}
     torch.save({**theirs, "mask_token": torch.zeros(1, 1, config.embed_dim)}, path)
@@ -177,6 +171,7 @@ def test_what_else_takes_a_recogniser(place, capsys, monkeypatch):
     assert "too few pairs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_recogniser_is_exported(place, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package)
