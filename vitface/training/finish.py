@@ -51,9 +51,8 @@ def finish(
     checkpoint = open_checkpoint(run_dir, config.weights)
     device = torch.device(config.device)
     adapted = judged(checkpoint, device, change)
-    thresholds = calibrate(data, checkpoint, adapted.model)
-    for alarm in filter(None, (data.samples.alarm, worse_than_frozen(config, read_epochs(run_dir)))):
-        thresholds += f"\nALARM {alarm}"
+    alarms = data.samples.alarm, worse_than_frozen(config, read_epochs(run_dir))
+    thresholds = "\nALARM ".join([calibrate(data, checkpoint, adapted.model), *filter(None, alarms)])
     data_dir, sections = config.val_data or "", {}
     held_out = len(np.unique(data.samples.labels[data.split.held_out]))
     title = "adapted, best epoch" if held_out else "adapted, last epoch"
