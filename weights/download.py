@@ -50,7 +50,7 @@ def fetch_backbone(name: str) -> Conversion | None:
     if source.url is None:
         raise WeightsError(
             f"no original of {name} is pinned; convert a file of {source.origin} that you have"
-            f"{f', from {source.page}' if source.page else ''}:\n"
+            f"{f', from {source.page}' if source.page else ''} (licence: {source.licence}); its sha256 will be shown:\n"
             f"  {command('convert', name, '--src', 'FILE', '--out', cache_home() / f'{name}.safetensors')}"
         )
     file, out = cache_home() / "sources" / source.url.rsplit("/", 1)[1], cache_home() / f"{name}.safetensors"

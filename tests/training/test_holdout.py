@@ -55,7 +55,7 @@ def test_a_run_calibrates_its_thresholds_and_load_reads_them(tmp_path, monkeypat
     assert list(model.thresholds) == [0.01]
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(holdout, "far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
+        patch.setattr("vitface.store.thresholds.far_threshold", lambda *given: seen.append(given) or (0.0, 0.0))
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
         data = setup.open_data(vitface.config.TrainConfig(**saved))
         holdout.calibrate(data, checkpoint, model.model)

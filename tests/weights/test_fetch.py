@@ -226,7 +226,8 @@ def test_without_a_network_it_says_what_to_do_and_that_works(server, content, mo
     monkeypatch.setitem(SOURCES, NAME, dataclasses.replace(source, url="http://127.0.0.1:9/dinov2/original.pth"))
     assert main(["fetch", NAME]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: cannot download http://127.0.0.1:9/")
+    assert captured.out.startswith(f"{NAME}: Meta's DINOv2, about ")
+    assert captured.err.startswith("error: cannot download http://127.0.0.1:9/")
     file = tmp_path / "home" / "sources" / "original.pth"
     for part in ("1. download http://127.0.0.1:9/dinov2/original.pth", source.sha256, f"2. put it at {file}"):
         assert part in captured.err

@@ -28,8 +28,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{fetch_detector()} is there\nnext      vitface align SRC OUT")
         return
     name = backbone_name(arguments.name)
-    print(about(name), flush=True)
-    done, out = fetch_backbone(name), cache_home() / f"{name}.safetensors"
+    out = cache_home() / f"{name}.safetensors"
+    if name in SOURCES and SOURCES[name].url and not out.is_file():
+        print(about(name), flush=True)
+    done = fetch_backbone(name)
     print(report(done) if done else f"{out} is there already\nnext      {next_command(name, out)}")
 
 
@@ -37,11 +39,6 @@ def about(name: str) -> str:
     """What will be downloaded: whose it is and how large, its licence, and the sha256 that is expected."""
     from vitface.store.backbones import expected_tensors
 
-    source = SOURCES.get(name)
-    if source is None:
-        return f"{name} ships with the package"
+    source = SOURCES[name]
     megabytes = sum(4 * tensor.numel() for tensor in expected_tensors(VIT_PRESETS[name]).values()) / 1e6
-    return (
-        f"{name}: {source.origin}, about {megabytes:,.0f} MB\nlicence   {source.licence}\n"
-        f"sha256    {source.sha256 or 'not known here: convert prints that of the file that you have'}"
-    )
+    return f"{name}: {source.origin}, about {megabytes:,.0f} MB\nlicence   {source.licence}\nsha256    {source.sha256}"
