@@ -8,7 +8,7 @@ from pathlib import Path
 import contest
 import torch
 from ceilings import SIDE, gemm_rates
-from peers import transformers_backbone
+from peers import transformers_backbone, transformers_kind
 from timing import machine
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def inputs(args: argparse.Namespace) -> tuple[Tensor, ViT]:
     """Normalised images (B, 3, S, S), and a backbone that every peer can be given the weights of; always the same."""
     size = (args.batch_size, 3, args.image_size, args.image_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(args.device)
-    if "transformers" in args.peers and args.backbone.startswith("dinov2"):
+    if "transformers" in args.peers and transformers_kind(args.backbone, VIT_PRESETS[args.backbone])[0]:
         return images, transformers_backbone(args.backbone, args.image_size, "sdpa")[1]
     return images, load_backbone(args.backbone, "random", args.image_size)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from arguments import inputs, listed, make_parser, parse, run
 from contest import Contestant
 from flops import forward_and_step
-from peers import PooledCLS, timm_backbone, transformers_backbone
+from peers import TIMM, PooledCLS, timm_backbone, transformers_backbone, transformers_kind
 from torch import Tensor, nn
 
 from vitface.config import FaceConfig
@@ -29,6 +29,7 @@ from vitface.model import ops
 from vitface.model.face import FaceModel
 from vitface.model.inference import prepare_inference
 from vitface.model.vit import ViT
+from vitface.presets import VIT_PRESETS
 
 MINIMUM_COSINE = {"bf16": 0.999, "fp16": 0.999, "fp32": 0.99999}
 EXAMPLES = """examples:
@@ -78,7 +79,7 @@ class _Plain(nn.Module):
         self.vit = model.vit.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vit(images)[:, 0]
+        return self.vit.pool(self.vit(images))
 
 
 def by_onnx_runtime(args: argparse.Namespace, vit: ViT, images: Tensor) -> Embed:
@@ -109,7 +110,11 @@ def torch_peers(args: argparse.Namespace, dtype: str) -> dict[str, tuple[str, tu
     """As they come (group "peers") and as an expert would run them ("tuned_peers"): (group, modules needed, build)."""
     tuned_ways = ["graphs"] if args.device.type == "cuda" else ["eager", "compiled", "frozen"]
     found = {}
-    for kind in (kind for kind in args.peers if kind == "timm" or args.backbone.startswith("dinov2")):
+    has = {
+        "timm": args.backbone in TIMM,
+        "transformers": transformers_kind(args.backbone, VIT_PRESETS[args.backbone])[0],
+    }
+    for kind in (kind for kind in args.peers if has[kind]):
         for group, ways in (("peers", ["eager", "compiled"]), ("tuned_peers", tuned_ways)):
             for way in ways if args.compiled else ["eager"]:
                 name = f"{kind}, {dtype}{', tuned' * (group == 'tuned_peers')}, {way}"

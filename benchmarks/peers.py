@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from vitface.model.lora import adapted_linears
 from vitface.model.vit import ViT
-from vitface.presets import VIT_PRESETS
+from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.store.backbones import load_backbone
 from vitface.weights.conversion import convert_file
 
@@ -61,7 +62,7 @@ def _torchvision_without_operators() -> Iterator[None]:
 
 
 def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[nn.Module, ViT]:
-    """A random transformers DINOv2 and the same weights in ours, through the converter.
+    """A random model of transformers and the same weights in ours, through the converter.
 
     Both as if pretrained at `image_size`: transformers and Meta resample positions by different rules.
     """
@@ -69,24 +70,42 @@ def transformers_backbone(name: str, image_size: int, attention: str) -> tuple[n
         import transformers
 
     config = dataclasses.replace(VIT_PRESETS[name], native_size=image_size)
-    settings = transformers.Dinov2Config(
+    kind, more = transformers_kind(name, config)
+    settings = getattr(transformers, f"{kind}Config")(
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
         image_size=config.native_size,
         patch_size=config.patch_size,
         attn_implementation=attention,
+        **more,
     )
     torch.manual_seed(0)
-    model = transformers.Dinov2Model(settings)
+    model = getattr(transformers, f"{kind}Model")(settings)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         convert_file(name, config, Path(folder, "model.safetensors"), Path(folder, "ours.safetensors"))
         return model, load_backbone(name, Path(folder, "ours.safetensors"), image_size)
 
 
+def transformers_kind(name: str, config: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """(What transformers calls the model of a preset, the settings that are more than sizes); ("", {}) without one."""
+    hidden, gated = int(config.mlp_ratio * config.embed_dim), config.act == "swiglu"
+    if name.startswith("dinov2"):
+        registers = {"num_register_tokens": config.registers}
+        return ("Dinov2WithRegisters", registers) if config.registers else ("Dinov2", {})
+    if name.startswith(("dinov3", "eupe")):
+        more = dict(num_register_tokens=config.registers, intermediate_size=hidden, use_gated_mlp=gated)
+        return "DINOv3ViT", {**more, "hidden_act": "silu" if gated else "gelu"}
+    if name.startswith("siglip2"):
+        return "SiglipVision", {"intermediate_size": hidden}
+    if name.startswith("clip"):
+        return "CLIPVision", {"intermediate_size": hidden}
+    return "", {}
+
+
 class PooledCLS(nn.Module):
-    """transformers' model as (B, 3, S, S) -> CLS after the final norm (B, D)."""
+    """transformers' model as (B, 3, S, S) -> CLS after the final norm, or what its pool makes (B, D)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -172,6 +191,7 @@ class TimmDALoRA(nn.Module):
     def __init__(self, model: nn.Module, kind: type[nn.Module], vit: ViT, router: nn.Module, args):
         super().__init__()
         self.model, self.router = model.requires_grad_(False), router
+        self.model.rotation = None  # which the router asks for
         self.layers = []
         for path, layer in adapted_linears(vit).items():
             parent = model.get_submodule(path.rpartition(".")[0])
@@ -185,7 +205,7 @@ class TimmDALoRA(nn.Module):
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         tokens = self.model.norm_pre(tokens)
         self.set_gate(None)
-        self.set_gate(self.router(tokens, self.model.blocks)[0])
+        self.set_gate(self.router(tokens, self.model)[0])
         return self.model.norm(self.model.blocks(tokens))[:, 0]
 
     def set_gate(self, gate: Tensor | None) -> None:
