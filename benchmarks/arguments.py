@@ -15,7 +15,7 @@ from torch import Tensor
 from vitface.device import DTYPES, resolve_device, resolve_dtype
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, backbone_name
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 
 HERE = Path(__file__).parent
 

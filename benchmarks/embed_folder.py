@@ -31,7 +31,7 @@ from vitface.gallery.parts import Settings
 from vitface.model.face import FaceModel
 from vitface.presets import backbone_name
 from vitface.recogniser import Recogniser
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 
 DRAWN = 256  # faces that are drawn; more images are copies of them
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitface.model.lora import adapted_linears
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 from vitface.weights.conversion import convert_file
 
 TIMM = {

@@ -27,7 +27,7 @@ from vitface.data.synthetic.render import FACTORS, MOMENTS, identity_factors, ph
 from vitface.data.synthetic.worlds import PRETRAIN_PEOPLE
 from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import save_backbone
+from vitface.store.backbone import save_backbone
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 2e-3, 0.05, 0.05
 VIEW = ("sin_yaw", "abs_sin_yaw", "age", "light")

@@ -22,7 +22,7 @@ from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS, ViTConfig
 from vitface.recogniser import Recogniser
-from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.backbone import load_backbone, save_backbone
 from vitface.store.faces import open_checkpoint, trained_tensors
 from vitface.store.thresholds import THRESHOLDS_FILE
 from vitface.training.runs.checkpoint import save_checkpoint
@@ -155,7 +155,7 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:
 @pytest.fixture
 def tiny_preset(monkeypatch):
     """A preset "tiny" of a 2-block ViT."""
-    for module in ("vitface.presets", "vitface.store.backbones"):
+    for module in ("vitface.presets", "vitface.store.backbone"):
         monkeypatch.setitem(__import__(module, fromlist=["x"]).VIT_PRESETS, "tiny", tiny_config())
 
 

@@ -308,7 +308,7 @@ def dalora() -> list[str]:
         load_balance_loss(row[None]) for row in (torch.full((domains,), 1 / domains), torch.eye(domains)[0])
     )
     tokens = seen["vit.blocks.0"][1]
-    thin = subsample_patches(torch.zeros(1, tokens, 1)).shape[1]
+    thin = subsample_patches(torch.zeros(1, tokens, 1), prefix=1).shape[1]
     wide = 48  # the rank and the alpha of the control
     assert lora_scaling(face.config.lora_scaling, wide, wide) == qkv.scaling
     assert adapter_count("dinov2_vits14", wide) == adapters and adapters + router + head == counts["all"][1]

@@ -7,7 +7,9 @@ import ast
 import importlib
 import re
 import struct
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +26,13 @@ from vitface.data.checks.check_pairs import similarities
 from vitface.data.checks.check_people import images_to_compare
 from vitface.data.checks.scan import scan
 from vitface.data.faces.photos import CropReader
+from vitface.data.formats import tinyface_folder
 from vitface.data.formats.packing import pack
 from vitface.data.formats.samples import FolderSamples, RecordSamples
 from vitface.data.formats.stored import Samples
 from vitface.evaluation import benchmarks, routing
+from vitface.evaluation.ijb import scoring
+from vitface.evaluation.ijb.embedding import StoredRows
 from vitface.gallery.clusters import cluster
 from vitface.gallery.from_folder import embed_folder
 from vitface.gallery.gallery import Gallery
@@ -179,6 +184,25 @@ def attended(n, _):
     return [attention(torch.randn(2, n, 96, generator=generator), 2, n)]
 
 
+def multiplied(n, _):
+    """Rows with all columns, as templates are searched."""
+    return [np.concatenate([block for _, block in scoring.products(units(n).numpy(), units(3).numpy())])]
+
+
+def stored(n, folder):
+    """The embeddings of n faces, in part files."""
+    names = [f"{i}.jpg" for i in range(n)]
+    for name in names:
+        (folder / name).touch()
+    faces = SimpleNamespace(name="ijbc", folder=folder, crops=names, read=lambda i: crops(i + 1)[i])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITFACE_HOME", str(folder / "home"))
+        rows = StoredRows(faces, tiny_recogniser(), False, "")
+        rows.complete(rows.missing(), 0, lambda embed, numbers: embed(numbers), True)
+        assert not rows.missing()
+        return [np.concatenate([rows.part(number) for number in range(len(rows.files))])]
+
+
 CROSSED = {
     "vitface.data.background.AHEAD": in_order,
     "vitface.data.checks.check_faces.CHUNK": [nearest, embedded_by_a_check],
@@ -188,6 +212,8 @@ CROSSED = {
     "vitface.data.formats.recordio.BLOCK": recorded,
     "vitface.data.formats.packing.SHARD": packed,
     "vitface.evaluation.benchmarks.BATCH_SIZE": evaluated,
+    "vitface.evaluation.ijb.embedding.PART": stored,
+    "vitface.evaluation.ijb.scoring.PRODUCT": multiplied,
     "vitface.gallery.blocks.CHUNK": searched_in_float16,
     "vitface.gallery.clusters.BLOCK": clustered,
     "vitface.gallery.clusters.GATHERED": clustered,
@@ -269,7 +295,20 @@ def posed(n, limit):
     return asked
 
 
+def sizes_looked_at(n, limit):
+    read = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for part in tinyface_folder.PARTS:
+            (Path(folder) / part).mkdir()
+            for i in range(n):
+                (Path(folder) / part / f"{i}_1.jpg").touch()
+        patch.setattr(tinyface_folder, "read_image", lambda file: read.append(file.name) or crops(1)[0])
+        tinyface_folder.read_tinyface(Path(folder))
+    return read
+
+
 SAMPLED = {
+    "vitface.data.formats.tinyface_folder.LOOKED_AT": sizes_looked_at,
     "vitface.data.checks.check_images.LOOKED_AT": looked_at,
     "vitface.data.checks.check_people.PATTERN_LIMIT": compared,
     "vitface.evaluation.routing.POSED_IMAGES": posed,

@@ -24,7 +24,7 @@ from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face, FaceDetector
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.presets import VIT_PRESETS
-from vitface.store.backbones import find_backbone, read_backbone, save_backbone
+from vitface.store.backbone import find_backbone, read_backbone, save_backbone
 
 PEOPLE, PHOTOS, MARGIN = ("anna", "ben", "chloe", "dora", "emil"), 57, 24
 

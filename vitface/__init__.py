@@ -19,13 +19,13 @@ from vitface.version import __version__
 if TYPE_CHECKING:
     from vitface.gallery.gallery import Gallery
     from vitface.recogniser import load
-    from vitface.store.backbones import load_backbone
+    from vitface.store.backbone import load_backbone
 
 # name -> (module, its name there); imported when first used, so that `vitface --help` does not wait for torch
 _PLACES = {
     "Gallery": ("vitface.gallery.gallery", "Gallery"),
     "load": ("vitface.recogniser", "load"),
-    "load_backbone": ("vitface.store.backbones", "load_backbone"),
+    "load_backbone": ("vitface.store.backbone", "load_backbone"),
 }
 
 

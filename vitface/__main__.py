@@ -25,7 +25,10 @@ GROUPS = {
         ("train", "evaluate", "calibrate", "golden", "study", "experiments", "data"),
     ),
     "photos": ("vitface.commands.photos", ("align", "verify", "embed", "search", "cluster", "explain")),
-    "models": ("vitface.commands.models", ("fetch", "convert", "info", "export", "import-peft", "publish")),
+    "models": (
+        "vitface.commands.models",
+        ("backbones", "fetch", "convert", "info", "export", "import-peft", "publish"),
+    ),
 }
 COMMANDS = {name: f"{package}.{name.replace('-', '_')}" for package, names in GROUPS.values() for name in names}
 

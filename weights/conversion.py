@@ -20,7 +20,7 @@ from vitface.config import to_flag
 from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.store.backbones import expected_tensors, save_backbone
+from vitface.store.backbone import expected_tensors, save_backbone
 from vitface.weights.beside import settings_beside
 from vitface.weights.keymaps import BESIDE, FAMILIES, Family, find_family
 from vitface.weights.layouts import arrange, half_turns

@@ -2,7 +2,7 @@
 
 The file goes to `sources/` in $VITFACE_HOME (default ~/.cache/vitface). It is named FILE.part until it is complete and
 its sha256 is the pinned one; a broken download continues from there. The converted NAME.safetensors goes to
-$VITFACE_HOME, where `vitface.store.backbones.find_backbone` looks, and the original is deleted.
+$VITFACE_HOME, where `vitface.store.backbone.find_backbone` looks, and the original is deleted.
 """
 
 import http.client
@@ -19,7 +19,7 @@ from vitface.errors import WeightsError, command, in_one_line
 from vitface.files import cache_home, make_folder, sha256_file
 from vitface.lock import waiting_lock
 from vitface.presets import backbone_name
-from vitface.store.backbones import read_backbone
+from vitface.store.backbone import read_backbone
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone
 from vitface.weights.sources import DETECTOR, SOURCES, Source

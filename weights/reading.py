@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import WeightsError
-from vitface.store.backbones import BACKBONE_FORMAT
+from vitface.store.backbone import BACKBONE_FORMAT
 from vitface.store.tensors import MAX_HEADER_BYTES
 from vitface.weights.keymaps import common_prefix
 from vitface.weights.layouts import clean, from_big_vision

@@ -25,7 +25,7 @@ from vitface.evaluation import benchmarks
 from vitface.evaluation.ijb import embedding
 from vitface.gallery import from_folder
 from vitface.model.face import FaceModel
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 from vitface.store.faces import frozen_face, trained_tensors
 from vitface.training.estimate import duration
 from vitface.training.ranks import process_group

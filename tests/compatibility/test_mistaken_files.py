@@ -17,7 +17,7 @@ from vitface.data.formats.samples import load_samples, read_domains
 from vitface.data.images import encode_image, read_image
 from vitface.data.tables import read_table
 from vitface.errors import CheckpointError, DataError, ImageError, WeightsError
-from vitface.store.backbones import read_backbone
+from vitface.store.backbone import read_backbone
 from vitface.store.faces import open_checkpoint
 
 KIND = "Mistaken files"

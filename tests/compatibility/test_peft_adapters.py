@@ -13,7 +13,7 @@ from vitface.config import VIT_PRESETS
 from vitface.errors import ExchangeError, WeightsError
 from vitface.exchange.from_peft import read_peft
 from vitface.exchange.peft import CONFIG, TENSORS
-from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.backbone import load_backbone, save_backbone
 
 KIND = "PEFT"
 TIMM = {"attn.qkv": (16, 48), "attn.proj": (16, 16)}

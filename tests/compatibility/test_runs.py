@@ -17,7 +17,7 @@ from vitface.commands.inputs import newest_run
 from vitface.evaluation import benchmarks
 from vitface.evaluation.benchmarks import Benchmark
 from vitface.presets import VIT_PRESETS
-from vitface.store.backbones import save_backbone
+from vitface.store.backbone import save_backbone
 from vitface.store.faces import best_checkpoint, open_checkpoint, step_directories
 from vitface.training import setup
 

@@ -11,7 +11,7 @@ from conftest import randomise_adapters, tiny_config, tiny_face, tiny_vit
 from vitface.files import sha256_file
 from vitface.model.face import FaceModel
 from vitface.presets import VIT_PRESETS
-from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.backbone import load_backbone, save_backbone
 from vitface.store.faces import open_checkpoint, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 

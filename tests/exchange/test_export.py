@@ -15,7 +15,7 @@ import vitface
 from vitface.__main__ import main
 from vitface.errors import ExchangeError
 from vitface.model.lora import Mix
-from vitface.store.backbones import load_backbone, read_backbone
+from vitface.store.backbone import load_backbone, read_backbone
 
 KINDS = {
     "lora": {},

@@ -23,7 +23,7 @@ from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import keep_scores
 from vitface.exchange.publishing import check_card, model_card
 from vitface.store import hub
-from vitface.store.backbones import backbone_bytes, read_backbone
+from vitface.store.backbone import backbone_bytes, read_backbone
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 

@@ -13,7 +13,7 @@ from vitface.kernels import fused
 from vitface.model import ops
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss, make_margin
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 from vitface.training.batches import Batch
 from vitface.training.step import total_loss
 

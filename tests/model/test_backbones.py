@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from vitface.errors import WeightsError
 from vitface.store import backbones
-from vitface.store.backbones import find_backbone, load_backbone, save_backbone
+from vitface.store.backbone import find_backbone, load_backbone, save_backbone
 
 
 def test_backbone_round_trip_is_bitwise(backbone):
@@ -123,7 +123,7 @@ def test_other_files_are_answered_with_what_to_do(backbone, tmp_path):
 
 def test_vit_nano_of_a_clone_is_found_from_any_folder(tmp_path):
     root = Path(__file__).parents[2]
-    script = "from vitface.store.backbones import find_backbone; print(find_backbone('vit_nano'))"
+    script = "from vitface.store.backbone import find_backbone; print(find_backbone('vit_nano'))"
     settings = {**os.environ, "PYTHONPATH": str(root), "VITFACE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert done.stdout.strip() == str(root / "weights" / "vit_nano.safetensors"), done.stderr

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from vitface.model.positions import rotations
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 from vitface.weights.conversion import convert_file
 
 transformers = optional("transformers")

@@ -11,7 +11,7 @@ from vitface.model.face import FaceModel
 from vitface.model.inference import fold_stem, prepare_inference
 from vitface.model.lora import adapted_linears
 from vitface.recogniser import Recogniser
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 
 
 def face_model(backbone="dinov2_vits14", image_size=56, depth=2, **fields) -> FaceModel:

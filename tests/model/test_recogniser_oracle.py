@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitface.errors import WeightsError
 from vitface.model.inference import embed_crops, prepare_inference
 from vitface.presets import VIT_PRESETS
-from vitface.store.backbones import load_backbone, read_backbone
+from vitface.store.backbone import load_backbone, read_backbone
 from vitface.store.faces import frozen_face
 from vitface.weights.conversion import convert_file
 

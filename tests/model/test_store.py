@@ -14,7 +14,7 @@ from vitface.files import sha256_file
 from vitface.model.face import FaceModel
 from vitface.recogniser import Recogniser
 from vitface.store import faces
-from vitface.store.backbones import load_backbone, save_backbone
+from vitface.store.backbone import load_backbone, save_backbone
 from vitface.store.faces import MODEL_FILES, open_checkpoint, trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 

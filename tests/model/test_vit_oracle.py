@@ -17,7 +17,7 @@ from PIL import Image
 from vitface.model.positions import resample_pos_embed
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import load_backbone
+from vitface.store.backbone import load_backbone
 from vitface.weights.conversion import convert_file
 
 transformers = optional("transformers")

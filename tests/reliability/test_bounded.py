@@ -40,7 +40,7 @@ from vitface.exchange.peft import CONFIG, TENSORS
 from vitface.files import json_bytes, sha256_bytes
 from vitface.gallery.gallery import Gallery
 from vitface.gallery.parts import FORMAT
-from vitface.store.backbones import read_backbone
+from vitface.store.backbone import read_backbone
 from vitface.store.faces import read_face_config, read_manifest
 from vitface.store.settings import read_config, read_epochs
 from vitface.store.thresholds import read_calibration

@@ -42,7 +42,7 @@ from vitface.gallery.parts import Folder, Origin, Settings, part_files, read_par
 from vitface.model.face import FaceModel
 from vitface.model.lora import adapter_state_dict
 from vitface.recogniser import Recogniser
-from vitface.store.backbones import load_backbone, read_backbone, save_backbone
+from vitface.store.backbone import load_backbone, read_backbone, save_backbone
 from vitface.store.faces import open_checkpoint
 from vitface.store.tensors import load_tensors
 from vitface.store.thresholds import FARS

@@ -17,7 +17,7 @@ from vitface.__main__ import main
 from vitface.errors import ConfigError, in_one_line, printable
 from vitface.files import cache_home
 from vitface.gallery.gallery import Gallery
-from vitface.store.backbones import backbone_files
+from vitface.store.backbone import backbone_files
 from vitface.training.runs.interrupt import stop_requests
 
 

@@ -18,7 +18,7 @@ from vitface.model.inference import embed_crops, prepare_inference
 from vitface.model.margin import CosFace, MarginLoss
 from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS
-from vitface.store.backbones import load_backbone, read_backbone, save_backbone
+from vitface.store.backbone import load_backbone, read_backbone, save_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.settings import read_epochs
 from vitface.training.ranks.identities import ShardedMargin

@@ -24,7 +24,7 @@ from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbones import expected_tensors, load_backbone, read_backbone
+from vitface.store.backbone import expected_tensors, load_backbone, read_backbone
 from vitface.weights import conversion
 from vitface.weights.conversion import convert_backbone, convert_file
 from vitface.weights.keymaps import FAMILIES

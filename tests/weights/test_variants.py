@@ -9,7 +9,7 @@ from test_convert import as_meta, as_openai, assert_same, random_state, tiny, wr
 from vitface.__main__ import main
 from vitface.errors import WeightsError
 from vitface.presets import IMAGENET_MEAN, VIT_PRESETS
-from vitface.store.backbones import load_backbone, read_backbone
+from vitface.store.backbone import load_backbone, read_backbone
 from vitface.weights.conversion import convert_backbone, convert_file
 
 

@@ -77,6 +77,7 @@ def _check_flags(parser: CommandParser) -> None:
     model = "trained run whose model looks for training people's faces in the benchmarks, too"
     parser.add_argument("--checkpoint", type=Path, metavar="RUN", help=model)
     add_shared(parser, "--weights", "--device", "--num-workers", "--json")
+    parser.set_defaults(backbone=None, image_size=None)  # a model that was trained, no backbone
 
 
 def _check(arguments: argparse.Namespace) -> int:

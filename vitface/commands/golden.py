@@ -70,7 +70,7 @@ def open_golden(name: str, src: Path | None, weights: str | None) -> "tuple[Reco
     from vitface.model.face import FaceModel
     from vitface.model.vit import ViT
     from vitface.recogniser import Recogniser
-    from vitface.store.backbones import resample_pos_embed
+    from vitface.store.backbone import resample_pos_embed
     from vitface.store.faces import frozen_config
 
     if src is not None and weights is not None:
@@ -97,7 +97,7 @@ def _from_source(name: str, src: Path) -> "tuple[ViTConfig, dict[str, Tensor], T
 
 def _converted(name: str, weights: str | None) -> "tuple[ViTConfig, dict[str, Tensor]]":
     """ConfigError for CLIP: a converted file has no projection."""
-    from vitface.store.backbones import expected_tensors, find_backbone, read_backbone
+    from vitface.store.backbone import expected_tensors, find_backbone, read_backbone
     from vitface.store.tensors import first_fault
     from vitface.weights.sources import SOURCES
 

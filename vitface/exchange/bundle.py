@@ -11,7 +11,7 @@ from vitface.errors import ConfigError, ExchangeError
 from vitface.files import json_bytes, make_folder, new_folder, sha256_bytes, sync_folder, write_synced
 from vitface.model.face import FaceModel
 from vitface.model.lora import merge_lora
-from vitface.store.backbones import backbone_bytes, contents_sha256, read_backbone
+from vitface.store.backbone import backbone_bytes, contents_sha256, read_backbone
 from vitface.store.faces import MANIFEST_FILE, Checkpoint, trained_tensors
 from vitface.store.tensors import tensor_bytes
 from vitface.store.thresholds import THRESHOLDS_FILE

@@ -27,7 +27,7 @@ from vitface.model.face import FaceModel
 from vitface.model.lora import TARGETS
 from vitface.model.vit import ViT
 from vitface.presets import ViTConfig
-from vitface.store.backbones import expected_tensors, find_backbone, load_backbone
+from vitface.store.backbone import expected_tensors, find_backbone, load_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
 from vitface.weights.layouts import half_turns

@@ -1,8 +1,8 @@
 """The Vision Transformer, in forward order: patches -> tokens -> blocks -> norm -> pool.
 
-One file for all backbones: the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), CLIP's, SigLIP's and PE's vision
-towers, DINOv2 and DINOv3, and face recognisers; what differs between them is data in `ViTConfig`. State-dict names are
-DINOv2's and timm's.
+One file for all backbones: the plain ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), the vision towers of CLIP
+(Radford et al. 2021, arXiv:2103.00020), SigLIP and PE, DINOv2 (Oquab et al. 2023, arXiv:2304.07193), DINOv3, and
+recognisers of faces; what differs is data in `ViTConfig`. State-dict names are DINOv2's and timm's.
 
 `mix` says how the adapters are used; without it the frozen layers run alone (see `vitface.model.lora.Mix`).
 Letters: B images, S input side, P patch, g patches a side, N tokens (prefix + g²), D width, nh heads.

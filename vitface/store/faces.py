@@ -24,7 +24,7 @@ from vitface.model.face import FaceModel
 from vitface.model.vit import ViT
 from vitface.presets import VIT_ALIASES, VIT_PRESETS, backbone_name
 from vitface.store import hub
-from vitface.store.backbones import (
+from vitface.store.backbone import (
     backbone_files,
     contents_sha256,
     find_backbone,

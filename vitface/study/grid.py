@@ -28,7 +28,7 @@ from vitface.files import check_output, json_bytes, replace_file
 from vitface.model.counts import parameter_counts
 from vitface.presets import backbone_name
 from vitface.recogniser import Recogniser, load
-from vitface.store.backbones import weights_sha256
+from vitface.store.backbone import weights_sha256
 from vitface.store.faces import meta_model, open_checkpoint
 from vitface.study.controls import CONTROLS, shuffled_gate
 from vitface.training.run import run

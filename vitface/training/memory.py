@@ -57,7 +57,7 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     before = vit.recomputed
     entry = vit.tokens(images).detach().requires_grad_()
     mix = Mix(entry.new_ones(PROBE, model.config.num_domains) if model.router is not None else None)
-    block = saved_bytes(lambda: vit.blocks[0](entry, mix), model)
+    block = saved_bytes(lambda: vit.blocks[0](entry, mix, vit.rotation), model)
     try:
         for recomputed in range(len(vit.blocks) + 1):
             vit.recompute(recomputed)

@@ -24,7 +24,7 @@ from vitface.files import cache_home
 from vitface.model.face import FaceModel
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.presets import VIT_PRESETS, backbone_name
-from vitface.store.backbones import find_backbone, load_backbone, weights_sha256
+from vitface.store.backbone import find_backbone, load_backbone, weights_sha256
 from vitface.training.batches import TrainingData, micro_batch_size
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import gather_rows

@@ -37,7 +37,7 @@ def add_flags(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from vitface.store.backbones import read_backbone
+    from vitface.store.backbone import read_backbone
     from vitface.weights.conversion import convert_backbone
 
     out = arguments.out or Path("weights") / f"{backbone_name(arguments.name)}.safetensors"
@@ -74,7 +74,7 @@ def report(done: "Conversion") -> str:
 def next_command(name: str, path: Path) -> str:
     """The command for the backbone file `path`: a recogniser is calibrated, others are trained on. It names the file
     only if it is not found without that."""
-    from vitface.store.backbones import find_backbone
+    from vitface.store.backbone import find_backbone
 
     try:
         found = find_backbone(name).resolve() == path.resolve()

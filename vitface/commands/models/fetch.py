@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def about(name: str) -> str:
     """What will be downloaded: whose it is and how large, its licence, and the sha256 that is expected."""
-    from vitface.store.backbones import expected_tensors
+    from vitface.store.backbone import expected_tensors
 
     source = SOURCES[name]
     megabytes = sum(4 * tensor.numel() for tensor in expected_tensors(VIT_PRESETS[name]).values()) / 1e6

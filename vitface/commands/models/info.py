@@ -28,7 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
     """The contents of `path`, ready for JSON; the errors are those of reading that kind of file or folder."""
     from vitface.gallery.parts import is_gallery, read_names, read_settings
     from vitface.model.counts import parameter_counts
-    from vitface.store.backbones import find_backbone, read_backbone
+    from vitface.store.backbone import find_backbone, read_backbone
     from vitface.store.faces import meta_model, open_backbone, open_checkpoint
     from vitface.store.settings import read_epochs, run_faults
     from vitface.store.thresholds import source_text
