@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.store.backbone import backbone_files, expected_tensors
 
     head = ("name", "parameters", "image", "tokens", f"LoRA, rank {RANK}", "licence", "found at")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     short = {name: alias for alias, name in VIT_ALIASES.items()}
     for name, config in VIT_PRESETS.items():
         side = config.usual_size
