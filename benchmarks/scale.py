@@ -7,8 +7,8 @@ For each number of images a set of drawn people is written (or that of --set is 
 its own: data check, data show, data pack (killed half way, then resumed), a training that packs first (cold), one that
 finds the packed images (warm), its resume, one with --no-pack, embed of a folder of all images, search, cluster and
 export. Trainings see 512 images, so that their time is that of beginning and ending. Memory is that of the largest
-process, looked at 50 times a second. Between two sizes, a stage grows faster than the data if its time does by more
-than n log n and a fifth, or its memory by more than the data. The last line is JSON: {images: {stage:
+process without mapped files, looked at 50 times a second. Between two sizes, a stage grows faster than the data if its
+time does by more than n log n and a fifth, or its memory by more than the data. The last line is JSON: {images: {stage:
 {seconds, gigabytes}}}.
 """
 
@@ -99,14 +99,17 @@ def measure(arguments: list[str], work: Path, kill_at: int = 0) -> tuple[Figures
 
 
 def resident(pid: int | str) -> int:
-    """The bytes in memory of a process or one of those that it started, whichever has most; 0 if it is gone."""
+    """The most bytes that a process, or one of those that it started, has for itself; 0 if it is gone.
+
+    Pages of mapped files are left out: the packed pixels of a set are the system's cache, which it takes back.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0
-    own = re.search(r"VmRSS:\s+(\d+) kB", status)
-    return max([1024 * int(own[1]) if own else 0, *map(resident, children)])
+    own = sum(int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
+    return max([1024 * own, *map(resident, children)])
 
 
 def packed_bytes(work: Path) -> int:
