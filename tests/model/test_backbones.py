@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vitface.errors import WeightsError
-from vitface.store import backbones
+from vitface.store import backbone as store
 from vitface.store.backbone import find_backbone, load_backbone, save_backbone
 
 
@@ -47,7 +47,7 @@ def test_places_in_order(backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     path.rename(tmp_path / "kept")
-    backbones._say.cache_clear()
+    store._say.cache_clear()
     with pytest.raises(WeightsError, match="vitface fetch tiny"):
         load_backbone("tiny")
     (tmp_path / "weights").mkdir()

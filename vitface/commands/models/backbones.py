@@ -7,7 +7,7 @@ from vitface.presets import VIT_ALIASES, VIT_PRESETS
 from vitface.weights.sources import SOURCES
 
 EXAMPLES = """examples:
-  vitface backbones
+  vitface backbones                                  a line each
 """
 RANK = 16  # of the LoRA whose parameters are counted
 
