@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import optional
 from drawn import drawn_faces, jpeg
 from ijb import reference, write_ijb
-from sklearn import metrics
 
 from vitface.__main__ import main
 from vitface.data.faces.alignment import align_face
@@ -18,6 +18,8 @@ from vitface.evaluation.ijb import embedding, scoring
 from vitface.evaluation.ijb.results import result_text
 from vitface.evaluation.ijb.scoring import evaluate_templates, pair_scores, tar_at_far
 from vitface.recogniser import load
+
+metrics = optional("sklearn.metrics")
 
 
 def check(result, wanted):
