@@ -22,7 +22,7 @@ from vitface.files import sha256_file
 from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.store.backbone import expected_tensors, save_backbone
 from vitface.weights.beside import settings_beside
-from vitface.weights.keymaps import BESIDE, FAMILIES, Family, find_family
+from vitface.weights.keymaps import BESIDE, FAMILIES, MARKS, Family, find_family
 from vitface.weights.layouts import arrange, half_turns
 from vitface.weights.reading import read_source
 from vitface.weights.recognisers import check_variant, takes_bgr
@@ -139,8 +139,7 @@ def map_tensors(
 
 def _marks(family: Family, target: str, assigned: dict[str, str]) -> tuple[str, ...]:
     """The marks of the pieces that `target` has in this file; those of any file of the family if it has none."""
-    every = (("",), ("[q]", "[k]", "[v]"), ("[gate]", "[up]"))
-    kinds = [kind for kind in every if family.source_names(target + kind[0])]
+    kinds = [kind for kind in reversed(MARKS) if family.source_names(target + kind[0])]
     return next((kind for kind in kinds if target + kind[0] in assigned), kinds[0] if kinds else ())
 
 

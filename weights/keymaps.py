@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+# of the parts of a fused qkv, of SwiGLU's fc1, and of a whole layer
+MARKS = (("[q]", "[k]", "[v]"), ("[gate]", "[up]"), ("",))
+
 
 def _abstract(name: str) -> tuple[str, str]:
     """("blocks.{i}.norm1.weight", "3") for "blocks.3.norm1.weight"; the index is "" where there is none."""

@@ -56,7 +56,9 @@ def merged_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         raise ExchangeError(f"{path} was trained around random weights: there is no backbone file to merge into")
     model, (_, _, frozen, source) = checkpoint.load("fp32"), read_backbone(Path(file))
     merge_lora(model.vit)
-    tensors = {**model.vit.state_dict(), **{name: frozen[name].float() for name in frozen if name == "pos_embed"}}
+    tensors = model.vit.state_dict()
+    if "pos_embed" in frozen:
+        tensors["pos_embed"] = frozen["pos_embed"].float()  # at the native size
     source = {**source, "merged": f"LoRA, model.safetensors with sha256 {checkpoint.sha256}"}
     backbone = backbone_bytes(config.backbone, config.vit, tensors, source)
     plain = dataclasses.replace(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitface.config import MAX_SIZE, FaceConfig
 from vitface.errors import ExchangeError
-from vitface.exchange.peft import CONFIG, MARKS, TENSORS
+from vitface.exchange.peft import CONFIG, TENSORS
 from vitface.exchange.peft_keys import base_fault, our_layers, part_of_backbone, read_modules, without_wrappers
 from vitface.files import read_json
 from vitface.model.face import FaceModel
@@ -30,6 +30,7 @@ from vitface.presets import ViTConfig
 from vitface.store.backbone import expected_tensors, find_backbone, load_backbone
 from vitface.store.faces import frozen_face, open_checkpoint, trained_tensors
 from vitface.store.tensors import load_tensors
+from vitface.weights.keymaps import MARKS
 from vitface.weights.layouts import half_turns
 
 MAX_CONFIG_BYTES = 1 << 20

@@ -14,13 +14,12 @@ from torch import Tensor
 from vitface.config import FaceConfig
 from vitface.errors import ExchangeError
 from vitface.store.tensors import tensor_bytes
-from vitface.weights.keymaps import META_TIMM, Family, transformers_family
+from vitface.weights.keymaps import MARKS, META_TIMM, Family, transformers_family
 from vitface.weights.layouts import neighbour_turns
 from vitface.weights.sources import SOURCES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MARKS = (("[q]", "[k]", "[v]"), ("[gate]", "[up]"), ("",))  # of the parts of a fused qkv, of SwiGLU's fc1, of a layer
 
 
 @dataclass(frozen=True)
