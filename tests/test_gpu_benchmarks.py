@@ -84,6 +84,21 @@ def test_the_count_is_that_of_torch(domains, head, targets):
     assert step == patches + 2 * (forward - adapters - router - patches) + 3 * adapters + router
 
 
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "dinov3_vits16plus", "siglip2_vitb16", "adaface_vit_s"])
+def test_the_count_is_that_of_torch_for_other_backbones(name):
+    """Registers, SwiGLU, no CLS token, other widths of the MLP."""
+    sizes = dict(native_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, pool_heads=2)
+    vit = tiny_vit(**{**vars(VIT_PRESETS[name]), **sizes})
+    config = FaceConfig(name, "random", vit.config, 32, embedding_dim=vit.config.output_dim)
+    model = FaceModel(vit, config).eval()
+    model.use_ops(ops)
+    model.vit.pool = torch.nn.Identity()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 3, 32, 32))
+    assert flops.forward_and_step(config)[0] == counter.get_total_flops() // 2
+
+
 class _Constant(torch.nn.Module):
     def __init__(self, domains):
         super().__init__()
