@@ -34,7 +34,7 @@ from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.presets import IMAGENET_MEAN, IMAGENET_STD
 from vitface.training.batches import Batch, training_input
 from vitface.training.loss_scale import LossScale
-from vitface.training.setup import build_model, resolve_choices
+from vitface.training.setup import build_margin, build_model, resolve_choices
 from vitface.training.step import make_optimizer, total_loss, update
 
 FACES, BATCH, ROUNDS = 1024, 128, 5
@@ -98,7 +98,7 @@ def readers(folder: FolderSamples, packed: PackedSamples) -> dict[str, Callable[
 def wait_share(packed: PackedSamples) -> float:
     """The share of STEPS training steps of DINOv2's ViT-S, 224 px, random weights, spent waiting for a batch."""
     config = resolve_choices(resolve({"weights": "random", "batch_size": STEP_BATCH, "device": "cpu"}))
-    model, margin = build_model(config, len(packed.names))
+    model, margin = build_model(config), build_margin(config, len(packed.names))
     optimizer, scale = make_optimizer(model, margin, config), LossScale(False, torch.device("cpu"))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = shuffled((STEPS + 1) * STEP_BATCH, len(packed), 0)

@@ -13,7 +13,7 @@ from vitface.config import resolve
 from vitface.model.counts import parameter_counts
 from vitface.training.memory import plan_memory
 from vitface.training.ranks.identities import CHUNK
-from vitface.training.setup import build_model
+from vitface.training.setup import build_margin, build_model
 
 GB, MB, E = 10**9, 10**6, 512
 FLOAT = 4  # bytes
@@ -57,7 +57,7 @@ class Model:
 def measure(backbone: str) -> Model:
     """The default recipe (LoRA r 16, head patches, bf16) around random weights; the bytes do not depend on them."""
     config = resolve({"backbone": backbone, "weights": "random", "dtype": "bf16", "device": "cpu"})
-    model, margin = build_model(config, 2)
+    model, margin = build_model(config), build_margin(config, 2)
     trained = parameter_counts(model)["all"][1]
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     return Model(backbone, frozen, trained, plan_memory(model, margin, 1, None).per_image)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from vitface.__main__ import main
 from vitface.commands.experiments import RECORDED
 from vitface.commands.parser import add_settings
-from vitface.config import EXPERIMENTS, TrainConfig, differences, resolve, to_flag
+from vitface.config import TrainConfig, differences, resolve, to_flag
 from vitface.errors import ConfigError
 from vitface.kernels import fused
-from vitface.presets import VIT_PRESETS, backbone_name
+from vitface.presets import EXPERIMENTS, VIT_PRESETS, backbone_name
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)

@@ -70,7 +70,7 @@ def problems(page: str, claims: list[str]) -> list[str]:
 def model(**flags):
     """The face model that train.py would build, with random weights, on the CPU."""
     config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32")
-    return build_model(config, num_people=2)[0].eval()
+    return build_model(config).eval()
 
 
 @functools.cache

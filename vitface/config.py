@@ -5,15 +5,18 @@ A run's configuration is one flat frozen dataclass, and each of its fields is a 
 """
 
 import dataclasses
+import itertools
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from vitface.credentials import find_secret
 from vitface.errors import ConfigError, did_you_mean
-from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name, usual_settings
+from vitface.presets import EXPERIMENTS, VIT_PRESETS, ViTConfig, backbone_name, usual_settings
 
 MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
+SIDES = {"least": 1, "most": MAX_IMAGE_SIZE}
 LEAST_TEMPERATURE = 1e-6  # of the router's softmax; below it float32 overflows
 Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
 
@@ -72,6 +75,13 @@ def flag(default: Any, text: str, *, group: str = "", bookkeeping: bool = False,
     return field(default=default, metadata=about)
 
 
+class Phase(NamedTuple):
+    """Training on images of one size, until `end` epochs are done."""
+
+    side: int
+    end: int
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run, flat. Every field is a flag; the resolved values are saved in the run directory."""
@@ -82,7 +92,12 @@ class TrainConfig:
     weights: str | None = flag(
         None, "converted backbone file, or random; default: where fetch puts it", bookkeeping=True
     )
-    image_size: int = flag(224, "input side in pixels, a multiple of the patch", least=1, most=MAX_IMAGE_SIZE)
+    image_size: int | str = flag(
+        224,
+        "input side in pixels, a multiple of the patch; 64:6,112: the first 6 epochs at 64",
+        least=1,
+        most=MAX_IMAGE_SIZE,
+    )
     train_patch_embed: bool = flag(False, "also train the patch convolution, as the recorded experiments did")
     head: Literal["bn", "linear", "patches", "pretrained"] = flag("patches", "embedding head; of a recogniser: its own")
     train_head: bool = flag(False, "also train the pretrained head")
@@ -145,7 +160,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value, bounds = getattr(self, item.name), item.metadata["bounds"]
-            if bounds is not None and value is not None and value not in bounds:
+            if bounds is not None and isinstance(value, int | float) and value not in bounds:
                 raise ConfigError(f"{to_flag(item.name)} must be {bounds}, not {value}")
             kind = find_secret(value) if isinstance(value, str) else None
             if kind:
@@ -155,8 +170,28 @@ class TrainConfig:
         self._check_model(VIT_PRESETS[backbone_name(self.backbone)])
         self._check_batch()
 
+    @property
+    def phases(self) -> list[Phase]:
+        """Images of one size after another (progressive resizing), in the order of training; ConfigError if wrong."""
+        text = str(self.image_size)
+        if not re.fullmatch(r"(\d{1,9}:\d{1,9},)*\d{1,9}(:\d{1,9})?", text, re.ASCII):
+            raise ConfigError(f"--image-size is a number, or SIDE:EPOCHS,...,SIDE such as 64:6,112; not {text!r:.60}")
+        sides, epochs = zip(*(map(int, f"{part}:0".split(":")[:2]) for part in text.split(",")), strict=True)
+        epochs = [*epochs[:-1], epochs[-1] or self.epochs - sum(epochs)]
+        if min(epochs) < 1 or sum(epochs) != self.epochs:
+            raise ConfigError(f"--image-size {text} must leave each size at least one of the {self.epochs} --epochs")
+        return [Phase(side, end) for side, end in zip(sides, itertools.accumulate(epochs), strict=True)]
+
+    @property
+    def side(self) -> int:
+        """The input side of the finished model."""
+        return self.phases[-1].side
+
     def _check_model(self, vit: ViTConfig) -> None:
-        vit.grid(self.image_size)
+        for side in {phase.side for phase in self.phases}:
+            if side not in Bounds(**SIDES):
+                raise ConfigError(f"--image-size must be {Bounds(**SIDES)}, not {side}")
+            vit.grid(side)
         if self.use_dalora and self.num_domains < 2:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")
         blocks = f"as {self.backbone} has {vit.depth} blocks"
@@ -175,35 +210,6 @@ class TrainConfig:
 
 
 BOOKKEEPING = frozenset(item.name for item in dataclasses.fields(TrainConfig) if item.metadata["bookkeeping"])
-
-
-class Experiment(NamedTuple):
-    """A preset: what it is, what to expect of it and in what time; and the settings that differ from the defaults."""
-
-    text: str
-    settings: dict[str, Any]
-
-
-_RECORDED: dict[str, Any] = dict(lora_alpha=16.0, head="linear", lr=1e-4, identity_lr=1e-4, batch_size=128, epochs=40)
-EXPERIMENTS = {
-    "demo": Experiment(
-        "DA-LoRA on procedural faces, no download: 95 % on new people (frozen 76 %); 45 s, two cores",
-        dict(backbone="vit_nano", image_size=112, train_data="synthetic", val_data=None, num_workers=0)
-        | dict(use_dalora=True, router_depth=2, head="bn", embedding_dim=128)
-        | dict(margin=0.2, scale=32.0, augment="flip", epochs=3, lr=2e-3, identity_lr=1e-2),
-    ),
-    "lfw_vit_tiny": Experiment(
-        "LoRA on ViT-Ti/16; with 289 people as --train-data 91.6 % on LFW (frozen 76 %); 14 min, one core",
-        dict(backbone="vit_tiny_patch16", image_size=112, head_levels=3, lora_targets="attn+mlp")
-        | dict(lr=1e-3, scale=32.0, holdout_people=0, epochs=20),
-    ),
-    "exp_001": Experiment("LoRA on DINOv2, CASIA-WebFace: 90.45 % on LFW recorded; days on a small GPU", _RECORDED),
-    "exp_002": Experiment("LoRA on CLIP, CASIA-WebFace: no result is known", _RECORDED | dict(backbone="clip")),
-    "exp_003": Experiment("exp_001 with DA-LoRA: 89.50 % on LFW recorded", _RECORDED | dict(use_dalora=True)),
-    "exp_004": Experiment(
-        "exp_002 with DA-LoRA: no result is known", _RECORDED | dict(backbone="clip", use_dalora=True)
-    ),
-}
 
 
 def to_flag(name: str) -> str:

@@ -7,9 +7,10 @@ import numpy as np
 
 import vitface.__main__
 from vitface.commands.experiments import RECORDED, RECORDED_ON, experiments_markdown
-from vitface.config import EXPERIMENTS, resolve
+from vitface.config import resolve
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.scores import SCORES, save_scores
+from vitface.presets import EXPERIMENTS
 from vitface.store.faces import open_checkpoint
 
 

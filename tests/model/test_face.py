@@ -12,12 +12,12 @@ from vitface.model.lora import Mix
 from vitface.model.router import Router, load_balance_loss, subsample_patches
 from vitface.model.vit import ViT, init_weights
 from vitface.recogniser import Recogniser
-from vitface.training.setup import build_model
+from vitface.training.setup import build_margin, build_model
 
 
 def trainable(**flags):
     config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32")
-    model, margin = build_model(config, num_people=10)
+    model, margin = build_model(config), build_margin(config, num_people=10)
     return parameter_counts(model), margin.weight.numel()
 
 

@@ -9,7 +9,7 @@ from vitface.errors import ConfigError
 from vitface.model.lora import Mix
 from vitface.model.margin import MarginLoss, make_margin
 from vitface.training.memory import GB, plan_memory
-from vitface.training.setup import build_model
+from vitface.training.setup import build_margin, build_model
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CHANGES = [{}, {"num_domains": 3}, {"head": "patches", "head_levels": 2}, {"lora_targets": "attn+mlp"}]
@@ -102,6 +102,6 @@ def test_clip_at_batch_128_fits_8_gb():
     """The plan for ViT-B/16 on CASIA's 10,572 people; what autograd saves is measured on the real model."""
     config = resolve(dict(backbone="clip", weights="random", use_dalora=True, batch_size=128, memory_budget=8.0))
     config = dataclasses.replace(config, device="cpu", dtype="bf16")
-    plan = plan_memory(*build_model(config, 10572), config.batch_size, config.memory_budget)
+    plan = plan_memory(build_model(config), build_margin(config, 10572), config.batch_size, config.memory_budget)
     assert plan.total <= 8 * GB
     assert plan.recomputed <= 6

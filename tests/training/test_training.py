@@ -53,7 +53,7 @@ SMALL = dict(
 )
 
 
-KINDS = {"dalora": {"use_dalora": True}, "adaface": {"loss": "adaface"}}
+KINDS = {"dalora": {"use_dalora": True}, "adaface": {"loss": "adaface"}, "growing": {"image_size": "32:1,64"}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -128,6 +128,9 @@ def test_synthetic_domains_are_learned_unless_told_not_to():
         ("dalora", 2, signal.SIGINT),
         ("adaface", 3, signal.SIGTERM),
         ("dalora", 4, signal.SIGTERM),
+        ("growing", 1, signal.SIGTERM),
+        ("growing", 2, signal.SIGINT),
+        ("growing", 3, signal.SIGTERM),
     ],
 )
 def test_resume_is_bit_exact_from_any_step(tmp_path, monkeypatch, unbroken, kind, stop_at, number):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vitface.commands.parser import CommandParser, add_shared
-from vitface.config import BOOKKEEPING, EXPERIMENTS, differences, to_flag
+from vitface.config import BOOKKEEPING, differences, to_flag
 from vitface.documents import put_between_markers, table
 from vitface.errors import VitfaceError
+from vitface.presets import EXPERIMENTS
 from vitface.store.settings import read_config
 
 RECORDED_ON = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")

@@ -176,6 +176,8 @@ def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ())
 
 def _options(hint: Any) -> dict[str, Any]:
     """Returns argparse's options for the type of a field."""
+    if hint == int | str:
+        return {"type": lambda text: text if ":" in text else number(int)(text), "metavar": "SIDE[:EPOCHS,...]"}
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     if hint is bool:

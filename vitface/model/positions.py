@@ -46,6 +46,22 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
     return torch.cat([cls, rearrange(table, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
 
 
+def resample_rows(rows: Tensor, places: int, width: int, grid: int, of_map: bool = False) -> Tensor:
+    """Numbers for each token of a row, (E, (places + g²) width), at another grid: (E, (places + grid²) width).
+
+    Those of patches are interpolated, bilinearly with antialias. With `of_map` they are a linear map of tokens, and it
+    becomes that of tokens interpolated to the grid g. Those of the `places` before them stay.
+    """
+    before, patches = rows.split([places * width, rows.shape[1] - places * width], dim=1)
+    native = math.isqrt(patches.shape[1] // width)
+    old, new = (native, grid) if of_map else (grid, native)
+    places_of = torch.eye(new * new, dtype=rows.dtype, device=rows.device).view(-1, 1, new, new)
+    shares = F.interpolate(places_of, size=(old, old), mode="bilinear", antialias=True).flatten(1)  # (new², old²)
+    patches = rearrange(patches, "e (p c) -> e p c", c=width)
+    resampled = torch.einsum("epc,qp->eqc" if of_map else "epc,pq->eqc", patches, shares)
+    return torch.cat([before, rearrange(resampled, "e q c -> e (q c)")], dim=1)
+
+
 def rotations(config: ViTConfig, image_size: int) -> Tensor | None:
     """Cosine and sine by which queries and keys are turned (2, N, hd); None without rotary positions.
 

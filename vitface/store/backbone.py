@@ -45,22 +45,27 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     name = backbone_name(name)
     if weights == "random":
         config = VIT_PRESETS[name]
-        vit = ViT(config, config.usual_size if image_size is None else image_size)
-        init_weights(vit)
-        return vit.eval()
-    path = find_backbone(name) if weights is None else Path(weights)
-    stored_name, config, tensors, _ = read_backbone(path)
-    if stored_name != name:
-        raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
-    fault = first_fault(tensors, expected_tensors(config), exact_dtype=False)
-    if fault:
-        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
+        init_weights(vit := ViT(config, config.native_size))
+        tensors = vit.state_dict()
+    else:
+        config, tensors = _stored(name, find_backbone(name) if weights is None else Path(weights))
     image_size = config.usual_size if image_size is None else image_size
     if config.pos_embed:
         tensors["pos_embed"] = resample_pos_embed(tensors["pos_embed"], config.grid(image_size), config.pos_interp)
     vit = ViT(config, image_size)
     vit.load_state_dict(tensors)
     return vit.eval()
+
+
+def _stored(name: str, path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """The settings and tensors of a backbone's file; WeightsError if it is damaged, or that of another backbone."""
+    stored_name, config, tensors, _ = read_backbone(path)
+    if stored_name != name:
+        raise WeightsError(f"{path} holds {stored_name}, not {name}; pass --backbone {stored_name}")
+    fault = first_fault(tensors, expected_tensors(config), exact_dtype=False)
+    if fault:
+        raise WeightsError(f"{path}: {fault}; fetch or convert the file again")
+    return config, tensors
 
 
 def find_backbone(name: str) -> Path:

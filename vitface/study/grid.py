@@ -83,9 +83,9 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
                 shuffled = functools.partial(judged, checkpoint, device, shuffled_gate)
                 judge(folder / f"{SHUFFLED_AT_TEST}-s{seed}", shuffled, checkpoint.sha256, config, names)
         if done == 1:
-            frozen = functools.partial(judged_frozen, base.backbone, base.weights, base.image_size, device)
+            frozen = functools.partial(judged_frozen, base.backbone, base.weights, base.side, device)
             backbone = weights_sha256(backbone_name(base.backbone), base.weights)
-            judge(folder / FROZEN, frozen, f"{backbone}, {base.image_size} px", base, names)
+            judge(folder / FROZEN, frozen, f"{backbone}, {base.side} px", base, names)
         write_table(base, list(grid), seeds[:done], folder, command)
         print(f"\n{(folder / 'study.md').read_text(encoding='utf-8')}")
 

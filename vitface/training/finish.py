@@ -57,7 +57,7 @@ def finish(
     held_out = len(np.unique(data.samples.labels[data.split.held_out]))
     title = "adapted, best epoch" if held_out else "adapted, last epoch"
     if names and with_frozen:
-        frozen = judged_frozen(config.backbone, config.weights, config.image_size, device)
+        frozen = judged_frozen(config.backbone, config.weights, config.side, device)
         before = FROZEN[frozen.config.vit.pool]
         sections[before] = evaluate_frozen(frozen, names, data_dir, in_turns, broadcast, keep=rank() == 0)
         print0(f"\n{before}\n{evaluation_text(sections[before])}")

@@ -43,12 +43,18 @@ def header(trainer: Trainer, with_frozen: bool) -> str:
 def time_left(trainer: Trainer, benchmarks: list[str], with_frozen: bool) -> list[str]:
     """The estimated time of steps and evaluations, and an alarm for each benchmark that will fail."""
     config, progress, held_out = trainer.config, trainer.state.progress, len(trainer.data.split.held_out)
-    steps_left, seconds = trainer.total_steps - progress.step, trainer.seconds_per_step
     final = final_evaluation(trainer.model, benchmarks, config.val_data or "", with_frozen)
     images = 2 * final.images + min(held_out, HOLDOUT_IMAGES) * (config.epochs - progress.epoch + 2)
-    training, judging = seconds * steps_left / 60, seconds_per_image(trainer.model) * images / 60 / world_size()
-    times = f"{training:.1f} min for {steps_left:,} steps ({config.batch_size / seconds:,.0f} img/s before reading and "
-    times += f"augmenting) and {judging:.1f} min for evaluating ({images:,} images)"
+    judging = seconds_per_image(trainer.model) * images / 60 / world_size()
+    phases, done = [], progress.epoch * trainer.data.steps_per_epoch + progress.steps_into_epoch
+    for side, end in config.phases:
+        steps, seconds = end * trainer.data.steps_per_epoch - done, trainer.seconds[side]
+        if steps > 0:
+            size = f" at {side} px" if len(config.phases) > 1 else ""
+            rate = f"{config.batch_size / seconds:,.0f} img/s before reading and augmenting"
+            phases.append(f"{seconds * steps / 60:.1f} min for {steps:,} steps{size} ({rate})")
+            done += steps
+    times = f"{', '.join(phases)} and {judging:.1f} min for evaluating ({images:,} images)"
     return [*(f"ALARM {problem}" for problem in final.problems), f"estimated time: {times}"]
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vitface.config import TrainConfig
-from vitface.data.progress import Progress
 from vitface.metrics import auc
 from vitface.training import setup
 from vitface.training.batches import Ahead, Batch, rank_batches
@@ -22,14 +21,14 @@ from vitface.training.estimate import seconds_per_step
 from vitface.training.holdout import alarms, all_pairs, embed_held_out
 from vitface.training.loss_scale import LossScale
 from vitface.training.memory import plan_memory
-from vitface.training.non_finite import NonFiniteError, diagnose, may_skip, non_finite_error
+from vitface.training.non_finite import error_after, may_skip
 from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.ranks.parallel import accumulating, replicate, synchronise_batch_norms
 from vitface.training.ranks.process_group import agree, check_same, print0, world_size
 from vitface.training.runs.interrupt import stop_requests
-from vitface.training.runs.log import RunLog
-from vitface.training.runs.resume import settings_of, state_to_resume
-from vitface.training.runs.state import TrainingState
+from vitface.training.runs.log import RunLog, epoch_bar
+from vitface.training.runs.resume import settings_of, side_of, state_to_resume
+from vitface.training.runs.state import TrainingState, parameters
 from vitface.training.start import start_from_recogniser
 from vitface.training.step import compiled, make_optimizer, schedule, set_rates, total_loss, update
 
@@ -43,26 +42,36 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path | None, change: setup.Change | None = None):
-        self.config, self.run_dir = config, run_dir
+        self.config, self.run_dir, self.change = config, run_dir, change
         self.device = torch.device(config.device)
         self.data = setup.open_data(config)
-        self.model, self.margin = setup.build_model(config, self.data.split.num_people, change)
-        self.memory = plan_memory(self.model, self.margin, self.data.micro_batch, config.memory_budget)
+        self.loss_scale = LossScale(config.dtype == "fp16", self.device)
+        self.margin = setup.build_margin(config, self.data.split.num_people)
+        self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
+        self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
+        self.losses = compiled(total_loss, config)
+        self.seconds: dict[int, float] = {}  # of a step, by the side of its images
+        for phase in reversed(config.phases):
+            self._build(phase.side)
+            print0(f"memory: {self.memory}")
+        self.alarmed: set[str] = set()
+
+    def _build(self, side: int, before: TrainingState | None = None) -> None:
+        """Makes the model for images of `side` pixels, and all that trains it, to continue from the state `before`."""
+        config, micro_batch = self.config, self.data.micro_batch
+        self.model = setup.build_model(config, side, self.change)
+        self.memory = plan_memory(self.model, self.margin, micro_batch, config.memory_budget)
         self.model.vit.recompute(self.memory.recomputed)
-        print0(f"memory: {self.memory}")  # before the first pass, which may be too large
         if world_size() > 1:
             synchronise_batch_norms(self.model)
         self.optimizer = make_optimizer(self.model, self.margin, config)
-        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.loss_scale = LossScale(config.dtype == "fp16", self.device)
+        self.trained = parameters(self.optimizer)
         self.state = TrainingState(self.model, self.margin, self.optimizer, self.loss_scale)
-        self.losses = compiled(total_loss, config)
+        if before is not None:
+            self.state.take_over(before)
         self.forward = replicate(self.model, self.device)
-        self.margin_forward = self.margin if config.partial_fc is not None else replicate(self.margin, self.device)
-        self.sampled = self.margin if isinstance(self.margin, ShardedMargin) and self.margin.sample_rate < 1 else None
         # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
-        self.seconds_per_step = seconds_per_step(self.forward, self.margin_forward, self.data.micro_batch, config)
-        self.alarmed: set[str] = set()
+        self.seconds[side] = seconds_per_step(self.forward, self.margin_forward, side, micro_batch, config)
 
     @property
     def total_steps(self) -> int:
@@ -83,6 +92,7 @@ class Trainer:
             if progress.step == 0 and self.config.head == "pretrained":
                 start_from_recogniser(self, log)
             while not progress.finished:
+                self._grow(next(phase.side for phase in self.config.phases if progress.epoch < phase.end))
                 started, first = time.perf_counter(), progress.step
                 self._epoch(log, stop)
                 rate = (progress.step - first) * self.config.batch_size / (time.perf_counter() - started)
@@ -97,12 +107,18 @@ class Trainer:
                 if agree(stop.is_set(), [])[0]:
                     raise KeyboardInterrupt
 
+    def _grow(self, side: int) -> None:
+        """From now on images have `side` pixels, if they do not have them yet."""
+        if side != self.model.config.image_size:
+            torch.compiler.reset()  # a graph for each size is faster than one for all
+            self._build(side, self.state)
+
     def _epoch(self, log: RunLog | None, stop: threading.Event) -> None:
         """The rest of the current epoch, or as far as a step that is saved: at --save-every, or to stop there."""
         config, progress, steps = self.config, self.state.progress, self.data.steps_per_epoch
         batches = self._batches()
         self.model.train()
-        with contextlib.closing(batches), self._bar() as bar:
+        with contextlib.closing(batches), epoch_bar(config, progress, steps) as bar:
             while progress.steps_into_epoch < steps:
                 factor = schedule(progress.step, self.total_steps, steps)
                 set_rates(self.optimizer, factor)
@@ -124,17 +140,6 @@ class Trainer:
         steps = range(progress.steps_into_epoch, self.data.steps_per_epoch)
         return Ahead(rank_batches(self.config, self.data, self.model, progress.epoch, steps), self.device)
 
-    def _bar(self) -> Progress:
-        return Progress(
-            initial=self.state.progress.steps_into_epoch,
-            total=self.data.steps_per_epoch,
-            desc=f"epoch {self.state.progress.epoch + 1}/{self.config.epochs}",
-            unit_scale=self.config.batch_size,
-            unit="img",
-            leave=False,
-            dynamic_ncols=True,
-        )
-
     def _step(self, batches: Ahead) -> tuple[float, dict[str, float]]:
         """One update from the next --grad-accum micro-batches: the gradient's norm, and the mean losses.
 
@@ -153,7 +158,7 @@ class Trainer:
         losses = dict(zip(results, torch.stack([*results.values()]).tolist(), strict=True))
         norm, bad = losses.pop("grad_norm"), losses.pop("bad")
         if bad and not (self.loss_scale.enabled and may_skip(losses["loss"], progress.skipped_in_a_row)):
-            raise self._non_finite(batch.images, losses, norm)
+            raise error_after(self, batch.images, losses, norm)
         progress.skipped += int(bad)
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
         return norm, losses
@@ -173,15 +178,6 @@ class Trainer:
                 self.optimizer, losses["loss"], self.trained, self.config.clip_grad, self.loss_scale
             )
         return {**results, "loss": loss, "grad_norm": norm, "bad": bad}
-
-    def _non_finite(self, images: Tensor, losses: dict[str, float], norm: float) -> NonFiniteError:
-        """The error after a step that was not taken, with a diagnosis in the run's folder."""
-        progress, rate = self.state.progress, float(self.optimizer.param_groups[0]["lr"])
-        where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": self.config.seed, "lr": rate}
-        where["skipped_before"] = progress.skipped_in_a_row
-        modules = torch.nn.ModuleDict({"model": self.model, "margin": self.margin})
-        path = self.run_dir and self.run_dir / "non_finite.json"
-        return non_finite_error(diagnose(where, images, losses, norm, modules), path)
 
     def _log_step(self, log: RunLog, rate: float, norm: float, losses: dict[str, float]) -> None:
         progress = self.state.progress
@@ -233,8 +229,8 @@ class Trainer:
 
         With --allow-changed other settings and other data of as many people pass: the current epoch starts again.
         """
-        data = self.data.fingerprint()
-        written, changed = state_to_resume(checkpoint, self.config, self.model.config, data)
+        self._grow(side_of(checkpoint, self.config))
+        written, changed = state_to_resume(checkpoint, self.config, self.model.config, self.data.fingerprint())
         self.state.restore(checkpoint, written)
         self.state.progress.finished = False  # changed settings may ask for more epochs than it had
         if changed:

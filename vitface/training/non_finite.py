@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from vitface.errors import VitfaceError
 from vitface.files import json_bytes, replace_file
 from vitface.training.ranks.process_group import agree, all_gather, rank
+
+if TYPE_CHECKING:
+    from vitface.training.loop import Trainer
 
 MOST_SKIPPED = 20  # steps in a row
 FAULTS = ("loss", "gradient", "gradient norm", "none")  # the first one is nearest to the cause
@@ -47,6 +50,16 @@ def diagnose(
         "gradients_not_finite": bad,
         "largest_gradient": {name: str(tensor.abs().max().item()) for name, tensor in gradients.items()},
     }
+
+
+def error_after(trainer: "Trainer", images: Tensor, losses: dict[str, float], norm: float) -> NonFiniteError:
+    """The error after a step that was not taken, with a diagnosis in the run's folder. All ranks must call it."""
+    progress, rate = trainer.state.progress, float(trainer.optimizer.param_groups[0]["lr"])
+    where = {"step": progress.step + 1, "epoch": progress.epoch + 1, "seed": trainer.config.seed, "lr": rate}
+    where["skipped_before"] = progress.skipped_in_a_row
+    modules = nn.ModuleDict({"model": trainer.model, "margin": trainer.margin})
+    path = trainer.run_dir and trainer.run_dir / "non_finite.json"
+    return non_finite_error(diagnose(where, images, losses, norm, modules), path)
 
 
 def non_finite_error(diagnosis: dict[str, Any], path: Path | None) -> NonFiniteError:

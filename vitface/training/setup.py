@@ -32,7 +32,7 @@ from vitface.training.ranks.process_group import barrier, local_device, print0
 from vitface.training.runs.state import Margin
 
 SYNTHETIC_PEOPLE, SYNTHETIC_IMAGES = 200, 20
-DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, epochs=1, holdout_people=0)
+DRY_RUN: dict[str, Any] = dict(weights="random", train_data="synthetic", val_data=None, holdout_people=0)
 DRY_RUN |= dict(patience=0, num_workers=0, resume=None, wandb=False, tensorboard=False)
 
 
@@ -47,7 +47,10 @@ def resolve_choices(config: TrainConfig) -> TrainConfig:
     weights = config.weights if config.weights in (None, "random") else str(Path(config.weights).absolute())
     config = dataclasses.replace(config, device=str(device), dtype=dtype, weights=weights)
     if config.dry_run:
-        config = dataclasses.replace(config, **DRY_RUN, max_samples=2 * config.batch_size)
+        sides = ",".join(f"{phase.side}:1" for phase in config.phases)
+        config = dataclasses.replace(
+            config, **DRY_RUN, epochs=len(config.phases), image_size=sides, max_samples=2 * config.batch_size
+        )
     return config
 
 
@@ -171,19 +174,25 @@ def final_benchmarks(config: TrainConfig) -> list[str]:
 Change = Callable[[FaceModel], None]  # of a model, before it is trained or evaluated; a study's control
 
 
-def build_model(config: TrainConfig, num_people: int, change: Change | None = None) -> tuple[FaceModel, Margin]:
-    """The face model, and the loss with its identity matrix, on the device and in train mode."""
-    vit = load_backbone(config.backbone, config.weights, config.image_size)
+def build_model(config: TrainConfig, side: int | None = None, change: Change | None = None) -> FaceModel:
+    """The face model for images of `side` pixels, by default the last ones, on the device and in train mode."""
+    side = config.side if side is None else side
+    vit = load_backbone(config.backbone, config.weights, side)
     name = backbone_name(config.backbone)
-    flags, domains = vars(config), config.num_domains if config.use_dalora else 1
+    flags, domains = vars(config) | {"image_size": side}, config.num_domains if config.use_dalora else 1
     settings = {field.name: flags[field.name] for field in dataclasses.fields(FaceConfig) if field.name in flags}
     settings |= dict(backbone=name, weights_sha256=weights_sha256(name, config.weights), vit=vit.config)
     model = FaceModel(vit, FaceConfig(**{**settings, "num_domains": domains}), config.seed).to(config.device)
     if change is not None:
         change(model)
+    return model.train()
+
+
+def build_margin(config: TrainConfig, num_people: int) -> Margin:
+    """The loss with its identity matrix, on the device."""
     sizes = (num_people, config.embedding_dim, config.scale, config.seed)
     if config.partial_fc is not None:  # which sees the norms of all ranks' embeddings already
         margin = ShardedMargin(make_margin(config.loss, config.margin), *sizes, config.partial_fc)
     else:
         margin = MarginLoss(make_margin(config.loss, config.margin, gather_rows), *sizes)
-    return model.train(), margin.to(config.device)
+    return margin.to(config.device)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitface.config import TrainConfig
+from vitface.data.progress import Progress as Bar
 from vitface.errors import raw
 from vitface.files import open_regular, replace_file
+from vitface.training.runs.checkpoint import Progress
 
 Tracker = Callable[[dict[str, Any]], None]
 
@@ -131,3 +133,16 @@ def _tensorboard(run_dir: Path, config: TrainConfig) -> Tracker:
         writer.flush()
 
     return track
+
+
+def epoch_bar(config: TrainConfig, progress: Progress, steps: int) -> Bar:
+    """The bar of the current epoch, which has so many steps."""
+    return Bar(
+        initial=progress.steps_into_epoch,
+        total=steps,
+        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+        unit_scale=config.batch_size,
+        unit="img",
+        leave=False,
+        dynamic_ncols=True,
+    )

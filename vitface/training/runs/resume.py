@@ -68,6 +68,12 @@ def checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     return found
 
 
+def side_of(checkpoint: Path, config: TrainConfig) -> int:
+    """The input side of a checkpoint's model if a phase of the run has it, otherwise that of the first phase."""
+    side, sides = read_face_config(checkpoint).image_size, [phase.side for phase in config.phases]
+    return side if side in sides else sides[0]
+
+
 def state_to_resume(
     checkpoint: Path, config: TrainConfig, model: FaceConfig, data: dict[str, Any]
 ) -> tuple[dict[str, Any], bool]:

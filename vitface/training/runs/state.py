@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitface.model.face import FaceModel
+from vitface.model.face import TOKEN_WIDTH, FaceModel
 from vitface.model.margin import MarginLoss
+from vitface.model.positions import resample_rows
 from vitface.store.faces import load_trained, trained_tensors
 from vitface.store.tensors import read_tensors, tensor_bytes
 from vitface.training.loss_scale import LossScale
@@ -70,6 +71,25 @@ class TrainingState:
             load_identities(checkpoint, self.margin, self.optimizer)
         self.progress = Progress(**written["progress"])
 
+    @torch.no_grad()
+    def take_over(self, before: "TrainingState") -> None:
+        """Continues from a state of the same margin whose model saw images of another size, and is not used any more.
+
+        What the head "patches" and its moments hold for each patch is resampled.
+        """
+        config = self.model.config
+        places = config.vit.prefix, TOKEN_WIDTH, config.vit.grid(config.image_size)
+        trained = trained_tensors(before.model)
+        for name, mine in trained_tensors(self.model).items():
+            same = mine.shape == trained[name].shape
+            mine.copy_(trained[name] if same else resample_rows(trained[name], *places, of_map=True))
+        for theirs, mine in zip(parameters(before.optimizer), parameters(self.optimizer), strict=True):
+            moments = before.optimizer.state[theirs]
+            if theirs.shape != mine.shape:
+                moments |= {name: resample_rows(moments[name], *places) for name in MOMENTS}
+            self.optimizer.state[mine] = moments
+        self.progress = before.progress
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors themselves, not copies, of all but the model and a sharded identity matrix.
 
@@ -77,7 +97,7 @@ class TrainingState:
         """
         shards = {name for name, parameter in self.margin.named_parameters() if isinstance(parameter, Shard)}
         tensors = {f"margin.{name}": value for name, value in self.margin.state_dict().items() if name not in shards}
-        for i, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+        for i, parameter in enumerate(parameters(self.optimizer)):
             moments = self.optimizer.state[parameter]
             kept = ["step"] if isinstance(parameter, Shard) else moments
             tensors |= {f"optimizer.{i}.{name}": moments[name] for name in kept}
@@ -88,10 +108,14 @@ class TrainingState:
         return hashlib.sha256(tensor_bytes({**trained_tensors(self.model), **self.tensors()})).hexdigest()
 
 
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """All that it trains, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def start_moments(optimizer: torch.optim.Optimizer) -> None:
     """Gives AdamW the state that it would make in its first step, so that a checkpoint can be copied into it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-            step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-            optimizer.state[parameter] = {"step": step, **moments}
+    for parameter in parameters(optimizer):
+        moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        step = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[parameter] = {"step": step, **moments}
