@@ -1,0 +1,153 @@
+"""Accuracy against seconds of training: the peer's script and ours, taking turns.
+
+    python benchmarks/time_to_accuracy.py --peer train_peer.py --data DIR --svg curves.svg
+
+DIR holds celeba289/ and lfw.bin. The peer is a script that takes --data, --epochs, --every, --seed, --dtype and
+--threads, and ends with a line of JSON with "curve", [[seconds, LFW accuracy], ...] after every so many epochs (timm
+and PEFT as a user writes it). Ours is `train.py --exp lfw_vit_tiny`, with the settings that are given here. Both train
+on the same images, in processes of their own that take turns, for each seed.
+
+The seconds are those of training: reading packages and data, and the evaluations, are not in them. The last line is
+JSON: {"peer": [[s, accuracy], ...], "vitface": ...}, medians over the seeds, with "ratio_to_peer_accuracy", our time to
+the peer's last accuracy in its whole time, null if it was not reached, and "accuracy_at_equal_time".
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from timing import machine
+
+from vitface.commands.parser import CommandParser, add_settings
+from vitface.config import TrainConfig, resolve
+from vitface.evaluation.benchmarks import evaluate_all
+from vitface.evaluation.plots import BOX, line_chart
+from vitface.recogniser import Recogniser
+from vitface.training.loop import Trainer
+from vitface.training.setup import resolve_choices
+
+Curve = list[list[float]]
+
+
+class Timed(Trainer):
+    """A run that looks at LFW after every `every` epochs, and does not count that time."""
+
+    def __init__(self, config: TrainConfig, data: str, every: int):
+        super().__init__(config, None)
+        self.benchmarks, self.every, self.curve, self.spent = data, every, [], 0.0
+        self.started = time.perf_counter()
+
+    def judge_held_out(self) -> tuple[None, dict[str, str]]:
+        self.spent += time.perf_counter() - self.started
+        if (self.state.progress.epoch + 1) % self.every == 0 or self.state.progress.epoch + 1 == self.config.epochs:
+            self.model.eval()
+            found = evaluate_all(Recogniser(self.model).embed, ["lfw"], self.benchmarks)
+            self.curve.append([round(self.spent, 1), round(found.results["lfw"].accuracy, 4)])
+        self.started = time.perf_counter()
+        return None, {}
+
+
+def train_ours(arguments: argparse.Namespace, settings: dict) -> None:
+    """Trains in this process, and prints the curve as a line of JSON."""
+    torch.set_num_threads(arguments.threads)
+    given = {"exp": "lfw_vit_tiny", "train_data": str(arguments.data / "celeba289"), "val_data": None, **settings}
+    config = resolve_choices(resolve({**given, "num_workers": 0, "device": "cpu"}))
+    trainer = Timed(config, str(arguments.data), arguments.every)
+    trainer.fit(None)
+    print(json.dumps({"curve": trainer.curve}))
+
+
+def curve_of(command: list[str], threads: int) -> Curve:
+    """Runs a training and returns its curve; RuntimeError with the end of its output where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["curve"]
+
+
+def median_curve(curves: list[Curve]) -> Curve:
+    """The medians of seconds and accuracy, over seeds."""
+    return [[statistics.median(values) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
+
+
+def accuracy_at(curve: Curve, seconds: float) -> float:
+    """The accuracy of the last point within `seconds`, 0 if there is none."""
+    return max((point for point in curve if point[0] <= seconds), default=[0.0, 0.0])[1]
+
+
+def result(peer: Curve, ours: Curve) -> dict:
+    whole, reached = peer[-1]
+    first = next((seconds for seconds, accuracy in ours if accuracy >= reached), None)
+    ratio = None if first is None else round(first / whole, 3)
+    return dict(peer=peer, vitface=ours, ratio_to_peer_accuracy=ratio, accuracy_at_equal_time=accuracy_at(ours, whole))
+
+
+def draw(path: Path, curves: dict[str, Curve]) -> None:
+    """Writes the curves as an SVG."""
+    numbers = {name: tuple(torch.tensor(curve).T.numpy()) for name, curve in curves.items()}
+    chart, box = line_chart("", "seconds of training", "accuracy on LFW", numbers), BOX
+    marks = [text(x, box["bottom"] + 14, label, "middle") for x, label in chart["x_ticks"]]
+    marks += [text(box["left"] - 6, y + 4, label, "end") for y, label in chart["y_ticks"]]
+    for number, ((name, points), colour) in enumerate(zip(chart["lines"].items(), ("#777777", "#0066cc"), strict=True)):
+        marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        marks.append(text(box["right"], box["bottom"] - 10 - 14 * number, name, "end", colour))
+    marks.append(text(box["right"], box["height"] - 8, f"{chart['y_label']} after {chart['x_label']}", "end"))
+    size = f'viewBox="0 0 {box["width"]} {box["height"]}" font-family="sans-serif" font-size="11"'
+    background = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{background}{"".join(marks)}</svg>\n')
+
+
+def text(x: float, y: float, words: str, anchor: str, colour: str = "#333333") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser("time_to_accuracy.py", description=__doc__)
+    parser.add_argument("--peer", type=Path, metavar="SCRIPT")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--peer-epochs", type=int, default=20)
+    parser.add_argument("--peer-dtype", default="fp32", help="the faster one on this processor: bf16 with AMX")
+    parser.add_argument("--every", type=int, default=2, help="epochs between two looks at LFW")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--ours-only", action="store_true", help=argparse.SUPPRESS)
+    add_settings(parser, without=("train_data", "val_data", "exp", "num_workers", "device"))
+    arguments = parser.parse_args(argv)
+    names = TrainConfig.__dataclass_fields__
+    if arguments.ours_only:
+        train_ours(arguments, {name: value for name, value in vars(arguments).items() if name in names})
+        return
+    print(machine(), flush=True)
+    data, peers, ours = str(arguments.data), [], []
+    for seed in arguments.seeds:
+        same = [
+            "--data",
+            data,
+            "--every",
+            str(arguments.every),
+            "--seed",
+            str(seed),
+            "--threads",
+            str(arguments.threads),
+        ]
+        peer = ["--epochs", str(arguments.peer_epochs), "--dtype", arguments.peer_dtype]
+        peers.append(curve_of([sys.executable, str(arguments.peer), *same, *peer], arguments.threads))
+        print(f"seed {seed}  peer {peers[-1]}", flush=True)
+        ours.append(curve_of([sys.executable, __file__, "--ours-only", *argv, *same], arguments.threads))
+        print(f"seed {seed}  vitface {ours[-1]}", flush=True)
+    curves = {"peer": median_curve(peers), "vitface": median_curve(ours)}
+    if arguments.svg:
+        draw(arguments.svg, curves)
+    print(json.dumps(result(*curves.values())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
