@@ -44,13 +44,13 @@ def main(argv: list[str]) -> None:
     print(f"{args.backbone} at {args.image_size} px, GB for {args.batch_size} images, torch {torch.__version__}")
     for dtype in ("fp32", "bf16"):
         ours = our_model(vit, args, dtype, AS_ON_A_GPU)
+        head = ours.head.proj
+        assert isinstance(head, nn.Linear)
         peer = with_peft(
             timm_backbone(vit, args.backbone, True), "timm", ours.vit, args.rank, ALPHA, torch.float32, True
         )
-        sizes = (
-            saved(ours, args.image_size, False),
-            saved(WithHead(peer, ours.head.proj, torch.float32).train(), args.image_size, dtype == "bf16"),
-        )
+        theirs = WithHead(peer, head, torch.float32).train()
+        sizes = saved(ours, args.image_size, False), saved(theirs, args.image_size, dtype == "bf16")
         mine, theirs = (args.batch_size * size / GB for size in sizes)
         print(f"{dtype}  vitface {mine:.2f}  timm + PEFT {theirs:.2f}  {mine / theirs:.2f} x", flush=True)
 
