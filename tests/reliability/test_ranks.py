@@ -64,10 +64,10 @@ def difference(first, second):
     return max((one[name].double() - other[name].double()).abs().max().item() for name in kept)
 
 
-@pytest.mark.parametrize("epochs", [2, pytest.param(13, marks=pytest.mark.slow)])
-def test_two_ranks_are_two_accumulated_shards_bit_for_bit(tmp_path, epochs):
+@pytest.mark.parametrize(("epochs", "sizes"), [(2, "32:1,64"), pytest.param(13, 64, marks=pytest.mark.slow)])
+def test_two_ranks_are_two_accumulated_shards_bit_for_bit(tmp_path, epochs, sizes):
     """13 epochs are 52 steps. All trained tensors and moments; the loss that is logged is added up in another order."""
-    whole = {**LINEAR, "epochs": epochs}
+    whole = {**LINEAR, "epochs": epochs, "image_size": sizes}
     ranks = fingerprint(train(tmp_path / "ranks", 2, **whole))
     shards = fingerprint(train(tmp_path / "shards", grad_accum=2, **whole))
     control = fingerprint(train(tmp_path / "control", seed=1, grad_accum=2, **whole))
@@ -149,7 +149,7 @@ def stop_after(count):
     [
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"partial_fc": 1.0}, marks=pytest.mark.slow),
-        {"partial_fc": 0.5},
+        {"partial_fc": 0.5, "image_size": "32:1,64:1,48"},
     ],
 )
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back_with_every_tensor(tmp_path, monkeypatch, sharded):

@@ -75,8 +75,8 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        progress = self.state.progress
-        return progress.first_step + self.data.steps_per_epoch * (self.config.epochs - progress.epoch)
+        done = self.state.progress
+        return done.first_step + self.data.steps_per_epoch * (self.config.epochs - done.epoch)
 
     def fit(self, log: RunLog | None) -> None:
         """Runs from the current step to the end, or until `patience` epochs brought no better held-out AUC.
@@ -86,8 +86,8 @@ class Trainer:
         progress = self.state.progress
         if world_size() > 1:
             facts = {**settings_of(self.config), **self.data.fingerprint(), "step": progress.step}
-            backbone = self.model.config.weights_sha256
-            check_same({**facts, "trained tensors": self.state.sha256(), "backbone file": backbone})
+            backbone = {"backbone file": self.model.config.weights_sha256}
+            check_same({**facts, "trained tensors": self.state.sha256(), **backbone})
         with stop_requests() as stop:
             if progress.step == 0 and self.config.head == "pretrained":
                 start_from_recogniser(self, log)
@@ -110,6 +110,7 @@ class Trainer:
     def _grow(self, side: int) -> None:
         """From now on images have `side` pixels, if they do not have them yet."""
         if side != self.model.config.image_size:
+            self.optimizer.zero_grad(set_to_none=True)
             torch.compiler.reset()  # a graph for each size is faster than one for all
             self._build(side, self.state)
 
@@ -174,9 +175,8 @@ class Trainer:
             if not last:
                 self.loss_scale(losses["loss"]).backward()
                 return results
-            loss, norm, bad = update(
-                self.optimizer, losses["loss"], self.trained, self.config.clip_grad, self.loss_scale
-            )
+            clip = self.config.clip_grad
+            loss, norm, bad = update(self.optimizer, losses["loss"], self.trained, clip, self.loss_scale)
         return {**results, "loss": loss, "grad_norm": norm, "bad": bad}
 
     def _log_step(self, log: RunLog, rate: float, norm: float, losses: dict[str, float]) -> None:
