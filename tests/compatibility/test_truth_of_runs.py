@@ -127,7 +127,11 @@ def test_a_dry_run_has_the_batch_of_the_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", *NANO, *flags, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"memory: {dry}\n" in printed and "data: 48 images" in printed and "for 2 steps" in printed
+    assert (
+        f"memory at {trainers[0].config.side} px: {dry}\n" in printed
+        and "data: 48 images" in printed
+        and "for 2 steps" in printed
+    )
     assert "memory at its peak: " in printed and "each person of your data adds 0.1 kB" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["no-benchmarks"]
 

@@ -53,7 +53,7 @@ class Trainer:
         self.seconds: dict[int, float] = {}  # of a step, by the side of its images
         for phase in reversed(config.phases):
             self._build(phase.side)
-            print0(f"memory: {self.memory}")
+            print0(f"memory at {phase.side} px: {self.memory}")
         self.alarmed: set[str] = set()
 
     def _build(self, side: int, before: TrainingState | None = None) -> None:
