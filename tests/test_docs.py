@@ -93,7 +93,10 @@ def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
     assert len(codes) == 8
     for line, code in codes.items():
         assert code == 0, line
-    assert "faces/person-01/001.jpg: cosine and name" in printed and "   1.0000  person-01/001.jpg" in printed
+    assert (
+        "faces/person-01/001.jpg: cosine and person" in printed
+        and "  1.0000  person-01  (person-01/001.jpg)" in printed
+    )
     assert len((tmp_path / "people.csv").read_text().splitlines()) == 1 + 8 * 36
     assert read_image(tmp_path / "out.png").std() > 10
     names: dict = {}

@@ -124,7 +124,9 @@ def test_the_section_of_the_readme(place, capsys):
     assert verdict.startswith(("same person", "different people")[codes["verify"]]) and "FAR 0.01" in verdict
     assert "threshold from lfw, 3,000 same and 3,000 different pairs" in verdict
     assert f"people: {PEOPLE * PHOTOS} images" in printed["embed"] and "--backbone lvface_b" in printed["embed"]
-    assert re.search(r"a\.jpg: cosine and name, threshold .*\n +1\.0000  person-0/0\.jpg", printed["search"])
+    assert re.search(
+        r"a\.jpg: cosine and person, threshold .*\n +1\.0000  person-0  \(person-0/0\.jpg\)", printed["search"]
+    )
     check_training(printed["train.py"], place)
 
 

@@ -71,7 +71,9 @@ def test_the_quickstart_trains_on_five_people_and_knows_a_new_photo(tmp_path, mo
     assert printed["align"][0] == 0 and f"{len(PEOPLE) * PHOTOS - 1} photos with one face" in printed["align"][1]
     assert printed["train"][0] == 0 and re.search(r"FAR 0\.01: -?0\.\d{4}, accepts", printed["train"][1])
     assert printed["embed"][0] == 0 and f"people: {len(PEOPLE) * PHOTOS - 1} images" in printed["embed"][1]
-    assert re.match(r"new\.jpg: cosine and name, threshold -?0\.\d{4}\n +0\.\d{4}  anna/", printed["search"][1])
+    assert re.match(
+        r"new\.jpg: cosine and person, threshold -?0\.\d{4}\n +0\.\d{4}  anna  \(anna/", printed["search"][1]
+    )
     code, text = printed["verify"]
     assert text.startswith(("same person: cosine", "different people: cosine")[code]) and "0.4" in text
 

@@ -1,6 +1,7 @@
 """What runs say while they run: on terminals, in logs, and to trackers."""
 
 import io
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -62,6 +63,44 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=terminal))
     work(20, file=shown)
     assert "\r" in shown.getvalue() and "epoch 1/20" in shown.getvalue()
+
+
+NOTEBOOK = """
+import sys
+from types import ModuleType, SimpleNamespace
+from vitface.errors import VitfaceError
+
+class Widget:
+    made = []
+    def __init__(self, children=(), **values):
+        self.__dict__.update(values, children=children, layout=SimpleNamespace(), style=SimpleNamespace(), bar_style="")
+        Widget.made.append(self)
+    def close(self):
+        pass
+
+kernel = SimpleNamespace(config={"IPKernelApp": {}})
+for name, parts in {
+    "IPython": {"get_ipython": lambda: kernel},
+    "IPython.display": {"display": lambda widget: print("shown", len(widget.children))},
+    "ipykernel.zmqshell": {},
+    "ipywidgets": dict.fromkeys(["HBox", "HTML", "FloatProgress"], Widget),
+}.items():
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__dict__.update(parts, __version__="8")
+
+from vitface.data.progress import Progress
+with Progress(total=20, desc="epoch 1/20", unit_scale=64, mininterval=0, leave=False, dynamic_ncols=True) as bar:
+    for _ in range(20):
+        bar.update()
+_, shown, text = bar.container.children
+print(shown.max, shown.value, "1280/1280" in text.value)
+"""
+
+
+@case("a run in a notebook that has ipywidgets", "the notebook's own bar, no lines of text")
+def test_the_bar_of_a_notebook():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", NOTEBOOK], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("shown 3\n1280 1280 True\n", "", 0)
 
 
 @case("torchrun, several ranks", "the first one alone shows progress")

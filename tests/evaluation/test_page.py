@@ -52,7 +52,7 @@ def page_of(tmp_path, **changes):
     }
     (tmp_path / "log.csv").write_text("step,epoch,loss,holdout_auc,img_per_s\n2,1,9.5,0.7,80\n4,2,4.25,0.8,80\n")
     evaluation = Evaluation(results, ["lfw: AUC <0.52> is chance level"], [])
-    poses = {"lfw": pose_routing(np.array([[0.75, 0.25], [0.125, 0.875]]), np.array([3.0, 40.0]))}
+    poses = {"lfw": pose_routing(np.array([[0.75, 0.125, 0.125], [0.125, 0.875, 0]]), np.array([3.0, 40.0]))}
     page = report_page(
         "runs/a & b", tiny_recogniser(**changes), evaluation, tmp_path, tmp_path, faces=False, routing=poses
     )
@@ -83,11 +83,13 @@ def test_the_page_is_whole_and_says_the_same_as_the_json(tmp_path):
         assert f"{100 * low:.2f} to {100 * high:.2f}" in text
         assert entry["tar_at_far"] == {"0.01": None, "0.001": None, "0.0001": None}
     assert text.count("too few pairs") == 3
-    assert "Mean domain weights on lfw" in text and "AUC: domain 0 0.00, domain 1 1.00" in text
+    assert "Mean domain weights on lfw" in text and "AUC: domain 0 0.00, domain 1 1.00, domain 2 0.00." in text
     assert "runs/a & b" in text and "<0.52>" in text  # escaped in the source
     assert "recorded; threshold chosen on the test pairs" in text
-    assert outline.tags.count("svg") == 2 + 1 + 3 + 1 + 2  # curves, ROC, histograms, categories, routing
-    assert outline.tags.count("img") == 6
+    # curves, ROC, histograms, categories, routing with a legend of three
+    assert outline.tags.count("svg") == 2 + 1 + 3 + 1 + 2 * (1 + 3)
+    assert outline.tags.count("polygon") == 3  # the intervals of the ROC
+    assert outline.tags.count("img") == 2 * 6 + 1  # faces and attention, and the scale
 
 
 def test_the_page_needs_no_network_and_fits_phones_and_the_dark(tmp_path):

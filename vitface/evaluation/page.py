@@ -3,6 +3,8 @@
 It shows what `report.results_json` holds, and charts of the same results; its text and markup are in report.html.j2.
 """
 
+import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,43 @@ import numpy as np
 from vitface.data.formats.pairs import EncodedImages
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.documents import render
+from vitface.errors import CheckpointError
 from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import Evaluation, category, read_benchmark
-from vitface.evaluation.plots import Chart, bar_chart, heat, line_chart, picture
+from vitface.evaluation.plots import Chart, bar_chart, heat, heat_scale, line_chart, pictures
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, summary_lines
-from vitface.evaluation.routing import synthetic_routing
+from vitface.evaluation.report import average_of_five, notes, quality_lines, quality_of, results_json, summary_lines
+from vitface.evaluation.routing import domain_names, synthetic_routing
 from vitface.evaluation.scores import benchmark_of
+from vitface.evaluation.statistics import tar_interval
 from vitface.metrics import roc
 from vitface.recogniser import Recogniser
-from vitface.store.settings import read_epochs
+from vitface.store.settings import read_config, read_epochs
 
-Pictures = list[tuple[str, str]]  # of `picture`
+Pictures = list[tuple[list[str], str]]  # of `pictures`
+CURVE_POINTS = 120
+FIVE_TOGETHER = "average of five"
+_FROZEN = "FRoundation, CLIP ViT-B/16, not trained on faces"
+_LARGE = "FRoundation, CLIP ViT-B/16 + LoRA, data larger than CASIA"
+_PAPER, _QUOTED = "paper", "paper, second hand"
+PUBLISHED = {  # benchmark -> (accuracy in %, model, source)
+    FIVE_TOGETHER: [
+        ("90.94", "FRoundation, DINOv2 ViT-S + LoRA, CASIA 10K identities", _PAPER),
+        ("92.13", "FRoundation, CLIP ViT-B/16 + LoRA, CASIA 10K identities", _QUOTED),
+        ("87.10", "FRoundation, DINOv2 ViT-S + LoRA, CASIA 1K identities", _PAPER),
+        ("94.68", "AdaFace R50, CASIA", "its README"),
+    ],
+    "lfw": [
+        ("99.30", _LARGE, _QUOTED),
+        ("93.33", _FROZEN, _QUOTED),
+        ("99.42", "AdaFace R50, CASIA", "its README"),
+        ("90.45", "EXP-001, DINOv2 + LoRA, CASIA", "recorded; threshold chosen on the test pairs"),
+    ],
+    "cfp_fp": [("93.93", _LARGE, _QUOTED), ("88.86", _FROZEN, _QUOTED)],
+    "agedb_30": [("88.90", _LARGE, _QUOTED), ("74.67", _FROZEN, _QUOTED)],
+    "calfw": [("92.75", _LARGE, _QUOTED), ("77.13", _FROZEN, _QUOTED)],
+    "cplfw": [("90.67", _LARGE, _QUOTED), ("79.23", _FROZEN, _QUOTED)],
+}
 
 
 def report_page(
@@ -38,11 +65,12 @@ def report_page(
 ) -> str:
     """The whole page as HTML.
 
-    `run` adds its learning curve, `faces` the pictures of the hardest pairs, real people's faces, `routing`
-    {benchmark: `benchmark_routing`} the router's weights by pose, and `others` results that are not of pairs of photos,
-    as text and charts.
+    `run` adds its learning curve and settings, `faces` the pictures of the hardest pairs, real people's faces,
+    `routing` {benchmark: `benchmark_routing`} the router's weights by pose, and `others` results that are not of pairs
+    of photos, as text and charts.
     """
-    results = evaluation.results
+    results, training = evaluation.results, training_settings(run)
+    names = domain_names(training, model.config.num_domains)
     return render(
         "evaluation/report.html.j2",
         box=plots.BOX,
@@ -51,6 +79,7 @@ def report_page(
         results=results_json(results),
         remarks=[*summary_lines(results), *quality_lines(quality_of(results, data_dir)), *notes(results)],
         category=category,
+        beside=beside_published(results),
         degraded=degraded_curves(evaluation),
         learning=learning_curve(run) if run else [],
         roc=roc_chart(results) if results else None,
@@ -58,10 +87,36 @@ def report_page(
         categories=category_bars(results),
         hardest=hardest_pairs(results, data_dir) if faces else {},
         attention=attention_maps(model),
-        routing=routing_section(model, routing) if model.config.num_domains > 1 else None,
-        settings=vars(model.config),
+        scale=pictures("", heat_scale(224, 12))[0][0],
+        routing=routing_section(model, routing, names) if model.config.num_domains > 1 else None,
+        settings=model_settings(model),
+        training={name: value for name, value in training.items() if value is not None},
         others=others,
     )
+
+
+def beside_published(results: dict[str, Verification]) -> list[tuple[str, str, str, str]]:
+    """(benchmark, accuracy in %, model, source): of each benchmark of which others report figures, ours and theirs."""
+    ours = {name: result.accuracy for name, result in results.items()} | {FIVE_TOGETHER: average_of_five(results)}
+    rows = []
+    for name, theirs in PUBLISHED.items():
+        if (accuracy := ours.get(name)) is not None:
+            rows += [(name, f"{100 * accuracy:.2f}", "this model", ""), *((name, *row) for row in theirs)]
+    return rows
+
+
+def training_settings(run: Path | None) -> dict[str, Any]:
+    """Those of the run; {} without one or, with a note, if they are damaged."""
+    try:
+        return read_config(run) if run else {}
+    except CheckpointError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return {}
+
+
+def model_settings(model: Recogniser) -> dict[str, Any]:
+    settings = dataclasses.asdict(model.config)
+    return settings | {f"vit {name}": value for name, value in settings.pop("vit").items()}
 
 
 def learning_curve(run: Path) -> list[Chart]:
@@ -76,12 +131,15 @@ def learning_curve(run: Path) -> list[Chart]:
 
 
 def roc_chart(results: dict[str, Verification]) -> Chart:
-    """True accept rate over false accept rate, where that is not zero."""
-    curves = {}
+    """True accept rate over false accept rate, where that is not zero, with its interval."""
+    curves, bands = {}, {}
     for name, result in results.items():
         far, tar, _ = roc(-result.distance, result.issame)
         curves[name] = far[far > 0], tar[far > 0]
-    return line_chart("ROC", "false accept rate (log)", "true accept rate", curves, log_x=True)
+        some = np.geomspace(curves[name][0].min(), 1, CURVE_POINTS)
+        bands[name] = some, *tar_interval(result, some)
+    title = "ROC; shaded: the 95 % interval by bootstrap over pairs"
+    return line_chart(title, "false accept rate (log)", "true accept rate", curves, log_x=True, bands=bands)
 
 
 def histogram(name: str, result: Verification) -> Chart:
@@ -93,8 +151,8 @@ def histogram(name: str, result: Verification) -> Chart:
         for label, kind in (("same", result.issame), ("different", ~result.issame))
     }
     threshold = 1 - result.thresholds.mean() / 2
-    title = f"{name}: cosine of the pairs" + ("" if np.isnan(threshold) else f"; the mean threshold is {threshold:.3f}")
-    return line_chart(title, "cosine", "share of pairs", curves)
+    at = "" if np.isnan(threshold) else f"; the mean threshold is {_plain(threshold, 3)}"
+    return line_chart(f"{name}: cosine of the pairs{at}", "cosine", "share of pairs", curves)
 
 
 def degraded_curves(evaluation: Evaluation) -> list[Chart]:
@@ -129,7 +187,8 @@ def category_bars(results: dict[str, Verification]) -> Chart | None:
     for name, result in results.items():
         if not np.isnan(result.accuracy):
             groups.setdefault(category(name), {})[name] = 100 * result.accuracy
-    title = "Accuracy by what makes a benchmark hard"
+    each = (f"{kind}: {', '.join(values)}" for kind, values in groups.items())
+    title = f"Accuracy by what makes a benchmark hard; {'; '.join(each)}"
     return bar_chart(title, "category", "accuracy in %", groups, 100) if groups else None
 
 
@@ -143,11 +202,14 @@ def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str,
         for label, kind, sign in (("same", result.issame, -1), ("different", ~result.issame, 1)):
             worst = np.flatnonzero(kind)[np.argsort(sign * result.distance[kind])[:4]]
             found[f"{name}, {label}"] = [
-                picture(images.read(2 * i + side), f"cosine {1 - result.distance[i] / 2:.2f}")
+                pictures(f"cosine {_plain(1 - result.distance[i] / 2, 2)}", images.read(2 * i), images.read(2 * i + 1))
                 for i in worst.tolist()
-                for side in (0, 1)
             ]
     return found
+
+
+def _plain(value: float | np.ndarray, digits: int) -> str:
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0
 
 
 def attention_maps(model: Recogniser) -> Pictures:
@@ -155,30 +217,38 @@ def attention_maps(model: Recogniser) -> Pictures:
     samples = SyntheticSamples(2, 3, first_person=TEST_PEOPLE.start)
     images = samples.render(np.arange(len(samples)))
     maps = model.attention(images).mean(axis=1)
-    return [picture(heat(image, weights), "bright: looked at") for image, weights in zip(images, maps, strict=True)]
+    kinds = [samples.domain_names[domain] for domain in samples.domains]
+    return [
+        pictures(f"hard by {kind}; largest share {100 * weights.max():.0f} %", image, heat(image, weights))
+        for kind, image, weights in zip(kinds, images, maps, strict=True)
+    ]
 
 
-def routing_section(model: Recogniser, by_pose: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def routing_section(model: Recogniser, by_pose: Mapping[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
     """Mean domain weights by the known hard factor of procedural faces, and by the pose of a benchmark's faces."""
     found = next((found for name, found in by_pose.items() if name in SYNTHETIC), None) or synthetic_routing(model)
     return {
         **found,
+        "names": names,
         "chart": domain_bars(
-            "procedural faces", "hard factor", [*found["labels"], "all"], [*found["weights"], found["usage"]]
+            "procedural faces", "hard factor", [*found["labels"], "all"], [*found["weights"], found["usage"]], names
         ),
         "poses": [
-            {**pose, "chart": domain_bars(name, "turned by", [f"{d}°" for d in pose["degrees"]], pose["weights"])}
+            {
+                **pose,
+                "chart": domain_bars(name, "turned by", [f"{d}°" for d in pose["degrees"]], pose["weights"], names),
+            }
             for name, pose in by_pose.items()
             if name not in SYNTHETIC
         ],
     }
 
 
-def domain_bars(faces: str, x_label: str, labels: list[str], weights: list[list[float] | None]) -> Chart:
+def domain_bars(
+    faces: str, x_label: str, labels: list[str], weights: list[list[float] | None], names: list[str]
+) -> Chart:
     """A group of bars for each row of weights (K,) that is not None."""
     groups = {
-        label: {f"domain {k}": weight for k, weight in enumerate(row)}
-        for label, row in zip(labels, weights, strict=True)
-        if row is not None
+        label: dict(zip(names, row, strict=True)) for label, row in zip(labels, weights, strict=True) if row is not None
     }
     return bar_chart(f"Mean domain weights on {faces}", x_label, "weight", groups, 1)

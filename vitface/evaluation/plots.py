@@ -11,6 +11,7 @@ from vitface.data.images import encode_image
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 470, 24, 220  # the edges of the plot
 BOX = {"width": 480, "height": 260, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+HEAT = np.array([(68, 16, 110), (188, 55, 84), (249, 142, 9), (252, 240, 120)])  # RGB, for weights from 0 up
 Chart = dict[str, Any]
 
 
@@ -28,46 +29,79 @@ def ticks(low: float, high: float, whole: bool = False) -> np.ndarray:
 
 
 def line_chart(
-    title: str, x_label: str, y_label: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], log_x: bool = False
+    title: str,
+    x_label: str,
+    y_label: str,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    log_x: bool = False,
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
 ) -> Chart:
-    """Curves (x, y) by name, with axes that fit all of them; `log_x` needs positive x."""
-    curves = {name: (np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for name, (x, y) in curves.items()}
-    xs, ys = (np.concatenate(values) for values in zip(*curves.values(), strict=True))
+    """Curves (x, y) by name, with axes that fit all of them; `log_x` needs positive x.
+
+    `bands` are intervals (x, low, high) around the curves of the same names.
+    """
+    areas = {name: (np.r_[x, x[::-1]], np.r_[low, high[::-1]]) for name, (x, low, high) in (bands or {}).items()}
+    shapes = [(np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for x, y in (*curves.values(), *areas.values())]
+    xs, ys = (np.concatenate(values) for values in zip(*shapes, strict=True))
     x_range, y_range = (xs.min(), xs.max()), (ys.min(), ys.max())
-    lines = {}
-    for name, (x, y) in curves.items():
-        points = zip(_scale(x, *x_range, LEFT, RIGHT), _scale(y, *y_range, BOTTOM, TOP), strict=True)
-        lines[name] = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-    x_ticks = [(_scale(v, *x_range, LEFT, RIGHT), f"{10**v if log_x else v:.6g}") for v in ticks(*x_range, whole=log_x)]
+    points = []
+    for x, y in shapes:
+        places = zip(_scale(x, *x_range, LEFT, RIGHT), _scale(y, *y_range, BOTTOM, TOP), strict=True)
+        points.append(" ".join(f"{px:.1f},{py:.1f}" for px, py in places))
+    whole = log_x or bool((xs == xs.round()).all())
+    lines = dict(zip(curves, points[: len(curves)], strict=True))
+    around = [*zip(map([*curves].index, areas), points[len(curves) :], strict=True)]
+    x_ticks = [(_scale(v, *x_range, LEFT, RIGHT), f"{10**v if log_x else v:.6g}") for v in ticks(*x_range, whole)]
     y_ticks = [(_scale(v, *y_range, BOTTOM, TOP), f"{v:.6g}") for v in ticks(*y_range)]
-    return _chart(title, x_label, y_label, x_ticks=x_ticks, y_ticks=y_ticks, lines=lines)
+    return _chart(
+        title,
+        x_label,
+        y_label,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        lines=lines,
+        bands=around,
+    )
 
 
 def bar_chart(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[str, float]], top: float) -> Chart:
-    """A bar per name in each group, from 0 to `top`; a bar's colour is its place in the group."""
+    """A bar per name in each group, from 0 to `top`; a bar's colour is its place in the group, which a legend explains
+    where all groups have the same names."""
     wide = (RIGHT - LEFT) / len(groups)
     x_ticks, bars = [], []
     for g, (group, values) in enumerate(groups.items()):
         centre, bar = LEFT + (g + 0.5) * wide, min(0.8 * wide / len(values), 60)
         x_ticks.append((centre, group))
         for b, (name, value) in enumerate(values.items()):
-            x, y = centre + (b - len(values) / 2) * bar, _scale(value, 0, top, BOTTOM, TOP)
+            x, y = centre + (b - len(values) / 2) * bar, _scale(value, 0, top, BOTTOM, TOP + 14)
             bars.append({"x": x, "y": y, "width": bar, "colour": b % 6, "value": value, "name": f"{group} {name}"})
-    return _chart(title, x_label, y_label, x_ticks=x_ticks, bars=bars)
+    names = {tuple(values) for values in groups.values()}
+    legend = names.pop() if len(names) == 1 < len(groups) else ()
+    return _chart(title, x_label, y_label, x_ticks=x_ticks, bars=bars, legend=legend)
 
 
 def _chart(title: str, x_label: str, y_label: str, **marks: Any) -> Chart:
-    return {"title": title, "x_label": x_label, "y_label": y_label, "y_ticks": [], "lines": {}, "bars": [], **marks}
+    nothing = {"y_ticks": [], "lines": {}, "bands": [], "bars": [], "legend": ()}
+    return {"title": title, "x_label": x_label, "y_label": y_label, **nothing, **marks}
 
 
-def picture(pixels: np.ndarray, caption: str) -> tuple[str, str]:
-    """(data URI of the PNG, caption) of uint8 (H, W, 3)."""
-    return f"data:image/png;base64,{base64.b64encode(encode_image(pixels, 'PNG')).decode()}", caption
+def pictures(caption: str, *images: np.ndarray) -> tuple[list[str], str]:
+    """(data URIs of the PNGs, caption) of images, each uint8 (H, W, 3), that belong together."""
+    encoded = (base64.b64encode(encode_image(pixels, "PNG")).decode() for pixels in images)
+    return [f"data:image/png;base64,{text}" for text in encoded], caption
 
 
 def heat(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the picture (H, W, 3), darkened where `weights` (g, g), of any scale, are small."""
+    """Returns the picture (H, W, 3) in grey, coloured where `weights` (g, g), of any scale, are large: from violet over
+    red and orange to yellow, which is the largest."""
     size = pixels.shape[1], pixels.shape[0]
-    share = weights / max(float(weights.max()), 1e-12)
-    mask = Image.fromarray((255 * share).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    return (pixels * (0.2 + 0.8 * np.asarray(mask)[..., None] / 255)).astype(np.uint8)
+    share = Image.fromarray((255 * weights / max(float(weights.max()), 1e-12)).astype(np.uint8))
+    share = np.asarray(share.resize(size, Image.Resampling.BICUBIC)) / 255
+    grey = 40 + 0.6 * np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    colour = np.stack([np.interp(share, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=2)
+    return (grey + 0.9 * np.minimum(1, 2 * share)[..., None] * (colour - grey)).astype(np.uint8)
+
+
+def heat_scale(width: int, height: int) -> np.ndarray:
+    """The colours of `heat` on a grey ground (height, width, 3), from nothing on the left to the largest weight."""
+    return heat(np.full((height, width, 3), 128, np.uint8), np.linspace(0, 1, 64)[None])

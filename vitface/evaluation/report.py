@@ -23,14 +23,14 @@ def results_table(results: Results) -> str:
     """A line per benchmark, grouped by category with each category's average, and what papers print of several;
     accuracies in %."""
     width = max([11, *(len(name) + 1 for name in results)])
-    head = f"{'category':<11}{'pairs':>6}  {'accuracy ± std':<16}{'95 % interval':<17}{'AUC':<8}EER"
+    head = f"{'category':<11}{'pairs':>6}  {'accuracy ± std':<16}{'95 % interval':<17}{'AUC':<8}{'EER':<7}TAR@FAR=1e-2"
     lines = [f"{'benchmark':<{width}}{head}"]
     for kind in (*dict.fromkeys(benchmark.category for benchmark in BENCHMARKS.values()), OWN):
         rows = {name: result for name, result in results.items() if category(name) == kind}
         for name, result in rows.items():
             lines.append(
                 f"{name:<{width}}{kind:<11}{len(result.correct):>6}  {_accuracy(result):<16}"
-                f"{_interval(result):<17}{result.auc:<8.4f}{100 * result.eer:.2f}"
+                f"{_interval(result):<17}{result.auc:<8.4f}{100 * result.eer:<7.2f}{_tar_text(result)}"
             )
         rows = {name: result for name, result in rows.items() if name in BENCHMARKS}
         if len(rows) > 1:
@@ -140,6 +140,11 @@ def _accuracy(result: Verification) -> str:
 def _interval(result: Verification) -> str:
     low, high = accuracy_interval(result)
     return "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+def _tar_text(result: Verification) -> str:
+    tar = _tar(result, FARS[0])
+    return "-" if tar is None else f"{100 * tar:.2f}"
 
 
 def _mean(results: Results) -> float:

@@ -4,19 +4,31 @@
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from vitface.data.degrade import parse_sensors
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.faces.pose import crop_landmarks, yaw_degrees
 from vitface.data.formats.pairs import VerificationSet
-from vitface.data.synthetic.worlds import TEST_PEOPLE, SyntheticSamples
+from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE, SyntheticSamples
 from vitface.metrics import auc
 from vitface.recogniser import Recogniser
 
 YAW_EDGES = (0, 15, 30, 90)  # degrees: frontal, turned, turned far
 POSED_IMAGES = 2000
+
+
+def domain_names(training: Mapping[str, Any], count: int) -> list[str]:
+    """What a run's K domains stand for, where its settings label them: the factors of drawn faces, or the sensors of
+    --degrade; else "domain 0", ..."""
+    names = SYNTHETIC.get(training.get("train_data", ""), ())
+    if training.get("degrade"):
+        names = ("as it is", *(sensor.kind for sensor in parse_sensors(training["degrade"])))
+    known = len(names) == count and not training.get("domain_labels")
+    return [*names] if known else [f"domain {k}" for k in range(count)]
 
 
 def entropy(weights: np.ndarray) -> np.ndarray:

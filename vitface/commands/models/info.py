@@ -3,12 +3,18 @@
 import argparse
 import dataclasses
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitface.commands.parser import CommandParser, add_shared, print_result
+from vitface.errors import CheckpointError
 from vitface.presets import VIT_ALIASES, VIT_PRESETS, backbone_name
 
+if TYPE_CHECKING:
+    from vitface.store.faces import Checkpoint
+
+RESULT = ("accuracy", "std", "auc", "eer")
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
   vitface info runs/a --json
@@ -26,24 +32,20 @@ def add_flags(parser: CommandParser) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """The contents of `path`, ready for JSON; the errors are those of reading that kind of file or folder."""
-    from vitface.gallery.parts import is_gallery, read_names, read_settings
+    from vitface.gallery.parts import is_gallery, part_files, read_names, read_settings
     from vitface.model.counts import parameter_counts
-    from vitface.store.backbone import find_backbone, read_backbone
-    from vitface.store.faces import meta_model, open_backbone, open_checkpoint
+    from vitface.store.backbone import find_backbone
+    from vitface.store.faces import meta_model, open_checkpoint
     from vitface.store.settings import read_epochs, run_faults
-    from vitface.store.thresholds import source_text
 
     if not path.exists() and str(path) in (*VIT_PRESETS, *VIT_ALIASES):
         path = find_backbone(backbone_name(str(path)))
     if path.is_file():
-        name, config, tensors, source = read_backbone(path)
-        count = sum(tensor.numel() for tensor in tensors.values())
-        about = {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
-        calibration = open_backbone(name, path).calibration
-        return {**about, "calibration": calibration and {**calibration, "source": source_text(calibration)}}
+        return _backbone(path)
     if is_gallery(path):
         about = dataclasses.asdict(read_settings(path))
         folders = [folder for folder, _ in about.pop("folders")]
+        about["written"] = max(map(_date, part_files(path)), default=None)
         return {"kind": "gallery", "images": len(read_names(path)), **about, "folders": folders}
     checkpoint = open_checkpoint(path)
     counts = parameter_counts(meta_model(checkpoint.config))
@@ -57,12 +59,72 @@ def describe(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "checkpoint": str(checkpoint.folder),
         **{key: of_manifest.get(key) for key in ("step", "vitface_version", "torch_version")},
+        "written": _date(checkpoint.folder / "manifest.json"),
         "sha256": checkpoint.sha256,
+        "data": _data(checkpoint),
+        "benchmarks": _results(checkpoint),
         "settings": settings,
         "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
         "thresholds": {f"{far:g}": threshold for far, threshold in checkpoint.thresholds.items()},
         "last_epoch": {name: value for name, value in epochs[-1].items() if value} if epochs else None,
     }
+
+
+def _backbone(path: Path) -> dict[str, Any]:
+    from vitface.store.backbone import read_backbone
+    from vitface.store.faces import open_backbone
+    from vitface.store.thresholds import source_text
+
+    name, config, tensors, source = read_backbone(path)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    about = {"kind": "backbone", "name": name, "parameters": count, **dataclasses.asdict(config), "source": source}
+    calibration = open_backbone(name, path).calibration
+    about["written"] = _date(path)
+    return {**about, "calibration": calibration and {**calibration, "source": source_text(calibration)}}
+
+
+def _date(file: Path) -> str:
+    return datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
+
+
+def _data(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """What it was trained on; {} for a bundle, which does not tell."""
+    from vitface.training.runs.checkpoint import load_state
+
+    if checkpoint.run is None:
+        return {}
+    try:
+        written = load_state(checkpoint.folder)["data"]
+    except CheckpointError as error:
+        print(f"note: {error}", file=sys.stderr)
+        written = {}
+    counts = {name: written[name] for name in ("images", "people") if type(written.get(name)) is int}
+    return {"train_data": checkpoint.settings.get("train_data"), **counts}
+
+
+def _results(checkpoint: "Checkpoint") -> dict[str, dict[str, float | None]]:
+    """{benchmark: {"accuracy", "std", "auc", "eer"}} of this model among the scores of its run."""
+    from vitface.evaluation.report import results_json
+    from vitface.evaluation.scores import SCORES, load_scores
+
+    file = checkpoint.run and checkpoint.run / SCORES
+    if file is None or not file.is_file():
+        return {}
+    try:
+        results, model = load_scores(file)
+    except CheckpointError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return {}
+    found = results_json(results) if model == checkpoint.sha256 else {}
+    return {name: {key: result[key] for key in RESULT} for name, result in found.items()}
+
+
+def _result_text(result: dict[str, float | None]) -> str:
+    """Accuracy and EER in %."""
+    accuracy, std, auc, eer = (result[key] for key in RESULT)
+    spread = "" if std is None else f" ± {100 * std:.2f}"
+    first = "no accuracy" if accuracy is None else f"accuracy {100 * accuracy:.2f}{spread} %"
+    return f"{first}, AUC {auc:.4f}, EER {100 * (eer or 0):.2f} %"
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
@@ -71,6 +133,8 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     for name, item in value.items():
         if isinstance(item, dict) and item.keys() == {"total", "trained"}:
             lines.append(f"{indent}{name:<18} {item['total']:>12,}, {item['trained']:,} of them trained")
+        elif isinstance(item, dict) and item.keys() == {*RESULT}:
+            lines.append(f"{indent}{name:<18} {_result_text(item)}")
         elif isinstance(item, dict) and item:
             lines += [f"{indent}{name}", *_lines(item, indent + "  ")]
         else:

@@ -37,16 +37,19 @@ def add_flags(parser: CommandParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from vitface.commands.inputs import crop_reader, load_model, read_crop
     from vitface.evaluation.explanation import explanation
+    from vitface.evaluation.routing import domain_names
 
     if arguments.out.exists() and arguments.out.samefile(arguments.photo):
         raise ConfigError(f"--out {arguments.out} is the photo itself; name another file")
     crop, faces = read_crop(crop_reader(arguments), arguments.photo)
-    model, _ = load_model(arguments)
-    picture, attention, weights = explanation(model, crop, arguments.block)
+    model, checkpoint = load_model(arguments)
+    names = domain_names(checkpoint.settings, model.config.num_domains)
+    picture, attention, weights = explanation(model, crop, names, arguments.block)
     write_output(arguments.out, encode_image(picture, "PNG"))
-    domains = f"domain weights: {', '.join(f'{weight:.3f}' for weight in weights)}"
+    each = (f"{name} = {weight:.3f}" for name, weight in zip(names, weights, strict=True))
+    domains = f"domain weights: {', '.join(each)}"
     text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
     if model.config.head == "patches":
         text += '\nthe head "patches" reads every patch; the picture shows the attention of CLS alone'
-    result = {"domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces}
+    result = {"domains": names, "domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces}
     print_result(arguments, result, text)

@@ -17,20 +17,24 @@ from vitface.commands.parser import (
 from vitface.errors import ConfigError, ImageError, in_one_line
 
 if TYPE_CHECKING:
-    from vitface.gallery.gallery import Match
+    import numpy as np
+
+    from vitface.gallery.gallery import Gallery, Match
 
 EXAMPLES = """examples:
-  vitface search people NEW.jpg                    the five most alike of the gallery that `embed` made
+  vitface search people NEW.jpg                    the five people most alike of the gallery that `embed` made
   vitface search people A.jpg B.jpg --top 1 --json
 
-A false accept rate is per comparison: at FAR 0.001, a stranger has one false match on average among 1,000 people.
+A person is the folder of a photo, as in anna/1.jpg, and counts by the photo that is most alike; a photo without a
+folder is a person of its own. A false accept rate is per comparison: at FAR 0.001, a stranger has one false match on
+average among 1,000 photos.
 """
 
 
 def add_flags(parser: CommandParser) -> None:
     parser.add_argument("gallery", type=Path, metavar="GALLERY", help="folder that `embed` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or aligned crops")
-    parser.add_argument("--top", type=number(int), default=5, metavar="K", help="how many to show (default: 5)")
+    parser.add_argument("--top", type=number(int), default=5, metavar="K", help="how many people to show (default: 5)")
     add_shared(parser.add_mutually_exclusive_group(), *THRESHOLD_FLAGS)
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--json")
 
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             "name that with --checkpoint or --backbone"
         )
     threshold, _ = threshold_of(arguments, model.thresholds)
-    found = gallery.search(model.embed([crop for crop, _ in read.values()]), arguments.top)
+    found = best_of_people(gallery, model.embed([crop for crop, _ in read.values()]), arguments.top)
     answers = [(arguments.photos[place], matches) for place, matches in zip(read, found, strict=True)]
     text = "\n".join(_text(photo, matches, threshold) for photo, matches in answers)
     counts = (count for _, count in read.values())
@@ -70,17 +74,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if failed else int(threshold is not None and any(matches[0].score < threshold for matches in found))
 
 
+def person_of(name: str) -> str:
+    """The folder of a photo; its own name if it has none."""
+    return name.rpartition("/")[0] or name
+
+
+def best_of_people(gallery: "Gallery", rows: "np.ndarray", top: int) -> list[list["Match"]]:
+    """For each of the rows (Q, E) the most similar photo of each of the `top` people who are most alike."""
+    count = 4 * top
+    while True:
+        people: list[dict[str, Match]] = []
+        for matches in gallery.search(rows, count):  # the best one first
+            people.append({})
+            for match in matches:
+                people[-1].setdefault(person_of(match.name), match)
+        if count >= len(gallery) or all(len(found) >= top for found in people):
+            return [[*found.values()][:top] for found in people]
+        count *= 8
+
+
 def _entry(photo: Path, matches: list["Match"], threshold: float | None) -> dict:
-    rows = [{**match._asdict(), "same": None if threshold is None else match.score >= threshold} for match in matches]
+    rows = [
+        {
+            "person": person_of(match.name),
+            **match._asdict(),
+            "same": None if threshold is None else match.score >= threshold,
+        }
+        for match in matches
+    ]
     return {"photo": str(photo), "threshold": threshold, "matches": rows}
 
 
 def _text(photo: Path, matches: list["Match"], threshold: float | None) -> str:
-    """The photo, then a line per match; those below the threshold are marked."""
-
+    """The photo, then a line per person; those below the threshold are marked."""
     word = "" if threshold is None else f", threshold {threshold:.4f}"
     lines = []
     for match in matches:
         under = "" if threshold is None or match.score >= threshold else "   (below the threshold)"
-        lines.append(f"  {match.score:7.4f}  {in_one_line(match.name)}{under}")
-    return "\n".join([f"{in_one_line(str(photo))}: cosine and name{word}", *lines])
+        person, name = in_one_line(person_of(match.name)), in_one_line(match.name)
+        lines.append(f"  {match.score:7.4f}  {person}{f'  ({name})' if name != person else ''}{under}")
+    return "\n".join([f"{in_one_line(str(photo))}: cosine and person{word}", *lines])
