@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from vitface.config import TrainConfig, resolve, to_flag
 from vitface.data.images import CROP_SIZE
 from vitface.data.preprocess import normalise, to_float
+from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.protocol import THRESHOLDS, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval
@@ -30,8 +32,10 @@ from vitface.model.ops import attention, attention_map, lora_linear, split_heads
 from vitface.model.router import load_balance_loss, subsample_patches
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS
+from vitface.training.batches import Batch
+from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model
-from vitface.training.step import DOMAIN_LOSS_WEIGHT
+from vitface.training.step import DOMAIN_LOSS_WEIGHT, make_optimizer, schedule, set_rates, total_loss, update
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
@@ -39,6 +43,8 @@ PAPER = re.compile(r"arXiv:\d{4}\.\d{5}")
 NUMBER = re.compile(
     r"(?<!\w)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\b(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b", re.I
 )
+RECORDED = resolve({"exp": "exp_003"})
+sys.path.insert(0, str(ROOT / "benchmarks"))  # for the count of multiply-adds
 PEOPLE = 10_572  # in CASIA-WebFace, which the recorded experiments trained on
 
 
@@ -235,6 +241,40 @@ def attention_section() -> list[str]:
         say("Undivided they give {:.4f}, {:.4f}, {:.4f}:", *attend(raw, 1)),
         say("values are {}, {} and {}", *given),
         say("{:.3f} · {} + {:.3f} · {} + {:.3f} · {} = {:.3f}", *products, received),
+        *dot_products(head, heads),
+        *gradients(weights, given, received.item()),
+    ]
+
+
+def dot_products(head: int, heads: int) -> list[str]:
+    query, keys = torch.tensor([1, 1]), torch.tensor([[1, 0], [1, -1], [-1, 0]])
+    products, correction, before = keys @ query, 2.575, 10
+    powers = products.double().exp()
+    return [
+        say("{} where they are unrelated", (torch.eye(2)[0] @ torch.eye(2)[1]).int()),
+        say("query ({}, {}) the keys ({}, {}), ({}, {}) and ({}, {})", *query, *keys.flatten()),
+        say("products {}, {} and {}.", *products),
+        say("e^{}, e^{} and e^{} are {:.3f}, {:.0f} and {:.3f};", *products, *powers),
+        say("sum, {:.3f}, they are {:.3f}, {:.3f} and {:.3f} again", powers.sum(), *powers / powers.sum()),
+        say("weighted sum, {} numbers", head),
+        say("sums of the {} heads", heads),
+        say("correction of {} makes {} into {:.3f}", correction, before, before + correction),
+    ]
+
+
+def gradients(weights: list[float], given: list[int], received: float) -> list[str]:
+    """How the received number changes with each value, and with each dot product."""
+    products = torch.tensor(weights).log().requires_grad_()
+    values = torch.tensor(given, dtype=torch.float, requires_grad=True)
+    (products.softmax(0) @ values).backward()
+    slopes = zip(weights, given, products.grad, strict=True)
+    (first, second, third) = (say("{:.3f} · ({} - {:.3f}) = {:.3f}", w, v, received, slope) for w, v, slope in slopes)
+    return [
+        say("Say that the {:.3f} should be larger", received),
+        say("slopes are {:.3f}, {:.3f} and {:.3f}.", *values.grad),
+        first,
+        second,
+        third,
     ]
 
 
@@ -363,6 +403,95 @@ def cosface_section() -> list[str]:
     ]
 
 
+def one_step() -> list[str]:
+    """The first step of the demo, by the code that trains, and the steps of exp_003."""
+    photos, people, epoch = 64, 32, 59
+    config = dataclasses.replace(resolve({"exp": "demo"}), device="cpu", dtype="fp32")
+    face, samples = build_model(config), SyntheticSamples(people, photos // people)
+    margin = MarginLoss(make_margin(config.loss, config.margin), 190, config.embedding_dim, config.scale)
+    images = face.preprocess(to_float(torch.from_numpy(samples.render(np.arange(photos)))))
+    batch = Batch(images, torch.from_numpy(samples.labels), torch.from_numpy(samples.domains), samples.labels)
+    optimizer, b = make_optimizer(face, margin, config), face.vit.blocks[-1].attn.qkv.lora_b
+    factor, before = schedule(0, config.epochs * epoch, epoch), b[0, 0].item()
+    set_rates(optimizer, factor)
+    losses = total_loss(face, margin, batch, config)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    _, norm, _ = update(optimizer, losses["loss"], trained, config.clip_grad, LossScale(False, torch.device("cpu")))
+    shrunk = config.clip_grad / norm.item()
+    steps, batch_size, epochs = 494_149 // RECORDED.batch_size, RECORDED.batch_size, RECORDED.epochs
+    return [
+        say("on {} photos of {} people and in float{}", photos, people, 8 * images.element_size()),
+        say("b = {:.0f}.", before),
+        say("a loss of {:.2f}: CosFace {:.2f}", losses["loss"], losses["margin_loss"]),
+        say(
+            "{} times the load balance {:.2f}, and {}",
+            config.balance_loss_weight,
+            losses["balance_loss"],
+            DOMAIN_LOSS_WEIGHT,
+        ),
+        say("times the domains' cross-entropy {:.2f}", losses["domain_loss"]),
+        say("That of b is {:.5f}", b.grad[0, 0].item() / shrunk),
+        say("a vector of length {:.1f}; more than `--clip-grad` {:.0f}", norm, config.clip_grad),
+        say("{:.0f} / {:.1f} = {:.3f}", config.clip_grad, norm, shrunk),
+        say("{} · {}/{:.0f}, as it warms up over {:.0f} steps: b", config.lr, 1, 1 / factor, 1 / factor),
+        say("= {:.6f}.", b[0, 0].item()),
+        say("a loss of {:.2f}.", total_loss(face, margin, batch, config)["loss"]),
+        say("{:,} images. At {} a step that is {:,} steps an epoch", 494_149, batch_size, steps),
+        say("{:,} in the {} epochs", epochs * steps, epochs),
+    ]
+
+
+def read(page: str, pattern: str) -> list[str]:
+    """The numbers that another page gives, where they were measured."""
+    (found,) = set(re.findall(pattern, (ROOT / page).read_text(encoding="utf-8")))
+    return [found] if isinstance(found, str) else [*found]
+
+
+def trust() -> list[str]:
+    results = "docs/results.md"
+    lora = read(results, r"mean ± deviation over seeds \| \*\*(\S+) ± (\S+)\*\* \|.*\*\* \| \|")
+    gain = read(results, r"After 20 epochs \(.*?\) it is (\S+) \((\S+) to (\S+)\) above LoRA")
+    frozen, demo = read(results, r"\| 112 \| fp32 \| (\S+) ±"), read(results, r"\| frozen, raw CLS \| (\S+) ±")
+    adapted, people = read(results, r"\| adapted \| (\S+) ±"), read(results, r"## ViT-Ti on (\d+) people: LFW")
+    return [
+        say("at step {}", 0),
+        say("from {} % to {} ± {} % by {} people's photos", *frozen, *lora, *people),
+        say("from {} % to {} %", *demo, *adapted),
+        say("{} points ({} to {})", *gain),
+    ]
+
+
+def times() -> list[str]:
+    """Measured rates are read, predicted ones computed from the step's multiply-adds and the makers' TFLOP/s."""
+    steps, size = 494_149 // RECORDED.batch_size * RECORDED.epochs, RECORDED.batch_size
+    from flops import forward_and_step
+
+    work = forward_and_step(model(exp="exp_001").config)[1]
+    (rate,) = read("kernels/README.md", r"seconds 8`, with the loader \| ([\d,]+) img/s")
+    (cpu,) = read("README.md", r"\*\*vitface\*\*, LoRA \| \S+ ± \S+ \| ([\d.]+) \|")
+    (memory,) = read("kernels/README.md", r"peak memory of a step \| (\S+) GB")
+    shares, hour, h100 = (0.2, 0.4), 3600, float(rate.replace(",", ""))
+
+    def predicted(tera: int) -> tuple[float, ...]:
+        rates = [share * tera * 1e12 / (2 * work) for share in shares]
+        return *rates, *sorted(steps * size / each / hour for each in rates)
+
+    row = "{} TFLOP/s: *predicted* | {:,.0f} to {:,.0f} | {:.1f} to {:.1f} hours"
+    return [
+        say("{:,} parameters", count(bare("clip_vitb16", 224))),
+        say("{:,} steps of {} images, ViT-S/{} at {} pixels", steps, size, 14, 224),
+        say("costs {:.1f} billion", work / 1e9),
+        say("{} epochs", RECORDED.epochs),
+        say("over {} seconds", 8),
+        say("{} | {:.1f} hours", rate, steps * size / h100 / hour),
+        say("{} images a step: measured | {} | {:.1f} days", 8, cpu, steps * size / float(cpu) / hour / 24),
+        say(f"RTX {{}}, {row}", 4090, 165, *predicted(165)),
+        say(row, 65, *predicted(65)),
+        say("{:.0f} to {:.0f} % of", *(100 * share for share in shares)),
+        say("takes {} GB", memory),
+    ]
+
+
 def verification() -> list[str]:
     pairs, share, distance = BENCHMARKS["lfw"].pairs, 0.9, 1.4
     folds = contiguous_folds(pairs)
@@ -406,7 +535,10 @@ def claims() -> list[str]:
         lora,
         dalora,
         cosface_section,
+        one_step,
         verification,
+        trust,
+        times,
     )
     return [claim for section in sections for claim in section()]
 
