@@ -24,7 +24,7 @@ GROUPS = {
         "vitface.commands",
         ("train", "evaluate", "calibrate", "golden", "study", "experiments", "data"),
     ),
-    "photos": ("vitface.commands.photos", ("align", "verify", "embed", "search", "cluster", "explain")),
+    "photos": ("vitface.commands.photos", ("align", "verify", "embed", "search", "cluster", "explain", "demo")),
     "models": (
         "vitface.commands.models",
         ("backbones", "fetch", "convert", "info", "export", "import-peft", "publish"),

@@ -22,7 +22,7 @@ from vitface.presets import backbone_name
 from vitface.store.backbone import read_backbone
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone
-from vitface.weights.sources import DETECTOR, SOURCES, Source
+from vitface.weights.sources import DETECTOR, RUNTIME, SOURCES, Source
 
 TIMEOUT = 30  # seconds without a byte
 MINUTE, LEAST_BYTES = 60.0, 1 << 16  # less than that in a minute is no download
@@ -66,12 +66,22 @@ def fetch_backbone(name: str) -> Conversion | None:
     return done
 
 
-@_alone()
 def fetch_detector() -> Path:
     """Downloads YuNet, which `vitface align` uses, unless it is there; WeightsError if that fails."""
-    file = cache_home() / "face_detection_yunet.onnx"
-    if not file.is_file() or sha256_file(file) != DETECTOR.sha256:
-        download(DETECTOR, file)
+    return _fetch(DETECTOR, "face_detection_yunet.onnx")
+
+
+def fetch_runtime() -> Path:
+    """The same of npm's package of ONNX Runtime Web, which runs a model in a browser."""
+    assert RUNTIME.url
+    return _fetch(RUNTIME, RUNTIME.url.rsplit("/", 1)[1])
+
+
+@_alone()
+def _fetch(source: Source, name: str) -> Path:
+    file = cache_home() / name
+    if not file.is_file() or sha256_file(file) != source.sha256:
+        download(source, file)
     return file
 
 

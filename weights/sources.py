@@ -80,6 +80,12 @@ DETECTOR = Source(  # version 2026may, by its commit; the address is that of Git
     "models/face_detection_yunet/face_detection_yunet_2026may.onnx",
     YUNET_SHA256,
 )
+RUNTIME = Source(
+    "Microsoft's ONNX Runtime Web 1.30.0",
+    "MIT",
+    "https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-1.30.0.tgz",
+    "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71",
+)
 SOURCES: dict[str, Source] = {
     "dinov2_vits14": _dinov2("small", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
     "dinov2_vitb14": _dinov2("base", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),

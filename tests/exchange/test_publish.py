@@ -40,14 +40,14 @@ def uploaded(monkeypatch):
     class Api:
         private = True
 
-        def create_repo(self, repository, private, exist_ok):
+        def create_repo(self, repository, private, exist_ok, **kind):
             assert private and exist_ok
             return ADDRESS
 
-        def repo_info(self, repository):
+        def repo_info(self, repository, **kind):
             return SimpleNamespace(private=self.private)
 
-        def create_commit(self, repository, operations, commit_message):
+        def create_commit(self, repository, operations, commit_message, **kind):
             given.update({op.path_in_repo: op.path_or_fileobj for op in operations})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)

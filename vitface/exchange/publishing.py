@@ -1,10 +1,12 @@
-"""Publishing a model on the Hugging Face Hub: its bundle is written with a card, checked and uploaded.
+"""Publishing a model on the Hugging Face Hub: its bundle, or its page, is written with a card, checked and uploaded.
 
 The check keeps backbones, identity matrices, embeddings, images, names, paths and secrets out of a published model. A
 bundle has five files. Four of them must be, byte for byte, what this version writes for the model that they describe,
-so that there is no room for anything else. The fifth is the card, which people edit: it is searched.
+so that there is no room for anything else. The fifth is the card, which people edit: it is searched. A page, for a
+Space, has the files of `vitface.exchange.site` and a card, to which the same applies.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from vitface.errors import ConfigError, DataError, ExchangeError, VitfaceError
 from vitface.evaluation.report import results_json
 from vitface.evaluation.scores import SCORES, load_scores
 from vitface.exchange.bundle import face_files, write_folder
+from vitface.exchange.site import in_folders, site_files
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 from vitface.store.settings import read_epochs
@@ -25,6 +28,7 @@ from vitface.version import __version__
 from vitface.weights.sources import SOURCES
 
 RESEARCH_ONLY = "non-commercial-research"
+REDISTRIBUTABLE = ("Apache-2.0", "MIT")  # the licences of backbones that a page may hold
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 15
 MAX_DECIMALS = 100  # numbers of four decimals and more: a full table of results has about forty
@@ -45,6 +49,15 @@ def write_bundle(checkpoint: Checkpoint, out: Path, repository: str, data: str |
     """
     if not checkpoint.config.lora_rank:
         raise ExchangeError(f"{checkpoint.path} has no adapters: everything in it is published already")
+    data, licence = described(checkpoint, data, licence)
+    card = model_card(checkpoint, repository, data, licence)
+    files = face_files(checkpoint.load(), checkpoint.backbone, checkpoint.calibration)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out, {"": {**files, CARD: card.encode()}})
+
+
+def described(checkpoint: Checkpoint, data: str | None, licence: str | None) -> tuple[str, str]:
+    """(What the model was trained on, its licence) for the card; both have defaults."""
     synthetic = checkpoint.settings.get("train_data") in SYNTHETIC
     data = data or ("procedural faces, drawn by vitface: no person's" if synthetic else None)
     if data is None:
@@ -52,10 +65,7 @@ def write_bundle(checkpoint: Checkpoint, out: Path, repository: str, data: str |
     licence = licence or ("apache-2.0" if synthetic else RESEARCH_ONLY)
     if not re.fullmatch(r"[a-z0-9.-]+", licence):
         raise ConfigError(f"--licence {licence} is not an identifier of the Hub, such as mit or cc-by-nc-4.0")
-    card = model_card(checkpoint, repository, data, licence)
-    files = face_files(checkpoint.load(), checkpoint.backbone, checkpoint.calibration)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(out, {"": {**files, CARD: card.encode()}})
+    return data, licence
 
 
 def model_card(checkpoint: Checkpoint, repository: str, data: str, licence: str) -> str:
@@ -119,6 +129,56 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
     return {**found, CARD: card}
 
 
+def space_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The page of a model by path, without a card; ExchangeError for a backbone that others may not have from us."""
+    source = SOURCES.get(checkpoint.config.backbone)
+    if source and source.licence not in REDISTRIBUTABLE:
+        alone = "`vitface publish --repo` publishes what was trained, without it"
+        raise ExchangeError(f"the page would hold {source.origin}, whose licence is: {source.licence}; {alone}")
+    return site_files(checkpoint)
+
+
+def write_space(
+    checkpoint: Checkpoint, out: Path, page: dict[str, bytes], repository: str, data: str | None, licence: str | None
+) -> None:
+    """Writes a page with a new card; the other arguments are those of `write_bundle`."""
+    data, licence = described(checkpoint, data, licence)
+    card = render(
+        "exchange/space.md.j2",
+        repository=repository,
+        config=checkpoint.config,
+        data=data,
+        licence=licence,
+        research_only=RESEARCH_ONLY,
+        thresholds=json.loads(page["page.json"])["thresholds_from"],
+        version=__version__,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out, in_folders({**page, CARD: card.encode()}))
+
+
+def check_space(folder: Path, page: dict[str, bytes], people: Sequence[str] = ()) -> dict[str, bytes]:
+    """The files of a folder by path: those of `space_files`, and its card; ExchangeError names the first that is not.
+
+    The card must not hold any of the names of `people`.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise ExchangeError(f"{folder} is not a folder of a page")
+    folders = {name.rpartition("/")[0] for name in page}
+    for entry in sorted(folder.rglob("*")):
+        name = entry.relative_to(folder).as_posix()
+        kept = entry.is_dir() if name in folders else entry.is_file() and (name in page or name == CARD)
+        if entry.is_symlink() or not kept:
+            raise ExchangeError(f"{entry} is not part of a page; nothing is published with it there")
+    for name, data in page.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != data:
+            fault = f"{folder / name} is not what vitface writes for this model"
+            raise ExchangeError(f"{fault}, and may hold more than it: remove {folder} and publish again")
+    card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
+    check_card(card, people)
+    return {**page, CARD: card}
+
+
 def check_card(card: bytes, people: Sequence[str] = ()) -> None:
     """ExchangeError if a card is missing, too large or not text, or holds an image, a path, a secret or a name."""
     if not 0 < len(card) <= MAX_CARD_BYTES:
@@ -165,21 +225,21 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\W|_", " ", seen).split()
 
 
-def upload(repository: str, files: dict[str, bytes], public: bool = False) -> str:
-    """Uploads the files in one commit, and says where they are.
+def upload(repository: str, files: dict[str, bytes], public: bool = False, space: bool = False) -> str:
+    """Uploads the files in one commit, into a model's repository or a static Space, and says where they are.
 
     A new repository is private. ExchangeError if the Hub refuses, and for a public one unless `public`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     try:
-        api = HfApi()
-        url = api.create_repo(repository, private=True, exist_ok=True)
-        private = bool(api.repo_info(repository).private)
+        api, kind, sdk = HfApi(), "space" if space else "model", "static" if space else None
+        url = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        private = bool(api.repo_info(repository, repo_type=kind).private)
         if not private and not public:
             raise ExchangeError(f"{url} is public: nothing was uploaded; to publish there, pass --public")
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-        api.create_commit(repository, operations, commit_message="Model of vitface")
+        api.create_commit(repository, operations, commit_message="Model of vitface", repo_type=kind)
     except ExchangeError:
         raise
     except Exception as error:  # its own, its HTTP library's, the system's

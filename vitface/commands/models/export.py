@@ -1,4 +1,4 @@
-"""Write a trained model, or a gallery, for other programs: PEFT, ONNX, torch.export; FAISS, Parquet, pgvector."""
+"""Write a trained model, or a gallery, for others: PEFT, ONNX, torch.export, a web page; FAISS, Parquet, pgvector."""
 
 import argparse
 import shlex
@@ -13,6 +13,7 @@ from vitface.files import write_output
 if TYPE_CHECKING:
     from vitface.model.face import FaceModel
     from vitface.recogniser import Recogniser
+    from vitface.store.faces import Checkpoint
 
 EXAMPLES = """examples:
   vitface export runs/a --format onnx --out face.onnx          the whole model, router inside, checked
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   vitface export runs/a --format peft-timm --out adapter       PEFT's files; a folder per domain for DA-LoRA
   vitface export runs/a --format peft-transformers --out adapter
   vitface export runs/a --format merged --out merged           LoRA folded into a backbone file, and the head
+  vitface export runs/a --format web --out site                a page that runs the model in a browser, see vitface demo
   vitface export people --format faiss --out index             a gallery: index.faiss and names.json
   vitface export people --format parquet --out people.parquet
   vitface export people --format pgvector --out tables         load.sql for psql, and the rows
@@ -28,7 +30,7 @@ EXAMPLES = """examples:
 docs/scaling.md says which engine serves what.
 """
 GALLERY_FORMATS = ("faiss", "parquet", "pgvector")
-FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged")
+FORMATS = ("onnx", "torch", "peft-timm", "peft-transformers", "merged", "web")
 
 
 def add_flags(parser: CommandParser) -> None:
@@ -40,6 +42,8 @@ def add_flags(parser: CommandParser) -> None:
     add("--no-flip", action="store_true", help="onnx, torch: embed without the mirror image; halves the work")
     layout = "onnx, torch: nhwc (default) takes uint8 (B, 112, 112, 3); nchw float32 (B, 3, 112, 112) from -1 to 1, RGB"
     add("--layout", choices=["nhwc", "nchw"], default="nhwc", help=layout)
+    precision = "web: as what the weights are stored; fp16 (default) halves the download, int8 halves it again"
+    add("--precision", choices=["fp32", "fp16", "int8"], help=precision)
     add_shared(parser, "--weights")
 
 
@@ -52,11 +56,17 @@ def run(arguments: argparse.Namespace) -> None:
         return _export_gallery(arguments.checkpoint, arguments.format, arguments.out)
     if arguments.layout != "nhwc" and arguments.format not in ("onnx", "torch"):
         raise ConfigError("--layout goes with --format onnx or torch")
-    if arguments.format == "onnx":
-        require("--format onnx", "onnx", "onnxscript", "onnxruntime")
+    if arguments.precision and arguments.format != "web":
+        raise ConfigError("--precision goes with --format web")
+    if arguments.no_flip and arguments.format == "web":
+        raise ConfigError("the page compares with calibrated thresholds, which hold with the mirror image only")
+    if arguments.format in ("onnx", "web"):
+        require(f"--format {arguments.format}", "onnx", "onnxscript", "onnxruntime")
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.weights)
     if arguments.format in ("onnx", "torch"):
         _export_graph(Recogniser.from_checkpoint(checkpoint, dtype="fp32"), arguments)
+    elif arguments.format == "web":
+        _export_page(checkpoint, arguments)
     elif arguments.format == "merged":
         write_folder(arguments.out, {"": merged_files(checkpoint)})
         backbone = f"{checkpoint.config.backbone}.safetensors"
@@ -90,6 +100,18 @@ def _export_graph(model: "Recogniser", arguments: argparse.Namespace) -> None:
         checked = f"; cosine with PyTorch at least {check_onnx(data, model, flip, layout):.7f} in ONNX Runtime"
     write_output(arguments.out, data)
     print(f"wrote {arguments.out} ({len(data) / 1e6:.1f} MB){checked}\ntakes {describe(model, layout)['images']}")
+
+
+def _export_page(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> None:
+    from vitface.exchange.bundle import write_folder
+    from vitface.exchange.site import in_folders, site_files
+
+    files = site_files(checkpoint, arguments.precision or "fp16")
+    write_folder(arguments.out, in_folders(files))
+    size = sum(map(len, files.values())) / 1e6
+    print(f"wrote {arguments.out} ({size:.1f} MB): {len(files)} files for any static host; all that it runs is in them")
+    print(f"next: python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(arguments.out))} 8000")
+    print("and open http://localhost:8000 in a browser")
 
 
 def _export_peft(model: "FaceModel", arguments: argparse.Namespace) -> None:
