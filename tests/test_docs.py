@@ -19,9 +19,11 @@ from test_house import PACKAGE, import_graph
 import vitface
 from vitface.__main__ import main
 from vitface.data.images import read_image
+from vitface.evaluation.benchmarks import Evaluation
+from vitface.evaluation.protocol import verify
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 SCRIPTS = ("train.py", "evaluate.py")
 sys.path.insert(0, str(ROOT / "docs" / "img"))
 
@@ -146,11 +148,19 @@ def test_a_room_imports_only_rooms_above_it():
             assert place.get(other, 0) <= place[names[0]], f"{module} imports vitface.{other}"
 
 
-def test_the_picture_of_the_readme_is_small_and_what_its_script_draws():
-    from make import picture
+def test_the_pictures_are_small_and_what_their_script_draws(monkeypatch):
+    import make
 
-    stored = ROOT / "docs" / "img" / "attention.png"
-    drawn = picture(tiny_recogniser(num_domains=3))
+    stored, model = ROOT / "docs" / "img" / "attention.png", tiny_recogniser(num_domains=3)
+    drawn = make.attention_picture(model, model)
     with Image.open(stored) as image:
         assert (image.size, image.mode) == (drawn.size, drawn.mode)
-    assert stored.stat().st_size < 150_000 and np.asarray(drawn.convert("RGB")).std() > 50
+    assert np.asarray(drawn.convert("RGB")).std() > 50
+    assert all(path.stat().st_size < 150_000 for path in stored.parent.iterdir() if path.is_file())
+    monkeypatch.setattr(make, "PEOPLE", 2)
+    issame = np.arange(400) % 2 == 0
+    result = verify(np.random.default_rng(0).uniform(0, 2, 400) + ~issame, issame)
+    monkeypatch.setattr(make, "evaluate_all", lambda *_: Evaluation({"synthetic": result}, [], []))
+    texts = make.charts_picture(model, model), (stored.parent / "charts.svg").read_text(encoding="utf-8")
+    curves, of_stored = (re.findall(r'<(poly\w+) class="(\w+)', text) for text in texts)
+    assert curves == of_stored and sum(kind == "polyline" for kind, _ in curves) == 3 * 3 + 2

@@ -42,11 +42,11 @@ def numbers(text: str) -> Counter[str]:
 @pytest.mark.parametrize(("french", "original"), PAGES.items())
 def test_a_french_page_has_the_commands_and_numbers_of_the_english_one(french, original):
     theirs, ours = ((ROOT / page).read_text(encoding="utf-8") for page in (original, french))
-    assert commands(ours) == commands(theirs)
+    assert commands(ours) == commands(theirs), f"{french} is to have the commands of {original}"
     expected = sections(ELSEWHERE.sub("", theirs))
     found = sections(english(ours))
     kept = [numbers(section) for section in expected if numbers(section)]
-    assert [numbers(section) for section in found if numbers(section)] == kept
+    assert [numbers(section) for section in found if numbers(section)] == kept, f"{french} is to have its numbers"
     assert len(ours.splitlines()) <= 1.15 * len(theirs.splitlines())
     for target in re.findall(r"\]\(((?!http)[^)#]+)", ours):
         assert ((ROOT / french).parent / target).exists(), target

@@ -214,7 +214,10 @@ def test_few_pairs_without_a_threshold(tmp_path, capsys):
         assert "AUC and EER are all there is" in capsys.readouterr().out
     file.write_text("\n".join(file.read_text().splitlines()[:2]))
     assert main([*FROZEN, "--bench", str(file), "--output", str(tmp_path / "out.html"), "--show-faces"]) == 0
-    assert "no threshold" in (tmp_path / "out.html").read_text()
+    page = (tmp_path / "out.html").read_text()
+    assert "no threshold" in page and "Beside what others report" not in page
+    hardest = page.split("Hardest pairs")[1].split("</section>")[0]
+    assert hardest.count("<figure") == 2 == hardest.count("<img") / 2  # a pair is one figure
 
 
 @case("a list of two pairs", "evaluated")

@@ -100,7 +100,7 @@ def beside_published(results: dict[str, Verification]) -> list[tuple[str, str, s
     ours = {name: result.accuracy for name, result in results.items()} | {FIVE_TOGETHER: average_of_five(results)}
     rows = []
     for name, theirs in PUBLISHED.items():
-        if (accuracy := ours.get(name)) is not None:
+        if (accuracy := ours.get(name)) is not None and not np.isnan(accuracy):
             rows += [(name, f"{100 * accuracy:.2f}", "this model", ""), *((name, *row) for row in theirs)]
     return rows
 
