@@ -17,6 +17,7 @@ from vitface.config import Dtype, FaceConfig
 from vitface.data.faces.detect import REMARKS, FaceDetector
 from vitface.data.faces.photos import CropReader, Photo
 from vitface.data.images import CROP_SIZE
+from vitface.data.quality import crop_quality
 from vitface.device import DTYPES, inference_dtype, known_device
 from vitface.errors import CheckpointError, ConfigError, ImageError, expect, in_one_line, is_whole
 from vitface.model.face import FaceModel
@@ -129,6 +130,14 @@ class Recogniser:
                 warnings.warn(f"{text}; align=True finds the face in it, align=False says that it is one", stacklevel=2)
         rows = self._rows([first, second], align)
         return Verdict(float(rows[0] @ rows[1]), *threshold)
+
+    def quality(self, images: Images, batch_size: int | None = None, align: Align = None) -> np.ndarray:
+        """How fine the detail of each image is, float32 (B,) in [0, 1]: about 0.8 for a good photo, below POOR (see
+        `vitface.data.quality`) for one whose embedding says little, 0 without any detail. It is a function of the
+        aligned face's pixels, the same for every model; it does not see whether there is a face, or how it is turned.
+        `images` and `align` are those of `embed`."""
+        rows = [crop_quality(batch).cpu().numpy() for batch in self._batches(images, align, batch_size=batch_size)]
+        return np.concatenate(rows) if rows else np.zeros(0, np.float32)
 
     def domain_weights(self, images: Images, batch_size: int | None = None, align: Align = None) -> np.ndarray:
         """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA. `images`

@@ -1,12 +1,17 @@
 """Photos as cameras give them: what is typed after --degrade."""
 
+import json
+
 import numpy as np
 import pytest
 from cases import case
+from drawn import drawn_faces
+from PIL import Image
 
 from vitface.__main__ import main
 from vitface.data.degrade import degrade_crops, parse_sensors
 from vitface.data.faces.folder import write_crop
+from vitface.data.quality import POOR
 
 KIND = "Photos as poor cameras give them"
 
@@ -38,3 +43,17 @@ def test_a_sensor_that_is_none(faces, tmp_path, capsys, typed, answer):
     assert main(["data", "show", faces, "--degrade", typed, "--out", str(tmp_path / "sheet.png")]) == 2
     answer = answer.replace("from 4", "at least 4 and at most 112, such as lowres:12")
     assert answer in capsys.readouterr().err and not (tmp_path / "sheet.png").exists()
+
+
+@case("`vitface verify` of a photo of 8 pixels, enlarged", "the verdict, and that the score says little")
+def test_a_poor_photo_is_named(tiny_run, tmp_path, capsys):
+    good = drawn_faces()[0].copy()
+    Image.fromarray(good).save(tmp_path / "a.png")
+    Image.fromarray(degrade_crops(good[None], parse_sensors("lowres:8"), np.arange(1))[0]).save(tmp_path / "b.png")
+    verify = ["verify", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--checkpoint", str(tiny_run)]
+    assert main(verify) in (0, 1)
+    out = capsys.readouterr().out
+    assert "\nthe second photo is poor, quality 0." in out and "the score says little" in out and "first" not in out
+    assert main([*verify, "--json"]) in (0, 1)
+    first, second = json.loads(capsys.readouterr().out)["quality"]
+    assert 0 <= second < POOR <= first <= 1

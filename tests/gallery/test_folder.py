@@ -161,3 +161,23 @@ def test_several_processes_neither_lose_nor_repeat_a_row(photos, tmp_path, monke
         gallery.embeddings, tiny_recogniser().embed([photos / n for n in gallery.names]), atol=1e-5
     )
     assert embed(photos, tmp_path / "out").new == 0
+
+
+def test_the_quality_of_photos_is_kept(photos, tmp_path):
+    """With the row, when others are removed, and of the new photos only; flat ones are poor."""
+    model, out = tiny_recogniser(), tmp_path / "out"
+    Image.new("RGB", (112, 112), (9, 99, 199)).save(photos / "a" / "flat.png")
+    done = embed_folder(model, photos, out, Settings("model"), CropReader(), quality=True)
+    gallery = Gallery.load(out)
+    assert list(gallery.quality) == gallery.names and "a/flat.png" in done.poor
+    np.testing.assert_allclose(
+        [*gallery.quality.values()], model.quality([photos / n for n in gallery.names]), atol=1e-6
+    )
+    gallery.remove("b")
+    assert gallery.quality and not any(name.startswith("b/") for name in gallery.quality)
+    gallery.save(out)
+    Image.new("RGB", (112, 112), (9, 99, 99)).save(photos / "a" / "later.png")
+    embed(photos, out)
+    rated = Gallery.load(out).quality
+    assert rated["a/flat.png"] < 1e-6 and len(rated) == COUNT // 2 + 1 and "a/later.png" not in rated
+    assert Gallery(8).quality == {}

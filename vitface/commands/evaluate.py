@@ -16,7 +16,15 @@ from vitface.data.formats.tinyface_folder import find_tinyface
 from vitface.data.synthetic.worlds import SYNTHETIC
 from vitface.errors import ConfigError, DataError, command, did_you_mean
 from vitface.evaluation.benchmarks import BENCHMARKS, Degraded, Evaluation, available, evaluate_all, read_benchmark
-from vitface.evaluation.report import notes, quality_lines, quality_of, results_json, results_table, summary_json
+from vitface.evaluation.report import (
+    notes,
+    quality_lines,
+    quality_of,
+    reject_lines,
+    results_json,
+    results_table,
+    summary_json,
+)
 from vitface.evaluation.scores import SCORES, benchmark_of, keep_scores
 from vitface.files import json_bytes, write_output
 
@@ -135,7 +143,7 @@ def evaluate_model(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
         return predict(model, names, data_dir, sum(1 + bool(each and each.probe) for each in conditions))
     if checkpoint or conditions != [None]:
         threshold = choose_threshold(model.thresholds)[0]
-        evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions, threshold)
+        evaluation = evaluate_all(model.embed, names, data_dir, in_turns, conditions, threshold, model.quality)
     else:
         evaluation = evaluate_frozen(model, names, data_dir, in_turns, broadcast, keep=rank() == 0)
     if rank() == 0:
@@ -185,7 +193,8 @@ def show(
     run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
     quality = quality_of(evaluation.results, data_dir)
     if evaluation.results:
-        print("\n".join([results_table(evaluation.results), *quality_lines(quality), *notes(evaluation.results)]))
+        lines = [*quality_lines(quality), *reject_lines(evaluation.results), *notes(evaluation.results)]
+        print("\n".join([results_table(evaluation.results), *lines]))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
     if checkpoint and run and evaluation.results and checkpoint.is_best and not arguments.gate:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 128
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 112, 112, 3) -> unit-norm (B, E)
+Quality = Callable[[np.ndarray], np.ndarray]  # the same -> (B,) in [0, 1]
 
 
 Work = Callable[[Sequence[int]], Iterator[np.ndarray]]  # numbers of turns -> an array (n, E) of each
@@ -150,21 +151,27 @@ def evaluate_benchmark(
     in_turns: InTurns = in_order,
     degraded: Degraded | None = None,
     threshold: float | None = None,
+    quality: Quality | None = None,
 ) -> tuple[Verification, list[str]]:
     """(The result of the field's protocol on one benchmark, `degraded` or as it is, alarms). `threshold` is the cosine
-    that decides one's own pairs where there are too few for folds.
+    that decides one's own pairs where there are too few for folds; with `quality` the result has the pairs' too.
 
     DataError as for `read_benchmark`, EvaluationError if nothing can be computed from the embeddings.
     """
+    rows = embed if quality is None else lambda crops: np.column_stack([embed(crops), quality(crops)])
     if name in SYNTHETIC:
         images, people, data = _synthetic_benchmark(name)
-        first, second = _embed_both(embed, images.__getitem__, np.arange(len(images)), in_turns, name, degraded)
+        first, second = _embed_both(rows, images.__getitem__, np.arange(len(images)), in_turns, name, degraded)
         folds, alarms, issame = None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
-        first, second = embed_pairs(embed, pairs, in_turns, degraded)
+        first, second = embed_pairs(rows, pairs, in_turns, degraded)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
         data = pairs.sha256()
+    lower = None
+    if quality is not None:
+        lower = np.minimum(first[:, -1], second[:, -1])
+        first, second = first[:, :-1], second[:, :-1]
     check_embeddings(np.concatenate([first, second]))
     distance = pair_distance(first, second)
     sizes = np.bincount(contiguous_folds(len(issame)) if folds is None else folds)
@@ -172,7 +179,7 @@ def evaluate_benchmark(
         result = verify(distance, issame, folds, people)
     else:
         result = verify_fixed(distance, issame, np.nan if threshold is None else 2 - 2 * threshold, people)
-    result = dataclasses.replace(result, data=data)
+    result = dataclasses.replace(result, data=data, quality=lower)
     return result, [*alarms, *([] if degraded else order_alarms(name, first, second, issame))]
 
 
@@ -253,6 +260,7 @@ def evaluate_all(
     in_turns: InTurns = in_order,
     conditions: Sequence[Degraded | None] = (None,),
     threshold: float | None = None,
+    quality: Quality | None = None,
 ) -> Evaluation:
     """Evaluates the named benchmarks one after the other, under each of the `conditions`, see `evaluate_benchmark`; a
     failure of one does not stop the others. A result near chance is an alarm unless the pairs were degraded."""
@@ -260,7 +268,7 @@ def evaluate_all(
     for name, degraded in itertools.product(names, conditions):
         label = degraded.label(name) if degraded else name
         try:
-            result, alarms = evaluate_benchmark(embed, name, data_dir, in_turns, degraded, threshold)
+            result, alarms = evaluate_benchmark(embed, name, data_dir, in_turns, degraded, threshold, quality)
             evaluation.results[label] = result
             found = judge(label, result)
             alarms += [] if degraded else found

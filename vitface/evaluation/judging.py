@@ -63,7 +63,7 @@ def evaluate_frozen(
         if name in whole.kept:
             whole.results.update({name: kept[name]} if name in kept else {})
             continue
-        found = evaluate_all(model.embed, [name], data_dir, in_turns)
+        found = evaluate_all(model.embed, [name], data_dir, in_turns, quality=model.quality)
         whole.results.update(found.results)
         whole.alarms.extend(found.alarms)
         whole.failures.extend(found.failures)

@@ -19,7 +19,16 @@ from vitface.evaluation import plots
 from vitface.evaluation.benchmarks import Evaluation, category, read_benchmark
 from vitface.evaluation.plots import Chart, bar_chart, heat, heat_scale, line_chart, pictures
 from vitface.evaluation.protocol import Verification
-from vitface.evaluation.report import average_of_five, notes, quality_lines, quality_of, results_json, summary_lines
+from vitface.evaluation.report import (
+    REJECTED,
+    average_of_five,
+    errors_by_reject,
+    notes,
+    quality_lines,
+    quality_of,
+    results_json,
+    summary_lines,
+)
 from vitface.evaluation.routing import domain_names, synthetic_routing
 from vitface.evaluation.scores import benchmark_of
 from vitface.evaluation.statistics import tar_interval
@@ -83,7 +92,7 @@ def report_page(
         degraded=degraded_curves(evaluation),
         learning=learning_curve(run) if run else [],
         roc=roc_chart(results) if results else None,
-        scores=[histogram(name, result) for name, result in results.items()],
+        scores=[*(histogram(name, result) for name, result in results.items()), *reject_charts(results)],
         categories=category_bars(results),
         hardest=hardest_pairs(results, data_dir) if faces else {},
         attention=attention_maps(model),
@@ -153,6 +162,14 @@ def histogram(name: str, result: Verification) -> Chart:
     threshold = 1 - result.thresholds.mean() / 2
     at = "" if np.isnan(threshold) else f"; the mean threshold is {_plain(threshold, 3)}"
     return line_chart(f"{name}: cosine of the pairs{at}", "cosine", "share of pairs", curves)
+
+
+def reject_charts(results: dict[str, Verification]) -> list[Chart]:
+    """The errors among the pairs that remain when those of the lowest quality are rejected, where that is known."""
+    shares = 100 * np.array(REJECTED)
+    curves = {name: (shares, 100 * np.array([*errors.values()])) for name, errors in errors_by_reject(results).items()}
+    title = "Errors by how many pairs are rejected, those of the lowest quality first"
+    return [line_chart(title, "rejected pairs in %", "errors in %", curves)] if curves else []
 
 
 def degraded_curves(evaluation: Evaluation) -> list[Chart]:

@@ -38,6 +38,7 @@ class Verification:
     issame: np.ndarray  # bool (M,)
     people: np.ndarray | None = None  # (M, 2) the two people of each pair, where names are known
     data: str = ""  # the SHA-256 of the images and pairs (see `VerificationSet.sha256`)
+    quality: np.ndarray | None = None  # (M,) the lower of the two photos', in [0, 1], where it was asked for
 
     @property
     def in_folds(self) -> bool:

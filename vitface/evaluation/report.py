@@ -16,6 +16,7 @@ from vitface.metrics import far_threshold
 from vitface.store.thresholds import FARS
 
 FIVE = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")  # whose average papers print
+REJECTED = (0, 0.05, 0.1, 0.2, 0.3)  # the shares of the pairs, in the order of their quality
 Results = Mapping[str, Verification]  # by benchmark name
 
 
@@ -99,6 +100,29 @@ def quality_groups(result: Verification, quality: np.ndarray) -> list[dict[str, 
     ]
 
 
+def error_by_reject(result: Verification) -> dict[str, float] | None:
+    """{share of the pairs that is rejected, those of the lowest quality: share of wrong decisions among the others};
+    the thresholds stay those of all pairs. None where the quality is not known, or without an accuracy."""
+    if result.quality is None or math.isnan(result.accuracy):
+        return None
+    kept = result.correct[np.argsort(result.quality, kind="stable")]
+    return {f"{share:g}": float(1 - kept[round(share * len(kept)) :].mean()) for share in REJECTED}
+
+
+def errors_by_reject(results: Results) -> dict[str, dict[str, float]]:
+    """`error_by_reject` of the results that have one."""
+    return {name: errors for name, result in results.items() if (errors := error_by_reject(result))}
+
+
+def reject_lines(results: Results) -> list[str]:
+    """The errors of each benchmark, of all pairs and without those of the lowest quality, in %."""
+    return [
+        f"{name}: errors {', '.join(f'{100 * error:.2f}' for error in errors.values())} % with the "
+        f"{', '.join(f'{100 * share:g}' for share in REJECTED)} % of pairs of the lowest quality rejected"
+        for name, errors in errors_by_reject(results).items()
+    ]
+
+
 def quality_of(results: Results, data_dir: Path) -> list[dict[str, Any]]:
     """`quality_groups` of XQLFW where it is among the results and its scores are there, else []."""
     quality = pair_quality(data_dir) if "xqlfw" in results else None
@@ -160,7 +184,7 @@ def _tar(result: Verification, far: float) -> float | None:
 
 def results_json(results: Results) -> dict[str, dict]:
     """{benchmark: {"accuracy", "std", "interval", "identity_interval", "auc", "eer", "tar_at_far", "pairs", "data",
-    "published", "threshold"}}.
+    "published", "threshold", "error_by_reject"}}.
 
     "identity_interval" is None where the pairs' people are not known; a TAR is None where there are too few different
     pairs. "published" is false for one's own pairs; "threshold" is the cosine that decided those that are too few for
@@ -179,6 +203,7 @@ def results_json(results: Results) -> dict[str, dict]:
             "data": result.data,
             "published": category(name) != OWN,
             "threshold": None if result.in_folds else _number(1 - float(result.thresholds[0]) / 2),
+            "error_by_reject": error_by_reject(result),
         }
         for name, result in results.items()
     }

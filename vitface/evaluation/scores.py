@@ -1,9 +1,10 @@
 """Verification scores on disk: tables, comparisons and reports are computed from them, without the model.
 
 A scores file is safetensors. For each set of pairs it has `NAME/DATA.distance` float64 (M,), `.issame` uint8 (M,),
-`.folds` int64 (M,) and, where names are known, `.people` int64 (M, 2). NAME is the benchmark's; DATA is the SHA-256 of
-the pairs, because other pairs may come under the same name. Without folds it has `.threshold` float64 (1,), on the
-distance, -1 where there was none. The metadata names the model.
+`.folds` int64 (M,) and, where they are known, the two people as `.people` int64 (M, 2) and the lower quality of the two
+photos as `.quality` float64 (M,). NAME is the benchmark's; DATA is the SHA-256 of the pairs, because other pairs may
+come under the same name. Without folds it has `.threshold` float64 (1,), on the distance, -1 where there was none. The
+metadata names the model.
 
 Read back, a benchmark is called NAME; where there are several sets of that name, each is NAME and eight digits of its
 DATA.
@@ -41,6 +42,8 @@ def save_scores(path: Path, results: Mapping[str, Verification], model: str) -> 
         stem = f"{benchmark_of(label)}/{result.data}"
         tensors[f"{stem}.distance"], tensors[f"{stem}.folds"] = result.distance, result.folds.astype(np.int64)
         tensors[f"{stem}.issame"] = result.issame.astype(np.uint8)
+        if result.quality is not None:
+            tensors[f"{stem}.quality"] = result.quality.astype(np.float64)
         if result.people is not None:
             tensors[f"{stem}.people"] = result.people.astype(np.int64)
         if not result.in_folds:
@@ -98,6 +101,8 @@ def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]
     count = len(tensors["distance"].flatten()) if "distance" in tensors else 0
     kinds = {"distance": torch.float64, "issame": torch.uint8, "folds": torch.int64}
     expected = {part: torch.empty(count, dtype=kind) for part, kind in kinds.items()}
+    if "quality" in tensors:
+        expected["quality"] = torch.empty(count, dtype=torch.float64)
     if "people" in tensors:
         expected["people"] = torch.empty((count, 2), dtype=torch.int64)
     if "threshold" in tensors:
@@ -106,7 +111,10 @@ def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]
     if fault or not count <= MAX_PAIRS or not re.fullmatch(r"[\w.-]{1,40}/\w{0,64}", stem):
         raise CheckpointError(f"{stem[:100]}: {fault or f'{count:,} pairs'}")
     distance, issame, folds = (tensors[part].numpy() for part in kinds)
-    for part, array, most in (("distance", distance, 4.001), ("issame", issame, 1), ("folds", folds, MAX_FOLDS - 1)):
+    quality = tensors["quality"].numpy() if "quality" in tensors else None
+    ranges = {"distance": 4.001, "issame": 1, "folds": MAX_FOLDS - 1, **({} if quality is None else {"quality": 1})}
+    for part, most in ranges.items():
+        array = tensors[part].numpy()
         if not (array.min(initial=0) >= 0 and array.max(initial=0) <= most):
             raise CheckpointError(f"{stem}.{part} has values that are not from 0 to {most:g}")
     people = tensors["people"].numpy() if "people" in tensors else None
@@ -116,7 +124,7 @@ def _result(stem: str, tensors: "dict[str, Tensor]") -> tuple[str, Verification]
         result = verify_fixed(distance, issame.astype(bool), threshold if threshold >= 0 else np.nan, people)
     else:
         result = verify(distance, issame.astype(bool), folds, people)
-    return name, dataclasses.replace(result, data=data)
+    return name, dataclasses.replace(result, data=data, quality=quality)
 
 
 def benchmark_of(label: str) -> str:

@@ -18,6 +18,7 @@ from vitface.data.faces.photos import CropReader
 from vitface.data.folders import Listing, some_images, stamp
 from vitface.data.images import CROP_SIZE, read_file
 from vitface.data.progress import Progress
+from vitface.data.quality import POOR
 from vitface.errors import DataError, ImageError
 from vitface.files import make_folder, sha256_bytes
 from vitface.gallery import parts
@@ -43,7 +44,8 @@ class Embedded:
     pairs of a new name and another one whose files are the same byte for byte; new images by what is remarked of them,
     {a key of REMARKS: names}. The
     names of the source's rows begin with `prefix`. `lost` are the folders of other rows that are not there any more,
-    {folder: the names of its rows}, and `lost_parts` those of the gallery that were not there.
+    {folder: the names of its rows}, and `lost_parts` those of the gallery that were not there; `poor` new images whose
+    quality was asked for, and is below `vitface.data.quality.POOR`.
     """
 
     total: int
@@ -57,6 +59,7 @@ class Embedded:
     prefix: str
     lost: dict[str, list[str]]
     lost_parts: list[str]
+    poor: list[str]
 
 
 def embed_folder(
@@ -67,15 +70,16 @@ def embed_folder(
     crops: CropReader,
     num_workers: int = 0,
     prune: bool = False,
+    quality: bool = False,
     spread: Spread = lambda work, chunks: work(chunks),
 ) -> Embedded:
     """Embeds every image below `src` that `out` does not have yet; `origins` says how rows are named.
 
     The row of a file that was replaced is removed and made again; with `prune`, rows of files that are no longer below
     `src` are removed too, and those of other folders stay. Images are decoded and aligned in `num_workers` processes
-    while the model works; `spread` may share the work with other ranks, see `over_ranks`. A part is written every
-    PART_SECONDS and at the end, also after an error or Ctrl-C. Several processes may embed into one gallery; each locks
-    it for moments. DataError if there is no image, or if `out` was made by another model or with another alignment.
+    while the model works, and rated with `quality`; `spread` may share the work with other ranks, see `over_ranks`. A
+    part is written every PART_SECONDS and at the end, also after an error or Ctrl-C. Several processes may embed into
+    one gallery; each locks it for moments. DataError if there is no image, or `out` is of another model or alignment.
     """
     found = some_images(src)
     if not is_gallery(out):
@@ -93,19 +97,23 @@ def embed_folder(
             if source.is_taken(image)
         ]
         writer.remove({*changed, *(gone if prune else ())})
-    work = chunk_embedder(model, src, crops, num_workers)
+    work = chunk_embedder(model, src, crops, num_workers, quality)
     remarks = _embed_rest(functools.partial(spread, work), writer, source, skipped)
     total, new, prefix = len(writer.rows), len(writer.added), source.folders[source.number].prefix
-    left_out, copies = dict(found.left_out), writer.copies()
-    return Embedded(total, new, changed, gone, skipped, left_out, copies, remarks, prefix, source.lost(), writer.lost)
+    left_out, copies, lost = dict(found.left_out), writer.copies(), (source.lost(), writer.lost)
+    return Embedded(total, new, changed, gone, skipped, left_out, copies, remarks, prefix, *lost, writer.poor())
 
 
-def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int) -> Work:
-    """The function from chunks of the images below `src` to, for each, what `_read_chunk` says of it, and its rows."""
+def chunk_embedder(model: Recogniser, src: Path, crops: CropReader, num_workers: int, quality: bool = False) -> Work:
+    """The function from chunks of the images below `src` to, for each, what `_read_chunk` says of it, and its rows.
+    With `quality`, each file's follows its SHA-256."""
 
     def embedded(chunks: Sequence[Sequence[str]]) -> Iterator[tuple[Any, np.ndarray]]:
-        for images, *about in in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers):
-            yield about, model.embed(images)
+        for images, used, *about in in_processes(functools.partial(_read_chunk, src, crops), chunks, num_workers):
+            if quality:
+                values = model.quality(images).tolist()
+                used = {name: (*of, value) for (name, of), value in zip(used.items(), values, strict=True)}
+            yield (used, *about), model.embed(images)
 
     return embedded
 
@@ -145,7 +153,10 @@ def _embed_rest(embed: Work, writer: "_Writer", source: Sources, skipped: list[s
     bar = Progress(desc="embedding", total=len(wanted), initial=there, unit="image", dynamic_ncols=True)
     with bar, contextlib.closing(writer):
         for (used, failures, remarks), rows in embed(chunks):
-            origins = {wanted[image]: Origin(made, sha, source.number) for image, (made, sha) in used.items()}
+            origins = {
+                wanted[image]: Origin(made, sha, source.number, *quality)
+                for image, (made, sha, *quality) in used.items()
+            }
             writer.add(origins, rows)
             skipped.extend(failures)
             for name, remark in remarks:
@@ -236,6 +247,10 @@ class _Writer:
             self.seen[file.name] = len(added)
         self.rows.update(added)
         self.added.update(added)
+
+    def poor(self) -> list[str]:
+        """The added rows of photos whose quality is known, and below POOR."""
+        return [name for name, of in self.added.items() if of.quality is not None and of.quality < POOR]
 
     def copies(self) -> list[tuple[str, str]]:
         """(name, name of an earlier row) of the added rows whose files have the same bytes as another one's."""

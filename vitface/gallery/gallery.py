@@ -76,6 +76,14 @@ class Gallery:
         rows = [block.filled().cpu() for block in self._blocks]
         return torch.cat(rows).float().numpy() if rows else np.zeros((0, self.embedding_dim), np.float32)
 
+    @property
+    def quality(self) -> dict[str, float]:
+        """{name: quality in [0, 1]} of the photos that `vitface embed --quality` rated, read from the disk."""
+        files, there = parts.part_files(self._source) if self._source else [], set(self.names)
+        read = (parts.read_part(file, files=True) for file in files)
+        rated = ((name, origin.quality) for part in read for name, origin in zip(part.names, part.files, strict=True))
+        return {name: quality for name, quality in rated if quality is not None and name in there}
+
     def pieces(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """(names, rows float32 (n, E)) of the whole gallery in order, at most BLOCK rows at a time."""
         start = 0

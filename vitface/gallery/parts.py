@@ -5,7 +5,7 @@ gallery.json             {"format", "model": SHA-256 of the model or null, "alig
                          "parts": {file: n, or null while it is written}}
 part-000000.safetensors  "embeddings" float32 or float16 (n, E), unit norm; its metadata has its own name and, as JSON,
                          the n names and, where they are those of files, n times: a stamp (size and time), the SHA-256
-                         of the file, and the number of its folder
+                         of the file, the number of its folder, and the photo's quality or null
 
 Who writes parts holds the gallery's lock, and lists a part before it writes, changes or deletes it. So a part that was
 lost, copied from elsewhere or exchanged is known from the list, also after a stop, and without a lock.
@@ -119,11 +119,13 @@ def _read(path: Path) -> tuple[Settings, Listed]:
 
 
 class Origin(NamedTuple):
-    """The file that a row was made of: its stamp and SHA-256, and the number of its folder in `Settings.folders`."""
+    """The file that a row was made of: its stamp and SHA-256, the number of its folder in `Settings.folders`, and the
+    photo's quality in [0, 1], None if it was not asked for."""
 
     stamp: str
     sha256: str
     folder: int
+    quality: float | None = None
 
 
 NO_FILE = Origin("", "", -1)
@@ -277,7 +279,8 @@ def read_part(file: Path, files: bool = False) -> Part:
         origins = [NO_FILE] * len(names)
         if files and "files" in metadata:
             origins = [
-                Origin(str(stamp), str(sha), int(folder)) for stamp, sha, folder in json.loads(metadata["files"])
+                Origin(str(stamp), str(sha), int(folder), *(None if q is None else number(q, 0) for q in quality))
+                for stamp, sha, folder, *quality in json.loads(metadata["files"])
             ]
         if len(origins) != len(names):
             raise ValueError(f"{len(names)} names, but {len(origins)} files")

@@ -27,6 +27,7 @@ rows are from, so others can be added, also by several processes at once; --prun
 
   gallery = vitface.Gallery.load("people")
   gallery.names, gallery.embeddings                          a list, and float32 (N, E)
+  gallery.quality                                            {name: from 0 to 1} of photos embedded with --quality
 """
 
 
@@ -35,6 +36,7 @@ def add_flags(parser: CommandParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the gallery, a new folder or one to add to")
     half = "of a new gallery's rows (default: float32); float16 takes half the memory, cosines change by under 0.001"
     parser.add_argument("--gallery-dtype", choices=["float32", "float16"], help=half)
+    parser.add_argument("--quality", action="store_true", help="also rate new photos from 0 to 1, and name poor ones")
     add_shared(parser, *PHOTO_FLAGS, *MODEL_FLAGS, "--prune", "--num-workers", "--dry-run", "--json")
 
 
@@ -59,13 +61,14 @@ def _embed(arguments: argparse.Namespace) -> int:
     model, checkpoint = load_model(arguments)
     check_same({"model": checkpoint.sha256})
     src, out, num_workers = arguments.src, arguments.out, arguments.num_workers
-    work = chunk_embedder(model, src, crops, num_workers)
+    work = chunk_embedder(model, src, crops, num_workers, arguments.quality)
     if arguments.dry_run:
         return _predict(work, arguments)
     if rank() > 0:
         return sum(0 for _ in over_ranks(work))
     settings = Settings(checkpoint.sha256, arguments.align, checkpoint.thresholds, dtype)
-    return _report(embed_folder(model, src, out, settings, crops, num_workers, arguments.prune, over_ranks), arguments)
+    choices = settings, crops, num_workers, arguments.prune, arguments.quality
+    return _report(embed_folder(model, src, out, *choices, over_ranks), arguments)
 
 
 def _predict(work: "Work", arguments: argparse.Namespace) -> int:
@@ -87,6 +90,7 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import print_gone
     from vitface.data.faces.detect import REMARKS
     from vitface.data.folders import HARMLESS, left_out_lines, some
+    from vitface.data.quality import POOR
     from vitface.gallery.parts import remake, strangers
 
     changed = f" ({len(done.changed):,} replaced since: {some(done.changed)})" if done.changed else ""
@@ -100,6 +104,8 @@ def _report(done: "Embedded", arguments: argparse.Namespace) -> int:
         print(why, file=sys.stderr)
     for remark, names in done.remarks.items():
         print(f"{REMARKS[remark]}, in {len(names):,}: {some(names)}", file=sys.stderr)
+    if done.poor:
+        print(f"poor, a quality below {POOR}, in {len(done.poor):,}: {some(done.poor)}", file=sys.stderr)
     if done.copies:
         pairs = some([f"{name} = {other}" for name, other in done.copies])
         print(f"the same file under two names, {len(done.copies):,} times: {pairs}", file=sys.stderr)

@@ -15,7 +15,7 @@ EXAMPLES = """examples:
 
 The score is the cosine of the two embeddings, from -1 to 1; it is not a probability. The threshold was calibrated on
 people that training held out, or by `vitface calibrate`: at FAR 0.001, 1 in 1,000 pairs of different people is taken
-for the same person.
+for the same person. Of a photo with little detail, as one of 16 pixels, the score says little, and a line says so.
 """
 
 
@@ -28,17 +28,22 @@ def add_flags(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from vitface.commands.inputs import NO_THRESHOLD, crop_reader, load_model, read_crop, threshold_of
+    from vitface.data.quality import POOR
 
     reader = crop_reader(arguments)
     first, second = (read_crop(reader, photo) for photo in (arguments.first, arguments.second))
     model, checkpoint = load_model(arguments)  # which takes longer
-    rows = model.embed([first[0], second[0]])
+    rows, quality = model.embed([first[0], second[0]]), model.quality([first[0], second[0]])
     verdict = Verdict(float(rows[0] @ rows[1]), *threshold_of(arguments, model.thresholds))
     source = checkpoint.calibration if verdict.far is not None else None
-    text = f"{verdict}\nthreshold from {source_text(source)}" if source else str(verdict)
+    lines = [str(verdict), *([f"threshold from {source_text(source)}"] if source else [])]
+    for which, value in zip(("first", "second"), quality.tolist(), strict=True):
+        if value < POOR:
+            lines.append(f"the {which} photo is poor, quality {value:.2f} of 1: the score says little")
     fields = {name: getattr(verdict, name) for name in ("score", "threshold", "far", "far_in_words", "same")}
     about = {"threshold_from": source and source_text(source), "checkpoint": str(checkpoint.path)}
-    print_result(arguments, {**fields, "faces": [first[1], second[1]], **about}, text)
+    entry = {**fields, "faces": [first[1], second[1]], "quality": quality.tolist(), **about}
+    print_result(arguments, entry, "\n".join(lines))
     if verdict.same is None:
         print(f"error: {NO_THRESHOLD}", file=sys.stderr)
         return 2
