@@ -236,9 +236,7 @@ def attention_maps(model: Recogniser) -> Pictures:
     maps = model.attention(images).mean(axis=1)
     kinds = [samples.domain_names[domain] for domain in samples.domains]
     return [
-        pictures(
-            f"hard by {kind}; up to {100 * weights.max():.0f}\N{NO-BREAK SPACE}%", image, heat(image, weights)
-        )
+        pictures(f"hard by {kind}; up to {100 * weights.max():.0f}\N{NO-BREAK SPACE}%", image, heat(image, weights))
         for kind, image, weights in zip(kinds, images, maps, strict=True)
     ]
 
