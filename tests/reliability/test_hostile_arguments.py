@@ -37,6 +37,7 @@ BASE = {  # words with which a command has everything it needs; heavy work is re
     "search": "gallery faces/a/0.png",
     "cluster": "gallery --threshold 0.5",
     "explain": "faces/a/0.png -o out.png",
+    "demo": "runs/tiny --no-browser",
     "backbones": "",
     "fetch": "yunet",
     "convert": "vit_nano --src file --out out.safetensors",
@@ -88,6 +89,8 @@ def place(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("vitface.commands.evaluate.evaluate_model", lambda *arguments: 0)
     monkeypatch.setattr("vitface.evaluation.benchmarks.evaluate_all", lambda *rest: Evaluation({}, [], []))
     monkeypatch.setattr("vitface.commands.models.fetch.run", lambda arguments: 0)
+    monkeypatch.setattr("vitface.exchange.site.site_files", lambda *rest: {})
+    monkeypatch.setattr("vitface.commands.photos.demo.DemoServer.serve_forever", lambda server: None)
     return tmp_path
 
 
