@@ -9,6 +9,7 @@ import tarfile  # noqa: TID251
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from test_publish import EMBEDDING, uploaded  # noqa: F401, a fixture
 
 from vitface.__main__ import main
 from vitface.commands.photos.demo import DemoServer
-from vitface.exchange import publishing
+from vitface.errors import ExchangeError
+from vitface.exchange import publishing, site
 from vitface.exchange.site import LEAST, PAGE, PAGE_FILES, RUNTIME_FILES, describe, runtime_files, stored_as
 from vitface.store.faces import open_checkpoint
 from vitface.weights.sources import SOURCES, Source
@@ -135,6 +137,25 @@ def test_the_page_tells_thresholds_and_no_name_of_a_file(monkeypatch, tmp_path):
 def test_flags_that_do_not_fit_are_refused(flags, message, tmp_path, capsys):
     assert main(["export", "vit_nano", *flags, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_too_coarse_are_refused_with_what_keeps_more(monkeypatch):
+    def differ(*_):
+        raise ExchangeError("ONNX Runtime's embeddings differ (cosine 0.9); nothing was written")
+
+    for name, stand_in in {"check_onnx": differ, "trace": lambda *_, **__: None, "onnx_bytes": lambda *_: b""}.items():
+        monkeypatch.setattr(site, name, stand_in)
+    monkeypatch.setattr(site, "stored_as", lambda graph, precision: graph)
+    monkeypatch.setattr(site, "fetch_runtime", lambda: None)
+    monkeypatch.setattr(site, "fetch_detector", lambda: Path(__file__))
+    monkeypatch.setattr(site, "runtime_files", lambda package: {})
+    for precision, hint in {
+        "int8": "; --precision fp16 keeps more",
+        "fp16": "; --precision fp32 keeps more",
+        "fp32": "",
+    }.items():
+        with pytest.raises(ExchangeError, match=re.escape(f"nothing was written{hint}") + "$"):
+            site.site_files(open_checkpoint("vit_nano"), precision)
 
 
 # ---- vitface demo

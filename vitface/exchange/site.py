@@ -14,6 +14,7 @@ from vitface.data.formats.published import PAIRS
 from vitface.data.images import encode_image
 from vitface.data.synthetic.render import render_scenes
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE
+from vitface.errors import ExchangeError
 from vitface.exchange.onnx_graph import MIN_COSINE, check_onnx, onnx_bytes, trace
 from vitface.files import json_bytes
 from vitface.recogniser import Recogniser
@@ -45,7 +46,11 @@ def site_files(checkpoint: Checkpoint, precision: Precision = "fp16") -> dict[st
     model = Recogniser.from_checkpoint(checkpoint, dtype="fp32")
     runtime, detector = runtime_files(fetch_runtime()), fetch_detector().read_bytes()
     graph = stored_as(onnx_bytes(trace(model.model, layout="seen"), model, "seen"), precision)
-    check_onnx(graph, model, True, "seen", LEAST[precision])
+    try:
+        check_onnx(graph, model, True, "seen", LEAST[precision])
+    except ExchangeError as error:
+        more = "" if precision == "fp32" else f"; --precision {'fp16' if precision == 'int8' else 'fp32'} keeps more"
+        raise ExchangeError(f"{error}{more}") from None
     examples = {f"examples/{n}.png": encode_image(face, "PNG") for n, face in enumerate(drawn(), start=1)}
     about = {**describe(checkpoint, precision), "size": len(graph), "examples": [*examples]}
     return {
