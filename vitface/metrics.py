@@ -20,10 +20,16 @@ def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
     if not np.isfinite(score).all():
         bad = int((~np.isfinite(score)).sum())
         raise EvaluationError(f"{bad} of {len(score)} scores are NaN or infinite: the model or its weights are broken")
-    if issame.all() or not issame.any():
-        raise EvaluationError("all labels are equal: the pair list was read wrongly")
+    check_labels(issame)
     if np.ptp(score) == 0:
         raise EvaluationError("all scores are equal: the embeddings have collapsed to one point")
+
+
+def check_labels(issame: np.ndarray) -> None:
+    """EvaluationError for labels of one kind."""
+    if issame.all() or not issame.any():
+        kind, other = ("same", "different") if issame.all() else ("different", "same")
+        raise EvaluationError(f"all {len(issame):,} pairs are {kind}, without {other} ones nothing can be computed")
 
 
 def auc(score: np.ndarray, issame: np.ndarray) -> float:

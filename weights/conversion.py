@@ -20,7 +20,7 @@ from vitface.config import to_flag
 from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
-from vitface.store.backbone import expected_tensors, save_backbone
+from vitface.store.backbone import PROJECTION, expected_tensors, save_backbone
 from vitface.weights.beside import settings_beside
 from vitface.weights.keymaps import BESIDE, FAMILIES, MARKS, Family, find_family
 from vitface.weights.layouts import arrange, half_turns
@@ -78,6 +78,7 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path, bgr: bool |
     published = digest == SOURCES[name].sha256
     state = read_source(src, digest)
     check_variant(src, state)
+    projection = take_projection(state) if name.startswith("clip") else {}
     family, config, tensors, dropped = map_tensors(src, state, name, config)
     bgr = takes_bgr(src) if bgr is None and config.pool == "tokens" else bool(bgr)
     if bgr:
@@ -91,11 +92,25 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path, bgr: bool |
     }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_backbone(out, name, config, tensors, source)
+        save_backbone(out, name, config, tensors | projection, source)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot write {out}: {error}") from None
-    used = len(state) - sum(dropped.values())
+    used = len(state) - sum(dropped.values()) + len(projection)
     return Conversion(name, config, src, out, family.title, digest, published, used, dropped, bgr=bgr)
+
+
+def take_projection(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{PROJECTION: (D, E), float32} of a whole CLIP, taken out of `state`; {} of a vision tower alone.
+
+    Names are those of OpenAI and open_clip, transformers and timm; a head that was trained for classes has a bias.
+    """
+    for key in ("visual.proj", "proj", "visual_projection.weight", "head.weight"):
+        tensor = state.get(key, torch.zeros(0))
+        trained = key == "head.weight" and state.get("head.bias", tensor[:0]).any()
+        if tensor.dim() == 2 and tensor.isfinite().all() and not trained:
+            del state[key]
+            return {PROJECTION: (tensor if key.endswith("proj") else tensor.T).float().clone().contiguous()}
+    return {}
 
 
 def map_tensors(

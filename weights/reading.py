@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitface.errors import WeightsError
+from vitface.files import identify_file
 from vitface.store.backbone import BACKBONE_FORMAT
 from vitface.store.tensors import MAX_HEADER_BYTES
 from vitface.weights.keymaps import common_prefix
@@ -21,6 +22,8 @@ from vitface.weights.layouts import clean, from_big_vision
 from vitface.weights.sources import SOURCES
 
 MAX_PICKLE_BYTES = 64 << 20
+_PICKLED = ("a zip", "a file of torch", "a pickle")
+_TAKE = "take the .pt, .pth or .safetensors of the same weights (in an ONNX graph they have lost their names)"
 # the names of the entry of a training checkpoint that holds the weights
 WRAPPERS = (
     "state_dict",
@@ -50,6 +53,9 @@ def read_source(path: Path, digest: str) -> dict[str, Tensor]:
     elif _is_torchscript(path):
         state = _read_openai_archive(path, digest)
     else:
+        what, do = identify_file(path) or ("", "")
+        if what and not what.startswith(_PICKLED):
+            raise WeightsError(f"{path} holds no tensors by name but is {what}; {do or _TAKE}")
         state = _read_pickle(path)
     while isinstance(state, dict) and (inside := [name for name in WRAPPERS if isinstance(state.get(name), dict)]):
         state = state[inside[0]]

@@ -19,6 +19,7 @@ from vitface.data.tables import read_table
 from vitface.errors import CheckpointError, DataError, ImageError, WeightsError
 from vitface.store.backbone import read_backbone
 from vitface.store.faces import open_checkpoint
+from vitface.weights.conversion import convert_backbone
 
 KIND = "Mistaken files"
 JPEG = encode_image(np.full((112, 112, 3), 90, np.uint8), "JPEG")
@@ -50,6 +51,23 @@ def test_no_weights(tmp_path, name, data, what):
     if data:
         with pytest.raises(CheckpointError, match=f"{name} is {what}, neither a run"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        pytest.param(
+            "LVFace-B_Glint360K.onnx", b"\x08\x08\x12\x07pytorch", r"an ONNX file; take the .pt.* of the same weights",
+            marks=case("`convert lvface_b --src LVFace-B_Glint360K.onnx`", "error: the file to take instead"),
+        ),
+        pytest.param("a.pt", b"<html>", "a web page; ", marks=case("`convert --src` of a web page", "the same")),
+        pytest.param("a.pt", b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
+    ],
+)  # fmt: skip
+def test_no_source_of_weights(tmp_path, name, data, what):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(WeightsError, match=f"{name} holds no tensors by name but is {what}"):
+        convert_backbone("lvface_b", tmp_path / name, tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(

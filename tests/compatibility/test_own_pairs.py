@@ -18,7 +18,7 @@ from vitface.data.formats.pairs import VerificationSet, write_bin
 from vitface.data.images import decode_image
 from vitface.errors import DataError
 from vitface.evaluation import benchmarks
-from vitface.evaluation.alarms import share_alarms
+from vitface.evaluation.alarms import pair_alarms, share_alarms
 from vitface.evaluation.benchmarks import Benchmark, evaluate_all, read_benchmark
 from vitface.evaluation.protocol import verify, verify_fixed
 from vitface.evaluation.report import (
@@ -38,14 +38,13 @@ FROZEN = ["evaluate", "--backbone", "vit_nano", "--weights", "random", "--image-
 
 
 def pairs_of(count, seed=0):
-    """`count` pairs of the drawn people, half of them same, mixed: (index of a picture, index, same)."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        person, same = rng.integers(40), number % 2 == 0
+    """`count` distinct pairs of the drawn people, half of them same, mixed: (index of a picture, another's, same)."""
+    rng, rows = np.random.default_rng(seed), {}
+    while len(rows) < count:
+        person, same = rng.integers(40), len(rows) % 2 == 0
         other = person if same else (person + rng.integers(1, 40)) % 40
-        rows.append((8 * person + rng.integers(4), 8 * other + 4 + rng.integers(4), same))
-    return rows
+        rows[8 * person + rng.integers(4), 8 * other + 4 + rng.integers(4), same] = None
+    return [*rows]
 
 
 def embed(crops):
@@ -58,11 +57,12 @@ def embed(crops):
 def write_list(folder, rows, text="{a},{b},{same:d}", header="", name="pairs.csv"):
     """A list, and crops a folder below it."""
     (folder / "crops").mkdir(parents=True, exist_ok=True)
-    lines = [header] if header else []
+    lines, home = [header] if header else [], folder.absolute()
     for number, (a, b, same) in enumerate(rows):
         for i in (a, b):
             (folder / "crops" / f"{i}.jpg").write_bytes(PICTURES[i])
-        lines.append(text.format(a=f"crops/{a}.jpg", b=f"crops/{b}.jpg", same=same, fold=number % 2, id=number))
+        more = dict(fold=number % 2, id=number, word="same" if same else "different", home=home)
+        lines.append(text.format(a=f"crops/{a}.jpg", b=f"crops/{b}.jpg", same=same, **more))
     (folder / name).write_text("\n".join(lines) + "\n")
     return folder / name
 
@@ -88,6 +88,12 @@ ROWS = pairs_of(200)
             marks=case("a table with a header, in any order, quoted, with more columns", "read by its column names"),
         ),
         pytest.param("{a},{b},{same:d}", "img1,img2,is_same", False, marks=case("`img1,img2,is_same` on top", "read")),
+        pytest.param("{a},{b},{same:d}", "left,right,target", False, marks=case("`left,right,target` on top", "read")),
+        pytest.param("{a},{b},{same:d},,", "", False, marks=case("empty cells behind", "read")),
+        pytest.param("{a},{b},{word}", "", False, marks=case("`same` and `different` for 1 and 0", "read")),
+        pytest.param(
+            "{home}/{a},{home}/{b},{same:d}", "", False, marks=case("absolute paths into the list's folder", "read"),
+        ),
     ],
 )  # fmt: skip
 def test_lists(tmp_path, text, header, folds):
@@ -129,6 +135,12 @@ def test_lfw_form(tmp_path):
             "{c},{c},1\n{c},{c},2\n", "line 2 is not", marks=case("the label 2", "error: the line"),
         ),
         pytest.param(
+            "{c},{c},maybe\n{c},{c},0\n", "line 1 is not", marks=case("the label `maybe`", "the same"),
+        ),
+        pytest.param(
+            "crops/1,crops/2,1\n", "line 1 is not .* with its .jpg", marks=case("paths without .jpg", "the same"),
+        ),
+        pytest.param(
             "path1,path2,a,b,c\n{c},{c},1,2,3\n", "line 1 should name two columns `path...`, one `label`",
             marks=case("a table without a column `label`", "error: the names it should have"),
         ),
@@ -138,7 +150,7 @@ def test_lfw_form(tmp_path):
             marks=case("a photo that is not there", "error: the line"),
         ),
         pytest.param(
-            "/etc/x.jpg,{c},1\n", "line 1 names '/etc/x.jpg', which is outside",
+            "/etc/x.jpg,{c},1\n", "line 1 names '/etc/x.jpg', which is outside .*: put the list into a folder above",
             marks=case("a photo outside the list's folder", "error: the line"),
         ),
         pytest.param("{c},{c},1,1\n{c},{c},0,1\n", "one fold", marks=case("one fold for all pairs", "error")),
@@ -156,6 +168,20 @@ def test_no_list(tmp_path):
     (tmp_path / "a.jpg").write_bytes(PICTURES[0])
     with pytest.raises(DataError, match="a.jpg is no pair list but one JPEG image"):
         read_own_list(tmp_path / "a.jpg")
+
+
+@case("Excel's `Unicode text`: tabs, UTF-16", "read")
+def test_utf_16(tmp_path):
+    file = write_list(tmp_path, ROWS[:4], "{a}\t{b}\t{same:d}")
+    file.write_text(file.read_text(), "utf-16")
+    assert read_own_list(file).issame.tolist() == [True, False] * 2
+
+
+@case("a pair listed twice", "an alarm: it counts twice")
+def test_a_pair_again(tmp_path):
+    file = write_list(tmp_path, [*ROWS[:4], (*ROWS[1][1::-1], False)])
+    found = pair_alarms("pairs.csv", read_own_list(file))
+    assert found == ["pairs.csv: 1 pairs are listed again, and count again"]
 
 
 @case("40 folds", "error: at most 32")
@@ -294,7 +320,8 @@ def test_rfw(tmp_path, monkeypatch):
     for seed, (name, group) in enumerate(published.RFW.items()):
         monkeypatch.setitem(published.PAIRS, name, 200)
         monkeypatch.setitem(benchmarks.BENCHMARKS, name, Benchmark("ethnicity", 200))
-        write_set(tmp_path / "RFW_test" / f"{group.title()}_test.bin", pairs_of(200, seed))
+        rows = [(a, b, same != (number < 4 * seed)) for number, (a, b, same) in enumerate(pairs_of(200, seed))]
+        write_set(tmp_path / "RFW_test" / f"{group.title()}_test.bin", rows)
     names = benchmarks.available(tmp_path)
     assert names == ["rfw_african", "rfw_asian", "rfw_caucasian", "rfw_indian"]
     results = evaluate_all(embed, names, tmp_path).results

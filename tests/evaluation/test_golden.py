@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import optional
 from drawn import drawn_faces, jpeg
+from safetensors.torch import save_file
 
 from vitface.__main__ import main
 from vitface.commands import golden
@@ -92,23 +93,25 @@ def test_published_figures_are_reproduced(kind, five, tmp_path, monkeypatch, cap
     monkeypatch.setitem(VIT_PRESETS, name, config)
     model = oracle(kind, config)
     model.save_pretrained(tmp_path)
-    opened, projection = golden.open_golden(name, tmp_path / "model.safetensors", None)
+    converted = tmp_path / "ours.safetensors"
+    convert_file(name, config, tmp_path / "model.safetensors", converted)
+    opened, projection = golden.open_golden(name, str(converted))
     ours = golden.project(opened.embed(np.stack([decode_image(PICTURES[i], "") for i in (0, 9, 70)])), projection)
     np.testing.assert_allclose(ours, embeddings(model, config, [0, 9, 70]), atol=2e-5)
     expected = accuracies(model, config)
     figures = expected if kind == "clip" else {"average": expected["average"]}
     assert len(set(expected.values())) > 2
     monkeypatch.setitem(golden.PUBLISHED, name, figures)
-    command = ["golden", kind, "--src", str(tmp_path / "model.safetensors"), "--data-dir", str(five), "--device", "cpu"]
+    command = ["golden", kind, "--weights", str(converted), "--data-dir", str(five), "--device", "cpu"]
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["figure"] for row in rows] == [*figures]
     for row in rows:
         assert row["measured"] == pytest.approx(row["published"], abs=1e-9) and row["within"]
-    monkeypatch.setitem(golden.PUBLISHED, name, {key: value + 1.01 for key, value in figures.items()})
+    monkeypatch.setitem(golden.PUBLISHED, name, {key: value - 45 for key, value in figures.items()})
     assert main(command) == 1
     out = capsys.readouterr().out
-    assert "-1.01  NOT within" in out and "not reproduced: are the .bin files InsightFace's" in out
+    assert "+45.00  NOT within" in out and "not reproduced: are the .bin files InsightFace's" in out
 
 
 def test_a_converted_file_and_missing_sets(five, tmp_path, monkeypatch, capsys):
@@ -124,10 +127,12 @@ def test_a_converted_file_and_missing_sets(five, tmp_path, monkeypatch, capsys):
     (five / "calfw.bin").unlink()
     assert main(command) == 2
     assert "only the average of five was published, and calfw not found" in capsys.readouterr().err
-    assert main(["golden", "clip", "--data-dir", str(five)]) == 2
-    assert (
-        "a converted file has no projection: name the original with --src FILE; it is https" in capsys.readouterr().err
-    )
+    monkeypatch.setitem(VIT_PRESETS, "clip_vitb16", settings("clip_vitb16"))
+    tower = oracle("clip", settings("clip_vitb16")).vision_model
+    save_file(tower.state_dict(), tmp_path / "tower.safetensors")
+    convert_file("clip_vitb16", settings("clip_vitb16"), tmp_path / "tower.safetensors", tmp_path / "clip.safetensors")
+    assert main(["golden", "clip", "--weights", str(tmp_path / "clip.safetensors"), "--data-dir", str(five)]) == 2
+    assert "has no projection, and the figures of clip_vitb16 are of projected embeddings" in capsys.readouterr().err
     assert main(["golden", "clip", "--data-dir", str(tmp_path)]) == 2
     assert "no benchmark was found" in capsys.readouterr().err
 
@@ -136,4 +141,11 @@ def test_some_sets_of_clip():
     rows = golden.compare(golden.PUBLISHED["clip_vitb16"], {"lfw": 93.0, "cplfw": 80.3})
     assert [(row["figure"], row["within"]) for row in rows] == [("lfw", True), ("cplfw", False)]
     text = golden.golden_text("clip_vitb16", rows)
-    assert "lfw             93.33     93.00       -0.33  within 1" in text
+    assert "lfw             93.33     93.00       -0.33  within 0.64" in text
+
+
+def test_tolerances_are_half_intervals_of_as_many_pairs():
+    """Of 93.33 % of 6,000: 92.669 to 93.933 by Wilson's formula."""
+    assert golden.tolerance("lfw", 93.33) == pytest.approx((93.9339 - 92.6696) / 2 + 0.005, abs=1e-3)
+    wide = 1.96 * np.sqrt(0.647 * 0.353 / 31_000)  # of five sets with 31,000 pairs
+    assert golden.tolerance("average", 64.70) == pytest.approx(100 * wide + 0.005, abs=1e-3)

@@ -211,4 +211,4 @@ def test_a_gallery_that_knows_all_probes_has_no_false_positive_rate(tmp_path):
 
 def test_what_goes_with_pairs_only(command, capsys):
     assert command[0]("--show-faces") == 2
-    assert "ijbc has templates of them" in capsys.readouterr().err
+    assert "are for pairs of photos; ijbc has none" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from vitface.data.formats import tinyface_folder
 from vitface.data.formats.tinyface_folder import TinyFace, find_tinyface, read_tinyface
 from vitface.errors import CheckpointError, DataError, EvaluationError
 from vitface.evaluation.ijb.results import kept_results
-from vitface.evaluation.tinyface import rates, search_ranks
+from vitface.evaluation.tinyface import search_ranks
 
 PICTURES = [jpeg(crop) for crop in drawn_faces(people=6, images=8)]
 
@@ -144,13 +144,13 @@ def test_from_folders_to_results(tmp_path, tiny_run, capsys):
         "20",
     ]
     assert f"rank-1 {100 * entry['rank']['1']:.2f}  rank-5" in out and "ALARM tinyface: 12, 6, 10 photos" in err
-    assert "rank-1" in (tmp_path / "out.html").read_text() and kept_results(tiny_run, "tinyface", rates) == {"": entry}
+    assert "rank-1" in (tmp_path / "out.html").read_text() and kept_results(tiny_run, "tinyface") == {"": entry}
     assert main(["evaluate", "--bench", "tinyface", "--compare", str(tiny_run)]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["rank-1", "rank-5", "rank-10", "rank-20"]
     (tiny_run / "tinyface.json").write_text('{"model": "x", "results": {"": {"rank": {"1": 7}}}}')
     with pytest.raises(CheckpointError, match="is not of the run's best checkpoint|is damaged"):
-        kept_results(tiny_run, "tinyface", rates)
-    assert main([*command, "--routing"]) == 2 and "TinyFace is a search" in capsys.readouterr().err
+        kept_results(tiny_run, "tinyface")
+    assert main([*command, "--routing"]) == 2 and "pairs of photos; tinyface has none" in capsys.readouterr().err
     with pytest.raises(DataError, match="no benchmark was found"):
         benchmark_names("all", tmp_path / "data")
     assert "not in 'all', as it takes long: --bench tinyface" in capsys.readouterr().out

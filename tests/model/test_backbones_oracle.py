@@ -429,3 +429,23 @@ def test_big_visions_archive_is_the_same_model(stacked, folder):
         images, oracle = images_like(2, 48), oracle.float().double()
         ours = vit.pool(vit(images))
         torch.testing.assert_close(ours, oracle(images).pooler_output, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", [64, 384])
+def test_pe_core_is_timms(side, folder):
+    """timm makes rotary positions in float32. The largest difference was 1.6e-7 on 2026-11-26, of timm 1.0.31."""
+    timm = optional("timm")
+    grid = side // 16
+    name, sizes = "vit_pe_core_tiny_patch16_384", dict(depth=2, img_size=side, ref_feat_shape=(grid, grid))
+    theirs, generator = timm.create_model(name, **sizes, num_classes=0), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    save_file(theirs.state_dict(), folder / "timm.safetensors")
+    config = dataclasses.replace(VIT_PRESETS["pe_core_t16"], depth=2, native_size=side)
+    convert_file("pe_core_t16", config, folder / "timm.safetensors", folder / "ours.safetensors")
+    vit, images = in_float64(load_backbone("pe_core_t16", folder / "ours.safetensors", side)), images_like(2, side)
+    with torch.no_grad():
+        features = theirs.eval().double().forward_features(images)
+        torch.testing.assert_close(vit(images), features, rtol=0, atol=1e-5)
+        torch.testing.assert_close(vit.pool(vit(images)), theirs.forward_head(features), rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS, ViTConfig
-from vitface.store.backbone import expected_tensors, load_backbone, read_backbone
+from vitface.store.backbone import expected_tensors, load_backbone, read_backbone, read_projection
 from vitface.weights import conversion
 from vitface.weights.conversion import convert_backbone, convert_file
 from vitface.weights.keymaps import FAMILIES
@@ -233,7 +233,7 @@ def test_every_layout_gives_our_tensors_bitwise(layout, tmp_path):
     assert_same(read_backbone(tmp_path / "out.safetensors")[2], ours)
     assert done.used + sum(done.dropped.values()) == len(theirs)
     split = 4 * config.depth if "transformers" in layout else 0  # q, k and v are three tensors instead of one
-    assert done.used == len(ours) + split
+    assert done.used == len(ours) + split + (read_projection(tmp_path / "out.safetensors") is not None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -678,11 +678,10 @@ def tiny_clip(monkeypatch, tmp_path):
 def test_the_command_reports_and_names_the_next_one(tiny_clip, tmp_path, capsys):
     assert main(["convert", "clip", "--src", str(tiny_clip)]) == 0
     printed = capsys.readouterr().out
-    # 7 outside the blocks and 12 in each of the two; proj, 6 names of the text side, 2 of its blocks
-    assert "used      31 of 40 tensors" in printed
+    # 7 outside the blocks, 12 in each of the two, proj; 6 names of the text side, 2 of its blocks
+    assert "used      32 of 40 tensors" in printed
     dropped = next(line for line in printed.splitlines() if line.startswith("dropped   "))
     assert set(dropped.removeprefix("dropped   ").split(", ")) == {
-        "visual.proj",
         "positional_embedding",
         "text_projection",
         "token_embedding.weight",

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from vitface.commands.evaluate import own_pairs
+from vitface.commands.evaluate import OTHERS, own_pairs
 from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared
 from vitface.config import to_flag
 from vitface.errors import ConfigError, EvaluationError, command
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vitface.store.thresholds import calibrate_scores, source_text
 
     name, data_dir = arguments.bench, arguments.data_dir
+    if name in (*OTHERS, "all"):
+        raise ConfigError(f"--bench {name}: thresholds come from pairs of photos: name one set, such as lfw, or a file")
     if name not in BENCHMARKS:
         name, data_dir = own_pairs(name, data_dir)
     model, checkpoint = load_model(arguments)

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitface.commands.evaluate_ijb import compare_ijb, evaluate_ijb
-from vitface.commands.evaluate_tinyface import compare_tinyface, evaluate_tinyface
-from vitface.commands.parser import MODEL_FLAGS, CommandParser, add_shared, output_file
+from vitface.commands.evaluate_faces import compare_faces, evaluate_faces, keep_in_run, write_files
+from vitface.commands.parser import MODEL_FLAGS, SHARED, CommandParser, add_shared, output_file
 from vitface.data.faces.detect import FaceDetector
 from vitface.data.formats.ijb_lists import find_ijb
 from vitface.data.formats.published import IJB, MODES, PAIRS, missing, named_by, unknown_bins
@@ -49,10 +49,7 @@ EXAMPLES = """examples:
   vitface evaluate --bench tinyface                    small photos, each searched among 157,871
   torchrun --nproc-per-node 2 evaluate.py --bench all  two GPUs, the same results
 """
-OTHERS = {  # not pairs of photos: what evaluates on them, and compares runs
-    **dict.fromkeys(IJB, (evaluate_ijb, compare_ijb)),
-    "tinyface": (evaluate_tinyface, compare_tinyface),
-}
+OTHERS = (*IJB, "tinyface")  # not pairs of photos
 NAMES = (*BENCHMARKS, *OTHERS, "all")
 
 
@@ -82,21 +79,23 @@ def add_flags(parser: CommandParser) -> None:
     add("--json", type=output_file(".json"), metavar="FILE", help="also write the results there")
     how = "N1: an embedding counts with its norm, D1: with the detector's score, F1: its mirror image is added"
     add("--pooling", choices=MODES, default=MODES[0], help=f"of IJB's faces to templates; {how} (default: {MODES[0]})")
-    add_shared(parser, *MODEL_FLAGS, "--num-workers", "--dry-run")
+    processes = "processes that read IJB's and TinyFace's photos (default: all cores)"
+    add("--num-workers", **{**SHARED["--num-workers"], "help": processes})
+    add_shared(parser, *MODEL_FLAGS, "--dry-run")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.bench not in (*NAMES, None):
         arguments.bench, arguments.data_dir = own_pairs(arguments.bench, arguments.data_dir)
     if arguments.compare:
-        return OTHERS[arguments.bench][1](arguments) if arguments.bench in OTHERS else compare_runs(arguments)
+        return (compare_faces if arguments.bench in OTHERS else compare_runs)(arguments)
     if arguments.bench is None:
         raise ConfigError("name a benchmark with --bench, or runs with --compare")
     from vitface.training.ranks.process_group import as_one, local_device
 
     arguments.device = local_device(arguments.device)
     with as_one(arguments.device):
-        evaluate = OTHERS[arguments.bench][0] if arguments.bench in OTHERS else evaluate_model
+        evaluate = evaluate_faces if arguments.bench in OTHERS else evaluate_model
         return evaluate(*open_model(arguments), arguments)
 
 
@@ -107,7 +106,8 @@ def own_pairs(bench: str, data_dir: Path) -> tuple[str, Path]:
             return named_by(file)
     if Path(bench).is_dir():
         raise ConfigError(f"--bench {bench} is a folder; name the .bin or the pair list in it")
-    guess = did_you_mean(bench, NAMES)
+    files = map(str, itertools.islice(Path(bench).parent.glob("*.*"), 1000))
+    guess = did_you_mean(bench, [*NAMES, *files])
     raise ConfigError(f"--bench {bench}: neither a benchmark nor a file{guess}; benchmarks are {', '.join(NAMES)}")
 
 
@@ -188,44 +188,25 @@ def show(
     evaluation: Evaluation, model: "Recogniser", checkpoint: "Checkpoint | None", arguments: argparse.Namespace
 ) -> None:
     """Prints the results, adds them to the run's scores, and writes --json and --output."""
-    from vitface.evaluation.page import report_page
-
-    run, data_dir = checkpoint and checkpoint.run, arguments.data_dir
-    quality = quality_of(evaluation.results, data_dir)
+    quality = quality_of(evaluation.results, arguments.data_dir)
     if evaluation.results:
         lines = [*quality_lines(quality), *reject_lines(evaluation.results), *notes(evaluation.results)]
         print("\n".join([results_table(evaluation.results), *lines]))
+        keep_in_run(checkpoint, arguments, lambda run, sha256: keep_all(run, evaluation, sha256))
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
-    if checkpoint and run and evaluation.results and checkpoint.is_best and not arguments.gate:
-        try_to_keep(run, evaluation, checkpoint.sha256)
-    routing = route(model, list(evaluation.results), data_dir) if arguments.routing else {}
-    if arguments.json:
-        written = {"alarms": evaluation.alarms, "failures": evaluation.failures}
-        written |= {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results)}
-        written |= {"xqlfw_quality": quality} if quality else {}
-        written |= {"routing": routing} if routing else {}
-        write_output(arguments.json, json_bytes(written))
-    if arguments.output:
-        title = str(checkpoint.path) if checkpoint else f"{model.config.backbone}, frozen"
-        page = report_page(title, model, evaluation, run, data_dir, arguments.show_faces, routing)
-        write_output(arguments.output, page.encode())
-        print(f"wrote {arguments.output}")
-    problems = [f"ALARM {text}" for text in evaluation.alarms] + [f"error: {text}" for text in evaluation.failures]
-    if problems:
-        print("\n".join(problems), file=sys.stderr)
+    routing = route(model, list(evaluation.results), arguments.data_dir) if arguments.routing else {}
+    data = {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results)}
+    data |= {name: found for name, found in (("xqlfw_quality", quality), ("routing", routing)) if found}
+    write_files(model, checkpoint, arguments, evaluation, data, routing)
 
 
-def try_to_keep(run: Path, evaluation: Evaluation, model: str) -> None:
-    """`keep_scores`, of degraded pairs in a file for each condition; where the run cannot be written to, a warning."""
-    try:
-        results = evaluation.results
-        for degraded in dict.fromkeys(map(evaluation.degraded.get, results)):
-            some = {label: result for label, result in results.items() if evaluation.degraded.get(label) == degraded}
-            keep_scores(run, some, model, degraded.scores if degraded else SCORES)
-    except OSError as error:
-        reason = f"{run} cannot be written to ({error.strerror})"
-        print(f"warning: {reason}, so the scores were not kept there for --compare", file=sys.stderr)
+def keep_all(run: Path, evaluation: Evaluation, model: str) -> None:
+    """`keep_scores`, of degraded pairs in a file for each condition."""
+    results = evaluation.results
+    for degraded in dict.fromkeys(map(evaluation.degraded.get, results)):
+        some = {label: result for label, result in results.items() if evaluation.degraded.get(label) == degraded}
+        keep_scores(run, some, model, degraded.scores if degraded else SCORES)
 
 
 def benchmark_names(bench: str, data_dir: Path) -> list[str]:

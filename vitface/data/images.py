@@ -105,13 +105,15 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; DataError, which begins with its path, if it cannot be read."""
+    """The text of a UTF-8 file, or of UTF-16 with its mark (Excel's "Unicode text"); DataError, which begins with its
+    path, if it cannot be read."""
     try:
-        return read_file(path).decode("utf-8-sig")
+        data = read_file(path)
+        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except ImageError as error:
         raise DataError(str(error)) from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
+        raise DataError(f"{path}: not UTF-8 text; save it as UTF-8, in Excel as `CSV UTF-8`") from None
 
 
 def check_rgb(image: np.ndarray, where: str = "image") -> None:

@@ -31,6 +31,9 @@ def pair_alarms(name: str, pairs: VerificationSet) -> list[str]:
         alarms.append(f"{name}: {wrong} different pairs show one image twice: labels are shifted against the pairs")
     elif twins:
         alarms.append(f"{name}: {twins} same pairs show one image twice, which tests nothing")
+    repeated = len(pairs.issame) - len(np.unique(np.sort(rows.reshape(-1, 2)), axis=0))
+    if repeated and name not in PAIRS:
+        alarms.append(f"{name}: {repeated} pairs are listed again, and count again")
     alarms += share_alarms(name, folds, pairs.issame)
     fold_of = np.repeat(folds, 2)
     moved = int(np.sum(fold_of != fold_of[np.unique(rows, return_index=True)[1]][rows]))  # from an image's first fold

@@ -32,7 +32,7 @@ from vitface.evaluation.protocol import (
 )
 from vitface.evaluation.scores import benchmark_of
 from vitface.files import sha256_bytes
-from vitface.metrics import contiguous_folds
+from vitface.metrics import check_labels, contiguous_folds
 
 if TYPE_CHECKING:
     from vitface.data.degrade import Sensors
@@ -165,6 +165,7 @@ def evaluate_benchmark(
         folds, alarms, issame = None, [], people[:, 0] == people[:, 1]
     else:
         pairs = read_benchmark(name, data_dir)
+        check_labels(pairs.issame)  # before the work
         first, second = embed_pairs(rows, pairs, in_turns, degraded)
         issame, folds, people, alarms = pairs.issame, pairs.folds, pairs.people, pair_alarms(name, pairs)
         data = pairs.sha256()
@@ -275,5 +276,5 @@ def evaluate_all(
             evaluation.alarms.extend(alarm for alarm in alarms if alarm not in evaluation.alarms)
             evaluation.degraded.update({label: degraded} if degraded else {})
         except (DataError, EvaluationError) as error:
-            evaluation.failures.append(str(error))
+            evaluation.failures.append(str(error) if name in str(error) else f"{name}: {error}")
     return evaluation

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitface.data.formats.tinyface_folder import TinyFace
-from vitface.errors import EvaluationError, in_one_line
+from vitface.errors import EvaluationError
 from vitface.evaluation.ijb.scoring import products
 from vitface.evaluation.statistics import wilson
 
@@ -39,28 +39,16 @@ def search_ranks(faces: TinyFace, parts: Iterable[np.ndarray]) -> dict[int, floa
     return {k: float((np.concatenate(better) < k).mean()) for k in RANKS}
 
 
-def result_json(faces: TinyFace, ranks: Mapping[int, float]) -> dict[str, Any]:
-    """{"probes", "gallery", "distractors", "rank": {"1": ..., "5", "10", "20"}, "interval": of rank-1}."""
-    probes, strangers = int(faces.probe.sum()), int((faces.person < 0).sum())
+def search_result(faces: TinyFace, parts: Iterable[np.ndarray]) -> dict[str, Any]:
+    """{"probes", "gallery", "distractors", "rank": {"1": `search_ranks`, "5", "10", "20"}, "interval": of rank-1}."""
+    ranks, probes, strangers = search_ranks(faces, parts), int(faces.probe.sum()), int((faces.person < 0).sum())
     counts = dict(probes=probes, gallery=len(faces.crops) - probes - strangers, distractors=strangers)
     return {**counts, "rank": {str(k): share for k, share in ranks.items()}, "interval": wilson(ranks[1], probes)}
 
 
-def result_text(entry: Mapping[str, Any]) -> str:
+def search_text(entry: Mapping[str, Any]) -> str:
     """Two lines: what was searched, and the shares in %."""
     counts = f"{entry['probes']:,} probes, {entry['gallery']:,} photos of their people, {entry['distractors']:,} others"
     low, high = (100 * bound for bound in entry["interval"])
     ranks = "  ".join(f"rank-{k} {100 * share:.2f}" for k, share in entry["rank"].items())
     return f"tinyface: {counts}\n{ranks}  (rank-1: 95 % interval {low:.2f} to {high:.2f})"
-
-
-def rates(entry: Mapping[str, Any]) -> list[float | None]:
-    """The shares of `result_json` at RANKS."""
-    return [entry["rank"][str(k)] for k in RANKS]
-
-
-def comparison_lines(kept: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per run of {run: `result_json`}, the shares in %."""
-    head = "".join(f"{f'rank-{k}':>9}" for k in RANKS)
-    rows = {run: "".join(f"{100 * entry['rank'][str(k)]:>9.2f}" for k in RANKS) for run, entry in kept.items()}
-    return [head, *(f"{row}  {in_one_line(run)}" for run, row in rows.items())]

@@ -22,8 +22,8 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
     "scale_offset"   Meta's DINOv2: by the scale factor (grid + 0.1) / g, no antialias (`interpolate_offset`)
     "size"           to the size, no antialias (transformers; our choice for CLIP, which has none of its own)
     "size_antialias" to the size, with antialias (timm)
-    If `grid` is the native grid, the table is returned as it is.
     "size_bilinear"  to the size, bilinear instead of bicubic, no antialias (PE)
+    If `grid` is the native grid, the table is returned as it is.
     """
     native = math.isqrt(pos_embed.shape[1])
     places = pos_embed.shape[1] - native * native  # of CLS

@@ -28,6 +28,7 @@ from vitface.store.tensors import first_fault, tensor_bytes
 from vitface.version import __version__
 
 BACKBONE_FORMAT = "vitface-backbone-1"
+PROJECTION = "projection"  # CLIP's, (D, E), beside the tensors of the model: `vitface golden` alone uses it
 
 
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> ViT:
@@ -103,7 +104,8 @@ def read_backbone(path: Path, tensors: bool = True) -> tuple[str, ViTConfig, dic
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == BACKBONE_FORMAT:
-                found = {key: file.get_tensor(key) for key in file.keys() if tensors}  # noqa: SIM118, not a dict
+                names = [name for name in file.keys() if tensors and name != PROJECTION]  # noqa: SIM118, not a dict
+                found = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -126,6 +128,12 @@ def read_backbone(path: Path, tensors: bool = True) -> tuple[str, ViTConfig, dic
         raise WeightsError(f"{path} has settings that this version does not know; convert the source again") from None
 
 
+def read_projection(path: Path) -> Tensor | None:
+    """The PROJECTION of a file that `read_backbone` reads; None where its source had none."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(PROJECTION) if PROJECTION in file.keys() else None  # noqa: SIM118, not a dict
+
+
 def expected_tensors(config: ViTConfig) -> dict[str, Tensor]:
     """The tensors a backbone file of this config holds, on the meta device."""
     with torch.device("meta"):
@@ -140,8 +148,8 @@ def save_backbone(path: Path, name: str, config: ViTConfig, tensors: dict[str, T
 def backbone_bytes(name: str, config: ViTConfig, tensors: dict[str, Tensor], source: dict[str, str]) -> bytes:
     """A backbone file's contents.
 
-    `tensors` have the names and shapes of `ViT(config, config.native_size)`. `source` records where they came from:
-    file, sha256, licence and more.
+    `tensors` have the names and shapes of `ViT(config, config.native_size)`, and perhaps PROJECTION. `source` records
+    where they came from: file, sha256, licence and more.
     """
     metadata = {
         "format": BACKBONE_FORMAT,

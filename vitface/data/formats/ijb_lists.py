@@ -27,7 +27,7 @@ from vitface.data.formats.published import IJB, plain
 from vitface.data.images import read_photo, read_text
 from vitface.data.tables import read_table
 from vitface.errors import DataError, in_one_line
-from vitface.files import identify_file, open_regular
+from vitface.files import identify_file, open_regular, sha256_file
 
 OFF = 12.0  # px of the aligned crop, root mean square, by which landmarks miss the template that are no face's
 _PAIR = re.compile(r"\s*\d{1,9}\s+\d{1,9}\s+[01]\s*")
@@ -49,6 +49,9 @@ class Faces:
     row: np.ndarray
     media: np.ndarray
     templates: np.ndarray
+
+    def sha256(self) -> str:
+        return sha256_file(self.meta[f"{self.name}_name_5pts_score.txt"])
 
     def read(self, number: int) -> np.ndarray:
         """A face, aligned by its landmarks, uint8 (112, 112, 3); ImageError if its crop is damaged."""

@@ -27,14 +27,14 @@ from vitface.errors import DataError, ImageError
 from vitface.files import BEGINNING, identify, identify_file
 
 MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
-_LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "-1": False}
-_HEADER = re.compile(r"\b(is_?)?(label|same|path|image|img|file|photo|pair)", re.IGNORECASE)
-_COLUMNS = ("^(?!.*label).*(path|image|img|file|photo|name)", "label|same", "fold|split")  # names in a header
+_LABELS = dict.fromkeys(["1", "1.0", "true", "yes", "same", "match", "positive", "genuine"], True)
+_LABELS |= dict.fromkeys(["0", "0.0", "false", "no", "different", "mismatch", "negative", "impostor", "-1"], False)
+_COLUMNS = ("^(?!.*label).*(path|image|img|file|photo|name)", "label|same|match", "fold|split")  # names in a header
 _PHOTO = re.compile(r"\.\w{3,4}$")
 _SPACED = re.compile(  # names may have spaces
     r"(?:(-?[\d.]+|true|false)\s+)?(.+\.\w{3,4})\s+(.+\.\w{3,4})(?:\s+(\S+))?(?:\s+(\S+))?", re.IGNORECASE
 )
-_ROW = "`path path label`, `label path path` or, with folds, `path path label fold`"
+_ROW = "`path path label`, `label path path` or, with folds, `path path label fold`, each path with its .jpg or .png"
 
 
 class Pair(NamedTuple):
@@ -199,21 +199,29 @@ def _cfp_photos(path: Path) -> dict[int, str]:
 def _labelled_pairs(path: Path) -> list[Pair]:
     """AgeDB-30's list, copies of the others, and one's own: lines of _ROW, separated by spaces, tabs, commas or
     semicolons, 1 for the same person. The first line may be a header, which puts the columns in any order."""
-    pairs, lines = [], _lines(path)
-    columns = None if _labelled(lines[0][1]) or not _HEADER.search(lines[0][1]) else _columns(*lines[0])
+    pairs, lines, home = [], _lines(path), path.absolute().parent.as_posix()
+    columns = None if _labelled(lines[0][1]) or _names_photo(lines[0][1]) else _columns(*lines[0])
     for where, line in lines[columns is not None :]:
         found = _labelled(line, columns)
         if not found:
-            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
+            raise _no_pair(where, line)
         same, fold, *photos = found
-        first, second = (_inside(photo, where) for photo in photos)
+        first, second = (_inside(photo, where, home=home) for photo in photos)
         pairs.append(Pair(where, same, None if fold is None else _number(fold, where), (first, second)))
         if (fold is None) != (pairs[0].fold is None):
             raise DataError(f"{where} has {'no' if fold is None else 'a'} fold, unlike the first pair")
     if not pairs:
-        raise DataError(f"{path} has a line of column names and no pair")
+        raise DataError(f"{path} has a line of column names and no pair") if columns else _no_pair(*lines[0])
     folds = sorted({pair.fold for pair in pairs})
     return pairs if folds == [None] else [pair._replace(fold=folds.index(pair.fold)) for pair in pairs]
+
+
+def _no_pair(where: str, line: str) -> DataError:
+    return DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
+
+
+def _names_photo(line: str) -> bool:
+    return any(map(_PHOTO.search, _cells(line[:MAX_LINE]) or line[:MAX_LINE].split()))
 
 
 def _columns(where: str, line: str) -> list[int]:
@@ -228,9 +236,11 @@ def _columns(where: str, line: str) -> list[int]:
 
 
 def _cells(line: str) -> list[str]:
-    """What tabs, commas or semicolons separate; [] where no kind of them occurs twice."""
+    """What tabs, commas or semicolons separate, without the empty ones at the end; [] where no kind of them occurs
+    twice."""
     rows = (next(csv.reader([line], delimiter=mark)) for mark in "\t,;" if line.count(mark) > 1)
-    return [cell.strip() for cell in next(rows, [])]
+    cells = [cell.strip() for cell in next(rows, [])]
+    return cells[: max((i for i, cell in enumerate(cells, 1) if cell), default=0)]
 
 
 def _labelled(line: str, columns: Sequence[int] | None = None) -> tuple[bool, str | None, str, str] | None:
@@ -295,11 +305,13 @@ def _number(word: str, where: str) -> int:
     return int(word)
 
 
-def _inside(relative: str, where: str, folder: str = "") -> str:
-    """A path relative to `folder`, as a path in the folder of the crops; DataError if it is outside that folder."""
-    photo = posixpath.normpath(posixpath.join(folder, relative.replace("\\", "/")))
+def _inside(relative: str, where: str, folder: str = "", home: str = "/..") -> str:
+    """A path relative to `folder`, or an absolute one in `home`, as a path in the folder of the crops; DataError if it
+    is outside that folder."""
+    photo = posixpath.normpath(posixpath.join(folder, relative.replace("\\", "/"))).removeprefix(f"{home}/")
     if photo.startswith(("/", "..")) or set(photo) & set("\0:"):
-        raise DataError(f"{where} names {relative[:80]!r}, which is outside the folder of the images")
+        why = "which is outside the folder of the images: put the list into a folder above them all"
+        raise DataError(f"{where} names {relative[:80]!r}, {why}")
     if max(len(os.fsencode(part)) for part in photo.split("/")) > 255:
         raise DataError(f"{where} names {relative[:80]!r}..., of {len(relative):,} characters: no file has such a name")
     return photo

@@ -1,12 +1,12 @@
 """IJB results as text, and in the folder of a run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from vitface.data.formats.published import MODES
+from vitface.data.formats.published import IJB, MODES
 from vitface.errors import CheckpointError, VitfaceError, command, in_one_line
 from vitface.evaluation.ijb.scoring import FARS, RATES, Result
 from vitface.evaluation.plots import Chart, line_chart
@@ -53,8 +53,8 @@ def keep_result(run: Path, name: str, result: Result, model: str) -> None:
     replace_file(file, json_bytes({"model": model, "results": {**results, result.get("mode", ""): result}}))
 
 
-def kept_results(run: Path, name: str, rates: Callable[[Result], list[float | None]]) -> dict[str, Result]:
-    """{mode: result} that a run kept; CheckpointError unless it is of the run's best checkpoint, its `rates` shares."""
+def kept_results(run: Path, name: str) -> dict[str, Result]:
+    """{mode: result} that a run kept; CheckpointError unless it is of the run's best checkpoint, its rates shares."""
     from vitface.store.faces import open_checkpoint
 
     file, again = run / f"{name}.json", command("evaluate", "--checkpoint", run, "--bench", name)
@@ -62,7 +62,8 @@ def kept_results(run: Path, name: str, rates: Callable[[Result], list[float | No
     try:
         written = read_json(file)
         for mode, result in written["results"].items():
-            if mode not in ("", *MODES) or not all(rate is None or 0 <= rate <= 1 for rate in rates(result)):
+            shares = compared_rates(name, result).values()
+            if mode not in ("", *MODES) or not all(share is None or 0 <= share <= 1 for share in shares):
                 raise ValueError
         if not written["results"]:
             raise ValueError
@@ -77,16 +78,17 @@ def kept_results(run: Path, name: str, rates: Callable[[Result], list[float | No
     raise CheckpointError(f"{file} {fault}; evaluate the run again with\n  {again}")
 
 
-def compared_rates(result: Result) -> list[float | None]:
-    """Those of `comparison_text`: TAR at each of FARS, and the means of RATES."""
+def compared_rates(name: str, result: Result) -> dict[str, float | None]:
+    """The shares by which runs are compared: TinyFace's ranks; of IJB, TAR at each of FARS and the means of RATES."""
+    if name not in IJB:
+        return {f"rank-{k}": share for k, share in result["rank"].items()}
     searched = result["searches"].get("mean", {})
-    return [*(result["tar_at_far"][f"{far:g}"] for far in FARS), *(searched.get(rate) for rate in RATES)]
+    rates = {f"{far:.0e}": result["tar_at_far"][f"{far:g}"] for far in FARS}
+    return rates | {rate: searched.get(rate) for rate in RATES}
 
 
-def comparison_text(kept: Mapping[str, Mapping[str, Result]]) -> str:
-    """A line per run and mode of {run: `kept_results`}: TAR at each FAR and the mean of both searches, in %."""
-    lines = [_row("", [*(f"{far:.0e}" for far in FARS), *RATES])]
-    for run, modes in kept.items():
-        for mode, result in modes.items():
-            lines.append(f"{_row(mode, map(_percent, compared_rates(result)))}  {in_one_line(run)}")
-    return "\n".join(lines)
+def comparison_text(name: str, kept: Mapping[str, Mapping[str, Result]]) -> str:
+    """A line per run and mode of {run: `kept_results`}: its `compared_rates`, in %."""
+    rows = [(run, mode, compared_rates(name, result)) for run, of in kept.items() for mode, result in of.items()]
+    lines = [f"{_row(mode, map(_percent, rates.values()))}  {in_one_line(run)}" for run, mode, rates in rows]
+    return "\n".join([_row("", rows[0][2]), *lines])

@@ -28,7 +28,8 @@ def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndar
 
     {"mode", of MODES; "faces", "templates", "pairs", "same": numbers; "tar_at_far": {FAR: share}; "auc"; "roc", [FAR,
     TAR] to draw; "searches": {gallery, or "mean": `search`}, empty where a set has pairs only}. EvaluationError if
-    nothing can be computed from the embeddings, or if different pairs are the more similar ones.
+    nothing can be computed from the embeddings, or if different pairs are the more similar ones; an alarm, added to
+    the protocol's, if they are as similar.
     """
     templates = pool(faces, parts, mode)
     score = pair_scores(templates, protocol.pairs)
@@ -37,6 +38,8 @@ def evaluate_templates(faces: Faces, protocol: Protocol, parts: Iterable[np.ndar
     area = sum(np.searchsorted(different, same, side).mean() for side in ("left", "right")) / (2 * len(different))
     if area < 0.45:
         raise EvaluationError(f"{faces.name}: AUC {area:.4f} is below chance: the labels are inverted, or shifted")
+    if area < 0.55:
+        protocol.alarms.append(f"{faces.name}: AUC {area:.4f} is chance level: the model or the crops are bad")
     searches = {g.name.rpartition("_")[2]: search(templates, g, protocol.lists[-1]) for g in protocol.lists[:-1]}
     if searches:
         found = {rate: [one[rate] for one in searches.values()] for rate in RATES}
