@@ -214,23 +214,23 @@ def test_packed_attention_is_timed_on_cuda_only():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_both_benchmarks_of_a_sweep(capsys, monkeypatch, dtype):
+def test_both_benchmarks_of_a_sweep(capsys, monkeypatch):
     monkeypatch.setitem(ceilings.SIDE, "cpu", 64)  # few processors multiply in fp16, the others take a minute for 1024
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     flags = ["--backbone", "vit_nano", "--image-size", "112", "--batch-size", "2", "--repetitions", "1"]
-    flags += ["--device", "cpu", "--dtypes", dtype, "--peers", "none", "--no-compiled"]
-    embed.main([*flags, "--runtimes", "none"])
+    flags += ["--device", "cpu", "--peers", "none", "--no-compiled"]
+    embed.main([*flags, "--dtypes", "fp32", "--runtimes", "none"])
     found = last_line(capsys)
     assert found["vitface"] > 0 and found["ratio_to_fastest_reference"] > 0
-    train_step.main([*flags, "--adapter", "dalora", "--domains", "2"])
+    train_step.main([*flags, "--dtypes", "fp16", "--adapter", "dalora", "--domains", "2"])
     found = last_line(capsys)
     assert found["vitface"] > 0 and found["ceiling_share"] > 0 and "ratio_to_fastest_peer" not in found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_end_to_end(capsys):
+def test_end_to_end(capsys, monkeypatch):
+    monkeypatch.setitem(end_to_end.jpeg_folder.__globals__, "FACES", 64)
     flags = ["--exp", "demo", "--device", "cpu", "--dtype", "fp32", "--batch-size", "8", "--seconds", "0.1"]
     end_to_end.main([*flags, "--head", "linear"])
     found = last_line(capsys)
@@ -276,22 +276,20 @@ def _arguments(sweep, tmp_path):
     )
 
 
-BUDGETS = {1: (440, 30.7), 3: (617, 32.6)}  # launches and GB of a compiled pass forward and backward, ViT-S, batch 128
+LAUNCHES, GIGABYTES = 617, 32.6  # of a compiled pass forward and backward, three domains, ViT-S, batch 128
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("domains", BUDGETS)
-def test_a_compiled_step_moves_no_more_than_its_budget(domains):
-    """On a device without memory; the formulas take 34.9 and 36.5 GB. And no batch waits for the device."""
+def test_a_compiled_step_moves_no_more_than_its_budget():
+    """On a device without memory; the formulas take 36.5 GB. And no batch waits for the device."""
     optional("triton")
     if shutil.which("g++") is None or not torch.__version__.startswith("2.13"):
         pytest.skip("it needs g++, and the internals of torch 2.13")
-    command = [sys.executable, str(ROOT / "benchmarks" / "traffic.py"), "--domains", str(domains)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "traffic.py"), "--domains", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    launches, gigabytes = BUDGETS[domains]
-    assert found["forward"]["launches"] + found["backward"]["launches"] <= launches
-    assert 0.9 * gigabytes < found["forward"]["gigabytes"] + found["backward"]["gigabytes"] <= gigabytes
+    assert found["forward"]["launches"] + found["backward"]["launches"] <= LAUNCHES
+    assert 0.9 * GIGABYTES < found["forward"]["gigabytes"] + found["backward"]["gigabytes"] <= GIGABYTES
     assert found["input"]["launches"] <= 24 and found["input"]["waits"] == 0

@@ -144,7 +144,7 @@ def test_lfw_form(tmp_path):
             "path1,path2,a,b,c\n{c},{c},1,2,3\n", "line 1 should name two columns `path...`, one `label`",
             marks=case("a table without a column `label`", "error: the names it should have"),
         ),
-        pytest.param("path,path,label\n", "has a line of column names and no pair", marks=case("no pair", "error")),
+        pytest.param("path,path,label\n", "line 1 is not", marks=case("no pair", "error: the line")),
         pytest.param(
             "crops/no.jpg,{c},1\n", "line 1 names an image that cannot be read: .*no.jpg: No such file",
             marks=case("a photo that is not there", "error: the line"),

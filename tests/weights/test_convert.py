@@ -498,8 +498,8 @@ def test_a_file_with_wrong_bytes_converts_or_says_so(folder, save, data):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"<html>not found</html>", "not a file of plain tensors"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a file of plain tensors"),
+        (b"<html>not found</html>", "holds no tensors by name but is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
         (b"", "ends too early"),
     ],
 )

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitface.commands.evaluate_faces import compare_faces, evaluate_faces, keep_in_run, write_files
 from vitface.commands.parser import MODEL_FLAGS, SHARED, CommandParser, add_shared, output_file
@@ -196,8 +196,11 @@ def show(
     if evaluation.kept:
         print(f"kept from an earlier evaluation: {', '.join(evaluation.kept)}")
     routing = route(model, list(evaluation.results), arguments.data_dir) if arguments.routing else {}
-    data = {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results)}
-    data |= {name: found for name, found in (("xqlfw_quality", quality), ("routing", routing)) if found}
+    more = {name: found for name, found in (("xqlfw_quality", quality), ("routing", routing)) if found}
+
+    def data() -> dict[str, Any]:  # intervals take time
+        return {"benchmarks": results_json(evaluation.results), **summary_json(evaluation.results), **more}
+
     write_files(model, checkpoint, arguments, evaluation, data, routing)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitface.data.formats.published import IJB
-from vitface.errors import ConfigError, in_one_line
+from vitface.errors import ConfigError, in_one_line, printable
 from vitface.files import json_bytes, write_output
 
 if TYPE_CHECKING:
+    from vitface.data.formats.ijb_lists import Protocol
     from vitface.evaluation.benchmarks import Evaluation
     from vitface.evaluation.ijb.embedding import StoredRows
     from vitface.evaluation.plots import Chart
@@ -24,9 +25,7 @@ def evaluate_faces(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     from vitface.data.formats.tinyface_folder import TinyFace, read_tinyface
     from vitface.evaluation.benchmarks import Evaluation
     from vitface.evaluation.ijb.embedding import StoredRows
-    from vitface.evaluation.ijb.results import keep_result, result_text, roc_of_templates
-    from vitface.evaluation.ijb.scoring import evaluate_templates
-    from vitface.evaluation.tinyface import search_result, search_text
+    from vitface.evaluation.ijb.results import keep_result
     from vitface.training.ranks.parallel import over_ranks
     from vitface.training.ranks.process_group import check_same, local_share, rank
 
@@ -45,20 +44,29 @@ def evaluate_faces(model: "Recogniser", checkpoint: "Checkpoint | None", argumen
     rows.complete(numbers, local_share(arguments.num_workers), over_ranks, rank() == 0)
     if rank() != 0:
         return 0
-    parts, charts = map(rows.part, range(len(rows.files))), []
-    if isinstance(faces, TinyFace):
-        result = search_result(faces, parts)
-        text, alarms = search_text(result), faces.alarms
-    else:
-        assert protocol is not None
-        result = evaluate_templates(faces, protocol, parts, pooling)
-        text, charts, alarms = result_text(name, result), [roc_of_templates(name, result)], protocol.alarms
+    result, text, charts, alarms = _score(faces, protocol, rows, pooling)
     print(f"embeddings: {rows.folder}; delete it when you are done", file=sys.stderr)
     print(text)
     keep_in_run(checkpoint, arguments, lambda run, sha256: keep_result(run, name, result, sha256))
-    evaluation = Evaluation({}, alarms, [])
-    write_files(model, checkpoint, arguments, evaluation, {"benchmarks": {name: result}}, others=[(text, charts)])
+    evaluation, others = Evaluation({}, alarms, []), [(text, charts)]
+    write_files(model, checkpoint, arguments, evaluation, lambda: {"benchmarks": {name: result}}, others=others)
     return 0
+
+
+def _score(
+    faces: Any, protocol: "Protocol | None", rows: "StoredRows", pooling: str
+) -> "tuple[dict[str, Any], str, list[Chart], list[str]]":
+    """(The result, as text, its charts, alarms); `protocol` is that of IJB's faces."""
+    from vitface.evaluation.ijb.results import result_text, roc_of_templates
+    from vitface.evaluation.ijb.scoring import evaluate_templates
+    from vitface.evaluation.tinyface import search_result, search_text
+
+    parts = map(rows.part, range(len(rows.files)))
+    if protocol is None:
+        result = search_result(faces, parts)
+        return result, search_text(result), [], faces.alarms
+    result = evaluate_templates(faces, protocol, parts, pooling)
+    return result, result_text(faces.name, result), [roc_of_templates(faces.name, result)], protocol.alarms
 
 
 def predict_faces(rows: "StoredRows", numbers: list[int]) -> int:
@@ -79,25 +87,26 @@ def write_files(
     checkpoint: "Checkpoint | None",
     arguments: argparse.Namespace,
     evaluation: "Evaluation",
-    data: Mapping[str, Any],
+    data: Callable[[], Mapping[str, Any]],
     routing: Mapping[str, Any] | None = None,
     others: "Sequence[tuple[str, list[Chart]]]" = (),
 ) -> None:
     """Writes --json, with `data`, and --output, see `report_page`; prints what is odd and what failed."""
-    from vitface.evaluation.page import report_page
-
     if arguments.json:
         known = {"alarms": evaluation.alarms, "failures": evaluation.failures}
-        write_output(arguments.json, json_bytes({**known, **data}))
+        write_output(arguments.json, json_bytes({**known, **data()}))
     if arguments.output:
+        from vitface.evaluation.page import report_page
+
         title = str(checkpoint.path) if checkpoint else f"{model.config.backbone}, frozen"
         run, faces = checkpoint and checkpoint.run, arguments.show_faces
         page = report_page(title, model, evaluation, run, arguments.data_dir, faces, routing or {}, others)
         write_output(arguments.output, page.encode())
         print(f"wrote {arguments.output}")
-    problems = [f"ALARM {text}" for text in evaluation.alarms] + [f"error: {text}" for text in evaluation.failures]
-    if problems:
-        print("\n".join(map(in_one_line, problems)), file=sys.stderr)
+    for text in evaluation.alarms:
+        print(f"ALARM {in_one_line(text)}", file=sys.stderr)
+    for text in evaluation.failures:
+        print(f"error: {printable(text)}", file=sys.stderr)
 
 
 def keep_in_run(

@@ -84,18 +84,8 @@ def verify(
     thresholds = THRESHOLDS[(right.sum(axis=1, keepdims=True) - right).argmax(axis=0)]
     correct = (distance < thresholds[folds]) == issame
     accuracies = np.bincount(folds, correct) / sizes
-    return Verification(
-        accuracy=float(accuracies.mean()),
-        std=float(accuracies.std()),
-        auc=auc(-distance, issame),
-        eer=equal_error_rate(-distance, issame),
-        folds=folds,
-        correct=correct,
-        thresholds=thresholds,
-        distance=distance,
-        issame=issame,
-        people=people,
-    )
+    decided = folds, correct, thresholds
+    return _result(float(accuracies.mean()), float(accuracies.std()), *decided, distance, issame, people)
 
 
 def verify_fixed(
@@ -106,18 +96,23 @@ def verify_fixed(
     distance, issame = np.asarray(distance, "f8"), np.asarray(issame, bool)
     check_scores(distance, issame)
     correct = ((distance <= threshold) == issame) & ~np.isnan(threshold)
-    return Verification(
-        accuracy=np.nan if np.isnan(threshold) else float(correct.mean()),
-        std=np.nan,
-        auc=auc(-distance, issame),
-        eer=equal_error_rate(-distance, issame),
-        folds=np.zeros(len(issame), int),
-        correct=correct,
-        thresholds=np.array([threshold]),
-        distance=distance,
-        issame=issame,
-        people=people,
-    )
+    accuracy = np.nan if np.isnan(threshold) else float(correct.mean())
+    decided = np.zeros(len(issame), int), correct, np.array([threshold])
+    return _result(accuracy, np.nan, *decided, distance, issame, people)
+
+
+def _result(
+    accuracy: float,
+    std: float,
+    folds: np.ndarray,
+    correct: np.ndarray,
+    thresholds: np.ndarray,
+    distance: np.ndarray,
+    issame: np.ndarray,
+    people: np.ndarray | None,
+) -> Verification:
+    area, eer = auc(-distance, issame), equal_error_rate(-distance, issame)
+    return Verification(accuracy, std, area, eer, folds, correct, thresholds, distance, issame, people)
 
 
 def right_at_thresholds(distance: np.ndarray, issame: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ import numpy as np
 
 from vitface.data.faces.alignment import TEMPLATE, similarity, warp_face
 from vitface.data.faces.landmarks import MAX_PIXEL
-from vitface.data.formats.published import IJB, plain
-from vitface.data.images import read_photo, read_text
+from vitface.data.formats.published import IJB, homes
+from vitface.data.images import read_photo
 from vitface.data.tables import read_table
 from vitface.errors import DataError, in_one_line
 from vitface.files import identify_file, open_regular, sha256_file
@@ -81,18 +81,12 @@ class Protocol:
 
 def find_ijb(name: str, data_dir: Path) -> Path | None:
     """The folder of "ijbb" or "ijbc": `data_dir` itself, one in it, or one in its IJB_release."""
-    outer = [data_dir, *_folders(data_dir)]
-    every = [*outer, *(inner for folder in outer[1:] for inner in _folders(folder))]
-    return next((folder for folder in every if is_ijb(folder, name)), None)
+    return next((folder for folder in homes(data_dir, "ijb") if is_ijb(folder, name)), None)
 
 
 def is_ijb(folder: Path, name: str) -> bool:
     """Whether "ijbb" or "ijbc" is in this very folder."""
     return f"{name}_face_tid_mid.txt" in _meta(folder)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*/")) if plain(path.name).startswith("ijb") and path.is_dir()]
 
 
 def _meta(folder: Path) -> dict[str, Path]:
@@ -128,10 +122,8 @@ class _Lines:
     def __init__(self, path: Path, count: int, columns: str):
         self.path, self.columns, self.names = path, columns, list[str]()
         self.lines, numbers = array("q"), array("d")
-        for line, text in enumerate(io.StringIO(read_text(path), newline=None), 1):
-            name, *fields = text.split() or [""]
-            if not name:
-                continue
+        for line, text in _text_lines(path):
+            name, *fields = text.split()
             try:
                 values = [float(field) for field in fields]
             except ValueError:

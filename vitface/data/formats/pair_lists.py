@@ -101,7 +101,7 @@ def _lfw_pairs(path: Path) -> list[Pair]:
     for number, (where, line) in enumerate(lines):
         same = number // half % 2 == 0
         words = r"(.+)\s+(\d+)\s+(\d+)" if same else r"(.+?)\s+(\d+)\s+([^\d\s].*)\s+(\d+)"  # names may have spaces
-        cells = _tabbed(line) or getattr(re.fullmatch(words, line[:MAX_LINE]), "groups", tuple)()
+        cells = [*filter(None, _cells(line))] or getattr(re.fullmatch(words, line[:MAX_LINE]), "groups", tuple)()
         match [*cells, same]:
             case [name, i, j, True]:
                 other = name
@@ -200,24 +200,18 @@ def _labelled_pairs(path: Path) -> list[Pair]:
     """AgeDB-30's list, copies of the others, and one's own: lines of _ROW, separated by spaces, tabs, commas or
     semicolons, 1 for the same person. The first line may be a header, which puts the columns in any order."""
     pairs, lines, home = [], _lines(path), path.absolute().parent.as_posix()
-    columns = None if _labelled(lines[0][1]) or _names_photo(lines[0][1]) else _columns(*lines[0])
+    columns = None if len(lines) == 1 or _names_photo(lines[0][1]) else _columns(*lines[0])
     for where, line in lines[columns is not None :]:
         found = _labelled(line, columns)
         if not found:
-            raise _no_pair(where, line)
+            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
         same, fold, *photos = found
         first, second = (_inside(photo, where, home=home) for photo in photos)
         pairs.append(Pair(where, same, None if fold is None else _number(fold, where), (first, second)))
         if (fold is None) != (pairs[0].fold is None):
             raise DataError(f"{where} has {'no' if fold is None else 'a'} fold, unlike the first pair")
-    if not pairs:
-        raise DataError(f"{path} has a line of column names and no pair") if columns else _no_pair(*lines[0])
     folds = sorted({pair.fold for pair in pairs})
     return pairs if folds == [None] else [pair._replace(fold=folds.index(pair.fold)) for pair in pairs]
-
-
-def _no_pair(where: str, line: str) -> DataError:
-    return DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
 
 
 def _names_photo(line: str) -> bool:
@@ -292,11 +286,6 @@ def _lines(path: Path) -> list[tuple[str, str]]:
         if "\0" in line:
             raise DataError(f"{where} has NUL bytes, as a file that was not written to its end; get it again")
     return lines
-
-
-def _tabbed(line: str) -> list[str]:
-    """What the tabs of a line separate; nothing where it has none."""
-    return [cell.strip() for cell in line.split("\t") if cell.strip()] if "\t" in line else []
 
 
 def _number(word: str, where: str) -> int:

@@ -174,6 +174,17 @@ def check_pairs(name: str, pairs: VerificationSet, expected: int) -> None:
             raise DataError(f"{name}: {only}: the list is sorted by label; use the published one, which has the folds")
 
 
+def homes(data_dir: Path, start: str) -> list[Path]:
+    """Where a set may be: `data_dir`, the folders in it, and two levels below those whose names begin like `start`."""
+    found = _folders(data_dir)
+    below = [inner for folder in found if plain(folder.name).startswith(start) for inner in _folders(folder)]
+    return [data_dir, *found, *below, *(inner for folder in below for inner in _folders(folder))]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [entry for entry in _entries(folder) if entry.is_dir()]
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (entry for entry in _entries(folder) if entry.is_file() and not entry.name.startswith("."))
 

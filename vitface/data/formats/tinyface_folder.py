@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vitface.data.folders import find_images
-from vitface.data.formats.published import TINYFACE, plain
+from vitface.data.formats.published import TINYFACE, homes
 from vitface.data.images import CROP_SIZE, read_image
 from vitface.errors import DataError, in_one_line
 from vitface.files import sha256_bytes
@@ -53,15 +53,8 @@ class TinyFace:
 
 def find_tinyface(data_dir: Path) -> Path | None:
     """The folder of PARTS: `data_dir`, or one in its folder tinyface..., of aligned crops before others."""
-    homes = [data_dir, *(x for x in _folders(data_dir) if plain(x.name).startswith("tinyface"))]
-    below = [inner for home in homes for inner in _folders(home)]
-    places = [*homes, *below, *(inner for place in below if place.parent != data_dir for inner in _folders(place))]
-    found = [place for place in places if (place / PARTS[0]).is_dir()]
+    found = [place for place in homes(data_dir, "tinyface") if (place / PARTS[0]).is_dir()]
     return min(found, key=lambda place: "aligned" not in str(place.relative_to(data_dir)).lower(), default=None)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
 
 def read_tinyface(data_dir: Path) -> TinyFace:

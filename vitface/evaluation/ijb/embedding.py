@@ -7,13 +7,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from vitface.data.background import in_processes
 from vitface.data.folders import stamp
+from vitface.data.formats.ijb_lists import Faces
+from vitface.data.formats.tinyface_folder import TinyFace
 from vitface.data.images import CROP_SIZE
 from vitface.data.progress import Progress
 from vitface.errors import CheckpointError
@@ -28,18 +30,6 @@ PART = 1024  # faces
 Spread = Callable[[Any, Sequence[int]], Iterator[tuple[Any, np.ndarray]]]  # see `over_ranks`
 
 
-class Faces(Protocol):
-    """N faces in `folder`, read aligned, uint8 (112, 112, 3)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def crops(self) -> list[str]: ...
-    def read(self, number: int) -> np.ndarray: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
     """The embeddings (N, E), not normalised, of a set's faces by one model: of the images, or with `flip` the sums with
@@ -49,7 +39,7 @@ class StoredRows:
     crops that were replaced are made again.
     """
 
-    faces: Faces
+    faces: Faces | TinyFace
     model: Recogniser
     flip: bool
     about: str  # the model's trained tensors, the list of the faces, and what else decides about its embeddings
@@ -113,7 +103,7 @@ class StoredRows:
             yield number, rows
 
 
-def _read_part(faces: Faces, number: int) -> np.ndarray:
+def _read_part(faces: Faces | TinyFace, number: int) -> np.ndarray:
     numbers = range(number * PART, min((number + 1) * PART, len(faces.crops)))
     crops = np.empty((len(numbers), CROP_SIZE, CROP_SIZE, 3), np.uint8)
     for place, face in enumerate(numbers):
