@@ -11,7 +11,7 @@ from vitface.presets import VIT_PRESETS
 from vitface.store.backbone import expected_tensors
 from vitface.training.header import parameter_table
 from vitface.training.memory import plan_memory
-from vitface.training.setup import build_model
+from vitface.training.setup import build_margin, build_model
 
 # the number of tokens at the usual size, and the millions of parameters where its authors or timm say them
 PUBLISHED = {
@@ -60,15 +60,15 @@ def test_the_plan_of_a_step(name, monkeypatch):
     monkeypatch.setitem(VIT_PRESETS, name, small)
     flags = dict(backbone=name, weights="random", use_dalora=True, num_domains=3, router_depth=1, lora_rank=2)
     config = dataclasses.replace(resolve(flags), device="cpu", dtype="fp32")
-    model, margin = build_model(config, 7)
-    tokens = model.vit.tokens(torch.zeros(1, 3, config.image_size, config.image_size))
+    model, margin = build_model(config), build_margin(config, 7)
+    tokens = model.vit.tokens(torch.zeros(1, 3, config.side, config.side))
     assert tokens.shape == (1, PUBLISHED[name][0], small.embed_dim)
     adapters = 2 * 3 * 2 * 6 * small.embed_dim  # blocks, domains, rank 2; A and B of qkv, A and B of proj
     assert f"{'adapters':<12}{adapters:>14,}{adapters:>14,}" in parameter_table(model, margin)
     parts = (model.router, model.head, margin)
     others = sum(parameter.numel() for part in parts for parameter in part.parameters())
     plan = plan_memory(model, margin, 4, None)
-    frozen = counted(dataclasses.replace(small, native_size=config.image_size))
+    frozen = counted(dataclasses.replace(small, native_size=config.side))
     assert plan.constant == 4 * (frozen + 4 * (adapters + others))  # a gradient and two moments
     assert plan.depth == 2 and plan.per_image > 4 * tokens[0].numel()
 
