@@ -96,8 +96,11 @@ def values(name: str) -> st.SearchStrategy:
 
 RELATED = {  # flags that have to fit others
     "exp": st.sampled_from([None, *EXPERIMENTS]),
-    "backbone": st.sampled_from(["dinov2", *VIT_PRESETS]),
-    "image_size": st.sampled_from([112, 224]),
+    "backbone": st.sampled_from(["dinov2", *(name for name, vit in VIT_PRESETS.items() if vit.pool != "tokens")]),
+    "image_size": st.sampled_from([224, "448:2,224"]),
+    "epochs": st.integers(3, 10**6),
+    "head": st.sampled_from([*8 * ["patches"], "bn", "linear"]),  # one of these alone takes levels
+    "train_head": st.just(False),
     "router_depth": st.integers(1, 3),
     "head_levels": st.integers(1, 3),
     "grad_accum": st.integers(1, 4),

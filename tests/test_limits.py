@@ -340,6 +340,7 @@ CUTS_NOTHING = {
     "vitface.data.synthetic.canvas.STRIDE": "pixels",
     "vitface.data.images.MAX_PIXELS": "a larger photo is reduced, or refused",
     "vitface.training.start.PHOTOS": "photos of a person, at whose mean the prototype starts",
+    "vitface.evaluation.explanation.ROW": "pixels",
     "vitface.gallery.origins.SAMPLED": "photos that tell whether a folder was moved",
     "vitface.metrics.NUM_FOLDS": "the protocol's ten folds",
     "vitface.model.inference.GPU_BATCH": "CPU_BATCH on a GPU: the same code",

@@ -139,12 +139,20 @@ VIT_PRESETS: dict[str, ViTConfig] = {
 VIT_ALIASES = {"dinov2": "dinov2_vits14", "dinov3": "dinov3_vits16", "clip": "clip_vitb16"}
 
 
+# of a recogniser that goes on: what it knows of people in general is lost at the rates and margins of a new head
+KNOWS_FACES: dict[str, Any] = dict(lr=2e-4, identity_lr=1e-3, margin=0.1, scale=16.0, augment="flip")
+
+
 def usual_settings(backbone: str, head: str | None) -> dict[str, Any]:
     """The training settings that follow from a backbone and the embedding head, None: the usual one."""
     vit = VIT_PRESETS[backbone_name(backbone)]
     head = head or ("pretrained" if vit.pool == "tokens" else None)
     own = {"head": head, "embedding_dim": vit.output_dim} if head == "pretrained" else {}
-    return {"image_size": vit.usual_size, **own}
+    return {
+        "image_size": vit.usual_size,
+        **own,
+        **(KNOWS_FACES if head == "pretrained" and vit.pool == "tokens" else {}),
+    }
 
 
 def backbone_name(name: str) -> str:

@@ -55,7 +55,8 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel):
     files = {name for name in names if not name.startswith(f"vitface-{__version__}.dist-info/")}
     code = sources("vitface", "vitface") | sources("kernels", "vitface/kernels") | sources("weights", "vitface/weights")
     assert len(code) > 100 and "vitface/py.typed" in code
-    assert files == code | {"vitface/weights/vit_nano.safetensors"}
+    page = {f"vitface/exchange/web/{file.name}" for file in (ROOT / "vitface/exchange/web").iterdir()}
+    assert files == code | page | {"vitface/weights/vit_nano.safetensors"} and len(page) == 8
 
 
 def test_the_metadata(wheel):

@@ -62,6 +62,9 @@ def settings(tmp_path, **changes) -> TrainConfig:
 def test_the_settings_follow_the_backbone():
     config = resolve({"backbone": "lvface_t"})
     assert (config.image_size, config.head, config.embedding_dim) == (112, "pretrained", 512)
+    assert (config.lr, config.identity_lr, config.margin, config.scale, config.augment) == (2e-4, 1e-3, 0.1, 16, "flip")
+    assert resolve({"backbone": "lvface_t", "margin": 0.3}).margin == 0.3
+    assert resolve({"backbone": "lvface_t", "head": "linear"}).margin == resolve({"head": "pretrained"}).margin == 0.35
     assert (resolve({}).image_size, resolve({}).head) == (224, "patches")
     assert resolve({"backbone": "vit_nano"}).image_size == 112
     assert resolve({"backbone": "lvface_t", "head": "linear", "embedding_dim": 64}).embedding_dim == 64

@@ -39,18 +39,13 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); {cure}") from None
 
 
-def run_faults(run_dir: Path) -> list[str]:
-    """What is wrong with config.json and log.jsonl of a run, which its checkpoints do not need."""
-    faults = []
-    try:
-        read_config(run_dir)
-    except CheckpointError as error:
-        faults.append(str(error))
+def log_faults(run_dir: Path) -> list[str]:
+    """What is wrong with log.jsonl of a run, which its checkpoints do not need."""
     with suppress(OSError), open_regular(run_dir / "log.jsonl") as file:
         lines = file.read(MAX_LOG_BYTES).splitlines()[:-1]  # a kill may have cut the last one off
         if damaged := sum(not _is_json(line) for line in lines):
-            faults.append(f"{run_dir / 'log.jsonl'} is damaged: {damaged:,} of its {len(lines):,} lines are left out")
-    return faults
+            return [f"{run_dir / 'log.jsonl'} is damaged: {damaged:,} of its {len(lines):,} lines are left out"]
+    return []
 
 
 def _is_json(line: bytes) -> bool:

@@ -36,7 +36,7 @@ def describe(path: Path) -> dict[str, Any]:
     from vitface.model.counts import parameter_counts
     from vitface.store.backbone import find_backbone
     from vitface.store.faces import meta_model, open_checkpoint
-    from vitface.store.settings import read_epochs, run_faults
+    from vitface.store.settings import log_faults, read_epochs
 
     if not path.exists() and str(path) in (*VIT_PRESETS, *VIT_ALIASES):
         path = find_backbone(backbone_name(str(path)))
@@ -51,7 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
     counts = parameter_counts(meta_model(checkpoint.config))
     of_manifest = {key: value for key, value in checkpoint.manifest.items() if isinstance(value, str | int)}
     epochs = read_epochs(checkpoint.run) if checkpoint.run else []
-    for fault in run_faults(checkpoint.run) if checkpoint.run else ():
+    for fault in log_faults(checkpoint.run) if checkpoint.run else ():
         print(f"note: {fault}", file=sys.stderr)
     settings = dataclasses.asdict(checkpoint.config)
     del settings["vit"]
