@@ -125,19 +125,13 @@ def main(argv: list[str]) -> None:
     if arguments.ours_only:
         train_ours(arguments, {name: value for name, value in vars(arguments).items() if name in names})
         return
+    if arguments.peer is None or not arguments.peer.is_file():
+        parser.error(f"--peer names the script of the peer, a file; not {arguments.peer}")
     print(machine(), flush=True)
     data, peers, ours = str(arguments.data), [], []
     for seed in arguments.seeds:
-        same = [
-            "--data",
-            data,
-            "--every",
-            str(arguments.every),
-            "--seed",
-            str(seed),
-            "--threads",
-            str(arguments.threads),
-        ]
+        given = {"--data": data, "--every": arguments.every, "--seed": seed, "--threads": arguments.threads}
+        same = [word for flag, value in given.items() for word in (flag, str(value))]
         peer = ["--epochs", str(arguments.peer_epochs), "--dtype", arguments.peer_dtype]
         peers.append(curve_of([sys.executable, str(arguments.peer), *same, *peer], arguments.threads))
         print(f"seed {seed}  peer {peers[-1]}", flush=True)

@@ -18,6 +18,7 @@ from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitface.config import FaceConfig
+from vitface.evaluation import benchmarks
 from vitface.model.face import FaceModel
 from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS, ViTConfig
@@ -52,6 +53,18 @@ def pytest_xdist_auto_num_workers(config) -> int | None:
     else as many as xdist finds cores for."""
     files = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
     return 0 if files or config.option.markexpr == "gpu" else None
+
+
+PAIRS = 60
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """The benchmark "synthetic" has PAIRS pairs."""
+    benchmarks._synthetic_benchmark.cache_clear()
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "synthetic", benchmarks.Benchmark("synthetic", PAIRS))
+    yield
+    benchmarks._synthetic_benchmark.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -133,14 +146,15 @@ def tiny_run(tmp_path, monkeypatch):
     randomise_adapters(model)
     run = tmp_path / "runs" / "tiny"
     save_checkpoint(run, 7, trained_tensors(model), dataclasses.asdict(config), {}, {}, is_best=True)
-    thresholds = {"0.01": {"threshold": 0.2, "tar": 0.9}, "0.001": {"threshold": 0.6, "tar": 0.5}}
-    written = {
-        "model": open_checkpoint(run).sha256,
-        "pairs": {"same": 9, "different": 30_000},
-        "thresholds": thresholds,
-    }
-    (run / THRESHOLDS_FILE).write_text(json.dumps(written))
+    write_thresholds(run, {"0.01": {"threshold": 0.2, "tar": 0.9}, "0.001": {"threshold": 0.6, "tar": 0.5}})
     return run
+
+
+def write_thresholds(run: Path, thresholds: dict) -> None:
+    """Those of a run, as if it had calibrated them."""
+    pairs = {"same": 9, "different": 30_000}
+    written = {"model": open_checkpoint(run).sha256, "pairs": pairs, "thresholds": thresholds}
+    (run / THRESHOLDS_FILE).write_text(json.dumps(written))
 
 
 def randomise_adapters(model: torch.nn.Module, seed: int = 0) -> None:

@@ -16,7 +16,6 @@ from vitface.errors import ConfigError, did_you_mean
 from vitface.presets import EXPERIMENTS, VIT_PRESETS, ViTConfig, backbone_name, usual_settings
 
 MAX_SIZE, MAX_IMAGE_SIZE, MAX_NUMBER = 1 << 13, 1 << 10, 1e6  # of a model, its images; files with more are refused
-SIDES = {"least": 1, "most": MAX_IMAGE_SIZE}
 LEAST_TEMPERATURE = 1e-6  # of the router's softmax; below it float32 overflows
 Dtype = Literal["fp32", "bf16", "fp16"]  # of the frozen backbone and its activations
 
@@ -174,7 +173,7 @@ class TrainConfig:
     def phases(self) -> list[Phase]:
         """Images of one size after another (progressive resizing), in the order of training; ConfigError if wrong."""
         text = str(self.image_size)
-        if not re.fullmatch(r"(\d{1,9}:\d{1,9},)*\d{1,9}(:\d{1,9})?", text, re.ASCII):
+        if not re.fullmatch(r"(\d{1,9}:\d{1,9},)*\d{1,9}(:[1-9]\d{0,8})?", text, re.ASCII):
             raise ConfigError(f"--image-size is a number, or SIDE:EPOCHS,...,SIDE such as 64:6,112; not {text!r:.60}")
         sides, epochs = zip(*(map(int, f"{part}:0".split(":")[:2]) for part in text.split(",")), strict=True)
         epochs = [*epochs[:-1], epochs[-1] or self.epochs - sum(epochs)]
@@ -188,9 +187,10 @@ class TrainConfig:
         return self.phases[-1].side
 
     def _check_model(self, vit: ViTConfig) -> None:
+        bounds = self.__dataclass_fields__["image_size"].metadata["bounds"]
         for side in {phase.side for phase in self.phases}:
-            if side not in Bounds(**SIDES):
-                raise ConfigError(f"--image-size must be {Bounds(**SIDES)}, not {side}")
+            if side not in bounds:
+                raise ConfigError(f"--image-size must be {bounds}, not {side}")
             vit.grid(side)
         if self.use_dalora and self.num_domains < 2:
             raise ConfigError("--use-dalora needs --num-domains of at least 2; one domain is plain LoRA")

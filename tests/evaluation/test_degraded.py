@@ -5,22 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import PAIRS
 
 from vitface.__main__ import main
 from vitface.data.degrade import degrade_crops, parse_sensors
 from vitface.evaluation import benchmarks
-from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, Degraded, evaluate_all
+from vitface.evaluation.benchmarks import Degraded, evaluate_all
 from vitface.evaluation.scores import load_scores
-
-PAIRS = 60
-
-
-@pytest.fixture
-def few_pairs(monkeypatch):
-    benchmarks._synthetic_benchmark.cache_clear()
-    monkeypatch.setitem(BENCHMARKS, "synthetic", Benchmark("synthetic", PAIRS))
-    yield
-    benchmarks._synthetic_benchmark.cache_clear()
 
 
 def thumbnails(images):

@@ -6,27 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import PAIRS
 
 from vitface.__main__ import main
 from vitface.data.degrade import degrade_crops, parse_sensors
 from vitface.data.quality import crop_quality
 from vitface.errors import CheckpointError
 from vitface.evaluation import benchmarks
-from vitface.evaluation.benchmarks import BENCHMARKS, Benchmark, Degraded, evaluate_all
+from vitface.evaluation.benchmarks import Degraded, evaluate_all
 from vitface.evaluation.page import reject_charts
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.report import REJECTED, error_by_reject, reject_lines, results_json
 from vitface.evaluation.scores import load_scores, save_scores
-
-PAIRS = 60
-
-
-@pytest.fixture
-def few_pairs(monkeypatch):
-    benchmarks._synthetic_benchmark.cache_clear()
-    monkeypatch.setitem(BENCHMARKS, "synthetic", Benchmark("synthetic", PAIRS))
-    yield
-    benchmarks._synthetic_benchmark.cache_clear()
 
 
 def result(quality=None):

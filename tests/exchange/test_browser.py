@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, chromium
-from conftest import TEST_DATA, randomise_adapters
+from conftest import TEST_DATA, randomise_adapters, write_thresholds
 from PIL import Image
 
 import vitface
@@ -26,8 +26,7 @@ from vitface.errors import WeightsError
 from vitface.exchange.site import drawn
 from vitface.model.face import FaceModel
 from vitface.store.backbone import load_backbone, weights_sha256
-from vitface.store.faces import open_checkpoint, trained_tensors
-from vitface.store.thresholds import THRESHOLDS_FILE
+from vitface.store.faces import trained_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 from vitface.weights.download import download, fetch_detector, fetch_runtime
 from vitface.weights.sources import Source
@@ -86,13 +85,8 @@ def run(fetched, tmp_path_factory):
         vitface.load(run, dtype="fp32").embed(list(drawn())) @ vitface.load(run, dtype="fp32").embed(drawn()[:1])[0]
     )[1:]
     assert same > other + 0.02
-    thresholds = {"0.01": {"threshold": -0.5, "tar": 1.0}, "0.001": {"threshold": float(same + other) / 2, "tar": 1.0}}
-    written = {
-        "model": open_checkpoint(run).sha256,
-        "pairs": {"same": 9, "different": 30_000},
-        "thresholds": thresholds,
-    }
-    (run / THRESHOLDS_FILE).write_text(json.dumps(written))
+    between = float(same + other) / 2
+    write_thresholds(run, {"0.01": {"threshold": -0.5, "tar": 1.0}, "0.001": {"threshold": between, "tar": 1.0}})
     return run
 
 

@@ -36,6 +36,7 @@ def test_phases_end_where_their_epochs_do(phases, last_is_given):
         ("64:6,112", 6, "each size at least one of the 6 --epochs"),
         ("64:2,112:5", 6, "each size at least one of the 6 --epochs"),
         ("64:0,112", 6, "each size at least one"),
+        ("64:2,112:0", 6, "SIDE:EPOCHS,...,SIDE such as 64:6,112"),
         ("64,112", 6, "SIDE:EPOCHS,...,SIDE such as 64:6,112"),
         ("64:2;112", 6, "SIDE:EPOCHS,...,SIDE such as 64:6,112"),
         ("٦٤:2,112", 6, "SIDE:EPOCHS,...,SIDE such as 64:6,112"),
