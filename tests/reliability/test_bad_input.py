@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise_adapters, tiny_config, tiny_face
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from matrix import ROWS, sizes
 from mutation import NUMBERS, mutated, mutated_json, mutated_tensors, rewrite
 from PIL import Image
@@ -22,11 +24,12 @@ from vitface.data.formats.bin_format import parse_bin
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.samples import RecordSamples
 from vitface.data.images import decode_image
-from vitface.errors import CheckpointError, DataError, ImageError, VitfaceError
+from vitface.errors import CheckpointError, ConfigError, DataError, ImageError, VitfaceError
 from vitface.files import sha256_file
+from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS
 from vitface.store.faces import load_trained, open_checkpoint, trained_tensors
-from vitface.store.settings import face_config
+from vitface.store.settings import face_config, vit_config
 from vitface.store.tensors import read_tensors
 from vitface.training.runs.checkpoint import save_checkpoint
 
@@ -233,6 +236,11 @@ def test_adapter_files(adapter, ran, cases):
         ({"vit": {"patch_size": 1}}, "sizes that fit no model"),
         ({"vit": {"patch_size": 512}}, "sizes that fit no model"),
         ({"vit": {"depth": 8192}}, "sizes that fit no model"),
+        ({"vit": {"mlp_ratio": -4}}, "sizes that fit no model"),
+        ({"vit": {"rope": "index", "num_heads": 8}}, "sizes that fit no model"),
+        ({"vit": {"pool": "attention", "pool_heads": 0}}, "sizes that fit no model"),
+        ({"vit": {"native_size": 7}}, "sizes that fit no model"),
+        ({"vit": {"std": [0.2, 0.0, 0.2]}}, "sizes that fit no model"),
         ({"vit": {"norm_eps": 10**400}}, "norm_eps cannot be 1000"),
         ({"head": "tail"}, "head cannot be tail"),
         ({"num_domains": True}, "num_domains cannot be True"),
@@ -249,6 +257,43 @@ def test_settings_no_model_can_have_are_named(adapter, change, message):
     seal(step)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(step).load()
+
+
+SIZES = {
+    "native_size": st.integers(0, 80),
+    "patch_size": st.integers(0, 40),
+    "embed_dim": st.integers(0, 40),
+    "depth": st.integers(0, 3),
+    "num_heads": st.integers(0, 20),
+    "mlp_ratio": st.floats(-9, 9),
+    "registers": st.integers(0, 3),
+    "class_token": st.booleans(),
+    "pos_embed": st.booleans(),
+    "rope": st.sampled_from(["none", "unit", "index"]),
+    "pool": st.sampled_from(["cls", "attention", "tokens"]),
+    "pool_heads": st.integers(0, 20),
+    "pool_dim": st.integers(0, 20),
+    "norm_eps": st.floats(-1, 1),
+    "std": st.lists(st.floats(-1, 1), min_size=3, max_size=3),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=SIZES))
+@settings(max_examples=300)
+@example({"mlp_ratio": -4.0})
+@example({"rope": "unit", "num_heads": 8})
+@example({"pool": "attention", "pool_heads": 3})
+def test_settings_that_are_accepted_make_a_vit(changes):
+    sizes = {**json.loads(json.dumps(vars(tiny_config()))), **changes}
+    try:
+        config = vit_config(sizes)
+        vit = ViT(config, config.native_size)
+    except (ValueError, ConfigError):
+        return
+    init_weights(vit)
+    with torch.no_grad():
+        found = vit.pool(vit(torch.zeros(1, 3, config.native_size, config.native_size)))
+    assert found.shape == (1, config.output_dim) and found.isfinite().all()
 
 
 def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path):

@@ -35,6 +35,7 @@ DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[2].parent
 
 def tiny(name: str, **changes) -> ViTConfig:
     sizes = {"native_size": 2 * VIT_PRESETS[name].patch_size, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    sizes["pool_heads"] = 2 if VIT_PRESETS[name].pool_heads else 0
     return dataclasses.replace(VIT_PRESETS[name], **(sizes | changes))
 
 

@@ -92,11 +92,20 @@ def vit_config(settings: dict[str, Any]) -> ViTConfig:
     """A `ViTConfig` from its JSON form; TypeError, KeyError or ValueError if it cannot be one."""
     colours = {key: tuple(settings[key]) for key in ("mean", "std")}  # JSON has lists
     config = _checked(ViTConfig(**{**settings, **colours}))
-    whole = config.num_heads and config.embed_dim % config.num_heads == 0
-    known = 4 <= config.patch_size <= 64 and 1 <= config.depth <= MAX_DEPTH
-    if not whole or not known or config.native_size > MAX_GRID * config.patch_size:
+    dim, patch = config.embed_dim, config.patch_size
+    part = config.num_heads * (1 if config.rope == "none" else 4)  # sine and cosine, of the row and of the column
+    pooled = {"cls": config.class_token, "attention": _divides(config.pool_heads, dim), "tokens": True}
+    whole = _divides(part, dim) and pooled[config.pool] and (config.class_token or config.registers == 0)
+    whole &= (config.pool == "tokens") == (config.pool_dim > 0)
+    known = 4 <= patch <= 64 and patch <= config.native_size <= MAX_GRID * patch and 1 <= config.depth <= MAX_DEPTH
+    positive = config.mlp_ratio * dim >= 1 and config.norm_eps > 0 and min(config.std) > 0
+    if not (whole and known and positive):
         raise ValueError("sizes that fit no model")
     return config
+
+
+def _divides(part: int, whole: int) -> bool:
+    return 0 < part <= whole and whole % part == 0
 
 
 def face_config(settings: dict[str, Any]) -> FaceConfig:
