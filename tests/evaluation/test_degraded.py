@@ -82,3 +82,24 @@ def test_runs_are_compared_on_degraded_photos(few_pairs, tiny_run, capsys):
     assert main(compare) == 0
     shown = capsys.readouterr().out
     assert "photos: nir:30\n" in shown and "+0.00" in shown and "verdict: no difference shown" in shown
+
+
+def test_info_shows_what_was_evaluated_on_degraded_photos(few_pairs, tiny_run, capsys):
+    """In the order of the amounts, those of degraded probes last; a file of somebody's own is passed over."""
+    common = ["evaluate", "--checkpoint", str(tiny_run), "--bench", "synthetic"]
+    conditions = [["--degrade", "lowres:112"], ["--degrade", "lowres:8-16,nir:0.5"], ["--degrade-probe", "lowres:16"]]
+    for flags in (*conditions, []):
+        assert main([*common, *flags]) == 0
+    (tiny_run / "scores-old.safetensors").write_bytes((tiny_run / "scores.safetensors").read_bytes())
+    capsys.readouterr()
+    assert main(["info", str(tiny_run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["benchmarks"]
+    names = ["", " lowres:8-16,nir:0.5", " lowres:112", " lowres:16 probe"]
+    assert list(found) == ["synthetic" + name for name in names]
+    kept, _ = load_scores(tiny_run / "scores-lowres-16-probe.safetensors")
+    assert found["synthetic lowres:16 probe"]["auc"] == kept["synthetic"].auc
+    (tiny_run / "scores-lowres-112.safetensors").write_bytes(b"")
+    assert main(["info", str(tiny_run)]) == 0
+    out, err = capsys.readouterr()
+    assert "synthetic lowres:16 probe accuracy " in out and "lowres:112" not in out
+    assert "note: " in err and "scores-lowres-112.safetensors is damaged" in err

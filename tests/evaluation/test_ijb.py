@@ -183,10 +183,22 @@ def test_runs_are_compared_by_what_they_kept(command, tmp_path, capsys):
     head, first, second = capsys.readouterr().out.splitlines()
     entry = json.loads((tmp_path / "c.json").read_text())["runs"][str(tiny_run)]["N1D1F1"]
     assert first.split()[0] == "N1D1F1" and second.split()[0] == "N0D1F1" and first.endswith(str(tiny_run))
-    assert first.split()[6] == f"{100 * entry['tar_at_far']['0.1']:.2f}" and head.split()[5:7] == ["1e-01", "rank-1"]
+    assert first.split()[6] == f"{100 * entry['tar_at_far']['0.1']:.2f}" and head.split()[5:7] == [
+        "TAR@1e-01",
+        "rank-1",
+    ]
+    assert main(["info", str(tiny_run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert (
+        list(told) == ["ijbc N1D1F1", "ijbc N0D1F1"] and told["ijbc N1D1F1"]["TAR@1e-01"] == entry["tar_at_far"]["0.1"]
+    )
+    assert main(["info", str(tiny_run)]) == 0
+    rate = entry["searches"]["mean"]["rank-1"]
+    assert f", rank-1 {100 * rate:.2f} %, rank-5 " in capsys.readouterr().out
     (tiny_run / "ijbc.json").write_text('{"model": "x", "results": {"N9": {}}}')
     assert main(["evaluate", "--compare", str(tiny_run), "--bench", "ijbc"]) == 2
     assert "is damaged" in capsys.readouterr().err
+    assert main(["info", str(tiny_run)]) == 0 and "ijbc.json is damaged" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_all_equal_are_an_error(tmp_path):

@@ -147,6 +147,9 @@ def test_from_folders_to_results(tmp_path, tiny_run, capsys):
     assert "rank-1" in (tmp_path / "out.html").read_text() and kept_results(tiny_run, "tinyface") == {"": entry}
     assert main(["evaluate", "--bench", "tinyface", "--compare", str(tiny_run)]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["rank-1", "rank-5", "rank-10", "rank-20"]
+    assert main(["info", str(tiny_run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["benchmarks"]["tinyface"]
+    assert told == {f"rank-{k}": share for k, share in entry["rank"].items()}
     (tiny_run / "tinyface.json").write_text('{"model": "x", "results": {"": {"rank": {"1": 7}}}}')
     with pytest.raises(CheckpointError, match="is not of the run's best checkpoint|is damaged"):
         kept_results(tiny_run, "tinyface")

@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from vitface.data.formats.pair_lists import read_own_list, read_pair_list
 from vitface.data.formats.pairs import VerificationSet, read_bin
 from vitface.data.formats.published import PAIRS, RFW, bin_in, check_pairs, find_list, is_bin, missing, own_file
 from vitface.data.synthetic.worlds import SYNTHETIC, synthetic_pairs
-from vitface.errors import DataError, EvaluationError, command
+from vitface.errors import ConfigError, DataError, EvaluationError, command
 from vitface.evaluation.alarms import judge, order_alarms, pair_alarms
 from vitface.evaluation.protocol import (
     LEAST_IN_A_FOLD,
@@ -76,6 +77,18 @@ class Degraded:
     def scores(self) -> str:
         """The name of the file where a run keeps its scores on such pairs."""
         return f"scores-{re.sub('[:, ]', '-', str(self))}.safetensors"
+
+
+def kept_conditions(run: Path) -> list[Degraded]:
+    """The conditions under which a run has kept scores, see `Degraded.scores`, those with degraded probes last."""
+    from vitface.data.degrade import parse_sensors
+
+    found = []
+    for file in run.glob("scores-*.safetensors"):
+        words, probe = re.subn("-probe$", "", file.stem.removeprefix("scores-"))
+        with suppress(ConfigError):  # a file of somebody's own
+            found.append(Degraded(parse_sensors(re.sub("-?([a-z]+)-", r",\1:", words)[1:]), bool(probe)))
+    return sorted(found, key=lambda each: (each.probe, each.sensors))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vitface.store.faces import Checkpoint
 
 RESULT = ("accuracy", "std", "auc", "eer")
+SHOWN = ("TAR@1e-04", "rank-1", "rank-5", "TPIR@0.01")  # of IJB and TinyFace; --json has all
 EXAMPLES = """examples:
   vitface info                                     the newest run in runs/
   vitface info runs/a --json
@@ -93,34 +95,58 @@ def _data(checkpoint: "Checkpoint") -> dict[str, Any]:
 
     if checkpoint.run is None:
         return {}
-    try:
-        written = load_state(checkpoint.folder)["data"]
-    except CheckpointError as error:
-        print(f"note: {error}", file=sys.stderr)
-        written = {}
+    written = (_noted(load_state, checkpoint.folder) or {"data": {}})["data"]
     counts = {name: written[name] for name in ("images", "people") if type(written.get(name)) is int}
     return {"train_data": checkpoint.settings.get("train_data"), **counts}
 
 
 def _results(checkpoint: "Checkpoint") -> dict[str, dict[str, float | None]]:
-    """{benchmark: {"accuracy", "std", "auc", "eer"}} of this model among the scores of its run."""
-    from vitface.evaluation.report import results_json
-    from vitface.evaluation.scores import SCORES, load_scores
+    """{benchmark: rates} of this model, as its run kept them: RESULT of pairs, as they are and degraded, then
+    `compared_rates` of IJB and TinyFace."""
+    from vitface.data.formats.published import IJB
+    from vitface.evaluation.benchmarks import kept_conditions
+    from vitface.evaluation.ijb.results import compared_rates, kept_results
+    from vitface.evaluation.scores import SCORES
 
-    file = checkpoint.run and checkpoint.run / SCORES
-    if file is None or not file.is_file():
+    run, found = checkpoint.run, {}
+    if run is None:
         return {}
-    try:
-        results, model = load_scores(file)
-    except CheckpointError as error:
-        print(f"note: {error}", file=sys.stderr)
-        return {}
-    found = results_json(results) if model == checkpoint.sha256 else {}
+    if (run / SCORES).is_file():
+        found |= _scores(run / SCORES, checkpoint.sha256)
+    for degraded in kept_conditions(run):
+        results = _scores(run / degraded.scores, checkpoint.sha256)
+        found |= {degraded.label(name): result for name, result in results.items()}
+    for name in (*IJB, "tinyface"):
+        if checkpoint.is_best and (run / f"{name}.json").is_file():
+            results = _noted(kept_results, run, name) or {}
+            found |= {f"{name} {mode}".strip(): compared_rates(name, result) for mode, result in results.items()}
+    return found
+
+
+def _scores(file: Path, sha256: str) -> dict[str, dict[str, float | None]]:
+    """{benchmark: RESULT} of a file of scores, {} if they are another model's."""
+    from vitface.evaluation.report import results_json
+    from vitface.evaluation.scores import load_scores
+
+    results, model = _noted(load_scores, file) or ({}, None)
+    found = results_json(results) if model == sha256 else {}
     return {name: {key: result[key] for key in RESULT} for name, result in found.items()}
 
 
+def _noted(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What `read` returns; None with a note to stderr if that is damaged or of another checkpoint."""
+    try:
+        return read(*arguments)
+    except CheckpointError as error:
+        print(f"note: {error}", file=sys.stderr)
+    return None
+
+
 def _result_text(result: dict[str, float | None]) -> str:
-    """Accuracy and EER in %."""
+    """Accuracy and EER of pairs, or the rates SHOWN of a search, in %."""
+    if "accuracy" not in result:
+        shares = {rate: result[rate] for rate in SHOWN if rate in result}
+        return ", ".join(f"{rate} {'-' if share is None else f'{100 * share:.2f} %'}" for rate, share in shares.items())
     accuracy, std, auc, eer = (result[key] for key in RESULT)
     spread = "" if std is None else f" ± {100 * std:.2f}"
     first = "no accuracy" if accuracy is None else f"accuracy {100 * accuracy:.2f}{spread} %"
@@ -133,7 +159,7 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     for name, item in value.items():
         if isinstance(item, dict) and item.keys() == {"total", "trained"}:
             lines.append(f"{indent}{name:<18} {item['total']:>12,}, {item['trained']:,} of them trained")
-        elif isinstance(item, dict) and item.keys() == {*RESULT}:
+        elif isinstance(item, dict) and (item.keys() == {*RESULT} or "rank-1" in item):
             lines.append(f"{indent}{name:<18} {_result_text(item)}")
         elif isinstance(item, dict) and item:
             lines += [f"{indent}{name}", *_lines(item, indent + "  ")]

@@ -83,7 +83,7 @@ def compared_rates(name: str, result: Result) -> dict[str, float | None]:
     if name not in IJB:
         return {f"rank-{k}": share for k, share in result["rank"].items()}
     searched = result["searches"].get("mean", {})
-    rates = {f"{far:.0e}": result["tar_at_far"][f"{far:g}"] for far in FARS}
+    rates = {f"TAR@{far:.0e}": result["tar_at_far"][f"{far:g}"] for far in FARS}
     return rates | {rate: searched.get(rate) for rate in RATES}
 
 
