@@ -22,7 +22,7 @@ class Hostile(NamedTuple):
 
 FOLDERS, CONTENTS, SURROUNDINGS = (f"reliability/test_hostile_{x}.py" for x in ("folders", "contents", "surroundings"))
 RUNS, GALLERY, COMMANDS = (f"reliability/test_hostile_{x}.py" for x in ("runs", "gallery", "commands"))
-PUBLISH, FETCH, CONVERT = "exchange/test_publish.py", "weights/test_fetch.py", "weights/test_convert.py"
+PUBLISH, FETCH, FOREIGN = "exchange/test_publish.py", "weights/test_fetch.py", "weights/test_foreign_files.py"
 ROWS = [
     Hostile(
         "a lock that is a link, a pipe or a folder",
@@ -163,14 +163,14 @@ ROWS = [
     Hostile(
         "a `.pth` that makes a bytearray, is compressed, or runs code",
         "not opened",
-        CONVERT,
+        FOREIGN,
         "a_pickle_that_asks_for_any_memory_is_not_opened an_archive_that_is_compressed_is_not_opened "
         "a_pickle_with_code_is_refused_and_not_run",
     ),
     Hostile(
         "tensors that are sparse, nested, empty or without values",
         "named error",
-        CONVERT,
+        FOREIGN,
         "tensors_that_are_no_plain_ones_are_named a_header_without_end_is_not_read",
     ),
     Hostile(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_convert import as_meta, as_openai, assert_same, random_state, tiny, write
+from layouts import as_meta, as_openai, assert_same, random_state, tiny, write
 
 from vitface.__main__ import main
 from vitface.errors import WeightsError
