@@ -35,7 +35,7 @@ from vitface.training.runs.checkpoint import save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
-from test_pairs import LEGAL
+from bin_files import LEGAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
