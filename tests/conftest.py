@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, what a test starts included; read when numpy and torch load
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -179,6 +179,29 @@ def backbone(tmp_path, tiny_preset):
     vit = tiny_vit(seed=3)
     save_backbone(tmp_path / "tiny.safetensors", "tiny", vit.config, vit.state_dict(), {"file": "x", "licence": "none"})
     return tmp_path / "tiny.safetensors", vit
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """What the Hub is given."""
+    huggingface_hub = optional("huggingface_hub")
+    given = {}
+
+    class Api:
+        private = True
+
+        def create_repo(self, repository, private, exist_ok, **kind):
+            assert private and exist_ok
+            return f"https://huggingface.co/{repository}"
+
+        def repo_info(self, repository, **kind):
+            return SimpleNamespace(private=self.private)
+
+        def create_commit(self, repository, operations, commit_message, **kind):
+            given.update({op.path_in_repo: op.path_or_fileobj for op in operations})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return given
 
 
 class Largest(TorchDispatchMode):

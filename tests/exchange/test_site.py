@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from conftest import optional
 from PIL import Image
-from runs import NAME, face_on, faces, save_run, use_tiny
-from test_publish import EMBEDDING, uploaded  # noqa: F401, a fixture
+from runs import EMBEDDING, NAME, face_on, faces, save_run, use_tiny
 
 from vitface.__main__ import main
 from vitface.commands.photos.demo import DemoServer
@@ -252,7 +251,7 @@ def publish(*more: str) -> int:
 DATA = ("--data", "one person who agreed")
 
 
-def test_a_space_is_a_dry_run_first_and_then_the_page_and_its_card(run, uploaded, tmp_path, capsys):  # noqa: F811
+def test_a_space_is_a_dry_run_first_and_then_the_page_and_its_card(run, uploaded, tmp_path, capsys):
     assert publish() == 2 and "describe the training data with --data" in capsys.readouterr().err
     assert publish(*DATA) == 0 and not uploaded
     out = capsys.readouterr().out
@@ -304,7 +303,7 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_leak_planted_in_a_space_is_refused(run, uploaded, tmp_path, leak, capsys):  # noqa: F811
+def test_a_leak_planted_in_a_space_is_refused(run, uploaded, tmp_path, leak, capsys):
     assert publish(*DATA) == 0
     plant, message = LEAKS[leak]
     plant(tmp_path / "out", tmp_path)
@@ -312,7 +311,7 @@ def test_a_leak_planted_in_a_space_is_refused(run, uploaded, tmp_path, leak, cap
     assert message in capsys.readouterr().err
 
 
-def test_a_backbone_that_others_may_not_have_is_not_in_a_space(run, uploaded, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_backbone_that_others_may_not_have_is_not_in_a_space(run, uploaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, NAME, Source("somebody's ViT", "for non-commercial research only"))
     assert publish(*DATA) == 2 and not (tmp_path / "out").exists()
     err = capsys.readouterr().err
@@ -328,7 +327,7 @@ def test_every_licence_of_a_backbone_is_judged():
     assert kept == set(SOURCES) - free
 
 
-def test_a_space_is_created_as_static(run, uploaded, monkeypatch):  # noqa: F811
+def test_a_space_is_created_as_static(run, uploaded, monkeypatch):
     huggingface_hub, asked = optional("huggingface_hub"), []
     monkeypatch.setattr(
         huggingface_hub.HfApi, "create_repo", lambda self, name, **options: asked.append((name, options)) or "https://x"
