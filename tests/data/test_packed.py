@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_records import face, insightface, write_rec
+from record_files import face, insightface, write_rec
 
 import vitface.__main__
 from vitface.data.formats import packing

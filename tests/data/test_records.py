@@ -1,77 +1,22 @@
-"""RecordIO against a small writer after dmlc-core, image folders, and every fault that can be planted in either."""
+"""RecordIO against a small writer after dmlc-core, and every fault that can be planted in it."""
 
 import multiprocessing
-import os
 import pickle
 import random
 import struct
 import time
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from record_files import LABELS, MAGIC, face, insightface, pack, record, write_rec
 
-from vitface.config import resolve
 from vitface.data.formats.recordio import read_index, read_record, read_records
-from vitface.data.formats.samples import FolderSamples, RecordSamples, load_samples, read_domains
-from vitface.errors import ConfigError, DataError, ImageError
-from vitface.training.setup import open_inputs
-
-MAGIC = struct.pack("<I", 0xCED7230A)
-DATA = Path(os.environ.get("VITFACE_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
-
-
-def face(value, kind="PNG", size=112):
-    out = BytesIO()
-    Image.new("RGB", (size, size), (value, 2 * value % 256, 7)).save(out, kind)
-    return out.getvalue()
-
-
-def pack(label, image=b"", extra=()):
-    """mxnet.recordio.pack: one float label in the header, or `extra` labels behind it."""
-    return struct.pack("<IfQQ", len(extra), label, 1, 0) + struct.pack(f"<{len(extra)}f", *extra) + image
-
-
-def record(payload):
-    """dmlc::RecordIOWriter::WriteRecord: cuts at each aligned magic inside the payload, and pads."""
-    out, begin = b"", 0
-    for i in range(0, len(payload) // 4 * 4, 4):
-        if payload[i : i + 4] == MAGIC:
-            part = payload[begin:i]
-            out += MAGIC + struct.pack("<I", (1 if begin == 0 else 2) << 29 | len(part)) + part
-            begin = i + 4
-    part = payload[begin:]
-    out += MAGIC + struct.pack("<I", (3 if begin else 0) << 29 | len(part)) + part
-    return out + bytes(-len(part) % 4)
-
-
-def write_rec(folder, payloads, num_classes, keys=None):
-    offsets, data = [], b""
-    for payload in payloads:
-        offsets.append(len(data))
-        data += record(payload)
-    folder.mkdir(exist_ok=True)
-    (folder / "train.rec").write_bytes(data)
-    keys = range(len(payloads)) if keys is None else keys
-    (folder / "train.idx").write_text("".join(f"{k}\t{o}\n" for k, o in zip(keys, offsets, strict=True)))
-    (folder / "property").write_text(f"{num_classes},112,112\n")
-    return folder
-
-
-LABELS = [0.0, 0.0, 1.0, 1.0, 2.0]
-
-
-def insightface(labels=LABELS, images=None, header=None):
-    """A header record, the images, and one range record per identity."""
-    images = images or [face(10 * (i + 1)) for i in range(len(labels))]
-    n, people = len(labels), len(set(labels))
-    header = header or (n + 1, n + 1 + people)
-    ranges = [pack(0.0, extra=(1.0, 2.0)) for _ in range(people)]
-    return [pack(0.0, extra=header), *(pack(x, image) for x, image in zip(labels, images, strict=True)), *ranges]
+from vitface.data.formats.samples import RecordSamples, load_samples
+from vitface.errors import DataError, ImageError
 
 
 def test_insightface_folder(tmp_path):
@@ -327,134 +272,13 @@ def test_half_a_million_labels_take_seconds(tmp_path):
     assert (keys == np.arange(n)).all() and (listed == offsets).all() and (labels == 1).all()
 
 
-def folder_set(root, people):
-    for person, names in people.items():
-        (root / person).mkdir(parents=True)
-        for i, name in enumerate(names):
-            (root / person / name).write_bytes(face(10 + i, "PNG" if name.endswith("png") else "JPEG"))
-    return root
-
-
-def test_folder_order_is_sorted_names(tmp_path):
-    root = folder_set(
-        tmp_path / "set", {"zoe": ["b.png", "a.png"], "Zed": ["1.PNG"], "ann": ["x.webp", "y.jpeg", "z.JPG"]}
-    )
-    (root / "README.md").write_text("not a person")
-    (root / ".hidden").mkdir()
-    (root / "zoe" / ".a.png").write_bytes(b"")
-    (root / "zoe" / "notes.txt").write_bytes(b"")
-    (root / "zoe" / "deeper").mkdir()
-    samples = load_samples(str(root))
-    assert isinstance(samples, FolderSamples) and samples.domains is None
-    assert samples.names == ["Zed", "ann", "zoe"]
-    assert samples.labels.dtype == np.int64 and samples.labels.tolist() == [0, 1, 1, 1, 2, 2]
-    found = samples.image_names()
-    assert found == ["Zed/1.PNG", "ann/x.webp", "ann/y.jpeg", "ann/z.JPG", "zoe/a.png", "zoe/b.png"]
-    assert (samples.read(4) == (11, 22, 7)).all() and (samples.read(5) == (10, 20, 7)).all()
-    copy = pickle.loads(pickle.dumps(samples))
-    np.testing.assert_array_equal(copy.read(5), samples.read(5))
-
-
-def test_odd_names_are_listed_as_they_are(tmp_path):
-    people = ["-rf", "a b", "e\u0301", "\u00e9", "new\nline", "n" * 255]
-    samples = FolderSamples(folder_set(tmp_path / "set", {person: ["a.png"] for person in people}))
-    assert samples.names == sorted(people)
-    assert all(samples.read(i).shape == (112, 112, 3) for i in range(6))
-
-
-def test_links_are_followed(tmp_path):
-    real = folder_set(tmp_path / "real", {"a": ["1.png"]})
-    (tmp_path / "set" / "c").mkdir(parents=True)
-    (tmp_path / "set" / "b").symlink_to(real / "a")
-    (tmp_path / "set" / "c" / "1.png").symlink_to(real / "a" / "1.png")
-    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set" / "loop")
-    samples = FolderSamples(tmp_path / "set")
-    assert samples.names == ["b", "c"] and (samples.read(1) == samples.read(0)).all()
-
-
-def broken(kind):
-    def plant(root):
-        path = root / "ann" / "2.jpg"
-        match kind:
-            case "fifo":
-                os.mkfifo(path)
-            case "dangling":
-                path.symlink_to(root / "nowhere")
-            case "loop":
-                path.symlink_to(path)
-
-    return plant
-
-
-FOLDER_FAULTS = {
-    "empty person": (lambda root: (root / "bob").mkdir(), "1 of 2 folders have no image: bob"),
-    "person without images": (
-        lambda root: (root / "bob" / "raw").mkdir(parents=True),
-        "1 of 2 folders have no image: bob",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FOLDER_FAULTS)
-def test_folder_faults_are_named(tmp_path, fault):
-    root = folder_set(tmp_path / "set", {"ann": ["1.png"]})
-    plant, message = FOLDER_FAULTS[fault]
-    plant(root)
-    with pytest.raises(DataError, match=message):
-        FolderSamples(root)
-
-
-LEFT_OUT = {
-    **dict.fromkeys(("dangling", "loop"), "left out 1: ann/2.jpg: a link to nothing"),
-    "fifo": "left out 1: ann/2.jpg: not a regular file",
-}
-
-
-@pytest.mark.parametrize("kind", LEFT_OUT)
-def test_what_a_folder_leaves_out_is_noted(tmp_path, kind):
-    root = folder_set(tmp_path / "set", {"ann": ["1.png"]})
-    broken(kind)(root)
-    os.mkdir(os.fsencode(root) + b"/Jos\xe9")
-    samples = FolderSamples(root)
-    assert samples.image_names() == ["ann/1.png"] and samples.names == ["ann"]
-    notes = ["left out 1: Jos\\xe9: the name is not UTF-8; rename it", LEFT_OUT[kind]]
-    assert list(samples.notes) == notes
-
-
-def test_a_damaged_file_is_named_when_read(tmp_path):
-    root = folder_set(tmp_path / "set", {"ann": ["1.png", "2.png", "3.png"]})
-    (root / "ann" / "1.png").write_bytes(b"")
-    (root / "ann" / "2.png").write_bytes(face(1, size=96)[:-30])
-    Image.new("RGB", (96, 112)).save(root / "ann" / "3.png")
-    samples = FolderSamples(root)
-    for i, message in enumerate(("1.png: empty file", "2.png: damaged", "(?s)3.png: 96 x 112 .*align")):
-        with pytest.raises(ImageError, match=message):
-            samples.read(i)
-
-
-def test_load_samples_says_what_it_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)nowhere does not exist.*train.rec.*vitface train --exp demo"):
-        load_samples(tmp_path / "nowhere")
-    (tmp_path / "outer").mkdir()
-    folder = write_rec(tmp_path / "outer" / "set", insightface(), 3)
-    with pytest.raises(DataError, match=rf"pass its folder, --train-data {folder}"):
-        load_samples(folder / "train.rec")
-    with pytest.raises(DataError, match=rf"holds no train.rec, but {folder} does"):
-        load_samples(tmp_path / "outer")
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "a.jpg").write_bytes(face(1))
-    with pytest.raises(DataError, match=r"neither train\.rec nor a folder per person"):
-        load_samples(tmp_path / "flat")
-
-
-@pytest.mark.skipif(not (DATA / "celeba289").is_dir(), reason="real data is absent")
-def test_real_recordio():
-    samples = load_samples(DATA / "celeba289")
+def test_real_recordio(real_data):
+    samples = load_samples(real_data / "celeba289")
     assert len(samples) == 6071 and len(samples.names) == 289
     counts = np.bincount(samples.labels)
     assert len(counts) == 289 and counts.sum() == 6071
-    idx = dict(map(int, line.split()) for line in (DATA / "celeba289/train.idx").read_text().splitlines())
-    data = (DATA / "celeba289/train.rec").read_bytes()
+    idx = dict(map(int, line.split()) for line in (real_data / "celeba289/train.idx").read_text().splitlines())
+    data = (real_data / "celeba289/train.rec").read_bytes()
     for label in (0, 100, 288):  # the range records that InsightFace wrote say which keys are whose
         (first, end), *_ = read_record(data, idx[6072 + label], "x")
         assert np.flatnonzero(samples.labels == label).tolist() == list(range(int(first) - 1, int(end) - 1))
@@ -463,31 +287,3 @@ def test_real_recordio():
         at = idx[i + 1]
         jpeg = data[at + 32 : at + 8 + struct.unpack_from("<I", data, at + 4)[0]]
         np.testing.assert_array_equal(image, np.asarray(Image.open(BytesIO(jpeg))))
-
-
-def test_domain_labels_from_a_csv(tmp_path):
-    names = ["ann/1.jpg", "ann/2.jpg", "bob/1.jpg"]
-    path = tmp_path / "domains.csv"
-    path.write_text("image,domain\nbob/1.jpg,profile\nann/1.jpg,frontal\nann/2.jpg,profile\nzoe/1.jpg,dark\n")
-    assert read_domains(path, names).tolist() == [0, 1, 1]  # numbered over the images there are
-    path.write_text("image,domain\nbob/1.jpg,profile\n")
-    with pytest.raises(DataError, match=r"no domain for 2 of 3 images, first ann/1\.jpg"):
-        read_domains(path, names)
-    path.write_text("bob/1.jpg,profile\nann/1.jpg,frontal\n")
-    with pytest.raises(DataError, match="first line must have image,domain"):
-        read_domains(path, names)
-    with pytest.raises(DataError, match="No such file"):
-        read_domains(tmp_path / "nothing.csv", names)
-
-
-def test_images_have_the_names_that_domain_labels_use(tmp_path):
-    for name in ("bob", "ann"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (112, 112)).save(tmp_path / name / "1.png")
-    assert FolderSamples(tmp_path).image_names() == ["ann/1.png", "bob/1.png"]
-    (tmp_path / "domains.csv").write_text("image,domain\nann/1.png,a\nbob/1.png,b\n")
-    flags = {"train_data": str(tmp_path), "domain_labels": str(tmp_path / "domains.csv"), "weights": "random"}
-    assert open_inputs(resolve({**flags, "use_dalora": True, "num_domains": 2})).domains.tolist() == [0, 1]
-    with pytest.raises(ConfigError, match="2 different domains; pass --num-domains 2"):
-        open_inputs(resolve({**flags, "use_dalora": True}))
-    assert open_inputs(resolve(flags)).domains is None
