@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 from conftest import tiny_config
+from ranks import in_ranks
 
 from vitface.config import resolve
 from vitface.data.counter import uniform
 from vitface.data.formats.stored import Samples
 from vitface.presets import VIT_PRESETS
 from vitface.training import setup
+from vitface.training.run import run
 
 EPOCHS, STEPS_PER_EPOCH = 3, 4
 TINY = dict(
@@ -38,6 +40,7 @@ TINY = dict(
     loss="adaface",
     head="bn",
 )
+LINEAR = dict(use_dalora=False, head="linear", loss="cosface")  # without anything that depends on the batch
 
 
 class Faces(Samples):
@@ -63,6 +66,15 @@ def use_tiny(monkeypatch) -> None:
 
 def settings(run_dir: Path, **changes):
     return resolve({**TINY, "save_dir": str(run_dir), **changes})
+
+
+def train(run_dir, world=1, **changes):
+    """A whole run on `world` ranks."""
+    if world == 1:
+        run(settings(run_dir, **changes))
+    else:
+        assert in_ranks(world, lambda rank: run(settings(run_dir, **changes))) == [0] * world
+    return run_dir
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

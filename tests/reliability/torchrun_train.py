@@ -1,4 +1,4 @@
-"""What test_ranks.py starts under torchrun: train.py on tiny.py's faces, with ranks that kill themselves.
+"""What test_lost_ranks.py starts under torchrun: train.py on tiny.py's faces, with ranks that kill themselves.
 
 python torchrun_train.py RUN_DIR [STEP:RANK:ATTEMPT ...]
 """
