@@ -20,18 +20,18 @@ COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes, read and written each
 REPETITIONS = 15
 
 
-def gemm_rates(device: torch.device, dtype: str, side: int, repetitions: int = REPETITIONS) -> list[float]:
+def gemm_rates(device: torch.device, dtype: str, side: int) -> list[float]:
     """TFLOP/s of (side, side) times (side, side), a multiply-add being two, of each repetition."""
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
-    rates = interleave({"gemm": lambda: a @ b}, 1, repetitions, warmup=3)["gemm"]
+    rates = interleave({"gemm": lambda: a @ b}, 1, REPETITIONS, warmup=3)["gemm"]
     return [2 * side**3 * rate / 1e12 for rate in rates]
 
 
-def copy_rates(device: torch.device, size: int, repetitions: int = REPETITIONS) -> list[float]:
+def copy_rates(device: torch.device, size: int) -> list[float]:
     """GB/s, 10^9 bytes read or written, of a copy of `size` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    rates = interleave({"copy": lambda: target.copy_(source)}, 1, repetitions, warmup=3)["copy"]
+    rates = interleave({"copy": lambda: target.copy_(source)}, 1, REPETITIONS, warmup=3)["copy"]
     return [2 * size * rate / 1e9 for rate in rates]
 
 

@@ -69,15 +69,15 @@ def identity_bytes(identities: int, gpus: int, rate: float) -> int:
     return 4 * share if rate == 1 else round(3 * share + 4 * rate * share)
 
 
-def logit_bytes(identities: int, gpus: int, images: int, chunked: bool) -> int:
-    """Of one matrix of logits: of all classes, or of a chunk; `images` are those of all GPUs."""
-    return images * min(-(-identities // gpus), CHUNK if chunked else identities) * FLOAT
+def logit_bytes(identities: int, gpus: int, images: int) -> int:
+    """Of one matrix of logits, a chunk's; `images` are those of all GPUs."""
+    return images * min(-(-identities // gpus), CHUNK) * FLOAT
 
 
 def gpu_bytes(model: Model, identities: int, gpus: int, images_per_gpu: int, rate: float) -> int:
     """What a GPU holds in a step: backbone, trained parameters with gradients and moments, identities, activations."""
     batch = images_per_gpu * gpus
-    head = 3 * logit_bytes(identities, gpus, batch, chunked=True) + 4 * batch * E * FLOAT  # logits, embeddings
+    head = 3 * logit_bytes(identities, gpus, batch) + 4 * batch * E * FLOAT  # logits, embeddings
     activations = images_per_gpu * model.per_image
     return model.frozen + 4 * FLOAT * model.trained + identity_bytes(identities, gpus, rate) + head + activations
 

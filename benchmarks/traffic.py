@@ -180,7 +180,7 @@ def run(source: str, inputs: list[torch.Tensor], mode: Any) -> list[tuple[str, f
     return launches
 
 
-def input_launches(mode: Any, model: torch.nn.Module, batch_size: int, policy: str) -> tuple[int, int]:
+def input_launches(mode: Any, model: torch.nn.Module, batch_size: int) -> tuple[int, int]:
     """(launches, waits for the device) that turn crops into the model's input, eager, on the tensors of a batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -208,7 +208,7 @@ def input_launches(mode: Any, model: torch.nn.Module, batch_size: int, policy: s
         for _ in range(2):  # what is kept on the device comes there in the first step
             names.clear()
             with Operators():
-                training_input(model, crops, planned, policy)
+                training_input(model, crops, planned, "strong")
     return sum(name != "wait" for name in names), names.count("wait")
 
 
@@ -272,7 +272,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         part: {"launches": len(each), "gigabytes": round(sum(moved for _, moved in each) / 1e9, 2)}
         for part, each in found.items()
     }
-    count, waits = input_launches(mode, model, args.batch_size, "strong")
+    count, waits = input_launches(mode, model, args.batch_size)
     return {**summary, "input": {"launches": count, "waits": waits}}
 
 

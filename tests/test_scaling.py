@@ -40,7 +40,7 @@ def test_the_bytes_are_those_of_the_tensors(models):
     assert scaling.identity_bytes(1000, 1, 0.1) == pytest.approx(
         sum(buffer.nbytes for buffer in sampled.buffers()) + 0.4 * head.weight.nbytes, rel=1e-6
     )
-    assert scaling.logit_bytes(10**6, 8, 1024, chunked=True) == torch.zeros(1024, 2048).nbytes
+    assert scaling.logit_bytes(10**6, 8, 1024) == torch.zeros(1024, 2048).nbytes
 
 
 def test_a_gpu_more_never_takes_longer_or_more_memory_for_identities(models):

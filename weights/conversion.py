@@ -130,7 +130,7 @@ def map_tensors(
     arranged = arrange(state, prefix, config)
     assigned, dropped = _assign(path, arranged, family, prefix)
     _check_preset(path, arranged, assigned, name, config)
-    config = _at_its_grid(path, arranged, assigned, config)
+    config = _at_its_grid(arranged, assigned, config)
     ours = {}
     for target, want in expected_tensors(config).items():
         marks = _marks(family, target, assigned)
@@ -199,7 +199,7 @@ def _check_preset(path: Path, state: dict[str, Tensor], assigned: dict[str, str]
         raise WeightsError(f"{path} is not a {name}: {size}; convert it as {' or '.join(fits)}")
 
 
-def _at_its_grid(path: Path, state: dict[str, Tensor], assigned: dict[str, str], config: ViTConfig) -> ViTConfig:
+def _at_its_grid(state: dict[str, Tensor], assigned: dict[str, str], config: ViTConfig) -> ViTConfig:
     """The settings with the native size of the positions in the file: a model may have been tuned at another one."""
     if "pos_embed" not in assigned or config.pool == "tokens":
         return config

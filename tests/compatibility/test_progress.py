@@ -56,7 +56,7 @@ def test_short_work_in_a_log(capsys):
     assert capsys.readouterr().err == ""
 
 
-@case("a run on a terminal", "tqdm's bar, as before")
+@case("a run on a terminal", "tqdm's bar")
 def test_a_bar_on_a_terminal(monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     shown = io.StringIO()

@@ -234,7 +234,7 @@ def test_no_index(tmp_path, capsys):
         load_samples(folder)
     assert main(["data", "index", str(folder / "train.rec")]) == 0
     assert "train.idx: 5 records; there was none" in capsys.readouterr().out
-    assert facts(folder) == EXPECTED  # in the order of the ids, as before
+    assert facts(folder) == EXPECTED  # in the order of the ids
 
 
 @case("`vitface data index` of a set that is whole", "nothing is written")

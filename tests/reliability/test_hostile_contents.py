@@ -31,7 +31,6 @@ from vitface.store.tensors import load_tensors
 from vitface.store.thresholds import read_calibration
 
 DEEP = "[" * 100_000
-HUGE = "1" + "0" * 400
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "NaN", "[Infinity]", "{", "\xff", ""])

@@ -52,7 +52,7 @@ def accuracy_interval(result: Verification, draws: int = DRAWS, seed: int = 0) -
     return interval(accuracy_draws([result], draws, seed)[0])
 
 
-def tar_interval(result: Verification, far: np.ndarray, draws: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def tar_interval(result: Verification, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % intervals (low, high), each (P,), of the true accept rate at false accept rates (P,), by pair bootstrap.
 
     Same and different pairs are drawn apart, and each draw finds its own thresholds.
@@ -60,7 +60,7 @@ def tar_interval(result: Verification, far: np.ndarray, draws: int = 400) -> tup
     rng, rates = np.random.default_rng(0), []
     same, other = (result.distance[kind] for kind in (result.issame, ~result.issame))
     passing = np.minimum((far * len(other)).astype(int), len(other) - 1)  # how many different pairs may pass
-    for _ in range(draws):
+    for _ in range(400):
         nearest, drawn = np.sort(rng.choice(other, len(other))), np.sort(rng.choice(same, len(same)))
         rates.append(np.where(far < 1, np.searchsorted(drawn, nearest[passing]), len(same)) / len(same))
     low, high = np.quantile(rates, [0.025, 0.975], axis=0)

@@ -46,9 +46,9 @@ class AttentionPool(nn.Module):
 class FixedBatchNorm(nn.Module):
     """Batch norm with the statistics of pretraining, in training too: (B, I) -> (B, I), an affine map."""
 
-    def __init__(self, num_features: int, eps: float = 2e-5):
+    def __init__(self, num_features: int):
         super().__init__()
-        self.eps = eps
+        self.eps = 2e-5
         self.weight, self.bias, self.running_mean, self.running_var = (
             nn.Parameter(torch.full((num_features,), value)) for value in (1.0, 0.0, 0.0, 1.0)
         )

@@ -30,7 +30,6 @@ FROZEN = {
     "attention": "frozen backbone, its attention pool",
     "tokens": "frozen recogniser",
 }
-TRACKED = ("accuracy", "std", "auc", "eer")  # of a `Verification`
 
 
 def finish(
