@@ -335,7 +335,7 @@ CUTS_NOTHING = {
     "vitface.data.checks.check_people.PER_PERSON": "PATTERN_LIMIT's share",
     "vitface.data.checks.doctor.SHOWN": "files in a message",
     "vitface.data.checks.scan.PATTERN_SIDE": "pixels",
-    "vitface.data.formats.pair_lists.MAX_LINE": "a longer line is refused",
+    "vitface.data.formats.labelled_pairs.MAX_LINE": "a longer line is refused",
     "vitface.data.formats.samples.EMPTY_SHOWN": "names in a message",
     "vitface.data.synthetic.canvas.STRIDE": "pixels",
     "vitface.data.images.MAX_PIXELS": "a larger photo is reduced, or refused",

@@ -5,14 +5,11 @@ The published lists name the published photos; the aligned 112 x 112 crops of th
 same names. DataError names the line of a list that is wrong, or whose image cannot be read.
 """
 
-import csv
 import functools
 import itertools
-import os
-import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import NamedTuple
@@ -20,30 +17,21 @@ from typing import NamedTuple
 import numpy as np
 
 from vitface.data.formats.bin_format import MAX_IMAGE_BYTES
+from vitface.data.formats.labelled_pairs import (
+    MAX_LINE,
+    Pair,
+    cells_of,
+    labelled,
+    labelled_pairs,
+    lines_of,
+    path_inside,
+    to_number,
+)
 from vitface.data.formats.pairs import VerificationSet
 from vitface.data.formats.stored import numbered
-from vitface.data.images import read_file, read_text
+from vitface.data.images import read_file
 from vitface.errors import DataError, ImageError
-from vitface.files import BEGINNING, identify, identify_file
-
-MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
-_LABELS = dict.fromkeys(["1", "1.0", "true", "yes", "same", "match", "positive", "genuine"], True)
-_LABELS |= dict.fromkeys(["0", "0.0", "false", "no", "different", "mismatch", "negative", "impostor", "-1"], False)
-_COLUMNS = ("^(?!.*label).*(path|image|img|file|photo|name)", "label|same|match", "fold|split")  # names in a header
-_PHOTO = re.compile(r"\.\w{3,4}$")
-_SPACED = re.compile(  # names may have spaces
-    r"(?:(-?[\d.]+|true|false)\s+)?(.+\.\w{3,4})\s+(.+\.\w{3,4})(?:\s+(\S+))?(?:\s+(\S+))?", re.IGNORECASE
-)
-_ROW = "`path path label`, `label path path` or, with folds, `path path label fold`, each path with its .jpg or .png"
-
-
-class Pair(NamedTuple):
-    """`where` names the pair's line in messages; `photos` are paths in the folder of the crops."""
-
-    where: str
-    same: bool
-    fold: int | None  # None in a list without folds
-    photos: tuple[str, str]
+from vitface.files import identify_file
 
 
 class PairList(NamedTuple):
@@ -63,11 +51,11 @@ def read_pair_list(name: str, path: str | Path, image_root: str | Path) -> Verif
 
 
 def read_own_list(path: Path) -> VerificationSet:
-    """The pairs of any list of `_labelled_pairs`, or in LFW's form; paths are relative to the list's folder."""
+    """The pairs of any list of `labelled_pairs`, or in LFW's form; paths are relative to the list's folder."""
     if (found := identify_file(path)) and found[0] != "a text file":
         raise DataError(f"{path} is no pair list but {': '.join(filter(None, found))}")
-    in_lfw_form = re.fullmatch(r"\d+\s+\d+", _lines(path)[0][1][:MAX_LINE])
-    return _with_crops(path.name, (_lfw_pairs if in_lfw_form else _labelled_pairs)(path), path.parent, None)
+    in_lfw_form = re.fullmatch(r"\d+\s+\d+", lines_of(path)[0][1][:MAX_LINE])
+    return _with_crops(path.name, (_lfw_pairs if in_lfw_form else labelled_pairs)(path), path.parent, None)
 
 
 def _with_crops(name: str, pairs: list[Pair], root: Path, person: Callable[[str], str] | None) -> VerificationSet:
@@ -89,9 +77,9 @@ _LFW_FORM = "10<TAB>300 in the first line, then lines name<TAB>1<TAB>2 (same), n
 
 def _lfw_pairs(path: Path) -> list[Pair]:
     """LFW's View 2: a line `10 300`, then per fold 300 lines `name i j` (same) and 300 `name i name j` (different)."""
-    (where, first), *lines = _lines(path)
-    if _labelled(first) or (lines and _labelled(lines[0][1])):
-        return _labelled_pairs(path)
+    (where, first), *lines = lines_of(path)
+    if labelled(first) or (lines and labelled(lines[0][1])):
+        return labelled_pairs(path)
     num_folds, half = _lfw_header(first, where, path, len(lines))
     if 2 * half * num_folds != len(lines):
         raise DataError(
@@ -101,7 +89,7 @@ def _lfw_pairs(path: Path) -> list[Pair]:
     for number, (where, line) in enumerate(lines):
         same = number // half % 2 == 0
         words = r"(.+)\s+(\d+)\s+(\d+)" if same else r"(.+?)\s+(\d+)\s+([^\d\s].*)\s+(\d+)"  # names may have spaces
-        cells = [*filter(None, _cells(line))] or getattr(re.fullmatch(words, line[:MAX_LINE]), "groups", tuple)()
+        cells = [*filter(None, cells_of(line))] or getattr(re.fullmatch(words, line[:MAX_LINE]), "groups", tuple)()
         match [*cells, same]:
             case [name, i, j, True]:
                 other = name
@@ -110,8 +98,8 @@ def _lfw_pairs(path: Path) -> list[Pair]:
             case _:
                 kind = "same" if same else "different"
                 raise DataError(f"{where} is not a {kind} pair: {line[:80]!r}; the form is {_LFW_FORM}")
-        first, second = (f"{who}/{who}_{_number(n, where):04d}.jpg" for who, n in ((name, i), (other, j)))
-        pairs.append(Pair(where, same, number // (2 * half), (_inside(first, where), _inside(second, where))))
+        first, second = (f"{who}/{who}_{to_number(n, where):04d}.jpg" for who, n in ((name, i), (other, j)))
+        pairs.append(Pair(where, same, number // (2 * half), (path_inside(first, where), path_inside(second, where))))
     return pairs
 
 
@@ -134,7 +122,7 @@ def _lfw_header(line: str, where: str, path: Path, others: int) -> tuple[int, in
         add = f"; if the pairs are in the published order, put that line first: sed -i '1i 10\\t300' {quote(str(path))}"
         whole = len(words) > 2 and others == 5999 and re.fullmatch(r".+\s\d+\s+\d+", line[:MAX_LINE])
         raise DataError(f"{where} is no header but {line[:80]!r}; the form is {_LFW_FORM}{add if whole else ''}")
-    num_folds, half = (_number(word, where) for word in words)
+    num_folds, half = (to_number(word, where) for word in words)
     if num_folds < 2 or not half:
         raise DataError(
             f"{where} promises {num_folds} folds of {half} same pairs; each fold is judged by a threshold from the "
@@ -149,13 +137,13 @@ def _calfw_pairs(path: Path) -> list[Pair]:
     The file has all same pairs first, so ten contiguous folds would each hold one class only. Same pairs go to the fold
     of their token. Different pairs have none: they are distributed in file order, one to each fold after the other.
     """
-    photos, tokens, lines = [], [], _lines(path)
-    if any(_labelled(line) for _, line in lines[:2]):
-        return _labelled_pairs(path)
+    photos, tokens, lines = [], [], lines_of(path)
+    if any(labelled(line) for _, line in lines[:2]):
+        return labelled_pairs(path)
     for where, line in lines:
         file, token = [*line.rsplit(None, 1), "", ""][:2]  # a few names of CPLFW contain a space
-        tokens.append(_number(token, where))
-        photos.append(_inside(file, where))
+        tokens.append(to_number(token, where))
+        photos.append(path_inside(file, where))
         if len(tokens) % 2 == 0 and tokens[-1] != tokens[-2]:
             raise DataError(f"{where} and the one before are a pair, but have the tokens {tokens[-2]} and {tokens[-1]}")
     if len(tokens) % 2:
@@ -182,8 +170,8 @@ def _cfp_pairs(path: Path, kind: str) -> list[Pair]:
     pairs = []
     for fold, same in itertools.product(range(10), (True, False)):
         file = path.parent / "Split" / kind / f"{fold + 1:02d}" / ("same.txt" if same else "diff.txt")
-        for where, line in _lines(file):
-            i, j = (_number(word.strip(), where) for word in [*line.split(","), ""][:2])
+        for where, line in lines_of(file):
+            i, j = (to_number(word.strip(), where) for word in [*line.split(","), ""][:2])
             if i not in left or j not in right:
                 raise DataError(f"{where} names the images {i} and {j}, which are not both listed")
             pairs.append(Pair(where, same, fold, (left[i], right[j])))
@@ -192,65 +180,8 @@ def _cfp_pairs(path: Path, kind: str) -> list[Pair]:
 
 def _cfp_photos(path: Path) -> dict[int, str]:
     """`index path` lines -> the photo of each index."""
-    rows = [(where, *[*line.split(None, 1), "", ""][:2]) for where, line in _lines(path)]
-    return {_number(index, where): _inside(relative, where, "Protocol") for where, index, relative in rows}
-
-
-def _labelled_pairs(path: Path) -> list[Pair]:
-    """AgeDB-30's list, copies of the others, and one's own: lines of _ROW, separated by spaces, tabs, commas or
-    semicolons, 1 for the same person. The first line may be a header, which puts the columns in any order."""
-    pairs, lines, home = [], _lines(path), path.absolute().parent.as_posix()
-    columns = None if len(lines) == 1 or _names_photo(lines[0][1]) else _columns(*lines[0])
-    for where, line in lines[columns is not None :]:
-        found = _labelled(line, columns)
-        if not found:
-            raise DataError(f"{where} is not `label path path` with the label 0 or 1: {line[:80]!r}; lines are {_ROW}")
-        same, fold, *photos = found
-        first, second = (_inside(photo, where, home=home) for photo in photos)
-        pairs.append(Pair(where, same, None if fold is None else _number(fold, where), (first, second)))
-        if (fold is None) != (pairs[0].fold is None):
-            raise DataError(f"{where} has {'no' if fold is None else 'a'} fold, unlike the first pair")
-    folds = sorted({pair.fold for pair in pairs})
-    return pairs if folds == [None] else [pair._replace(fold=folds.index(pair.fold)) for pair in pairs]
-
-
-def _names_photo(line: str) -> bool:
-    return any(map(_PHOTO.search, _cells(line[:MAX_LINE]) or line[:MAX_LINE].split()))
-
-
-def _columns(where: str, line: str) -> list[int]:
-    """Where a header has the paths, the label and perhaps the fold; [] for four cells or fewer that do not say it."""
-    names = [name.lower() for name in _cells(line)]
-    photos, labels, folds = ([i for i, name in enumerate(names) if re.search(kind, name)] for kind in _COLUMNS)
-    if len(photos) == 2 and len(labels) == 1 and len(folds) < 2:
-        return [*photos, *labels, *folds]
-    if len(names) > 4:
-        raise DataError(f"{where} should name two columns `path...`, one `label` and perhaps one `fold`: {line[:80]!r}")
-    return []
-
-
-def _cells(line: str) -> list[str]:
-    """What tabs, commas or semicolons separate, without the empty ones at the end; [] where no kind of them occurs
-    twice."""
-    rows = (next(csv.reader([line], delimiter=mark)) for mark in "\t,;" if line.count(mark) > 1)
-    cells = [cell.strip() for cell in next(rows, [])]
-    return cells[: max((i for i, cell in enumerate(cells, 1) if cell), default=0)]
-
-
-def _labelled(line: str, columns: Sequence[int] | None = None) -> tuple[bool, str | None, str, str] | None:
-    """(Whether it is one person, fold or None, path, path) of a line; None if it is something else. `columns` are those
-    of a header; without them a number on each side of the paths could be either, label or fold: None."""
-    line = line[:MAX_LINE]
-    cells, spaced = _cells(line), getattr(_SPACED.fullmatch(line), "groups", tuple)()
-    if columns:
-        cells, spaced = [cells[i] for i in columns if i < len(cells)], ()
-    for row in (cells, [*filter(None, spaced)]):
-        first = int(len(row) > 2 and not _PHOTO.search(row[0]))
-        photos, others = row[first : first + 2], row[:first] + row[first + 2 :]
-        fits = len(photos) == 2 and all(map(_PHOTO.search, photos)) and len(others) in (1, 2 - first)
-        if fits and others[0].lower() in _LABELS:
-            return _LABELS[others[0].lower()], others[1] if others[1:] else None, photos[0], photos[1]
-    return None
+    rows = [(where, *[*line.split(None, 1), "", ""][:2]) for where, line in lines_of(path)]
+    return {to_number(index, where): path_inside(relative, where, "Protocol") for where, index, relative in rows}
 
 
 def _name_of_file(photo: str) -> str:
@@ -268,42 +199,9 @@ PAIR_LISTS = {
     "cplfw": PairList("cplfw/pairs_CPLFW.txt", _calfw_pairs, _name_of_file),
     "cfp_fp": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FP"), _name_of_folder),
     "cfp_ff": PairList(CFP_LIST, functools.partial(_cfp_pairs, kind="FF"), _name_of_folder),
-    "agedb_30": PairList("agedb_30/agedb_30_ann.txt", _labelled_pairs),
+    "agedb_30": PairList("agedb_30/agedb_30_ann.txt", labelled_pairs),
     "xqlfw": PairList("xqlfw/xqlfw_pairs.txt", _lfw_pairs, _name_of_file, "xqlfw_aligned_112"),
 }
-
-
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """Each line of a text file that is neither blank nor a # comment, after its name: ("FILE: line 1", text)."""
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\x1a")  # which DOS ends texts with
-    lines = [(f"{path}: line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1)]
-    lines = [(where, line) for where, line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise DataError(f"{path}: empty file")
-    if found := identify(text.encode()[:BEGINNING]):
-        raise DataError(f"{path} is no pair list but {': '.join(filter(None, found))}")
-    for where, line in lines:
-        if "\0" in line:
-            raise DataError(f"{where} has NUL bytes, as a file that was not written to its end; get it again")
-    return lines
-
-
-def _number(word: str, where: str) -> int:
-    if not re.fullmatch("[0-9]{1,6}", word):
-        raise DataError(f"{where} has {word[:40]!r} where a number is expected")
-    return int(word)
-
-
-def _inside(relative: str, where: str, folder: str = "", home: str = "/..") -> str:
-    """A path relative to `folder`, or an absolute one in `home`, as a path in the folder of the crops; DataError if it
-    is outside that folder."""
-    photo = posixpath.normpath(posixpath.join(folder, relative.replace("\\", "/"))).removeprefix(f"{home}/")
-    if photo.startswith(("/", "..")) or set(photo) & set("\0:"):
-        why = "which is outside the folder of the images: put the list into a folder above them all"
-        raise DataError(f"{where} names {relative[:80]!r}, {why}")
-    if max(len(os.fsencode(part)) for part in photo.split("/")) > 255:
-        raise DataError(f"{where} names {relative[:80]!r}..., of {len(relative):,} characters: no file has such a name")
-    return photo
 
 
 def _read_crop(root: Path, photo: str, where: str) -> bytes:
