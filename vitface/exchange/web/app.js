@@ -82,6 +82,7 @@ function show({ element, name, face }) {
   bars.hidden = !face?.weights.length;
   canvas.setAttribute('aria-label', face ? `Photo ${name}: the aligned face` : `Photo ${name}: empty`);
   if (!face) return;
+  pen.imageSmoothingQuality = 'high';
   pen.drawImage(toCanvas(face.crop), 0, 0, width, height);
   if ($('#look').checked) {
     pen.drawImage(heat(face.attention), 0, 0, width, height);
@@ -167,8 +168,8 @@ let cameraFor = 0, stream;
 
 async function openCamera(index) {
   cameraFor = index;
+  $('.take').disabled = true; // before it could get the focus
   dialog.showModal();
-  $('.take').disabled = true;
   say($('.note', dialog), 'Your browser asks whether this page may use the camera.');
   try {
     if (!navigator.mediaDevices) throw new Error('no camera here: pages have one on https:// and on localhost only');
