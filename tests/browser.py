@@ -109,9 +109,9 @@ class Browser:
         found = self.send("Runtime.evaluate", {"expression": selector})["result"]["objectId"]
         self.send("DOM.setFileInputFiles", {"files": [str(file)], "objectId": found})
 
-    def screenshot(self, out: Path) -> None:
-        data = self.send("Page.captureScreenshot", {"captureBeyondViewport": True})["data"]
-        out.write_bytes(base64.b64decode(data))
+    def screenshot(self) -> bytes:
+        """The whole page, a PNG."""
+        return base64.b64decode(self.send("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
 
 
 @contextmanager

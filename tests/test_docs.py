@@ -5,10 +5,12 @@ after `<!-- run by tests/test_docs.py, slow -->` under `-m slow`.
 Commands outside such blocks need a network, a GPU, data or minutes; their flags are parsed.
 """
 
+import itertools
 import re
 import shlex
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from test_house import PACKAGE, import_graph
 
 import vitface
 from vitface.__main__ import main
+from vitface.data.faces.alignment import TEMPLATE, align_face
+from vitface.data.faces.detect import Face
 from vitface.data.images import read_image
 from vitface.evaluation.benchmarks import Evaluation
 from vitface.evaluation.protocol import verify
@@ -157,6 +161,8 @@ def test_the_pictures_are_small_and_what_their_script_draws(monkeypatch):
         assert (image.size, image.mode) == (drawn.size, drawn.mode)
     assert np.asarray(drawn.convert("RGB")).std() > 50
     assert all(path.stat().st_size < 150_000 for path in stored.parent.iterdir() if path.is_file())
+    with Image.open(stored.parent / "page.png") as image:
+        assert image.width == 1280 and image.height > 900  # with the answer
     monkeypatch.setattr(make, "PEOPLE", 2)
     issame = np.arange(400) % 2 == 0
     result = verify(np.random.default_rng(0).uniform(0, 2, 400) + ~issame, issame)
@@ -164,3 +170,38 @@ def test_the_pictures_are_small_and_what_their_script_draws(monkeypatch):
     texts = make.charts_picture(model, model), (stored.parent / "charts.svg").read_text(encoding="utf-8")
     curves, of_stored = (re.findall(r'<(poly\w+) class="(\w+)', text) for text in texts)
     assert curves == of_stored and sum(kind == "polyline" for kind, _ in curves) == 3 * 3 + 2
+
+
+class FakeDetector:
+    """Finds a face in the middle of a photo."""
+
+    def detect(self, image):
+        middle = np.array(image.shape[1::-1]) / 2
+        points = middle + (TEMPLATE - 56) * 1.3
+        return [Face(np.array([*points.min(axis=0), *np.ptp(points, axis=0)]), points, 0.9)]
+
+
+def test_the_flow_is_drawn_from_the_model_in_two_languages(monkeypatch):
+    import flow
+
+    model = tiny_recogniser(num_domains=3, embedding_dim=32)
+    monkeypatch.setattr(flow, "FaceDetector", FakeDetector)
+    crops = [align_face(photo, FakeDetector().detect(photo)[0].landmarks) for photo in flow.photos()]
+    scores = [model.verify(*pair).score for pair in itertools.pairwise(crops)]
+    assert abs(scores[0] - scores[1]) > 1e-4
+    model.thresholds = {0.01: sum(scores) / 2}
+    drawn = flow.flow_pictures(model)
+    kinds = re.findall(r'class="strong (\w+)', drawn[0])
+    assert kinds == ["same" if score == max(scores) else "different" for score in scores]
+    assert f">{scores[0]:.2f}, threshold" in drawn[0] and f">{scores[0]:.2f}, seuil".replace(".", ",") in drawn[1]
+    widths = re.findall(r'class="k\d" x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="18"', drawn[0])
+    weights = np.reshape(widths, (3, 3)).astype(float) / 96
+    np.testing.assert_allclose(weights, model.domain_weights(np.stack(crops)), atol=1e-3)
+    for language, (name, text) in enumerate(zip(("flow.svg", "flow.fr.svg"), drawn, strict=True)):
+        stored = (ROOT / "docs" / "img" / name).read_text(encoding="utf-8")
+        for svg in (text, stored):
+            ElementTree.fromstring(svg)  # noqa: S314, our own
+            shown = svg.replace("&#39;", "'")
+            words = [line for each in flow.WORDS.values() for line in each[language].split("\n") if "{" not in line]
+            assert [line for line in words if line not in shown] == []
+        assert len(re.findall("<image ", text)) == len(re.findall("<image ", stored)) == 3 * 4

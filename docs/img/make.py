@@ -1,24 +1,32 @@
 """Draws the pictures of the documents from drawn faces, which are nobody's.
 
-    python train.py --exp demo --save-dir runs/demo
+    python train.py --exp demo --save-dir runs/demo && vitface fetch yunet
     python docs/img/make.py runs/demo docs/img
 
 attention.png: photos of one drawn person, where CLS looks in the frozen and in the adapted model, the domain weights.
 charts.svg: the weights along pose, age and light, and the ROC of both models. No training has seen these people.
+flow.svg, flow.fr.svg: photos, from their pixels to verdicts. page.png: the page of `vitface demo`, in Chromium.
 """
 
 import sys
+import threading
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jinja2
 import numpy as np
+from flow import flow_pictures
 from PIL import Image, ImageDraw, ImageFont
 
+from vitface.commands.photos.demo import DemoServer
 from vitface.data.synthetic.render import render_scenes
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE
 from vitface.evaluation import page, plots
 from vitface.evaluation.benchmarks import evaluate_all
+from vitface.exchange.site import site_files
 from vitface.recogniser import Recogniser, load
+from vitface.store.faces import open_checkpoint
 
 PERSON = TEST_PEOPLE.start + 4
 PHOTOS = {  # title -> yaw in degrees, age and light (see `render_scenes`), and the seed of everything else
@@ -73,7 +81,7 @@ def attention_picture(frozen: Recogniser, adapted: Recogniser) -> Image.Image:
             pen.rounded_rectangle((x, y - 7, x + BAR, y + 7), 3, TRACK)
             pen.rounded_rectangle((x, y - 7, x + round(BAR * weight), y + 7), 3, COLOURS[k])
             pen.text((x + SIDE, y), f"{weight:.2f}", TEXT, font, "rm")
-    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    return _small(sheet)
 
 
 def weight_chart(model: Recogniser, label: str) -> plots.Chart:
@@ -103,9 +111,36 @@ def charts_picture(frozen: Recogniser, adapted: Recogniser) -> str:
     return environment.from_string(CHARTS).render(charts=charts, box=plots.BOX, colours=COLOURS).strip() + "\n"
 
 
+def page_picture(run: str) -> Image.Image:
+    """The page of `vitface demo` at 1280 px, down to its answer about the drawn photos of one person."""
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    from browser import chromium
+
+    shot = BytesIO()
+    with DemoServer(site_files(open_checkpoint(Path(run)), "fp32")) as server, TemporaryDirectory() as profile:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with chromium(Path(profile)) as browser:
+            browser.open(server.address)
+            browser.wait("document.querySelector('#status').textContent.startsWith('The model is ready')")
+            browser.run("document.querySelector('[data-pair=\"0 1\"]').click()")
+            browser.wait("document.querySelector('#verdict').textContent !== 'No answer yet'")
+            browser.run("document.querySelector('#look').click()")
+            height = browser.run("document.querySelector('#gallery').getBoundingClientRect().top")
+            shot.write(browser.screenshot())
+        server.shutdown()
+    return _small(Image.open(shot).convert("RGB").crop((0, 0, 1280, int(height))))
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    return picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+
 if __name__ == "__main__":
-    run, folder = sys.argv[1:]
+    run, folder = sys.argv[1], Path(sys.argv[2])
     models = load("vit_nano"), load(run)
-    attention_picture(*models).save(Path(folder, "attention.png"), optimize=True)
-    Path(folder, "charts.svg").write_text(charts_picture(*models), encoding="utf-8")
-    print(f"wrote {folder}/attention.png and charts.svg")
+    attention_picture(*models).save(folder / "attention.png", optimize=True)
+    page_picture(run).save(folder / "page.png", optimize=True)
+    texts = [charts_picture(*models), *flow_pictures(models[1])]
+    for name, text in zip(("charts.svg", "flow.svg", "flow.fr.svg"), texts, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+    print(f"wrote attention.png, page.png, charts.svg, flow.svg and flow.fr.svg to {folder}")

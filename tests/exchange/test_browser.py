@@ -187,7 +187,7 @@ def test_everybody_can_use_it(site, browser, fetched, photos, tmp_path):
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
         found = browser.run("axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
         assert found == [], (width, dark)
-        browser.screenshot(tmp_path / f"{width}-{dark}.png")
+        (tmp_path / f"{width}-{dark}.png").write_bytes(browser.screenshot())
 
 
 def axe(home):
