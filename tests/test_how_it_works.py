@@ -1,4 +1,4 @@
-"""docs/how_it_works.md says no number that the code does not: each is computed here, in the page's order.
+"""docs/how_it_works.md says no number that the code does not: each is computed here and in claims_of_a_photo.py, in order.
 
 A claim is a template that holds no number of its own, filled with values; the page must hold the result, whatever its
 line breaks. A number on the page that no claim covers is an error too, so the page cannot outgrow its test.
@@ -14,24 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from claims_of_a_photo import NUMBER, SECTIONS, adapter_count, bare, count, model, say, shapes
 
 from vitface.config import TrainConfig, resolve, to_flag
-from vitface.data.images import CROP_SIZE
-from vitface.data.preprocess import normalise, to_float
+from vitface.data.preprocess import to_float
 from vitface.data.synthetic.worlds import SyntheticSamples
 from vitface.evaluation.benchmarks import BENCHMARKS
 from vitface.evaluation.protocol import THRESHOLDS, pair_distance, verify
 from vitface.evaluation.statistics import accuracy_interval
 from vitface.metrics import auc, contiguous_folds
 from vitface.model.counts import parameter_counts
-from vitface.model.face import BatchNormHead, LinearHead, PatchesHead
-from vitface.model.lora import TARGETS, adapter_state_dict, add_lora, lora_scaling
+from vitface.model.lora import adapter_state_dict, lora_scaling
 from vitface.model.margin import MarginLoss, make_margin
-from vitface.model.ops import attention, attention_map, lora_linear, split_heads
+from vitface.model.ops import lora_linear
 from vitface.model.router import load_balance_loss, subsample_patches
-from vitface.model.vit import ViT
-from vitface.presets import VIT_PRESETS
 from vitface.training.batches import Batch
 from vitface.training.loss_scale import LossScale
 from vitface.training.setup import build_model
@@ -40,18 +36,9 @@ from vitface.training.step import DOMAIN_LOSS_WEIGHT, make_optimizer, schedule, 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
 PAPER = re.compile(r"arXiv:\d{4}\.\d{5}")
-NUMBER = re.compile(
-    r"(?<!\w)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\b(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b", re.I
-)
 RECORDED = resolve({"exp": "exp_003"})
 sys.path.insert(0, str(ROOT / "benchmarks"))  # for the count of multiply-adds
 PEOPLE = 10_572  # in CASIA-WebFace, which the recorded experiments trained on
-
-
-def say(template: str, *values) -> str:
-    """The template, filled. A number written into it by hand would be checked by nothing."""
-    assert not NUMBER.search(re.sub(r"{[^}]*}", "", template)), f"a number by hand in: {template}"
-    return template.format(*values)
 
 
 def problems(page: str, claims: list[str]) -> list[str]:
@@ -72,63 +59,6 @@ def problems(page: str, claims: list[str]) -> list[str]:
     ]
 
 
-@functools.cache
-def model(**flags):
-    """The face model that train.py would build, with random weights, on the CPU."""
-    config = dataclasses.replace(resolve({"weights": "random", **flags}), device="cpu", dtype="fp32")
-    return build_model(config).eval()
-
-
-@functools.cache
-@torch.no_grad()
-def shapes() -> dict[str, tuple[int, ...]]:
-    """What leaves each module of exp_003 when one photo passes through, by name, and the number of block passes."""
-    face, seen, names = model(exp="exp_003"), {}, []
-
-    def keep(name, output):
-        names.append(name)
-        seen[name] = output[0] if isinstance(output, tuple) else output
-
-    modules = face.named_modules()
-    hooks = [m.register_forward_hook(lambda _, __, output, name=name: keep(name, output)) for name, m in modules]
-    photo = torch.zeros(1, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8)
-    image = face.preprocess(to_float(photo))
-    face(image)
-    for hook in hooks:
-        hook.remove()
-    attn = face.vit.blocks[0].attn
-    qkv = attn.qkv(face.vit.tokens(image))
-    attended = split_heads(torch.cat([attention(qkv, attn.num_heads)] * 3, dim=2), attn.num_heads)[0]
-    q, weights = split_heads(qkv, attn.num_heads)[0], attention_map(qkv, attn.num_heads)
-    seen.update(photo=photo, input=image, q=q, weights=weights, attended=attended)
-    passes = sum(re.fullmatch(r"vit\.blocks\.\d+", name) is not None for name in names)
-    return {**{n: tuple(x.shape) for n, x in seen.items() if isinstance(x, torch.Tensor)}, "passes": (passes,)}
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def bare(name: str, side: int) -> ViT:
-    """The backbone without an adapter and without values, which counting does not need."""
-    with torch.device("meta"):
-        return ViT(VIT_PRESETS[name], side)
-
-
-def adapter_count(name: str, rank: int, targets: str = "attn") -> int:
-    vit = bare(name, 224)
-    with torch.device("meta"):
-        add_lora(vit, TARGETS[targets], rank, alpha=1)
-    return sum(tensor.numel() for tensor in adapter_state_dict(vit).values())
-
-
-def attend(products: list[float], head_width: int) -> list[float]:
-    """The attention weights of keys with these dot products with the query, in a head of this width."""
-    qkv = torch.zeros(1, len(products), 3 * head_width)
-    qkv[0, 0, 0], qkv[0, :, head_width] = 1, torch.tensor(products)
-    return attention_map(qkv, 1)[0, 0, 0].tolist()
-
-
 def cosface(cosines: list[float], scale: float, margin: float, people: int = 2) -> float:
     """The loss of one embedding with these cosines to person 0 and person 1, and 0 to everybody else."""
     loss = MarginLoss(make_margin("cosface", margin), people, 4, scale)
@@ -144,170 +74,6 @@ def fresh_cosface(scale: float, margin: float) -> float:
     labels = torch.randint(PEOPLE, (512,), generator=generator)
     with torch.no_grad():
         return loss(torch.randn(512, size, generator=generator), labels).item()
-
-
-def the_whole_way() -> list[str]:
-    seen, face = shapes(), model(exp="exp_003")
-    vit, (_, channels, side, _) = face.config.vit, seen["input"]
-    black_and_white = to_float(torch.tensor([[[[0, 0, 0], [255, 255, 255]]]], dtype=torch.uint8))
-    tokens = seen["vit.blocks.0"][1:]
-    return [
-        say("DINOv2 ViT-S/{} at {} pixels", vit.patch_size, side),
-        say("uint8 (B, {}, {}, {})", *seen["photo"][1:]),
-        say("to [{:.0f}, {:.0f}], resize", *black_and_white[0, 0, 0]),
-        say("float (B, {}, {}, {})", channels, side, side),
-        say("patches of {} × {} pixels", vit.patch_size, vit.patch_size),
-        say("patch tokens (B, {}, {})", *seen["vit.patch_embed"][1:]),
-        say("tokens (B, {}, {}) ----> {} frozen blocks", *tokens, face.config.router_depth),
-        say("gate (B, {})", seen["router"][1]),
-        say("| {} blocks of attention", len(face.vit.blocks)),
-        say("CLS (B, {}, {}), all that the last block computes", *seen["vit.norm"][1:]),
-        say("embedding (B, {})", seen["head"][1]),
-        say("sphere (B, {})", seen["head"][1]),
-    ]
-
-
-def pixels() -> list[str]:
-    seen, vit, byte = shapes(), VIT_PRESETS["dinov2_vits14"], 180
-    photo = torch.full(seen["photo"], byte, dtype=torch.uint8)
-    unit = to_float(photo)
-    red = normalise(unit, vit.mean, vit.std)[0, 0, 0, 0].item()
-    _, channels, side, _ = seen["input"]
-    return [
-        say("{} × {} × {} = {:,} bytes", *photo.shape[1:], photo.nbytes),
-        say("red is {} becomes {} / {} = {:.3f}", byte, byte, round(byte / unit[0, 0, 0, 0].item()), unit[0, 0, 0, 0]),
-        say("to {} × {} × {} = {:,} numbers", side, side, channels, math.prod(seen["input"])),
-        say(
-            "squares of {} pixels: {} × {} of them at {} pixels", vit.patch_size, *[vit.grid(CROP_SIZE)] * 2, CROP_SIZE
-        ),
-        say("{} × {} at {}", vit.grid(side), vit.grid(side), side),
-        say("({:.3f} - {}) / {} = {:.3f}", unit[0, 0, 0, 0], vit.mean[0], vit.std[0], red),
-    ]
-
-
-def tokens() -> list[str]:
-    seen, vit = shapes(), model(exp="exp_003").vit
-    config, weight, (rows, width) = vit.config, vit.patch_embed.proj.weight, vit.pos_embed.shape[1:]
-    grid, patches = config.grid(vit.image_size), seen["vit.patch_embed"][1]
-    names = ("vit_tiny_patch16", "dinov2_vits14", "clip_vitb16")
-    large, small = ([bare(name, side) for name in names] for side in (vit.image_size, CROP_SIZE))
-
-    def row(title: str, cell: str, of_one, models: list[ViT] = large, values: tuple = ()) -> str:
-        """A line of the table: what `of_one` gives for each of the models, as `cell` writes it."""
-        cells = " | ".join([cell] * len(models))
-        return say(f"| {title} | {cells} |", *values, *(number for one in models for number in of_one(one)))
-
-    return [
-        say("into {} × {} = {} squares", grid, grid, patches),
-        say("{} × {} × {} = {} numbers", *weight.shape[2:], weight.shape[1], weight[0].numel()),
-        say("turns it into {}:", width),
-        say("W ({}, {}), b ({})", width, weight[0].numel(), width),
-        say("{} · {} + {} = {:,} parameters", width, weight[0].numel(), width, count(vit.patch_embed)),
-        say("{} + {} = {} tokens", patches, vit.cls_token.shape[1], rows),
-        say("({}, {}) is added", rows, width),
-        say("on {} × {} patches, at {} pixels", *[config.grid(config.native_size)] * 2, config.native_size),
-        say("to {} × {}.", grid, grid),
-        say("| ViT-Ti/{} | DINOv2 ViT-S/{} | CLIP ViT-B/{} |", *(m.config.patch_size for m in large)),
-        row("patch -> width D", "{} -> {}", lambda m: reversed(m.patch_embed.proj.weight.flatten(1).shape)),
-        row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], values=(vit.image_size,)),
-        row("tokens at {} pixels", "{}", lambda m: [m.pos_embed.shape[1]], small, values=(CROP_SIZE,)),
-        row("heads × head width", "{} × {}", lambda m: [m.config.num_heads, m.config.embed_dim // m.config.num_heads]),
-        row("frozen parameters at {}", "{:,}", lambda m: [count(m)], values=(vit.image_size,)),
-        say("| LoRA of rank {}, parameters | {:,} | {:,} | {:,} |", 16, *(adapter_count(name, 16) for name in names)),
-    ]
-
-
-def attention_section() -> list[str]:
-    seen, raw, given = shapes(), [8, 0, -8], [3, 2, 1]
-    width, wide = seen["vit.blocks.0"][2], seen["vit.blocks.0.attn.qkv"][2]
-    _, heads, rows, head = seen["q"]
-    root = math.isqrt(head)
-    weights = attend(raw, head)
-    divided = [round(product / root) for product in raw]
-    products = [number for pair in zip(weights, given, strict=True) for number in pair]
-    received = torch.tensor(weights) @ torch.tensor(given, dtype=torch.float)
-    assert root**2 == head and seen["weights"][2:] == (rows, rows) and seen["attended"][2:] == (rows, head)
-    return [
-        say("{} -> {} = {} · {}", width, wide, wide // width, width),
-        say("into {} heads", heads),
-        say("(B, {}, {}, {})", heads, rows, head),
-        say("√{}) v ({}, {}) times ({}, {})", head, rows, rows, rows, head),
-        say("of the {} tokens; it sums to {}. The {} heads, {} · {} = {},", rows, 1, heads, heads, head, width),
-        say("`proj`, {} -> {}", width, seen["vit.blocks.0.attn.proj"][2]),
-        say("by √{} = {}?", head, root),
-        say("{} entries of variance {} has variance {}, hence a typical size of {}", head, 1, head, root),
-        say("Dot products {}, {} and {} become {}, {} and {}", *raw, *divided),
-        say("weights {:.3f}, {:.3f}, {:.3f}.", *weights),
-        say("Undivided they give {:.4f}, {:.4f}, {:.4f}:", *attend(raw, 1)),
-        say("values are {}, {} and {}", *given),
-        say("{:.3f} · {} + {:.3f} · {} + {:.3f} · {} = {:.3f}", *products, received),
-        *dot_products(head, heads),
-        *gradients(weights, given, received.item()),
-    ]
-
-
-def dot_products(head: int, heads: int) -> list[str]:
-    query, keys = torch.tensor([1, 1]), torch.tensor([[1, 0], [1, -1], [-1, 0]])
-    products, correction, before = keys @ query, 2.575, 10
-    powers = products.double().exp()
-    return [
-        say("{} where they are unrelated", (torch.eye(2)[0] @ torch.eye(2)[1]).int()),
-        say("query ({}, {}) the keys ({}, {}), ({}, {}) and ({}, {})", *query, *keys.flatten()),
-        say("products {}, {} and {}.", *products),
-        say("e^{}, e^{} and e^{} are {:.3f}, {:.0f} and {:.3f};", *products, *powers),
-        say("sum, {:.3f}, they are {:.3f}, {:.3f} and {:.3f} again", powers.sum(), *powers / powers.sum()),
-        say("weighted sum, {} numbers", head),
-        say("sums of the {} heads", heads),
-        say("correction of {} makes {} into {:.3f}", correction, before, before + correction),
-    ]
-
-
-def gradients(weights: list[float], given: list[int], received: float) -> list[str]:
-    """How the received number changes with each value, and with each dot product."""
-    products = torch.tensor(weights).log().requires_grad_()
-    values = torch.tensor(given, dtype=torch.float, requires_grad=True)
-    (products.softmax(0) @ values).backward()
-    slopes = zip(weights, given, products.grad, strict=True)
-    (first, second, third) = (say("{:.3f} · ({} - {:.3f}) = {:.3f}", w, v, received, slope) for w, v, slope in slopes)
-    return [
-        say("Say that the {:.3f} should be larger", received),
-        say("slopes are {:.3f}, {:.3f} and {:.3f}.", *values.grad),
-        first,
-        second,
-        third,
-    ]
-
-
-def blocks() -> list[str]:
-    seen, frozen = shapes(), bare("dinov2_vits14", 224)
-    block, (_, rows, width) = frozen.blocks[0], seen["vit.blocks.0"]
-    small = count(block) - count(block.attn) - count(block.mlp)
-    positions = frozen.cls_token.numel() + frozen.pos_embed.numel()
-    return [
-        say("{} -> {}, GELU, {} -> {}", width, *[block.mlp.fc1.out_features] * 2, seen["vit.blocks.0.mlp"][2]),
-        say("(B, {}, {}), {} times", rows, width, len(frozen.blocks)),
-        say("the patch map's {:,}, {:,} of CLS", count(frozen.patch_embed), positions),
-        say("{} blocks of {:,} (qkv {:,},", len(frozen.blocks), count(block), count(block.attn.qkv)),
-        say("proj {:,}, MLP {:,}, norms and scales {:,})", count(block.attn.proj), count(block.mlp), small),
-        say("{:,} of the last norm: {:,} together", count(frozen.norm), count(frozen)),
-    ]
-
-
-def heads() -> list[str]:
-    _, rows, width = shapes()["vit.blocks.0"]
-    size = TrainConfig().embedding_dim
-    linear, norm, patches = LinearHead(width, size), BatchNormHead(width, size), PatchesHead(width, size, rows, 1)
-    axes = np.eye(2)
-    same, right_angle = pair_distance(axes[:1], axes[:1])[0], pair_distance(axes[:1], axes[1:])[0]
-    assert TrainConfig().head == "patches" and resolve({"exp": "exp_001"}).head == "linear"
-    return [
-        say("Linear {} -> {} | {:,} |", width, size, count(linear)),
-        say("batch norm | {:,} |", count(norm)),
-        say("{} tokens -> {},", rows, patches.reduce.out_features),
-        say("together {:,} -> {}, batch norm | {:,} |", *reversed(patches.proj.weight.shape), count(patches)),
-        say("sphere in {} dimensions", size),
-        say("‖a - b‖² = {:.0f} - {:.0f} · cos(a, b)", right_angle, right_angle - same),
-    ]
 
 
 def lora() -> list[str]:
@@ -525,21 +291,7 @@ def verification() -> list[str]:
 @functools.cache
 def claims() -> list[str]:
     """Every number of the page, in its order."""
-    sections = (
-        the_whole_way,
-        pixels,
-        tokens,
-        attention_section,
-        blocks,
-        heads,
-        lora,
-        dalora,
-        cosface_section,
-        one_step,
-        verification,
-        trust,
-        times,
-    )
+    sections = (*SECTIONS, lora, dalora, cosface_section, one_step, verification, trust, times)
     return [claim for section in sections for claim in section()]
 
 
