@@ -1,4 +1,4 @@
-"""docs/how_it_works.md says no number that the code does not: each is computed here and in claims_of_a_photo.py, in order.
+"""docs/how_it_works.md says no number that the code does not: all are computed here and in claims_of_a_photo.py.
 
 A claim is a template that holds no number of its own, filled with values; the page must hold the result, whatever its
 line breaks. A number on the page that no claim covers is an error too, so the page cannot outgrow its test.
