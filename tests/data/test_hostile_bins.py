@@ -304,7 +304,5 @@ def test_an_image_named_many_times_is_not_copied():
 
 
 def test_opcodes_are_bounded():
-    began = time.process_time()
     with pytest.raises(DataError, match=r"far more parts .*at byte 1187\d\d\d"):
         parse_bin(b"](" + b"\x88" * 3_000_000, "x")
-    assert time.process_time() - began < 3

@@ -3,7 +3,6 @@
 import os
 import random
 import struct
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -11,7 +10,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vitface.data.images import decode_image, read_image, to_crop
 from vitface.errors import DataError, ImageError
@@ -223,14 +222,14 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_too_many_pixels_are_refused_before_decoding(name):
+def test_too_many_pixels_are_refused_before_decoding(name, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     tracemalloc.start()
-    began = time.perf_counter()
     with pytest.raises(ImageError, match="pixels, at most"):
         decode_image(BOMBS[name])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - began < 1 and peak < 16 << 20
+    assert peak < 16 << 20
 
 
 def test_the_limit_itself_is_accepted():
