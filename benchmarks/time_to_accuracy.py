@@ -1,15 +1,17 @@
 """Accuracy against seconds of training: the peer's script and ours, taking turns.
 
-    python benchmarks/time_to_accuracy.py --peer train_peer.py --data DIR --svg curves.svg
+    python benchmarks/time_to_accuracy.py --peer train_peer.py --data DIR --epochs 8 12 20 --svg curves.svg
 
 DIR holds celeba289/ and lfw.bin. The peer is a script that takes --data, --epochs, --every, --seed, --dtype and
 --threads, and ends with a line of JSON with "curve", [[seconds, LFW accuracy], ...] after every so many epochs (timm
-and PEFT as a user writes it). Ours is `train.py --exp lfw_vit_tiny`, with the settings that are given here. Both train
-on the same images, in processes of their own that take turns, for each seed.
+and PEFT as a user writes it). Ours is `train.py --exp lfw_vit_tiny`, with the settings that are given here: a run for
+each number of --epochs, since a run's accuracy counts when its learning rate has come down. All train on the same
+images, in processes of their own that take turns, for each seed.
 
 The seconds are those of training: reading packages and data, and the evaluations, are not in them. The last line is
-JSON: {"peer": [[s, accuracy], ...], "vitface": ...}, medians over the seeds, with "ratio_to_peer_accuracy", our time to
-the peer's last accuracy in its whole time, null if it was not reached, and "accuracy_at_equal_time".
+JSON: {"peer": [[s, accuracy], ...], "vitface": [the end of each run]}, medians over the seeds, with
+"ratio_to_peer_accuracy", the time of our first run that has the peer's last accuracy in its whole time, null if none
+has, and "accuracy_at_equal_time".
 """
 
 import argparse
@@ -36,31 +38,29 @@ Curve = list[list[float]]
 
 
 class Timed(Trainer):
-    """A run that looks at LFW after every `every` epochs, and does not count that time."""
+    """A run that looks at LFW at its end, and does not count that time."""
 
-    def __init__(self, config: TrainConfig, data: str, every: int):
+    def __init__(self, config: TrainConfig, data: str):
         super().__init__(config, None)
-        self.benchmarks, self.every, self.curve, self.spent = data, every, [], 0.0
-        self.started = time.perf_counter()
+        self.benchmarks, self.end, self.started = data, [], time.perf_counter()
 
     def judge_held_out(self) -> tuple[None, dict[str, str]]:
-        self.spent += time.perf_counter() - self.started
-        if (self.state.progress.epoch + 1) % self.every == 0 or self.state.progress.epoch + 1 == self.config.epochs:
+        if self.state.progress.epoch + 1 == self.config.epochs:
+            seconds = time.perf_counter() - self.started
             self.model.eval()
             found = evaluate_all(Recogniser(self.model).embed, ["lfw"], self.benchmarks)
-            self.curve.append([round(self.spent, 1), round(found.results["lfw"].accuracy, 4)])
-        self.started = time.perf_counter()
+            self.end = [round(seconds, 1), round(found.results["lfw"].accuracy, 4)]
         return None, {}
 
 
 def train_ours(arguments: argparse.Namespace, settings: dict) -> None:
-    """Trains in this process, and prints the curve as a line of JSON."""
+    """Trains in this process, and prints its seconds and accuracy as a line of JSON."""
     torch.set_num_threads(arguments.threads)
     given = {"exp": "lfw_vit_tiny", "train_data": str(arguments.data / "celeba289"), "val_data": None, **settings}
-    config = resolve_choices(resolve({**given, "num_workers": 0, "device": "cpu"}))
-    trainer = Timed(config, str(arguments.data), arguments.every)
+    config = resolve_choices(resolve({**given, "epochs": arguments.epochs[0], "num_workers": 0, "device": "cpu"}))
+    trainer = Timed(config, str(arguments.data))
     trainer.fit(None)
-    print(json.dumps({"curve": trainer.curve}))
+    print(json.dumps({"curve": [trainer.end]}))
 
 
 def curve_of(command: list[str], threads: int) -> Curve:
@@ -113,13 +113,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peer", type=Path, metavar="SCRIPT")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--peer-epochs", type=int, default=20)
-    parser.add_argument("--peer-dtype", default="fp32", help="the faster one on this processor: bf16 with AMX")
-    parser.add_argument("--every", type=int, default=2, help="epochs between two looks at LFW")
+    parser.add_argument("--peer-dtype", default="bf16", help="the faster one on this processor")
+    parser.add_argument("--every", type=int, default=2, help="epochs of the peer between two looks at LFW")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[20], help="of our runs, one for each number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--ours-only", action="store_true", help=argparse.SUPPRESS)
-    add_settings(parser, without=("train_data", "val_data", "exp", "num_workers", "device"))
+    add_settings(parser, without=("train_data", "val_data", "exp", "epochs", "num_workers", "device"))
     arguments = parser.parse_args(argv)
     names = TrainConfig.__dataclass_fields__
     if arguments.ours_only:
@@ -130,12 +131,15 @@ def main(argv: list[str]) -> None:
     print(machine(), flush=True)
     data, peers, ours = str(arguments.data), [], []
     for seed in arguments.seeds:
-        given = {"--data": data, "--every": arguments.every, "--seed": seed, "--threads": arguments.threads}
+        given = {"--data": data, "--seed": seed, "--threads": arguments.threads}
         same = [word for flag, value in given.items() for word in (flag, str(value))]
-        peer = ["--epochs", str(arguments.peer_epochs), "--dtype", arguments.peer_dtype]
-        peers.append(curve_of([sys.executable, str(arguments.peer), *same, *peer], arguments.threads))
+        theirs = ["--epochs", str(arguments.peer_epochs), "--every", str(arguments.every)]
+        theirs += ["--dtype", arguments.peer_dtype]
+        peers.append(curve_of([sys.executable, str(arguments.peer), *same, *theirs], arguments.threads))
         print(f"seed {seed}  peer {peers[-1]}", flush=True)
-        ours.append(curve_of([sys.executable, __file__, "--ours-only", *argv, *same], arguments.threads))
+        command = [sys.executable, __file__, "--ours-only", *argv, *same, "--epochs"]
+        runs = [curve_of([*command, str(epochs)], arguments.threads) for epochs in sorted(arguments.epochs)]
+        ours.append([point for curve in runs for point in curve])
         print(f"seed {seed}  vitface {ours[-1]}", flush=True)
     curves = {"peer": median_curve(peers), "vitface": median_curve(ours)}
     if arguments.svg:
