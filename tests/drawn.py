@@ -1,10 +1,11 @@
 """Crops of drawn people whose eyes and mouth are where the template has them."""
 
 from functools import cache
-from io import BytesIO
 
 import numpy as np
 from PIL import Image
+
+from vitface.data.images import encode_image
 
 PEOPLE, IMAGES = 50, 8
 
@@ -34,6 +35,4 @@ def drawn_faces(seed=0, people=PEOPLE, images=IMAGES):
 
 
 def jpeg(crop):
-    out = BytesIO()
-    Image.fromarray(crop).save(out, "JPEG", quality=95)
-    return out.getvalue()
+    return encode_image(crop, "JPEG", quality=95)

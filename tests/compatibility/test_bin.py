@@ -2,7 +2,6 @@
 
 import gzip
 import pickle
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from cases import case
 from PIL import Image
 
 from vitface.data.formats.pairs import read_bin
+from vitface.data.images import encode_image
 from vitface.errors import DataError
 
 KIND = ".bin"
@@ -17,9 +17,7 @@ SAME = [True, False]
 
 
 def jpeg(value):
-    out = BytesIO()
-    Image.new("RGB", (112, 112), (value,) * 3).save(out, "JPEG")
-    return out.getvalue()
+    return encode_image(Image.new("RGB", (112, 112), (value,) * 3), "JPEG")
 
 
 IMAGES = [jpeg(10 * i) for i in range(4)]

@@ -2,7 +2,6 @@
 
 import os
 import struct
-from io import BytesIO
 
 import pytest
 from cases import case
@@ -11,15 +10,14 @@ from PIL import Image
 from vitface.__main__ import main
 from vitface.data.formats import record_set
 from vitface.data.formats.samples import load_samples
+from vitface.data.images import encode_image
 from vitface.errors import DataError
 
 KIND = "RecordIO"
 
 
 def jpeg(value):
-    out = BytesIO()
-    Image.new("RGB", (112, 112), (value,) * 3).save(out, "JPEG")
-    return out.getvalue()
+    return encode_image(Image.new("RGB", (112, 112), (value,) * 3), "JPEG")
 
 
 def payload(label, image=b"", number=0):

@@ -1,17 +1,16 @@
 """A small writer of RecordIO after dmlc-core, and InsightFace's folders made with it."""
 
 import struct
-from io import BytesIO
 
 from PIL import Image
+
+from vitface.data.images import encode_image
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 
 
 def face(value, kind="PNG", size=112):
-    out = BytesIO()
-    Image.new("RGB", (size, size), (value, 2 * value % 256, 7)).save(out, kind)
-    return out.getvalue()
+    return encode_image(Image.new("RGB", (size, size), (value, 2 * value % 256, 7)), kind)
 
 
 def pack(label, image=b"", extra=()):

@@ -20,6 +20,7 @@ from vitface.data.checks.findings import correlation
 from vitface.data.checks.scan import dark_spots, local_contrast
 from vitface.data.formats.pairs import VerificationSet, read_bin, write_bin
 from vitface.data.formats.samples import FolderSamples, RecordSamples
+from vitface.data.images import encode_image
 from vitface.errors import ImageError
 
 
@@ -305,12 +306,6 @@ def numbered(count, offset=0):
     return crops
 
 
-def png(crop):
-    out = BytesIO()
-    Image.fromarray(crop).save(out, "PNG")
-    return out.getvalue()
-
-
 def findings_by_faces(known, unknown, images):
     """What is found in a benchmark of as many images as `unknown` has, by a model that embeds as these rows say."""
     table = np.concatenate([known, unknown])
@@ -320,7 +315,9 @@ def findings_by_faces(known, unknown, images):
 
     train = Crops(numbered(len(known)), np.repeat(np.arange(len(known) // images), images))
     pairs = VerificationSet(
-        "drawn", [png(crop) for crop in numbered(len(unknown), len(known))], np.arange(len(unknown) // 2) < 2
+        "drawn",
+        [encode_image(crop, "PNG") for crop in numbered(len(unknown), len(known))],
+        np.arange(len(unknown) // 2) < 2,
     )
     faces = Faces(scan_training(train, 0), embed)
     return check_faces(faces, scan_benchmark(pairs, 0))

@@ -1,10 +1,8 @@
 import json
 from functools import partial
-from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import vitface
 from vitface.__main__ import main
@@ -12,6 +10,7 @@ from vitface.data.faces.alignment import TEMPLATE
 from vitface.data.faces.detect import Face
 from vitface.data.faces.pose import MARGIN
 from vitface.data.formats.pairs import VerificationSet
+from vitface.data.images import encode_image
 from vitface.evaluation import benchmarks, routing
 from vitface.evaluation.routing import (
     agreement,
@@ -61,16 +60,10 @@ class Detector:
         return [Face(np.array([60, 60, 90, 90]), landmarks, 0.9)]
 
 
-def png(crop):
-    out = BytesIO()
-    Image.fromarray(crop).save(out, "PNG")
-    return out.getvalue()
-
-
 def test_benchmark_images_are_routed_by_their_pose(tiny_run):
     crops = [np.full((112, 112, 3), value, np.uint8) for value in (0, 10, 250, 250, 12)]
     crops[3][50:] = 0
-    images = [png(crop) for crop in crops]
+    images = [encode_image(crop, "PNG") for crop in crops]
     pairs = VerificationSet("drawn", [images[i] for i in (0, 1, 2, 3, 4, 1)], np.array([True, False, True]))
     model = vitface.load(tiny_run)
     found, weights = benchmark_routing(model, pairs, Detector()), model.domain_weights(np.stack(crops))
