@@ -7,6 +7,7 @@ from conftest import tiny_face, tiny_recogniser
 from PIL import Image
 
 from vitface.errors import ConfigError, ImageError
+from vitface.gallery.gallery import Gallery
 from vitface.model.inference import embed_batches, embed_crops, split
 from vitface.model.lora import Mix
 from vitface.recogniser import Recogniser
@@ -111,3 +112,13 @@ def test_verify_is_the_cosine_of_the_embeddings(images):
         calibrated.verify(first, second, far=0.5)
     with pytest.raises(ImageError, match="not a square crop"):
         calibrated.verify(first, second[:50])
+
+
+def test_a_notebook_shows_what_a_model_and_a_gallery_are():
+    model = tiny_recogniser(num_domains=3)
+    assert repr(model) == "<Recogniser: dinov2_vits14, DA-LoRA x 3, 32 px -> 8 numbers, thresholds at FAR (none)>"
+    model = Recogniser(tiny_face(), {0.01: 0.2, 0.001: 0.4})
+    assert repr(model).endswith(" LoRA, 32 px -> 8 numbers, thresholds at FAR 0.001, 0.01>")
+    gallery = Gallery(8)
+    gallery.add(["anna", "anna", "ben"], np.eye(8)[:3])
+    assert repr(gallery) == "<Gallery: 3 rows of 8 numbers, 2 names>"

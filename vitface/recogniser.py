@@ -73,6 +73,18 @@ class Recogniser:
     def config(self) -> FaceConfig:
         return self.model.config
 
+    def __repr__(self) -> str:
+        config, rates = self.config, ", ".join(f"{far:g}" for far in sorted(self.thresholds))
+        kind = (
+            "frozen"
+            if not config.lora_rank
+            else f"DA-LoRA x {config.num_domains}"
+            if config.num_domains > 1
+            else "LoRA"
+        )
+        sizes = f"{config.image_size} px -> {config.embedding_dim} numbers"
+        return f"<Recogniser: {config.backbone}, {kind}, {sizes}, thresholds at FAR {rates or '(none)'}>"
+
     def to(self, device: str | torch.device) -> "Recogniser":
         """Moves the model; returns itself. ConfigError for one that was prepared for the CPU."""
         device = known_device(device)

@@ -65,6 +65,9 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        return f"<Gallery: {len(self):,} rows of {self.embedding_dim} numbers, {len(set(self.names)):,} names>"
+
     @property
     def thresholds(self) -> Mapping[float, float]:
         """{FAR: cosine} of the model, empty where nothing was calibrated; FAR is per comparison, not per search."""
