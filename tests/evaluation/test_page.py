@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from conftest import tiny_recogniser
 from PIL import Image
 
 from vitface.evaluation.benchmarks import Evaluation
-from vitface.evaluation.page import report_page
+from vitface.evaluation.page import category_bars, report_page
 from vitface.evaluation.protocol import verify
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import pose_routing
@@ -90,6 +91,12 @@ def test_the_page_is_whole_and_says_the_same_as_the_json(tmp_path):
     assert outline.tags.count("svg") == 2 + 1 + 3 + 1 + 2 * (1 + 3)
     assert outline.tags.count("polygon") == 3  # the intervals of the ROC
     assert outline.tags.count("img") == 2 * 6 + 1  # faces and attention, and the scale
+
+
+def test_a_single_benchmark_needs_no_bars_by_category(tmp_path):
+    _, _, results = page_of(tmp_path)
+    assert category_bars({"lfw": results["lfw"]}) is None
+    assert category_bars(dict(itertools.islice(results.items(), 2)))["x_ticks"]
 
 
 def test_the_page_needs_no_network_and_fits_phones_and_the_dark(tmp_path):

@@ -200,13 +200,14 @@ def _xy(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def category_bars(results: dict[str, Verification]) -> Chart | None:
+    """A bar for each benchmark's accuracy; None for a single one, whose bar says no more than the table."""
     groups: dict[str, dict[str, float]] = {}
     for name, result in results.items():
         if not np.isnan(result.accuracy):
             groups.setdefault(category(name), {})[name] = 100 * result.accuracy
     each = (f"{kind}: {', '.join(values)}" for kind, values in groups.items())
     title = f"Accuracy by what makes a benchmark hard; {'; '.join(each)}"
-    return bar_chart(title, "category", "accuracy in %", groups, 100) if groups else None
+    return bar_chart(title, "category", "accuracy in %", groups, 100) if sum(map(len, groups.values())) > 1 else None
 
 
 def hardest_pairs(results: dict[str, Verification], data_dir: Path) -> dict[str, Pictures]:
