@@ -8,6 +8,7 @@ import json
 import shutil
 import tarfile  # noqa: TID251
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,12 @@ def fetched(own_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(fetched, tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "a")
+
+
+def save_run(run, image_size=112):
     """A DA-LoRA model on vit_nano, of three domains that differ, and a threshold between the page's own pairs."""
-    vit = load_backbone("vit_nano")
+    vit = load_backbone("vit_nano", image_size=image_size)
     config = FaceConfig(
         "vit_nano",
         weights_sha256("vit_nano", None),
@@ -78,7 +83,6 @@ def run(fetched, tmp_path_factory):
         for layer in model.vit.modules():
             if getattr(layer, "has_lora", False):
                 layer.lora_b.mul_(0.2)
-    run = tmp_path_factory.mktemp("runs") / "a"
     save_checkpoint(run, 1, trained_tensors(model), dataclasses.asdict(config), {}, {}, is_best=True)
     (run / "config.json").write_text(json.dumps({"train_data": "synthetic"}))
     same, other = (
@@ -95,7 +99,13 @@ def site(run, tmp_path_factory):
     """What the export writes, behind Python's own web server: its address."""
     out = tmp_path_factory.mktemp("site") / "site"
     assert main(["export", str(run), "--format", "web", "--out", str(out)]) == 0
-    handler = functools.partial(QuietHandler, directory=out)
+    with serve(out) as address:
+        yield address
+
+
+@contextmanager
+def serve(folder):
+    handler = functools.partial(QuietHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"

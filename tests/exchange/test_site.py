@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tarfile  # noqa: TID251
 import threading
 import urllib.error
@@ -120,7 +121,8 @@ def test_the_page_tells_thresholds_and_no_name_of_a_file(monkeypatch, tmp_path):
     ]
     assert about["thresholds_from"] == "own pairs, 40 same and 900 different pairs"
     assert about["domains"] == ["domain 0", "domain 1", "domain 2"]
-    assert about["text"].startswith(f"{NAME} with DA-LoRA, 3 domains: 8 numbers describe a face. Weights in fp16, ")
+    described = f"{NAME} with DA-LoRA, 3 domains: 8 numbers describe a face. Weights stored in fp16, "
+    assert about["text"].startswith(described)
     monkeypatch.setattr(open_checkpoint(run).__class__, "settings", {"train_data": "synthetic"})
     assert describe(open_checkpoint(run), "fp16")["domains"] == ("pose", "age", "light")
 
@@ -142,9 +144,10 @@ def test_weights_that_are_too_coarse_are_refused_with_what_keeps_more(monkeypatc
     def differ(*_):
         raise ExchangeError("ONNX Runtime's embeddings differ (cosine 0.9); nothing was written")
 
-    for name, stand_in in {"check_onnx": differ, "trace": lambda *_, **__: None, "onnx_bytes": lambda *_: b""}.items():
-        monkeypatch.setattr(site, name, stand_in)
-    monkeypatch.setattr(site, "stored_as", lambda graph, precision: graph)
+    monkeypatch.setattr(site, "check_onnx", differ)
+    monkeypatch.setattr(site, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(site, "onnx_bytes", lambda *_, **__: b"")
+    monkeypatch.setattr(site, "stored_as", lambda graph, *_: graph)
     monkeypatch.setattr(site, "fetch_runtime", lambda: None)
     monkeypatch.setattr(site, "fetch_detector", lambda: Path(__file__))
     monkeypatch.setattr(site, "runtime_files", lambda package: {})
@@ -233,6 +236,11 @@ PAGE_OF_A_TEST = {
 }
 
 
+def page_of_a_test(checkpoint, apart):
+    asking = {"page.json": b'{"thresholds_from": "", "backbone": {"text": "Choose your own file."}}'}
+    return {**PAGE_OF_A_TEST, **(asking if apart else {})}
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     optional("onnxruntime"), optional("onnxscript")
@@ -240,7 +248,7 @@ def run(monkeypatch, tmp_path):
     backbone = use_tiny(monkeypatch, tmp_path / "home")
     (tmp_path / "people" / "Alice_Example").mkdir(parents=True)
     Image.fromarray(faces(1)[0]).save(tmp_path / "people" / "Alice_Example" / "1.png")
-    monkeypatch.setattr(publishing, "site_files", lambda checkpoint: dict(PAGE_OF_A_TEST))
+    monkeypatch.setattr(publishing, "site_files", page_of_a_test)
     return save_run(tmp_path / "run", face_on(backbone, num_domains=3), train_data="people")
 
 
@@ -311,14 +319,22 @@ def test_a_leak_planted_in_a_space_is_refused(run, uploaded, tmp_path, leak, cap
     assert message in capsys.readouterr().err
 
 
-def test_a_backbone_that_others_may_not_have_is_not_in_a_space(run, uploaded, tmp_path, monkeypatch, capsys):
+def test_a_backbone_that_others_may_not_have_is_asked_of_visitors(run, uploaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, NAME, Source("somebody's ViT", "for non-commercial research only"))
-    assert publish(*DATA) == 2 and not (tmp_path / "out").exists()
-    err = capsys.readouterr().err
-    assert "the page would hold somebody's ViT, whose licence is: for non-commercial research only" in err
-    assert "vitface publish --repo" in err
+    assert publish(*DATA) == 0 and publish("--upload") == 0
+    said = "the page is without its backbone, and asks each visitor for it: Choose your own file."
+    assert capsys.readouterr().out.count(said) == 2
+    assert b'"backbone"' in uploaded["page.json"] and "- Choose your own file." in uploaded["README.md"].decode()
+    shutil.rmtree(tmp_path / "out")
     monkeypatch.setitem(SOURCES, NAME, Source("somebody's ViT", "MIT"))
-    assert publish(*DATA) == 0
+    assert publish(*DATA) == 0 and "visitor" not in capsys.readouterr().out
+
+
+def test_random_weights_are_nobodys(monkeypatch):
+    monkeypatch.setitem(SOURCES, "vit_nano", Source("somebody's ViT", "for non-commercial research only"))
+    monkeypatch.setattr(publishing, "site_files", lambda checkpoint, apart: apart)
+    assert publishing.space_files(open_checkpoint("vit_nano", "random")) is False
+    assert publishing.space_files(open_checkpoint("vit_nano")) is True
 
 
 def test_every_licence_of_a_backbone_is_judged():

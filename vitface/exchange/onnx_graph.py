@@ -9,8 +9,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -88,11 +89,12 @@ def torch_bytes(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def onnx_bytes(program: ExportedProgram, model: Recogniser, layout: Layout = "nhwc") -> bytes:
+def onnx_bytes(program: ExportedProgram, model: Recogniser, layout: Layout = "nhwc", fold: bool = True) -> bytes:
     """The contents of a .onnx file: "images" -> "embeddings" and, of DA-LoRA in "nhwc", "domain_weights"; settings as
     metadata.
 
-    Its IR version is the lowest that holds the graph. It needs onnx and onnxscript.
+    Its IR version is the lowest that holds the graph. Without `fold`, each of the model's tensors is in it as it is,
+    under its name. It needs onnx and onnxscript.
     """
     import onnx
 
@@ -100,7 +102,7 @@ def onnx_bytes(program: ExportedProgram, model: Recogniser, layout: Layout = "nh
     outputs = ["embeddings", *["domain_weights"] * gated, *["attention"] * seen]
     with _quiet():
         exported = torch.onnx.export(
-            program, input_names=["images"], output_names=outputs, opset_version=OPSET, verbose=False
+            program, input_names=["images"], output_names=outputs, opset_version=OPSET, verbose=False, optimize=fold
         )
         assert exported is not None
         exported.model.metadata_props["vitface"] = json.dumps(describe(model, layout))
@@ -139,14 +141,24 @@ def describe(model: Recogniser, layout: Layout = "nhwc") -> dict:
     }
 
 
-def check_onnx(data: bytes, model: Recogniser, flip: bool, layout: Layout = "nhwc", least: float = MIN_COSINE) -> float:
+def check_onnx(
+    data: bytes,
+    model: Recogniser,
+    flip: bool,
+    layout: Layout = "nhwc",
+    least: float = MIN_COSINE,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> float:
     """The lowest cosine between ONNX Runtime's embeddings and the model's, on drawn faces in batches of 1 and 32.
 
-    ExchangeError if it is below `least`.
+    `beside` has the files, by name, that the graph reads. ExchangeError if the cosine is below `least`.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    sizes = [*map(len, beside.values())]
+    options.add_external_initializers_from_files_in_memory([*beside], [*beside.values()], sizes)
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     faces = synthetic_pairs(max(CHECKED_BATCHES) // 2 + 1)[0]
     lowest = 1.0
     for batch in CHECKED_BATCHES:

@@ -130,12 +130,10 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
 
 
 def space_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The page of a model by path, without a card; ExchangeError for a backbone that others may not have from us."""
+    """The page of a model by path, without a card, and without a backbone that others may not have from us."""
     source = SOURCES.get(checkpoint.config.backbone)
-    if source and source.licence not in REDISTRIBUTABLE:
-        alone = "`vitface publish --repo` publishes what was trained, without it"
-        raise ExchangeError(f"the page would hold {source.origin}, whose licence is: {source.licence}; {alone}")
-    return site_files(checkpoint)
+    closed = source is not None and source.licence not in REDISTRIBUTABLE
+    return site_files(checkpoint, apart=closed and checkpoint.backbone != "random")
 
 
 def write_space(
@@ -150,7 +148,7 @@ def write_space(
         data=data,
         licence=licence,
         research_only=RESEARCH_ONLY,
-        thresholds=json.loads(page["page.json"])["thresholds_from"],
+        about=json.loads(page["page.json"]),
         version=__version__,
     )
     out.parent.mkdir(parents=True, exist_ok=True)

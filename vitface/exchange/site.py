@@ -5,6 +5,7 @@ else is loaded: index.html has a Content-Security-Policy that allows this folder
 """
 
 import tarfile  # noqa: TID251, for a package of known SHA-256, of which nothing is written
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from vitface.data.images import encode_image
 from vitface.data.synthetic.render import render_scenes
 from vitface.data.synthetic.worlds import SYNTHETIC, TEST_PEOPLE
 from vitface.errors import ExchangeError
+from vitface.exchange.apart import Stored, backbone_names, read_stored, with_noise, without_backbone
 from vitface.exchange.onnx_graph import MIN_COSINE, check_onnx, onnx_bytes, trace
 from vitface.files import json_bytes
 from vitface.recogniser import Recogniser
@@ -37,22 +39,21 @@ SMALL = 1024  # numbers in a weight that stays as it is
 EXAMPLES = ((4, -10, 0.1, 0.1, 11), (4, 20, 0.2, 0.2, 412), (9, 10, 0.15, 0.1, 413))
 
 
-def site_files(checkpoint: Checkpoint, precision: Precision = "fp16") -> dict[str, bytes]:
+def site_files(checkpoint: Checkpoint, precision: Precision = "fp16", apart: bool = False) -> dict[str, bytes]:
     """The page's files by their paths in its folder; the graph's large weights are stored in `precision`.
 
+    With `apart`, no weight of the backbone is in them, and the page asks the visitor for the converted file.
     Fetches ONNX Runtime Web and YuNet where they are not there yet. ExchangeError where the stored graph's embeddings
     differ more from PyTorch's than LEAST.
     """
     model = Recogniser.from_checkpoint(checkpoint, dtype="fp32")
     runtime, detector = runtime_files(fetch_runtime()), fetch_detector().read_bytes()
-    graph = stored_as(onnx_bytes(trace(model.model, layout="seen"), model, "seen"), precision)
-    try:
-        check_onnx(graph, model, True, "seen", LEAST[precision])
-    except ExchangeError as error:
-        more = "" if precision == "fp32" else f"; --precision {'fp16' if precision == 'int8' else 'fp32'} keeps more"
-        raise ExchangeError(f"{error}{more}") from None
+    stored = read_stored(Path(checkpoint.backbone)) if apart else None
+    graph = page_graph(model, precision, stored)
     examples = {f"examples/{n}.png": encode_image(face, "PNG") for n, face in enumerate(drawn(), start=1)}
     about = {**describe(checkpoint, precision), "size": len(graph), "examples": [*examples]}
+    if stored:
+        about["backbone"] = {**stored.facts, "text": asking(checkpoint.config.backbone)}
     return {
         **{name: (PAGE / name).read_bytes() for name in PAGE_FILES},
         "page.json": json_bytes(about),
@@ -62,6 +63,21 @@ def site_files(checkpoint: Checkpoint, precision: Precision = "fp16") -> dict[st
         **examples,
         "licences.txt": licences(checkpoint.config.backbone).encode(),
     }
+
+
+def page_graph(model: Recogniser, precision: Precision, stored: Stored | None) -> bytes:
+    """The checked graph of a page, which reads the backbone from `stored`; None: it holds it."""
+    traced, whole = (with_noise(model.model), backbone_names(model.model)) if stored else (model.model, set())
+    graph = stored_as(onnx_bytes(trace(traced, layout="seen"), model, "seen", fold=not stored), precision, whole)
+    beside = {}
+    if stored:
+        graph, beside = without_backbone(graph, model.model, stored), {stored.name: stored.data}
+    try:
+        check_onnx(graph, model, True, "seen", LEAST[precision], beside)
+    except ExchangeError as error:
+        more = "" if precision == "fp32" else f"; --precision {'fp16' if precision == 'int8' else 'fp32'} keeps more"
+        raise ExchangeError(f"{error}{more}") from None
+    return graph
 
 
 def drawn() -> np.ndarray:
@@ -88,8 +104,8 @@ def describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
     named = SYNTHETIC.get(str(checkpoint.settings.get("train_data")), ())
     kind = "frozen" if not config.lora_rank else "with LoRA" if domains == 1 else f"with DA-LoRA, {domains} domains"
     return {
-        "text": f"{config.backbone} {kind}: {config.embedding_dim} numbers describe a face. Weights in {precision}, "
-        f"cosine with PyTorch's embeddings at least {LEAST[precision]:g}; made with vitface {__version__}.",
+        "text": f"{config.backbone} {kind}: {config.embedding_dim} numbers describe a face. Weights stored in "
+        f"{precision}, cosine with PyTorch's embeddings at least {LEAST[precision]:g}. Made by vitface {__version__}.",
         "domains": named if len(named) == domains else [f"domain {k}" for k in range(domains)],
         "thresholds": [
             {"far": far, "threshold": threshold, "words": Verdict(0, threshold, far).far_in_words}
@@ -97,6 +113,15 @@ def describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
         ],
         "thresholds_from": source_text(calibration) if calibration else "",
     }
+
+
+def asking(backbone: str) -> str:
+    """Why the page has no backbone, and what its visitor can do."""
+    source = SOURCES[backbone]
+    return (
+        f"This model runs on {source.origin}, whose licence ({source.licence}) keeps it out of this page. Choose your "
+        f"own {backbone}.safetensors, which vitface fetch or vitface convert wrote. It stays in your browser."
+    )
 
 
 def licences(backbone: str) -> str:
@@ -118,8 +143,10 @@ def runtime_files(package: Path) -> dict[str, bytes]:
     return found
 
 
-def stored_as(graph: bytes, precision: Precision) -> bytes:
+def stored_as(graph: bytes, precision: Precision, whole: Set[str] = frozenset()) -> bytes:
     """A graph whose large weights are stored in `precision`; a runtime turns them into float32 once, as it starts.
+
+    Those named in `whole` stay as they are.
 
     int8: matrices and convolutions alone, with a scale for each row or column, whichever is closer; others in fp16.
     """
@@ -131,7 +158,7 @@ def stored_as(graph: bytes, precision: Precision) -> bytes:
     model, first = onnx.load_from_string(graph), []
     for tensor in list(model.graph.initializer):
         weight, name = numpy_helper.to_array(tensor), tensor.name
-        if weight.dtype != np.float32 or weight.size < SMALL:
+        if weight.dtype != np.float32 or weight.size < SMALL or name in whole:
             continue
         model.graph.initializer.remove(tensor)
         if precision == "int8" and weight.ndim in (2, 4):

@@ -1,6 +1,7 @@
 """Write a model, or a page that runs it, for the Hugging Face Hub, with a card, and upload nothing but that."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ EXAMPLES = """examples:
 
 The folder OUT is uploaded. You may edit its card before: an existing folder is not written again, but it is checked
 each time, and refused if it holds anything but adapters, router, head, settings, thresholds and the card; of a Space,
-anything but the page, its model with the backbone, whose licence has to allow that, and the card.
+anything but the page, its model and the card. The backbone goes along where its licence is Apache-2.0 or MIT; where it
+is another, the page asks each visitor for the backbone's file.
 """
 
 
@@ -92,6 +94,8 @@ def _page(
     from vitface.exchange.publishing import check_space, space_files, write_space
 
     page = space_files(checkpoint)
+    if backbone := json.loads(page["page.json"]).get("backbone"):
+        print(f"the page is without its backbone, and asks each visitor for it: {backbone['text']}")
     if not out.exists():
         write_space(checkpoint, out, page, repository, arguments.data, arguments.licence)
     return check_space(out, page, people)

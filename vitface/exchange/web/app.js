@@ -219,10 +219,36 @@ async function start() {
   [far] = about.thresholds;
   $('#far').hidden = about.thresholds.length < 2;
   $('#about').textContent = about.text;
+  if (about.backbone) askForBackbone(); else await load();
+}
+
+async function load(chosen) {
   const started = performance.now();
-  await ask('load', { size: about.size });
+  await ask('load', { size: about.size, backbone: about.backbone, chosen });
   $('#progress').hidden = true;
   $('#examples').hidden = false;
   say($('#status'), `The model is ready (${((performance.now() - started) / 1000).toFixed(1)} s).`);
+}
+
+/** Asks for the file that the page may not hold, until it is the right one. */
+function askForBackbone() {
+  const section = $('#backbone'), input = $('input', section), note = $('.note', section);
+  section.hidden = false;
+  $('p', section).textContent = about.backbone.text;
+  say($('#status'), 'The model waits for its backbone.');
+  input.onchange = async () => {
+    const [chosen] = input.files;
+    if (!chosen) return;
+    input.disabled = true;
+    say(note, 'Reading the file …');
+    try {
+      await load(chosen);
+      section.hidden = true;
+    } catch (error) {
+      say(note, error.message, true);
+    }
+    input.disabled = false;
+    input.value = ''; // so that the same file can be chosen again
+  };
 }
 start().catch((error) => say($('#status'), `The model could not be loaded: ${error.message}`, true));

@@ -21,13 +21,28 @@ async function read(name, size) {
   return new Uint8Array(await new Blob(data).arrayBuffer());
 }
 
-async function open(name, size) {
-  return ort.InferenceSession.create(await read(name, size), { executionProviders: ['wasm'] });
+async function open(name, size, externalData) {
+  return ort.InferenceSession.create(await read(name, size), { executionProviders: ['wasm'], externalData });
 }
 
-async function load({ size }) {
+/** The tensors in a visitor's file; Error unless they are those that the model was made with. */
+async function readBackbone(chosen, { file, bytes, sha256 }) {
+  if (!crypto.subtle) throw new Error('The file can be checked only where this page is on https:// or on localhost.');
+  const wrong = new Error(`${chosen.name} does not hold the weights that this model was made with; choose ${file}.`);
+  const head = await chosen.slice(0, 8).arrayBuffer();
+  if (head.byteLength < 8) throw wrong;
+  const start = 8 + Number(new DataView(head).getBigUint64(0, true)); // after the header, which depends on vitface's version
+  if (chosen.size - start !== bytes) throw wrong;
+  const data = await chosen.slice(start).arrayBuffer();
+  const digest = new Uint8Array(await crypto.subtle.digest('SHA-256', data));
+  if (Array.from(digest, (byte) => byte.toString(16).padStart(2, '0')).join('') !== sha256) throw wrong;
+  return new Uint8Array(data);
+}
+
+async function load({ size, backbone, chosen }) {
   ort.env.wasm.numThreads = 1;
-  recogniser = await open('face.onnx', size);
+  const outside = backbone && [{ path: backbone.file, data: await readBackbone(chosen, backbone) }];
+  recogniser = await open('face.onnx', size, outside);
 }
 
 async function detect(data, shape) {
