@@ -117,7 +117,8 @@ def page_picture(run: str) -> Image.Image:
     from browser import chromium
 
     shot = BytesIO()
-    with DemoServer(site_files(open_checkpoint(Path(run)), "fp32")) as server, TemporaryDirectory() as profile:
+    profiles = TemporaryDirectory(ignore_cleanup_errors=True)  # Chromium's last process may still write
+    with DemoServer(site_files(open_checkpoint(Path(run)), "fp32")) as server, profiles as profile:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with chromium(Path(profile)) as browser:
             browser.open(server.address)
