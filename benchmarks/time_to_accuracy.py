@@ -35,6 +35,7 @@ from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices
 
 Curve = list[list[float]]
+WHAT = {"peer": "in the course of one run", "vitface": "the ends of several runs"}
 
 
 class Timed(Trainer):
@@ -90,14 +91,17 @@ def result(peer: Curve, ours: Curve) -> dict:
 
 
 def draw(path: Path, curves: dict[str, Curve]) -> None:
-    """Writes the curves as an SVG."""
+    """Writes the curves as an SVG, with a mark where LFW was looked at."""
     numbers = {name: tuple(torch.tensor(curve).T.numpy()) for name, curve in curves.items()}
-    chart, box = line_chart("", "seconds of training", "accuracy on LFW", numbers), BOX
+    percent = {name: (seconds, 100 * accuracy) for name, (seconds, accuracy) in numbers.items()}
+    chart, box = line_chart("", "seconds of training", "accuracy on LFW in %", percent), BOX
     marks = [text(x, box["bottom"] + 14, label, "middle") for x, label in chart["x_ticks"]]
     marks += [text(box["left"] - 6, y + 4, label, "end") for y, label in chart["y_ticks"]]
     for number, ((name, points), colour) in enumerate(zip(chart["lines"].items(), ("#777777", "#0066cc"), strict=True)):
-        marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        marks.append(text(box["right"], box["bottom"] - 10 - 14 * number, name, "end", colour))
+        marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for x, y in (point.split(",") for point in points.split()):
+            marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        marks.append(text(box["right"], box["bottom"] - 10 - 14 * number, f"{name}: {WHAT[name]}", "end", colour))
     marks.append(text(box["right"], box["height"] - 8, f"{chart['y_label']} after {chart['x_label']}", "end"))
     size = f'viewBox="0 0 {box["width"]} {box["height"]}" font-family="sans-serif" font-size="11"'
     background = '<rect width="100%" height="100%" fill="#ffffff"/>'

@@ -26,7 +26,8 @@ def test_the_ratio_is_the_time_to_the_peers_last_accuracy():
 def test_the_drawing_holds_both_curves(tmp_path):
     time_to_accuracy.draw(tmp_path / "c.svg", {"peer": [[1.0, 0.5], [2.0, 0.6]], "vitface": [[1.0, 0.7], [3.0, 0.9]]})
     drawn = (tmp_path / "c.svg").read_text()
-    assert drawn.count("<polyline") == 2 and ">vitface</text>" in drawn and ">peer</text>" in drawn
+    assert drawn.count("<polyline") == 2 and drawn.count("<circle") == 4
+    assert ">vitface: the ends of several runs</text>" in drawn and ">peer: in the course of one run</text>" in drawn
 
 
 def test_a_failing_side_ends_it_with_its_output():
