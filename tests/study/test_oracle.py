@@ -168,7 +168,7 @@ def test_the_sensors_are_studied_once_and_mapped(tmp_path, few_faces, monkeypatc
     settings = json.loads((folder / "base" / "oracle-s0" / "config.json").read_text())
     assert settings["num_domains"] == 3 and settings["domain_labels"] is None
     wide = json.loads((folder / "base" / "lora_wide-s0" / "config.json").read_text())
-    assert (wide["lora_rank"], wide["lora_alpha"], wide["use_dalora"]) == (6, 192.0, False)
+    assert (wide["lora_rank"], wide["lora_alpha"], wide["use_dalora"]) == (6, 48.0, False)
     assert "| base | lora_wide | 0 |" in (folder / "map.md").read_text()
 
     def never(*arguments, **named):

@@ -17,7 +17,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
 }
 ORACLES: dict[str, dict[str, Any]] = {  # of adapters chosen by what is known of a photo, on people kept back
-    "sensors": {"exp": "lfw_vit_tiny", "epochs": 3, "degrade": "all", "val_data": None},
+    "sensors": {"exp": "lfw_vit_tiny", "epochs": 3, "lora_alpha": 16.0, "degrade": "all", "val_data": None},
     "poses": {"exp": "lfw_vit_tiny", "epochs": 10, "val_data": None},
 }
 SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "dry_run")
