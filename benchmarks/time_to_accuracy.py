@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from timing import machine
 
-from vitface.commands.parser import CommandParser, add_settings
+from vitface.commands.parser import CommandParser, add_settings, bounds_of, number
 from vitface.config import TrainConfig, resolve
 from vitface.evaluation.benchmarks import evaluate_all
 from vitface.evaluation.plots import BOX, line_chart
@@ -97,11 +97,11 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
     chart, box = line_chart("", "seconds of training", "accuracy on LFW in %", percent), BOX
     marks = [text(x, box["bottom"] + 14, label, "middle") for x, label in chart["x_ticks"]]
     marks += [text(box["left"] - 6, y + 4, label, "end") for y, label in chart["y_ticks"]]
-    for number, ((name, points), colour) in enumerate(zip(chart["lines"].items(), ("#777777", "#0066cc"), strict=True)):
+    for row, ((name, points), colour) in enumerate(zip(chart["lines"].items(), ("#777777", "#0066cc"), strict=True)):
         marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for x, y in (point.split(",") for point in points.split()):
             marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        marks.append(text(box["right"], box["bottom"] - 10 - 14 * number, f"{name}: {WHAT[name]}", "end", colour))
+        marks.append(text(box["right"], box["bottom"] - 10 - 14 * row, f"{name}: {WHAT[name]}", "end", colour))
     marks.append(text(box["right"], box["height"] - 8, f"{chart['y_label']} after {chart['x_label']}", "end"))
     size = f'viewBox="0 0 {box["width"]} {box["height"]}" font-family="sans-serif" font-size="11"'
     background = '<rect width="100%" height="100%" fill="#ffffff"/>'
@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peer-epochs", type=int, default=20)
     parser.add_argument("--peer-dtype", default="bf16", help="the faster one on this processor")
     parser.add_argument("--every", type=int, default=2, help="epochs of the peer between two looks at LFW")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[20], help="of our runs, one for each number")
+    epochs = number(int, bounds_of("epochs"))
+    parser.add_argument("--epochs", type=epochs, nargs="+", default=[20], help="of our runs, one for each number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--svg", type=Path)
@@ -142,7 +143,7 @@ def main(argv: list[str]) -> None:
         peers.append(curve_of([sys.executable, str(arguments.peer), *same, *theirs], arguments.threads))
         print(f"seed {seed}  peer {peers[-1]}", flush=True)
         command = [sys.executable, __file__, "--ours-only", *argv, *same, "--epochs"]
-        runs = [curve_of([*command, str(epochs)], arguments.threads) for epochs in sorted(arguments.epochs)]
+        runs = [curve_of([*command, str(length)], arguments.threads) for length in sorted(arguments.epochs)]
         ours.append([point for curve in runs for point in curve])
         print(f"seed {seed}  vitface {ours[-1]}", flush=True)
     curves = {"peer": median_curve(peers), "vitface": median_curve(ours)}

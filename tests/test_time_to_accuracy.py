@@ -35,3 +35,11 @@ def test_a_failing_side_ends_it_with_its_output():
         time_to_accuracy.curve_of([sys.executable, "-c", "raise SystemExit('no such peer')"], 1)
     said = [sys.executable, "-c", "print('epoch 1'); print('{\"curve\": [[1.5, 0.9]]}')"]
     assert time_to_accuracy.curve_of(said, 1) == [[1.5, 0.9]]
+
+
+def test_runs_without_an_epoch_are_refused_before_the_peer_trains(tmp_path, capsys):
+    (tmp_path / "peer.py").write_text("raise SystemExit('trained')")
+    command = ["--peer", str(tmp_path / "peer.py"), "--data", str(tmp_path), "--epochs", "8", "0"]
+    with pytest.raises(SystemExit) as ended:
+        time_to_accuracy.main(command)
+    assert ended.value.code == 2 and "--epochs: must be at least 1, not 0" in capsys.readouterr().err

@@ -74,14 +74,9 @@ class Recogniser:
         return self.model.config
 
     def __repr__(self) -> str:
-        config, rates = self.config, ", ".join(f"{far:g}" for far in sorted(self.thresholds))
-        kind = (
-            "frozen"
-            if not config.lora_rank
-            else f"DA-LoRA x {config.num_domains}"
-            if config.num_domains > 1
-            else "LoRA"
-        )
+        config, domains = self.config, self.config.num_domains
+        kind = "frozen" if not config.lora_rank else "LoRA" if domains == 1 else f"DA-LoRA x {domains}"
+        rates = ", ".join(f"{far:g}" for far in sorted(self.thresholds))
         sizes = f"{config.image_size} px -> {config.embedding_dim} numbers"
         return f"<Recogniser: {config.backbone}, {kind}, {sizes}, thresholds at FAR {rates or '(none)'}>"
 
