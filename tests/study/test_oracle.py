@@ -170,6 +170,7 @@ def test_the_sensors_are_studied_once_and_mapped(tmp_path, few_faces, monkeypatc
     wide = json.loads((folder / "base" / "lora_wide-s0" / "config.json").read_text())
     assert (wide["lora_rank"], wide["lora_alpha"], wide["use_dalora"]) == (6, 48.0, False)
     assert "| base | lora_wide | 0 |" in (folder / "map.md").read_text()
+    assert "base: over lora_wide" in (folder / "map.svg").read_text()
 
     def never(*arguments, **named):
         raise AssertionError("trained or judged again")

@@ -12,6 +12,7 @@ from vitface.documents import table
 from vitface.evaluation.protocol import Verification
 from vitface.evaluation.statistics import DRAWS, identity_draws, interval, seed_weights
 from vitface.files import json_bytes, replace_file
+from vitface.study.figure import figure
 
 Results = dict[str, Verification]  # by the name of a set of pairs
 Arms = dict[str, dict[int, Results]]  # {arm: {seed: results}}
@@ -71,10 +72,11 @@ def map_rows(settings: dict[str, Arms]) -> list[dict[str, Any]]:
 
 
 def write_map(folder: Path, name: str, settings: dict[str, Arms], about: dict[str, Any]) -> None:
-    """Writes map.json and map.md."""
+    """Writes map.json, map.md and map.svg, which has the leads over all pairs."""
     rows = map_rows(settings)
     replace_file(folder / "map.json", json_bytes({**about, "study": name, "rows": rows}))
     replace_file(folder / "map.md", map_markdown(name, rows, about).encode())
+    replace_file(folder / "map.svg", figure(rows, "all").encode())
 
 
 def map_markdown(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 In the study "sensors" a photo's kind is its sensor (see `vitface.data.degrade`), in "poses" how far the face is turned.
 Each cell is an ordinary run directory, FOLDER/SETTING/ARM-sSEED; it is judged on people who were kept back from all
-runs, and not trained or judged again. FOLDER/map.md and map.json have the leads of the oracle. Letters: n photos,
-M pairs, K domains.
+runs, and not trained or judged again. FOLDER/map.md, map.svg and map.json have the leads of the oracle.
+Letters: n photos, M pairs, K domains.
 """
 
 import dataclasses
