@@ -1,6 +1,8 @@
 """The studies of an oracle gate: who is judged, on which pairs, which domains the gates are told, and the map."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from conftest import tiny_face, tiny_recogniser
 from vitface.__main__ import main
 from vitface.data.formats.samples import FolderSamples
 from vitface.data.synthetic.worlds import SyntheticSamples
+from vitface.errors import ConfigError
 from vitface.evaluation.protocol import verify
+from vitface.lock import waiting_lock
 from vitface.study import oracle, strangers
 from vitface.study.controls import known_gate, known_gate_shuffled, uniform_gate
 from vitface.study.map import groups, lead, map_rows
@@ -183,6 +187,30 @@ def test_the_sensors_are_studied_once_and_mapped(tmp_path, few_faces, monkeypatc
     assert "unknown variant 'lora48'; known: oracle, lora_wide" in capsys.readouterr().err
     assert main([*command, "--settings", "ranks"]) == 2
     assert "unknown setting 'ranks'; known: base, epochs_3" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_one_process_prepares_a_study_at_a_time(tmp_path, few_faces, monkeypatch, capsys):
+    folder = tmp_path / "map"
+    folder.mkdir()
+    pid = os.fork()
+    if not pid:
+        with waiting_lock(folder / ".lock"):
+            (tmp_path / "locked").touch()
+            time.sleep(0.3)
+            (tmp_path / "released").touch()
+            os._exit(0)
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+
+    def prepare(study):
+        assert (tmp_path / "released").exists()
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(oracle.OracleStudy, "prepare", prepare)
+    assert main(["study", "sensors", *STUDY, "--save-dir", str(folder)]) == 2
+    assert capsys.readouterr().err == "error: seen\n"
+    os.waitpid(pid, 0)
 
 
 def test_fixed_domains_depend_on_the_name_and_are_even():

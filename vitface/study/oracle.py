@@ -25,6 +25,7 @@ from vitface.evaluation.judging import judged
 from vitface.evaluation.protocol import Verification, pair_distance, verify
 from vitface.evaluation.scores import SCORES, load_scores, save_scores
 from vitface.files import check_output, make_folder, sha256_bytes
+from vitface.lock import waiting_lock
 from vitface.recogniser import Recogniser
 from vitface.store.faces import open_checkpoint
 from vitface.study.controls import KnownRouter, known_gate, known_gate_shuffled, uniform_gate
@@ -177,7 +178,8 @@ def run_oracle(
     study = OracleStudy(name, base, folder)
     check_output(folder, ("map.md", "people"))
     make_folder(folder)
-    study.prepare()
+    with waiting_lock(folder / ".lock"):  # several processes may share a study, each with its seeds
+        study.prepare()
     grids = all_settings(study)
     for kind, given, known in (("variant", chosen, arms(base)), ("setting", which, grids)):
         for unknown in set(given or ()) - set(known):
