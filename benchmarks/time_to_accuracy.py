@@ -29,7 +29,7 @@ from timing import machine
 from vitface.commands.parser import CommandParser, add_settings, bounds_of, number
 from vitface.config import TrainConfig, resolve
 from vitface.evaluation.benchmarks import evaluate_all
-from vitface.evaluation.plots import BOX, line_chart
+from vitface.evaluation.plots import BOX, line_chart, svg, svg_text
 from vitface.recogniser import Recogniser
 from vitface.training.loop import Trainer
 from vitface.training.setup import resolve_choices
@@ -95,21 +95,15 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
     numbers = {name: tuple(torch.tensor(curve).T.numpy()) for name, curve in curves.items()}
     percent = {name: (seconds, 100 * accuracy) for name, (seconds, accuracy) in numbers.items()}
     chart, box = line_chart("", "seconds of training", "accuracy on LFW in %", percent), BOX
-    marks = [text(x, box["bottom"] + 14, label, "middle") for x, label in chart["x_ticks"]]
-    marks += [text(box["left"] - 6, y + 4, label, "end") for y, label in chart["y_ticks"]]
+    marks = [svg_text(x, box["bottom"] + 14, label, "middle") for x, label in chart["x_ticks"]]
+    marks += [svg_text(box["left"] - 6, y + 4, label, "end") for y, label in chart["y_ticks"]]
     for row, ((name, points), colour) in enumerate(zip(chart["lines"].items(), ("#777777", "#0066cc"), strict=True)):
         marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for x, y in (point.split(",") for point in points.split()):
             marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        marks.append(text(box["right"], box["bottom"] - 10 - 14 * row, f"{name}: {WHAT[name]}", "end", colour))
-    marks.append(text(box["right"], box["height"] - 8, f"{chart['y_label']} after {chart['x_label']}", "end"))
-    size = f'viewBox="0 0 {box["width"]} {box["height"]}" font-family="sans-serif" font-size="11"'
-    background = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{background}{"".join(marks)}</svg>\n')
-
-
-def text(x: float, y: float, words: str, anchor: str, colour: str = "#333333") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+        marks.append(svg_text(box["right"], box["bottom"] - 10 - 14 * row, f"{name}: {WHAT[name]}", "end", colour))
+    marks.append(svg_text(box["right"], box["height"] - 8, f"{chart['y_label']} after {chart['x_label']}", "end"))
+    path.write_text(svg(box["width"], box["height"], marks))
 
 
 def main(argv: list[str]) -> None:

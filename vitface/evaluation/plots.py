@@ -1,8 +1,9 @@
-"""The charts of report.html.j2 as numbers in SVG pixels, and its pictures as data URIs."""
+"""The charts of report.html.j2 as numbers in SVG pixels, its pictures as data URIs, and the frame of an SVG file."""
 
 import base64
 from collections.abc import Mapping
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image
@@ -83,6 +84,18 @@ def bar_chart(title: str, x_label: str, y_label: str, groups: Mapping[str, Mappi
 def _chart(title: str, x_label: str, y_label: str, **marks: Any) -> Chart:
     nothing = {"y_ticks": [], "lines": {}, "bands": [], "bars": [], "legend": ()}
     return {"title": title, "x_label": x_label, "y_label": y_label, **nothing, **marks}
+
+
+def svg(width: float, height: float, marks: list[str]) -> str:
+    """A file of its own: the marks on a white ground."""
+    size = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11"'
+    ground = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{ground}{"".join(marks)}</svg>\n'
+
+
+def svg_text(x: float, y: float, words: str, anchor: str, colour: str = "#333333") -> str:
+    """Words whose start, middle or end, `anchor`, is at x, on a line at y."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
 
 
 def pictures(caption: str, *images: np.ndarray) -> tuple[list[str], str]:
