@@ -159,6 +159,10 @@ def test_each_bound_is_kept(name):
         (["--seed", "-1"], "--seed must be at least 0 and at most 9223372036854775807, not -1"),
         (["--batch-size", "1"], "--batch-size must be at least 2"),
         (["--batch-size", "6", "--grad-accum", "6"], "--batch-size must be at least 12, twice --grad-accum"),
+        (
+            ["--loss", "adaface", "--head", "linear", "--batch-size", "4", "--grad-accum", "4"],
+            "--batch-size must be at least 8, twice --grad-accum: AdaFace needs two images",
+        ),
         (["--batch-size", "9", "--grad-accum", "2"], "--batch-size 9 is no multiple of --grad-accum 2"),
         (["--holdout-people", "1"], "--holdout-people must be 0 or at least 2"),
         (["--holdout-people", "0", "--patience", "3"], "not 0 with --patience"),

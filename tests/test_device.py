@@ -13,7 +13,9 @@ from vitface import device
 from vitface.__main__ import main
 from vitface.config import resolve
 from vitface.device import dtype_note, inference_dtype, lead_of_fp32, resolve_dtype
+from vitface.errors import ConfigError
 from vitface.store.faces import open_checkpoint, trained_tensors
+from vitface.training.ranks.process_group import local_device
 from vitface.training.runs.checkpoint import save_checkpoint
 from vitface.training.runs.resume import configure
 from vitface.training.setup import resolve_choices
@@ -32,6 +34,20 @@ def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch, name, current)
     monkeypatch.setattr(torch, "zeros", lambda count, device: zeros(count))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch._utils._get_device_index(device)))
     assert device.resolve_device(name) == torch.device(name) and seen == current
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(4, "cuda:2"), (1, "cuda:0")])
+def test_a_rank_has_the_gpu_of_its_number_or_the_only_one_that_it_sees(monkeypatch, gpus, device):
+    """Under SLURM a process may see its own GPU alone."""
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert local_device("auto") == local_device("cuda") == device and local_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="--device cuda:1 is one GPU for all ranks; --device cuda gives each rank"):
+        local_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one rank on each machine
+    assert local_device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize(

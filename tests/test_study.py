@@ -1,6 +1,8 @@
 import json
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from vitface.__main__ import main
@@ -9,6 +11,7 @@ from vitface.documents import put_between_markers
 from vitface.errors import ConfigError
 from vitface.evaluation import benchmarks
 from vitface.evaluation.compare import ONE_SEED
+from vitface.evaluation.protocol import verify
 from vitface.study import grid
 from vitface.study.grid import adapter_parameters, chosen_variants, variants
 from vitface.training import setup
@@ -64,6 +67,21 @@ def test_a_study_trains_compares_resumes_and_writes_its_table(tmp_path, few_face
     assert main(["evaluate", "--compare", str(folder / "lora-s0"), str(folder / "dalora-s0")]) == 0
     assert "verdict: " in capsys.readouterr().out
     assert adapter_parameters(folder / "frozen", with_router=True) is None
+
+
+def test_scores_of_a_model_are_kept_for_the_benchmarks_they_are_of(tmp_path, monkeypatch):
+    seen = []
+    result = verify(np.array([0.1, 0.9] * 20), np.array([True, False] * 20))
+
+    def evaluate(embed, names, folder):
+        seen.append((tuple(names), folder))
+        return SimpleNamespace(results=dict.fromkeys(names, result), failures=[])
+
+    monkeypatch.setattr(grid, "evaluate_all", evaluate)
+    model = SimpleNamespace(embed=None)
+    for folder, names in (("a", ["lfw"]), ("a", ["lfw"]), ("b", ["lfw"]), ("b", ["lfw", "cfp_fp"]), ("b", ["lfw"])):
+        grid.judge(tmp_path / "frozen", lambda: model, "backbone", resolve({"exp": "demo", "val_data": folder}), names)
+    assert seen == [(("lfw",), "a"), (("lfw",), "b"), (("lfw", "cfp_fp"), "b"), (("lfw",), "b")]
 
 
 def test_the_table_says_what_each_interval_shows():

@@ -204,9 +204,10 @@ class TrainConfig:
             raise ConfigError("--holdout-people must be 0 or at least 2, and not 0 with --patience")
         if self.batch_size % self.grad_accum:
             raise ConfigError(f"--batch-size {self.batch_size} is no multiple of --grad-accum {self.grad_accum}")
-        if self.batch_size // self.grad_accum < 2 and self.head in ("bn", "patches"):
+        if self.batch_size // self.grad_accum < 2 and (self.head in ("bn", "patches") or self.loss == "adaface"):
+            who = "AdaFace" if self.loss == "adaface" else "the batch norm of the embedding head"
             least = f"at least {2 * self.grad_accum}, twice --grad-accum"
-            raise ConfigError(f"--batch-size must be {least}: the batch norm of the embedding head needs two images")
+            raise ConfigError(f"--batch-size must be {least}: {who} needs two images")
 
 
 BOOKKEEPING = frozenset(item.name for item in dataclasses.fields(TrainConfig) if item.metadata["bookkeeping"])

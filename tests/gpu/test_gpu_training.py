@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from vitface.__main__ import main
 from vitface.config import FaceConfig, resolve
+from vitface.data.degrade import degrade, draw, parse_sensors
 from vitface.kernels import fused
 from vitface.model import ops
 from vitface.model.face import FaceModel
@@ -90,6 +91,20 @@ def test_nothing_waits_for_the_gpu_within_a_step(step):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_sensors_do_not_wait_for_the_gpu():
+    images = torch.rand(32, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    drawn = draw(parse_sensors("all"), 0, 0, np.arange(32))
+    there = images.cuda()
+    degrade(there, drawn)  # the constants are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = degrade(there, drawn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), degrade(images, drawn), rtol=0, atol=2 / 255)
 
 
 def test_memory_does_not_grow_in_a_thousand_steps(step):

@@ -81,6 +81,36 @@ def test_gradients_against_float64(kind):
         assert (got - want.grad).norm() <= 1e-5 * want.grad.norm()
 
 
+def test_adaface_averages_the_mean_and_the_deviation_of_the_norms():
+    """Kim et al.'s algorithm: momentum 0.01, starting at 20 and 100; a margin that these change, and no gradient."""
+    loss, embedding, labels = make("adaface", (5, 7, 9, 3, 8.0))
+    mean, deviation = 20.0, 100.0
+    for step in range(3):
+        norms = (embedding * (step + 1)).double().norm(dim=1).clamp(1e-3, 100)
+        mean, deviation = 0.99 * mean + 0.01 * norms.mean(), 0.99 * deviation + 0.01 * norms.std()
+        loss.train()(embedding * (step + 1), labels)
+        assert loss.margin.norm_mean.item() == pytest.approx(mean.item(), rel=1e-5)
+        assert loss.margin.norm_std.item() == pytest.approx(deviation.item(), rel=1e-5)
+    before = loss.margin.norm_mean.clone()
+    loss.eval()(embedding, labels)
+    assert torch.equal(loss.margin.norm_mean, before)
+
+
+def test_adaface_takes_the_norms_as_constants():
+    """Its gradients are those of the formula in float64 with the quality of the norms held fixed."""
+    loss, embedding, labels = make("adaface", (5, 7, 9, 3, 2.0), scale=64.0)
+    embedding.requires_grad_()
+    loss(embedding, labels).backward()
+    z, weight = (t.detach().double().requires_grad_() for t in (embedding, loss.weight))
+    quality = (0.333 * (embedding.detach().double().norm(dim=1) - 20) / (100 + 1e-3)).clamp(-1, 1)
+    cosine = F.normalize(z) @ F.normalize(weight).T
+    rows = torch.arange(5)
+    own = torch.cos(torch.acos(cosine[rows, labels]) - 0.35 * quality) - 0.35 * (1 + quality)
+    F.cross_entropy(64.0 * cosine.index_put((rows, labels), own), labels).backward()
+    for got, want in ((embedding.grad, z.grad), (loss.weight.grad, weight.grad)):
+        assert (got.double() - want).norm() <= 1e-5 * want.norm()
+
+
 def test_low_precision_embeddings_are_raised_to_float32():
     loss, embedding, labels = make("cosface", (4, 6, 8, 0, 1.0))
     rounded = embedding.bfloat16()

@@ -183,6 +183,8 @@ def test_the_sensors_are_studied_once_and_mapped(tmp_path, few_faces, monkeypatc
     monkeypatch.setattr(oracle.OracleStudy, "results", never)
     assert main([*command, *some]) == 0
     assert json.loads((folder / "map.json").read_text())["rows"] == kept["rows"]
+    assert main([*command, "--holdout-people", "4"]) == 2
+    assert "keeps people of its own back; --holdout-people must be 0" in capsys.readouterr().err
     assert main([*command, "--variants", "lora48"]) == 2
     assert "unknown variant 'lora48'; known: oracle, lora_wide" in capsys.readouterr().err
     assert main([*command, "--settings", "ranks"]) == 2

@@ -15,10 +15,10 @@ IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CHANGES = [{}, {"num_domains": 3}, {"head": "patches", "head_levels": 2}, {"lora_targets": "attn+mlp"}]
 
 
-def setup(**changes):
+def setup(people=5, kind="cosface", **changes):
     model = tiny_face(**changes).train()
     randomise_adapters(model)
-    return model, MarginLoss(make_margin("cosface", 0.35), 5, 8, 64.0)
+    return model, MarginLoss(make_margin(kind, 0.35), people, 8, 64.0)
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -33,7 +33,9 @@ def test_predicts_what_a_step_of_another_batch_saves(changes, recomputed):
     assert [plan.recomputed for plan in plans] == [0, 1, 2]
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())  # no trace of a probe
     parameters = [*model.parameters(), *margin.parameters()]
-    assert plans[0].constant == sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
+    prototypes = margin.weight.nbytes + len(margin.weight) * 4  # as unit vectors, and their lengths
+    expected = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters) + prototypes
+    assert plans[0].constant == pytest.approx(expected, abs=100)
 
     kept, entries = [], []
     model.vit.recompute(recomputed)
@@ -41,13 +43,33 @@ def test_predicts_what_a_step_of_another_batch_saves(changes, recomputed):
     for block in model.vit.blocks[:recomputed]:
         block.register_forward_pre_hook(lambda _, inputs: entries.append(inputs[0].nbytes))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        alive = model(IMAGES)
+        alive = model(IMAGES), margin(torch.zeros(len(IMAGES), 8, requires_grad=True), torch.zeros(len(IMAGES)).long())
+    addresses.add(margin.weight.untyped_storage().data_ptr())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    saved = sum(size for address, size in storages.items() if address not in addresses) + sum(entries)
+    saved = sum(size for address, size in storages.items() if address not in addresses) + sum(entries) - prototypes
     del alive
     model.vit.recompute(0)
     at_work = 2 * block_bytes(model, changes)
     assert plans[recomputed].per_image * len(IMAGES) == pytest.approx(saved + at_work, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["cosface", "adaface"])
+def test_the_logits_of_many_people_are_in_the_plan(kind):
+    """20,000 people: the softmax that is saved, 0.08 MB an image, outweighs this small model, and so do two more
+    matrices of that size, the cosines and the logits, while the loss is computed."""
+    model, margin = setup(people=20_000, kind=kind)
+    state = {name: tensor.clone() for name, tensor in margin.state_dict().items()}
+    few, many = (plan_memory(model, loss, 64, None) for loss in (setup(kind=kind)[1], margin))
+    block = 2 * block_bytes(model, {}) // len(IMAGES)
+    assert many.per_image - few.per_image + block == pytest.approx(3 * 20_000 * 4, rel=0.01)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in margin.state_dict().items())
+    embedding, kept = torch.zeros(64, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        alive = margin(embedding, torch.zeros(64).long())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    del alive
+    measured = sum(storages.values()) - margin.weight.nbytes
+    assert many.total - few.total >= measured + 3 * (margin.weight.nbytes - setup()[1].weight.nbytes)
 
 
 def block_bytes(model, changes) -> int:

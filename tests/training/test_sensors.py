@@ -13,8 +13,9 @@ from vitface.data.degrade import degrade, draw, parse_sensors
 from vitface.data.loader import epoch_order
 from vitface.data.preprocess import to_float
 from vitface.errors import ConfigError
-from vitface.training import setup
+from vitface.training import estimate, setup
 from vitface.training.loop import Trainer
+from vitface.training.step import total_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reliability"))
 from tiny import TINY, Faces, use_tiny
@@ -24,6 +25,22 @@ from tiny import TINY, Faces, use_tiny
 def trainer(monkeypatch):
     use_tiny(monkeypatch)
     return lambda **changes: Trainer(setup.resolve_choices(resolve({**TINY, "seed": 5, **changes})), None)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_step_that_warms_up_has_domains_as_the_others(trainer, monkeypatch, known):
+    """Else --compile would make a second graph in the first step."""
+    seen = []
+
+    def spy(model, margin, batch, config):
+        seen.append(batch.domains)
+        return total_loss(model, margin, batch, config)
+
+    monkeypatch.setattr(estimate, "total_loss", spy)
+    settings = {"degrade": "nir:30,blur:2", "domain_labels": None if known else "none"}
+    run = trainer(use_dalora=True, num_domains=3, router_depth=1, **settings)
+    assert run.data.labelled == known == (next(run._batches()).domains is not None)
+    assert len(seen) == 2 and all((domains is not None) == known for domains in seen)
 
 
 def test_a_step_sees_the_images_degraded_then_augmented_and_knows_their_sensors(trainer):

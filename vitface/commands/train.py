@@ -10,7 +10,7 @@ EXAMPLES = f"""presets:
 {PRESETS}
 
 examples:
-  vitface train --exp demo                                     procedural faces, no download, under 3 minutes
+  vitface train --exp demo                                     procedural faces, no download, a minute
   vitface train --exp exp_003 --dry-run                        two steps and the parameter table, needs no data
   vitface train --backbone dinov2 --train-data data/my-people  one folder of aligned faces per person
   vitface train --use-dalora --num-domains 3 --save-dir runs/a

@@ -164,7 +164,8 @@ def _near_infrared(images: Tensor, drawn: Drawn) -> Tensor:
 
 def _jpeg(images: Tensor, drawn: Drawn) -> Tensor:
     """Baseline JPEG with chroma at half the resolution, but for the lossless part, which changes no pixel."""
-    to_ycc, constant = _to_ycc(images.device), to_device(torch.tensor([0.0, 128, 128]).view(3, 1, 1), images.device)
+    to_ycc, to_rgb = _to_ycc_and_back(images.device)
+    constant = to_device(torch.tensor([0.0, 128, 128]).view(3, 1, 1), images.device)
     ycc = (torch.einsum("yr,brhw->byhw", to_ycc, (255 * images).round()) + constant).round() - 128
     scale = np.where(drawn.amounts < 50, 5000 // drawn.amounts, 200 - 2 * drawn.amounts)[:, None]
     steps = [np.clip((table * scale + 50) // 100, 1, 255).astype(np.float32) for table in (LUMA_STEPS, CHROMA_STEPS)]
@@ -174,7 +175,7 @@ def _jpeg(images: Tensor, drawn: Drawn) -> Tensor:
     )
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear")  # the triangle filter of libjpeg
     ycc = torch.cat([luma, chroma], dim=1) + (128 - constant)
-    return torch.einsum("ry,byhw->brhw", torch.linalg.inv(to_ycc), ycc) / 255
+    return torch.einsum("ry,byhw->brhw", to_rgb, ycc) / 255
 
 
 def _coded(channels: Tensor, steps: Tensor) -> Tensor:
@@ -195,12 +196,13 @@ def _block_transform(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _to_ycc(device: torch.device) -> Tensor:
-    """RGB -> luma and the two chroma channels of JFIF, (3, 3)."""
+def _to_ycc_and_back(device: torch.device) -> tuple[Tensor, Tensor]:
+    """RGB -> luma and the two chroma channels of JFIF, (3, 3), and its inverse."""
     red, blue = 0.299, 0.114
     luma = torch.tensor([red, 1 - red - blue, blue])
     chroma = [(torch.eye(3)[2] - luma) / (2 * (1 - blue)), (torch.eye(3)[0] - luma) / (2 * (1 - red))]
-    return torch.stack([luma, *chroma]).to(device)
+    to_ycc = torch.stack([luma, *chroma])
+    return to_ycc.to(device), torch.linalg.inv(to_ycc).to(device)  # of a matrix on a GPU, inv would wait for it
 
 
 # the steps of ITU-T T.81, annex K, row by row, for quality 50

@@ -33,7 +33,8 @@ def _fix(model: FaceModel, logits) -> None:
 
 
 class ShuffledRouter(Router):
-    """A router that gives each image the domain weights of the image half a batch further on."""
+    """A router that gives each image the domain weights of the image half a batch further on; mirror images count, so
+    that the one image of a batch of one has its own."""
 
     def forward(self, tokens: Tensor, vit: ViT, domains: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights, logits = super().forward(tokens, vit)

@@ -91,10 +91,11 @@ def run_study(base: TrainConfig, grid: dict[str, dict[str, Any]], seeds: list[in
 
 
 def judge(cell: Path, make: Callable[[], Recogniser], model: str, config: TrainConfig, names: list[str]) -> None:
-    """Evaluates a model that no run trained, unless the scores there are of `model`, which identifies it.
+    """Evaluates a model that no run trained, unless the scores there are of `model`, which identifies it, on `names`.
 
     EvaluationError if a benchmark cannot be judged.
     """
+    model = f"{model}, on {' '.join(names)} of {config.val_data}"
     with suppress(CheckpointError):
         if load_scores(cell / SCORES)[1] == model:
             return

@@ -175,6 +175,8 @@ def run_oracle(
     that are there; setting by setting, seed by seed."""
     kinds = parse_sensors(base.degrade or "") if name == "sensors" else EDGES
     base = dataclasses.replace(base, num_domains=len(kinds) + 1)
+    if base.holdout_people:
+        raise ConfigError(f"the study {name} keeps people of its own back; --holdout-people must be 0")
     study = OracleStudy(name, base, folder)
     check_output(folder, ("map.md", "people"))
     make_folder(folder)

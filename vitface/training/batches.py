@@ -5,6 +5,7 @@ equal parts, rank after rank, and each rank's part into its micro-batches: two r
 micro-batches. Letters: b images of a micro-batch, S input side.
 """
 
+import functools
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class TrainingData:
     micro_batch: int  # b
     sensors: Sensors = ()  # of --degrade
     sensor_domains: bool = False  # an image's domain is its sensor, 0 for none
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a domain that is known."""
+        return self.domains is not None or self.sensor_domains
 
     def fingerprint(self) -> dict[str, int | str | None]:
         """Identifies the data by its split, the people's names, the domain labels, and the pixels of packed images, or
@@ -95,12 +101,18 @@ def training_input(model: FaceModel, crops: Tensor, planned: Tensor, policy: str
     return model.preprocess(augment(degrade(images, drawn) if drawn else images, planned, policy))
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that batches are prepared on: the allocator keeps the freed memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 class Ahead(Iterator[Batch]):
     """Batches whose next one can be prepared while the device works: on a GPU on a stream of its own."""
 
     def __init__(self, batches: Generator[Batch], device: torch.device):
         self.batches = batches
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
         self.prepared: list[Batch] = []
 
     def prepare(self) -> None:

@@ -22,14 +22,17 @@ from vitface.training.ranks.identities import ShardedMargin
 from vitface.training.step import compiled, total_loss
 
 
-def seconds_per_step(model: nn.Module, margin: nn.Module, side: int, micro_batch: int, config: TrainConfig) -> float:
+def seconds_per_step(
+    model: nn.Module, margin: nn.Module, side: int, micro_batch: int, labelled: bool, config: TrainConfig
+) -> float:
     """Estimates a step's time from one forward and backward pass on blank images, after one to warm up.
 
-    The model and the loss are left as they were.
+    They have domains if the run's images are `labelled` with theirs, so that --compile makes the graph of the run. The
+    model and the loss are left as they were.
     """
     images = torch.zeros(micro_batch, 3, side, side, device=config.device)
     labels = torch.zeros(micro_batch, dtype=torch.long, device=config.device)
-    batch = Batch(images, labels, None, np.zeros(1, int))
+    batch = Batch(images, labels, labels if labelled else None, np.zeros(1, int))
     seconds = 0.0
     with kept_buffers(model, margin):
         if isinstance(margin, ShardedMargin):

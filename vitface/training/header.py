@@ -31,7 +31,7 @@ def header(trainer: Trainer, with_frozen: bool) -> str:
             textwrap.fill(f"config: {preset}{changed and f' with {changed}'}", width=110, subsequent_indent="        "),
             f"data: {len(split.indices):,} images of {split.num_people:,} people to train on, "
             f"{len(split.held_out):,} images of other people held out"
-            f"{', with domain labels' if data.domains is not None or data.sensor_domains else ''}",
+            f"{', with domain labels' if data.labelled else ''}",
             f"evaluated at the end on: {', '.join(benchmarks) or nothing}",
             f"device: {config.device}, {dtype}{ranks}{parts}",
             parameter_table(trainer.model, trainer.margin),

@@ -71,7 +71,8 @@ class Trainer:
             self.state.take_over(before)
         self.forward = replicate(self.model, self.device)
         # on every rank, resumed or not: in its first pass DDP orders its buckets, and with them every later sum
-        self.seconds[side] = seconds_per_step(self.forward, self.margin_forward, side, micro_batch, config)
+        shape = side, micro_batch, self.data.labelled
+        self.seconds[side] = seconds_per_step(self.forward, self.margin_forward, *shape, config)
 
     @property
     def total_steps(self) -> int:

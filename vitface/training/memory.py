@@ -3,9 +3,10 @@
 The backward pass needs the tensors that the forward pass saved. A recomputed block (Chen et al. 2016, arXiv:1604.06174)
 saves its input alone and runs again in the backward pass. The arithmetic, with n recomputed blocks and B images:
 
-    constant   parameters, and for each trained one its gradient and AdamW's two moments
-    saved      B · (what autograd saves for an image + n · a block's input)
-    at work    B · 2 · what a block saves: the block being recomputed, and gradients of the same size
+    constant   parameters, and for each trained one its gradient and AdamW's two moments; the unit prototypes
+    saved      B · (what autograd saves for an image, in the model and in the margin's logits + n · a block's input)
+    at work    B · 2 · what a block saves: the block being recomputed, and gradients of the same size; or as much of
+               the margin, where that is more
 
 The bytes that autograd saves are measured on two images, not modelled.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from vitface.errors import ConfigError
 from vitface.model.face import FaceModel
 from vitface.model.lora import Mix
+from vitface.model.margin import MarginLoss
 
 GB = 10**9
 PROBE = 2  # images; batch norm needs two
@@ -53,6 +55,7 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
     parameters = [*model.parameters(), *margin.parameters()]
     constant = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     constant += sum(buffer.nbytes for buffer in margin.buffers())  # a sampled identity matrix and its moments
+    fixed, per_row = _saved_by_margin(margin, model.config.embedding_dim, vit.device)
     images = torch.zeros(PROBE, 3, vit.image_size, vit.image_size, device=vit.device)
     before = vit.recomputed
     entry = vit.tokens(images).detach().requires_grad_()
@@ -62,16 +65,31 @@ def plan_memory(model: FaceModel, margin: nn.Module, batch_size: int, budget: fl
         for recomputed in range(len(vit.blocks) + 1):
             vit.recompute(recomputed)
             with kept_buffers(model):
-                saved = saved_bytes(lambda: model(images), model) + recomputed * entry.nbytes + 2 * block
-            plan = MemoryPlan(recomputed, len(vit.blocks), constant, saved // PROBE, batch_size)
+                saved = saved_bytes(lambda: model(images), model) + recomputed * entry.nbytes
+            per_image = (saved + 2 * max(block, PROBE * per_row)) // PROBE + per_row
+            plan = MemoryPlan(recomputed, len(vit.blocks), constant + fixed, per_image, batch_size)
             if budget is None or plan.total <= budget * GB:
                 return plan
     finally:
         vit.recompute(before)
     assert plan is not None and budget is not None
-    fits = int((budget * GB - constant) / plan.per_image)
+    fits = int((budget * GB - plan.constant) / plan.per_image)
     advice = f"--batch-size {fits} would fit" if fits > 1 else "no batch size fits"
     raise ConfigError(f"--memory-budget {budget} is too little, a step needs {plan.total / GB:.2g} GB; {advice}")
+
+
+def _saved_by_margin(margin: nn.Module, embedding_dim: int, device: torch.device) -> tuple[int, int]:
+    """(bytes for any batch, bytes for each image) that autograd saves; a sharded margin keeps no logits, (0, 0)."""
+    if not isinstance(margin, MarginLoss):
+        return 0, 0
+
+    def saved(count: int) -> int:
+        embedding = torch.zeros(count, embedding_dim, device=device, requires_grad=True)
+        with kept_buffers(margin):
+            return saved_bytes(lambda: margin(embedding, torch.zeros(count, dtype=torch.long, device=device)), margin)
+
+    once, twice = saved(PROBE), saved(2 * PROBE)
+    return 2 * once - twice, (twice - once) // PROBE
 
 
 def peak_memory(device: torch.device) -> str:

@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, margin: nn.Module, config: TrainConfig) -
 def make_optimizer(model: nn.Module, margin: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW on all that is trained."""
     groups = parameter_groups(model, margin, config)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=config.device.startswith(("cpu", "cuda")))
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -84,20 +84,18 @@ class Outcome(NamedTuple):
 def update(
     optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter], clip: float, scale: LossScale
 ) -> Outcome:
-    """Backward pass, clipping to norm `clip`, one optimiser step; without waiting for the device.
+    """Backward pass, clipping to norm `clip`, one step of a fused optimiser; without waiting for the device.
 
-    Parameters and moments stay bit for bit as they were if the outcome is bad. The gradients are left, for a diagnosis.
+    Parameters and moments stay bit for bit as they were if the outcome is bad; what a forward pass averages, the
+    statistics of batch norm and AdaFace, has moved. The gradients are left, for a diagnosis.
     """
     scale(loss).backward()
     parameters, loss = list(parameters), loss.detach()
     scale.unscale(parameters)
     norm = clip_gradients(parameters, clip)
     bad = on_any_rank(1 - (loss.isfinite() & norm.isfinite()).float())
-    if optimizer.defaults.get("fused"):  # its kernel reads the verdict on the device, as GradScaler passes it
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
-    elif not bad:
-        optimizer.step()
+    optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused one reads it on the device, as from GradScaler
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
     scale.update(bad)
     return Outcome(loss, norm, bad)

@@ -57,9 +57,13 @@ def local_share(count: int) -> int:
 
 
 def local_device(name: str) -> str:
-    """The device of this process: under torchrun, "auto" and "cuda" are the GPU with its number on this machine."""
+    """The device of this process: under torchrun, "auto" and "cuda" are the GPU with its number on this machine, or the
+    only one that it sees, as under SLURM. ConfigError for one GPU by its number, where it would be that of several.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"--device {name} is one GPU for all ranks; --device cuda gives each rank its own")
     if launched() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) if torch.cuda.device_count() > 1 else 0}"
     return name
 
 

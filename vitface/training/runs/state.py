@@ -117,5 +117,4 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
     """Gives AdamW the state that it would make in its first step, so that a checkpoint can be copied into it."""
     for parameter in parameters(optimizer):
         moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-        step = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
-        optimizer.state[parameter] = {"step": step, **moments}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
