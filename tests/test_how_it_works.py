@@ -215,9 +215,9 @@ def read(page: str, pattern: str) -> list[str]:
 
 def trust() -> list[str]:
     results = "docs/results.md"
-    lora = read(results, r"mean ± deviation over seeds \| \*\*(\S+) ± (\S+)\*\* \|.*\*\* \| \|")
+    lora = read(results, r"The mean is \*\*(\S+) ± (\S+)\*\* after")
     gain = read(results, r"After 20 epochs \(.*?\) it is (\S+) \((\S+) to (\S+)\) above LoRA")
-    frozen, demo = read(results, r"\| 112 \| fp32 \| (\S+) ±"), read(results, r"\| frozen, raw CLS \| (\S+) ±")
+    frozen, demo = read(results, r"\| 160 \| fp32 \| (\S+) ±"), read(results, r"\| frozen, raw CLS \| (\S+) ±")
     adapted, people = read(results, r"\| adapted \| (\S+) ±"), read(results, r"## ViT-Ti on (\d+) people: LFW")
     return [
         say("at step {}", 0),
@@ -254,6 +254,7 @@ def times() -> list[str]:
         say(f"RTX {{}}, {row}", 4090, 165, *predicted(165)),
         say(row, 65, *predicted(65)),
         say("{:.0f} to {:.0f} % of", *(100 * share for share in shares)),
+        say("reached {:.0f} % of its maker's {} TFLOP/s", 100 * 2 * work * h100 / 989e12, 989),
         say("takes {} GB", memory),
     ]
 

@@ -180,9 +180,9 @@ EXPERIMENTS = {
         | dict(margin=0.2, scale=32.0, augment="flip", epochs=3, lr=2e-3, identity_lr=1e-2),
     ),
     "lfw_vit_tiny": Experiment(
-        "LoRA on ViT-Ti/16; with 289 people as --train-data 91.6 % on LFW (frozen 76 %); 14 min, one core",
-        dict(backbone="vit_tiny_patch16", image_size=112, head_levels=3, lora_targets="attn+mlp")
-        | dict(lr=1e-3, scale=32.0, holdout_people=0, epochs=20),
+        "LoRA on ViT-Ti/16; with 289 people as --train-data 92.9 % on LFW (frozen 76 %); 20 min, one core",
+        dict(backbone="vit_tiny_patch16", image_size=160, head_levels=3, lora_targets="attn+mlp")
+        | dict(lr=1e-3, scale=32.0, holdout_people=0, epochs=14),
     ),
     "exp_001": Experiment("LoRA on DINOv2, CASIA-WebFace: 90.45 % on LFW recorded; days on a small GPU", _RECORDED),
     "exp_002": Experiment("LoRA on CLIP, CASIA-WebFace: no result is known", _RECORDED | dict(backbone="clip")),

@@ -16,9 +16,10 @@ STUDIES: dict[str, dict[str, Any]] = {
     "synthetic_shift": {"exp": "demo", "train_data": "synthetic_shift"},
     "tiny": {"exp": "demo", "epochs": 1, "holdout_people": 4, "max_samples": 256},
 }
+_SMALL = {"exp": "lfw_vit_tiny", "image_size": 112, "val_data": None}
 ORACLES: dict[str, dict[str, Any]] = {  # of adapters chosen by what is known of a photo, on people kept back
-    "sensors": {"exp": "lfw_vit_tiny", "epochs": 3, "lora_alpha": 16.0, "degrade": "all", "val_data": None},
-    "poses": {"exp": "lfw_vit_tiny", "epochs": 10, "val_data": None},
+    "sensors": {**_SMALL, "epochs": 3, "lora_alpha": 16.0, "degrade": "all"},
+    "poses": {**_SMALL, "epochs": 10},
 }
 SET_BY_THE_STUDY = ("seed", "resume", "use_dalora", "dry_run")
 EXAMPLES = """examples:
