@@ -368,7 +368,7 @@ def test_save_in_place_of_other_rows(photos):
     first.remove("ben")
     first.save(people)
     second.add(["zoe"], np.eye(8)[:1])
-    with pytest.raises(DataError, match="has other rows now than when it was loaded; load it again"):
+    with pytest.raises(DataError, match="has other rows than when it was loaded or saved; load it again"):
         second.save(people)
     with pytest.raises(DataError, match="is not empty"):
         vitface.Gallery(8).save(people)

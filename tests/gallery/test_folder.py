@@ -173,6 +173,7 @@ def test_the_quality_of_photos_is_kept(photos, tmp_path):
     np.testing.assert_allclose(
         [*gallery.quality.values()], model.quality([photos / n for n in gallery.names]), atol=1e-6
     )
+    gallery.save(tmp_path / "backup")
     gallery.remove("b")
     assert gallery.quality and not any(name.startswith("b/") for name in gallery.quality)
     gallery.save(out)

@@ -59,12 +59,26 @@ def check_rows(rows: Tensor, file: Path) -> None:
 def best(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(cosines float32 (Q, k), row numbers (Q, k)) of the k best of n rows, for queries float32 (Q, E)."""
     if rows.dtype == torch.float16 and len(queries) == 1 and rows.device.type == "cpu":
-        # torch reads float16 as it is for a single vector only; its cosines are rounded to float16, by up to 0.00025
-        found = (rows @ queries[0].half()).float().topk(k).indices
-        return queries @ rows[found].float().T, found[None]
+        near = _near_best(queries[0], rows, k)
+        values, order = _cosines(queries, rows[near]).topk(k, dim=1)
+        return values, near[order]
     scores = queries @ rows.T if rows.dtype == torch.float32 else _cosines(queries, rows)
     values, found = scores.topk(k, dim=1)
     return values, found
+
+
+def _near_best(query: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The numbers of all rows, float16 on the CPU, that may be among the k best for a query (E,), and of some others.
+
+    torch reads float16 as it is for a single vector only: it rounds the query, by 2^-11 of its norm at most, sums in
+    float32, by E 2^-23 with the sums of the float32 product, and rounds each cosine c, by 2^-11 |c|. So a row that is
+    farther below the k-th than twice their sum is not among the best.
+    """
+    rough = (rows @ query.half()).float()
+    values, near = rough.topk(min(k + k // 4 + 8, len(rows)))
+    last = values[k - 1].item()
+    least = last - 2.01 * (2**-11 * (1 + abs(last)) + 2**-22 * len(query))  # with room for norms that are not quite 1
+    return near if values[-1].item() < least or len(near) == len(rows) else (rough >= least).nonzero()[:, 0]
 
 
 def _cosines(queries: Tensor, rows: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import operator
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ class Match(NamedTuple):
 
     name: str
     score: float
+
+
+@dataclass
+class Copy:
+    """A gallery on disk that has the first `stored` rows of one in memory, and those of the names `removed` since."""
+
+    stored: int
+    removed: set[str] = field(default_factory=set)
 
 
 class Gallery:
@@ -59,8 +68,7 @@ class Gallery:
         self.device = resolve_device(device)
         self.names: list[str] = []
         self._blocks: list[Block] = []
-        self._source: Path | None = None  # where it was loaded from
-        self._stored, self._removed = 0, set[str]()  # rows, the first ones, that are in it; names removed since
+        self._copies: dict[Path, Copy] = {}  # where it was loaded from or saved
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,8 +90,8 @@ class Gallery:
     @property
     def quality(self) -> dict[str, float]:
         """{name: quality in [0, 1]} of the photos that `vitface embed --quality` rated, read from the disk."""
-        files, there = parts.part_files(self._source) if self._source else [], set(self.names)
-        read = (parts.read_part(file, files=True) for file in files)
+        there = set(self.names)
+        read = (parts.read_part(file, files=True) for path in self._copies for file in parts.part_files(path))
         rated = ((name, origin.quality) for part in read for name, origin in zip(part.names, part.files, strict=True))
         return {name: quality for name, quality in rated if quality is not None and name in there}
 
@@ -149,8 +157,9 @@ class Gallery:
                 rows = block.filled()[torch.from_numpy(kept).to(block.rows.device)]
                 blocks.append(block if kept.all() else Block(rows, len(rows)))
         if len(stays) != (left := int(stays.sum())):
-            self._removed.update(other for other, kept in zip(self.names, stays, strict=True) if not kept)
-            self._stored = int(stays[: self._stored].sum())
+            for copy in self._copies.values():
+                copy.removed.update(other for other, kept in zip(self.names, stays, strict=True) if not kept)
+                copy.stored = int(stays[: copy.stored].sum())
             self._blocks, self.names = blocks, [other for other, kept in zip(self.names, stays, strict=True) if kept]
         return len(stays) - left
 
@@ -166,7 +175,8 @@ class Gallery:
     def top_k(self, queries: np.ndarray | Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(cosines float32 (Q, k), row numbers int64 (Q, k)) of the k best rows, descending; min(k, N) columns.
 
-        Exact: every row is compared. Equal cosines are in no particular order. DataError as for `add`.
+        Exact: every row is compared, as it is stored, in float32. Cosines that are equal to its rounding are in no
+        particular order. DataError as for `add`.
         """
         k = min(_at_least_1("k", k), len(self))
         found = [self._best(some, k) for some in self._unit_rows(queries).split(QUERIES)]
@@ -186,27 +196,33 @@ class Gallery:
         return scores, rows
 
     def save(self, path: str | Path) -> None:
-        """Writes the gallery into a new or empty folder, or what has changed since `load` into the one it is from.
+        """Writes the gallery into a new or empty folder, or what has changed since into one that it was loaded from or
+        saved to.
 
         There, removed rows are deleted from the disk, added ones get a part, and what others added meanwhile stays.
         DataError if anything else is in the folder.
         """
         path = _folder(path)
-        if self._source is None or not path.exists() or not path.samefile(self._source):
+        same = (place for place in self._copies if path.exists() and place.exists() and path.samefile(place))
+        place = next(same, path.resolve())
+        if place not in self._copies or not parts.is_gallery(path):
             parts.check_new(path)
-            self._source = None
             parts.write_settings(path, self.settings)
             self._write_from(path, 0)
+            self._copies[place] = Copy(len(self))
             return
+        copy = self._copies[place]
         with waiting_lock(path / ".lock"):
             there, dtype = parts.read_settings(path), self.settings.dtype
-            stored = (name for name in parts.read_names(path) if name not in self._removed)
-            if not all(name in stored for name in self.names[: self._stored]):  # in this order
-                raise DataError(f"{path} has other rows now than when it was loaded; load it again, or save elsewhere")
-            parts.rewrite(path, self._removed, dtype if dtype != there.dtype else None)
+            stored = (name for name in parts.read_names(path) if name not in copy.removed)
+            if not all(name in stored for name in self.names[: copy.stored]):  # in this order
+                raise DataError(
+                    f"{path} has other rows than when it was loaded or saved; load it again, or save elsewhere"
+                )
+            parts.rewrite(path, copy.removed, dtype if dtype != there.dtype else None)
             parts.write_settings(path, dataclasses.replace(self.settings, folders=there.folders))
-            self._write_from(path, self._stored)
-            self._stored, self._removed = len(self), set()
+            self._write_from(path, copy.stored)
+            self._copies[place] = Copy(len(self))
 
     def _write_from(self, path: Path, first: int) -> None:
         """Writes the rows from the number `first` on as parts."""
@@ -238,9 +254,7 @@ class Gallery:
 
     def add_parts(self, path: Path) -> None:
         """Adds the rows of a gallery on disk; DataError if it is damaged, or of another width."""
-        if not len(self):
-            self._source = path.resolve()
-        found: dict[str, int] = {}
+        is_first, found = not len(self), dict[str, int]()
         for file in parts.part_files(path):
             names, rows, _ = parts.read_part(file)
             found[file.name] = len(names)
@@ -254,7 +268,8 @@ class Gallery:
                 self.names.extend(names)
                 self._blocks.append(Block(rows, len(rows), file, file.stat(), checked=False))
         parts.check_list(path, found)
-        self._stored = len(self) if self._source == path.resolve() else 0
+        if is_first:
+            self._copies[path.resolve()] = Copy(len(self))
 
     def _unit_rows(self, embeddings: np.ndarray | Tensor) -> Tensor:
         try:
@@ -268,8 +283,10 @@ class Gallery:
             raise DataError(f"embeddings must be (n, {self.embedding_dim}), not {tuple(rows.shape)}{one}")
         rows = rows.to(self.device, torch.float32)
         norms = rows.norm(dim=1, keepdim=True)
-        if not ((norms > 0) & norms.isfinite()).all():
-            raise DataError("embeddings must be finite and not zero")
+        if not (usable := (norms > 0) & norms.isfinite()).all():
+            row = int(usable.int().argmin())
+            fault = f"row {row} has norm {norms[row].item():g}; if a model made it, its weights are damaged"
+            raise DataError(f"embeddings must be finite and not zero: {fault}")
         return rows / norms
 
 
