@@ -19,8 +19,13 @@ from vitface.kernels.onednn import activated_product, product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The contract of `vitface.model.ops.linear`. The product is torch's own where a gradient is asked for."""
+    """The contract of `vitface.model.ops.linear`. The product is torch's own where a gradient is asked for.
+
+    RuntimeError if the weight is then in the layout of oneDNN, see `onednn.pack`.
+    """
     if torch.is_grad_enabled() or x.device.type != "cpu":
+        if weight.is_mkldnn:  # which F.linear cannot read
+            raise RuntimeError("the model is prepared for inference: call it under torch.no_grad()")
         return F.linear(x, weight, bias)
     return (_linear if torch.compiler.is_compiling() else product)(x, weight, bias)
 

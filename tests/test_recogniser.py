@@ -8,7 +8,7 @@ from PIL import Image
 
 from vitface.errors import ConfigError, ImageError
 from vitface.gallery.gallery import Gallery
-from vitface.model.inference import embed_batches, embed_crops, split
+from vitface.model.inference import embed_batches, embed_crops, route_crops, split
 from vitface.model.lora import Mix
 from vitface.recogniser import Recogniser
 from vitface.store.thresholds import Verdict
@@ -48,6 +48,35 @@ def test_embeddings_and_domain_weights_share_one_pass(images, flip):
     plain = tiny_recogniser()
     assert embed_crops(plain.model, images, flip)[1] is None
     assert embed_batches(plain.model, [images], flip)[1].tolist() == plain.domain_weights(images).tolist() == [[1]] * 5
+
+
+@pytest.mark.parametrize("domains", [1, 3])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_no_images_give_no_rows(images, domains, prepared):
+    recogniser = tiny_recogniser(num_domains=domains)
+    model = recogniser.prepare().model if prepared else recogniser.model
+    embeddings, weights = embed_crops(model, images[:0])
+    assert embeddings.shape == (0, 8) and embeddings.dtype == torch.float32
+    assert weights is None if domains == 1 else weights.shape == (0, 3)
+    assert route_crops(model, images[:0]).shape == (0, domains)
+    assert [part.shape for part in embed_batches(model, [images[:0]])] == [(0, 8), (0, domains)]
+    with pytest.raises(ValueError, match="images must be uint8"):
+        embed_crops(model, images[:0, :60])
+
+
+def test_views_of_an_array_are_its_values(images):
+    """BGR turned to RGB, rows upside down: torch takes no negative strides."""
+    model = tiny_recogniser().model
+    for view in (images[..., ::-1], images[:, ::-1], images[::-1]):
+        torch.testing.assert_close(embed_crops(model, view)[0], embed_crops(model, view.copy())[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("domains", [1, 3])
+def test_domain_weights_are_on_the_device_of_the_model(domains):
+    """ "meta", which computes nothing, in place of a GPU."""
+    model = tiny_face(num_domains=domains).eval().to("meta")
+    weights = route_crops(model, torch.zeros(2, 112, 112, 3, dtype=torch.uint8, device="meta"))
+    assert weights.device.type == "meta" and weights.shape == (2, domains)
 
 
 def test_batches_do_not_change_what_is_computed(images):

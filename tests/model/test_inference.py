@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import randomise_adapters, tiny_face
 
+import vitface.kernels.onednn as onednn
 from vitface.config import FaceConfig
 from vitface.data.preprocess import to_float
 from vitface.model.face import FaceModel
@@ -54,6 +55,23 @@ def test_rounding_once_in_bf16_is_no_worse(crops):
     want = Recogniser(exact).embed(crops)
     plain_error = np.abs(Recogniser(plain).embed(crops) - want).mean()
     assert 0 < np.abs(Recogniser(prepare_inference(plain)).embed(crops) - want).mean() <= 2 * plain_error
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adapters_are_prepared_in_the_dtype_that_they_are_used_in(dtype):
+    model = prepare_inference(face_model(num_domains=3, dtype=dtype))
+    adapters = [p.dtype for layer in adapted_linears(model).values() for p in (layer.lora_a, layer.lora_b)]
+    assert adapters == [model.vit.dtype] * 8
+
+
+@pytest.mark.skipif(not onednn.serves(torch.ones(1)), reason="without oneDNN, weights keep their layout")
+def test_a_prepared_model_says_that_it_is_for_inference(crops):
+    model = prepare_inference(face_model())
+    tokens = model.tokens(torch.from_numpy(crops))
+    with pytest.raises(RuntimeError, match="prepared for inference: call it under torch.no_grad"):
+        model.embed_tokens(tokens)
+    with torch.no_grad():
+        assert model.embed_tokens(tokens).embedding.shape == (3, 16)
 
 
 @pytest.mark.parametrize("rule", ["bicubic", "bilinear"])

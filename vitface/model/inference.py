@@ -40,6 +40,9 @@ def embed_crops(model: FaceModel, crops: Crops, flip: bool = True, unit: bool = 
     other shapes.
     """
     pixels = _pixels(model, crops)
+    if pixels.shape[0] == 0:  # no len(): an export must not take the number of images for a constant
+        rows = torch.zeros(0, model.config.embedding_dim, device=pixels.device)
+        return rows, None if model.router is None else rows.new_zeros(0, model.config.num_domains)
     if flip:
         pixels = rearrange([pixels, pixels.flip(2)], "mirrored b h w c -> (b mirrored) h w c")
     embeddings, weights, _ = model.embed_tokens(model.tokens(pixels))
@@ -82,8 +85,9 @@ def split(model: FaceModel, images: Any, flip: bool = False, batch_size: int | N
 @torch.no_grad()
 def route_crops(model: FaceModel, crops: Crops) -> Tensor:
     """Crops as for `embed_crops` -> domain weights (B, K), without embedding them; ones (B, 1) for plain LoRA."""
-    weights, _ = model.route(model.tokens(_pixels(model, crops)))
-    return torch.ones(len(crops), 1) if weights is None else weights
+    pixels = _pixels(model, crops)
+    weights = model.route(model.tokens(pixels))[0] if len(pixels) else None
+    return torch.ones(len(pixels), model.config.num_domains, device=pixels.device) if weights is None else weights
 
 
 @torch.no_grad()
@@ -105,7 +109,7 @@ def _pixels(model: FaceModel, crops: Crops) -> Tensor:
         raise RuntimeError("call model.eval() first: batch norm would mix the images of a batch")
     if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
         raise ValueError(f"images must be uint8 (B, 112, 112, 3), not {tuple(crops.shape)}")
-    crops = crops if isinstance(crops, Tensor) else torch.from_numpy(np.require(crops, requirements="W"))
+    crops = crops if isinstance(crops, Tensor) else torch.from_numpy(np.require(crops, requirements=["C", "W"]))
     device = model.vit.device
     return to_device(crops, device) if crops.device.type == "cpu" else crops.to(device)
 
@@ -116,8 +120,8 @@ def prepare_inference(model: FaceModel) -> FaceModel:
 
     LoRA is merged (DA-LoRA's adapters depend on the image and stay), LayerScale and a pool's batch norms go into the
     layers before them, residuals are added inside the products, the stem becomes one convolution of the crop, and on
-    the CPU each weight is laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, to the
-    dtype that they had.
+    the CPU each weight is laid out once as oneDNN reads it. Weights are combined in float64 and rounded once, those of
+    a layer to the dtype of its frozen weight: DA-LoRA's adapters too, which are cast to it where they are used.
     """
     model.eval().requires_grad_(False)
     model.use_ops(fused)  # the formulas cannot read a weight in the layout of oneDNN
