@@ -16,7 +16,7 @@ NUM_FOLDS = 10
 def check_scores(score: np.ndarray, issame: np.ndarray) -> None:
     """EvaluationError, with the likely cause, for scores and labels that no metric can be computed from."""
     if len(score) != len(issame) or not len(score):
-        raise EvaluationError(f"{len(score)} scores for {len(issame)} labels")
+        raise EvaluationError(f"{len(score)} scores for {len(issame)} labels: give one of each for every pair")
     if not np.isfinite(score).all():
         bad = int((~np.isfinite(score)).sum())
         raise EvaluationError(f"{bad} of {len(score)} scores are NaN or infinite: the model or its weights are broken")
@@ -29,7 +29,7 @@ def check_labels(issame: np.ndarray) -> None:
     """EvaluationError for labels of one kind."""
     if issame.all() or not issame.any():
         kind, other = ("same", "different") if issame.all() else ("different", "same")
-        raise EvaluationError(f"all {len(issame):,} pairs are {kind}, without {other} ones nothing can be computed")
+        raise EvaluationError(f"all {len(issame):,} pairs are {kind}, add {other} ones: every metric needs both")
 
 
 def auc(score: np.ndarray, issame: np.ndarray) -> float:

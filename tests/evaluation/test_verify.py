@@ -139,9 +139,9 @@ def test_tar_at_far_never_exceeds_the_rate_and_refuses_small_sets():
         ([0.1, np.nan, 0.2], [True, False, True], "1 of 3 scores are NaN"),
         ([0.1, np.inf, 0.2], [True, False, True], "1 of 3 scores are NaN or infinite"),
         ([0.5, 0.5, 0.5], [True, False, True], "collapsed"),
-        ([0.1, 0.2, 0.3], [True, True, True], "all 3 pairs are same, without different ones"),
-        ([0.1, 0.2], [True, False, True], "2 scores for 3 labels"),
-        ([], [], "0 scores"),
+        ([0.1, 0.2, 0.3], [True, True, True], "all 3 pairs are same, add different ones: every metric needs both"),
+        ([0.1, 0.2], [True, False, True], "2 scores for 3 labels: give one of each for every pair"),
+        ([], [], "0 scores for 0 labels: give one of each"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(score, issame, message):

@@ -106,7 +106,8 @@ def test_settings_of_another_version_are_named(backbone, tmp_path, change):
 
 def test_other_files_are_answered_with_what_to_do(backbone, tmp_path):
     path, vit = backbone
-    with pytest.raises(WeightsError, match="no such file"):
+    advice = r"none.safetensors: no such file[^$]*vitface convert NAME --src FILE --out .*none[^$]*fetch NAME"
+    with pytest.raises(WeightsError, match=advice):
         load_backbone("tiny", tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "source.safetensors")
     torch.save(vit.state_dict(), tmp_path / "source.pth")

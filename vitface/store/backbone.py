@@ -107,7 +107,11 @@ def read_backbone(path: Path, tensors: bool = True) -> tuple[str, ViTConfig, dic
                 names = [name for name in file.keys() if tensors and name != PROJECTION]  # noqa: SIM118, not a dict
                 found = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
+        made = command("convert", "NAME", "--src", "FILE", "--out", path)
+        raise WeightsError(
+            f"{path}: no such file; correct the path, make the file with\n  {made}\n"
+            "or get one with vitface fetch NAME, which is found without a path"
+        ) from None
     except (SafetensorError, OSError) as error:
         if path.suffix == ".safetensors":
             raise WeightsError(f"{path}: damaged ({error}); fetch or convert it again") from None
