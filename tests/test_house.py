@@ -4,12 +4,14 @@ A package is a dictionary here, {path: source}, so that each rule is also given 
 """
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = {
@@ -218,3 +220,10 @@ KEPT = [
 @pytest.mark.parametrize(("rule", "package"), KEPT)
 def test_the_rule_lets_what_just_keeps_it_pass(rule, package):
     assert rule(package) == []
+
+
+def test_the_files_that_pyproject_names_call_what_it_bans():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    banned = settings["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+    named = [(call, file) for call, entry in banned.items() for file in re.findall(r"[\w/]+\.py", entry["msg"])]
+    assert named and all(f"{call}(" in PACKAGE[file] for call, file in named)
