@@ -146,11 +146,10 @@ class Recogniser:
         rows = [crop_quality(batch).cpu().numpy() for batch in self._batches(images, align, batch_size=batch_size)]
         return np.concatenate(rows) if rows else np.zeros(0, np.float32)
 
-    def domain_weights(self, images: Images, batch_size: int | None = None, align: Align = None) -> np.ndarray:
+    def domain_weights(self, images: Images, align: Align = None) -> np.ndarray:
         """The router's weights for each image, float32 (B, K), rows sum to one; ones (B, 1) for plain LoRA. `images`
         and `align` are those of `embed`."""
-        batches = self._batches(images, align, batch_size=batch_size)
-        rows = [*map(lambda batch: route_crops(self.model, batch).cpu().numpy(), batches)]
+        rows = [*map(lambda batch: route_crops(self.model, batch).cpu().numpy(), self._batches(images, align))]
         return np.concatenate(rows) if rows else np.zeros((0, self.config.num_domains), np.float32)
 
     def attention(self, images: Images, block: int = -1, align: Align = None) -> np.ndarray:

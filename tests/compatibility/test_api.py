@@ -219,7 +219,7 @@ def test_every_public_argument_of_a_wrong_type(tiny_run):
         vitface.load_backbone: {"name": "vit_nano", "weights": "random", "image_size": 112},
         model.embed: {"images": CROPS[:2], "flip": True, "batch_size": None, "align": None},
         model.verify: {"first": CROPS[0], "second": CROPS[1], "far": None, "align": None},
-        model.domain_weights: {"images": CROPS[:2], "batch_size": None, "align": None},
+        model.domain_weights: {"images": CROPS[:2], "align": None},
         model.attention: {"images": CROPS[:2], "block": -1, "align": None},
         model.to: {"device": "cpu"},
     }

@@ -88,6 +88,8 @@ def test_it_is_the_same_alone_in_a_batch_and_for_every_model(faces):
     np.testing.assert_allclose(alone, together, atol=1e-6)
     np.testing.assert_allclose(tiny_recogniser(dtype="bf16").quality(torch.from_numpy(faces)), together, atol=1e-6)
     np.testing.assert_allclose(tiny_recogniser().quality(iter(faces), batch_size=3), together, atol=1e-6)
+    aligned = Image.fromarray(faces[0]).resize((160, 160))  # of another size, and so not searched for a face
+    assert tiny_recogniser().quality([aligned], align=False) == tiny_recogniser().quality([np.asarray(aligned)])
     assert tiny_recogniser().quality([]).shape == (0,)
     assert tiny_recogniser().quality([Image.fromarray(faces[0]).convert("L")]).shape == (1,)
 
