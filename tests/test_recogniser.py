@@ -1,5 +1,8 @@
 """What `vitface.load` returns: images of any kind -> embeddings, verdicts, domain weights, attention."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,16 @@ def test_embeddings_and_domain_weights_share_one_pass(images, flip):
     plain = tiny_recogniser()
     assert embed_crops(plain.model, images, flip)[1] is None
     assert embed_batches(plain.model, [images], flip)[1].tolist() == plain.domain_weights(images).tolist() == [[1]] * 5
+
+
+def test_a_model_is_copied_unless_it_was_prepared(images):
+    recogniser = tiny_recogniser(num_domains=3)
+    for again in (copy.deepcopy(recogniser), pickle.loads(pickle.dumps(recogniser))):
+        assert np.array_equal(again.embed(images), recogniser.embed(images))
+    recogniser.prepare()
+    for act in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="cannot be copied or sent to a process; load it again there"):
+            act(recogniser)
 
 
 @pytest.mark.parametrize("domains", [1, 3])

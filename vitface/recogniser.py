@@ -80,6 +80,12 @@ class Recogniser:
         sizes = f"{config.image_size} px -> {config.embedding_dim} numbers"
         return f"<Recogniser: {config.backbone}, {kind}, {sizes}, thresholds at FAR {rates or '(none)'}>"
 
+    def __getstate__(self) -> dict:
+        """What pickle and copy take. ConfigError for a model that was prepared: its weights have no other form."""
+        if any(parameter.is_mkldnn for parameter in self.model.parameters()):
+            raise ConfigError("a model prepared for the CPU cannot be copied or sent to a process; load it again there")
+        return self.__dict__
+
     def to(self, device: str | torch.device) -> "Recogniser":
         """Moves the model; returns itself. ConfigError for one that was prepared for the CPU."""
         device = known_device(device)

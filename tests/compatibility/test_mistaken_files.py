@@ -14,7 +14,7 @@ from vitface.data.faces.build import _find
 from vitface.data.folders import list_folder
 from vitface.data.formats.pairs import read_bin, write_bin
 from vitface.data.formats.samples import load_samples, read_domains
-from vitface.data.images import encode_image, read_image
+from vitface.data.images import encode_image, read_image, to_array
 from vitface.data.tables import read_table
 from vitface.errors import CheckpointError, DataError, ImageError, WeightsError
 from vitface.store.backbone import read_backbone
@@ -121,6 +121,25 @@ def test_float_tiff(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits(tmp_path, suffix):
     assert (saved(tmp_path / f"a.{suffix}", Image.fromarray(np.full((20, 20), 0x8C33, np.uint16))) == 0x8C).all()
+
+
+@case("8 bits in a 16-bit grey PNG or a 32-bit TIFF", "as 8 bits")
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", np.uint16), ("tif", np.uint16), ("tif", np.int32)])
+def test_eight_bits_with_room_for_more(tmp_path, suffix, dtype):
+    """Shifted by 8 bits they would all be black, and all people the same."""
+    grey = np.arange(400).reshape(20, 20) % 256
+    found = saved(tmp_path / f"a.{suffix}", Image.fromarray(grey.astype(dtype)))
+    assert np.array_equal(found, np.repeat(grey[..., None], 3, axis=2))
+    in_memory = Image.fromarray(grey.astype(np.uint8)).convert("I")
+    assert np.array_equal(to_array(in_memory), found)
+
+
+@case("12 bits of a camera in a 16-bit PNG, and grey values that 16 bits do not hold", "error: which values it has")
+@pytest.mark.parametrize("values", [(0, 4095), (300, 16383), (-1, 200), (0, 65536)])
+def test_other_ranges(tmp_path, values):
+    grey = np.linspace(*values, 400).round().astype(np.int32).reshape(20, 20)
+    with pytest.raises(ImageError, match=f"its grey values are {values[0]} to {values[1]:,}, .*save it with 8 bits"):
+        saved(tmp_path / "a.tif", Image.fromarray(grey))
 
 
 @case("a CMYK JPEG", "its colour")

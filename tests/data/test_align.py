@@ -1,7 +1,9 @@
 """Alignment against OpenCV's warp and known transforms; the commands on real photos and on releases in miniature."""
 
 import csv
+import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +104,22 @@ def test_all_real_photos_are_aligned(real_data, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in crops}
     assert vitface.__main__.main(command) == 0 and capsys.readouterr().out == printed
     assert {path: path.stat().st_mtime_ns for path in crops} == before
+
+
+def test_threads_may_share_a_detector(real_data):
+    """Photos of two sizes, each with its own landmarks; four threads that begin at once."""
+    detector = FaceDetector(real_data / "face_detection_yunet.onnx")
+    photos = [read_image(path) for path in sorted((real_data / "raw_faces").rglob("*.jpg"))[:8]]
+    photos = [np.ascontiguousarray(photo[:200, : 200 - 40 * (i % 2)]) for i, photo in enumerate(photos)]
+    alone = [detector.detect(photo) for photo in photos]
+    assert sum(map(len, alone)) >= 4
+    again = pickle.loads(pickle.dumps(detector))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(again.detect, photos * 4))
+    for faces, expected in zip(together, alone * 4, strict=True):
+        assert len(faces) == len(expected)
+        for face, one in zip(faces, expected, strict=True):
+            np.testing.assert_allclose(face.landmarks, one.landmarks, atol=1e-3)
 
 
 def photos(root, count=4):

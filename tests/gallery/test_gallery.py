@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import vitface
-from vitface.errors import DataError
+from vitface.errors import CheckpointError, DataError
 from vitface.gallery import blocks
 from vitface.gallery import gallery as module
 from vitface.gallery.gallery import Gallery, Match
@@ -114,6 +114,17 @@ def test_round_trip(tmp_path):
         filled(1).save(tmp_path / "deep" / "people")
     with pytest.raises(DataError, match="is not a gallery; make one with vitface embed"):
         Gallery.load(tmp_path)
+
+
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    filled(3).save("~/people")
+    assert (tmp_path / "home" / "people").is_dir() and not (tmp_path / "~").exists()
+    assert len(Gallery.load("~/people")) == 3
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'home' / 'people'} is .*neither a run"):
+        vitface.load("~/people")
 
 
 def test_a_gallery_is_saved_again_wherever_it_was_saved(tmp_path):

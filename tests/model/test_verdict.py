@@ -28,6 +28,9 @@ def test_words():
         "different people: cosine 0.1000 < 0.2500 (FAR 0.01: 1 in 100 pairs"
     )
     assert str(Verdict(0.1)) == "no verdict: cosine 0.1000, no threshold was calibrated" and Verdict(0.1).same is None
+    assert Verdict(0.5, 0.25) and not Verdict(0.1, 0.25)
+    with pytest.raises(ConfigError, match="without a threshold there is no verdict"):
+        bool(Verdict(0.1))
     assert Verdict(0.1, 0.0).far_in_words == "your own threshold, its FAR is not known"
     with pytest.raises(dataclasses.FrozenInstanceError):
         same.score = 1.0  # type: ignore[misc]

@@ -38,6 +38,7 @@ MIN_SIDE = 16
 MAX_PIXELS = 4096 * 4096  # of an image in memory
 LARGEST, LARGEST_JPEG = 8192 * 8192, 200_000_000  # of an image in a file
 MAX_FILE_BYTES = 256 << 20
+DARKEST = 1 << 14  # of 16 bits: a photo's lightest pixel is above a quarter of white, unless it has 12 or 14 bits
 NEEDS_HEIF = "HEIC needs a package: pip install pillow-heif"
 NEEDS_AVIF = "AVIF needs Pillow 11.3 or later: pip install -U pillow"
 
@@ -251,6 +252,19 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _shift(least: int, most: int) -> int:
+    """By how many bits to shift the grey values of an image that has room for 16: 8, or 0 if 8 bits hold them.
+
+    ImageError where they are of another range, as 12 bits of a camera: they would be shown as nearly black.
+    """
+    if least >= 0 and most <= 255:
+        return 0
+    if least < 0 or not DARKEST <= most <= 0xFFFF:
+        unknown = f"its grey values are {least} to {most:,}, neither of 8 bits nor of 16"
+        raise ImageError(f"{unknown}; save it with 8 bits, as PNG or JPEG")
+    return 8
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -261,7 +275,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255
         grey = np.asarray(image)
-        shown = (grey >> 8).astype(np.uint8)
+        shown = (grey >> _shift(int(grey.min()), int(grey.max()))).astype(np.uint8)
         shown[grey == image.info.get("transparency", -1)] = 128
         return Image.fromarray(shown).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

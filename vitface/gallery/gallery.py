@@ -303,4 +303,4 @@ def _at_least_1(name: str, value: int) -> int:
 def _folder(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"a gallery is a folder: pass its path, not {path!r:.40}")
-    return Path(path)
+    return Path(path).expanduser()

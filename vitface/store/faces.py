@@ -172,7 +172,7 @@ def open_checkpoint(path: str | Path, weights: str | Path | None = None) -> Chec
     """
     expect(is_path(path), "the path of a model", path, "that of a run or a checkpoint, or hf://owner/name")
     expect(weights is None or is_path(weights), "weights", weights, "the path of the backbone's file, or None")
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists() and str(path) in (*VIT_PRESETS, *VIT_ALIASES):
         return open_backbone(str(path), weights)
     if path.suffix == ".safetensors":

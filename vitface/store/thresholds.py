@@ -85,7 +85,7 @@ class Verdict:
     """The cosine of two embeddings, `score` in [-1, 1], against the `threshold` for "same person".
 
     `threshold` is None where nothing was calibrated. `far` is its false accept rate on held-out people, None if the
-    user named the threshold.
+    user named the threshold. In an `if` it is `same`; ConfigError there without a threshold.
     """
 
     score: float
@@ -96,6 +96,11 @@ class Verdict:
     def same(self) -> bool | None:
         """True for the same person, None without a threshold."""
         return None if self.threshold is None else self.score >= self.threshold
+
+    def __bool__(self) -> bool:
+        if self.same is None:
+            raise ConfigError("without a threshold there is no verdict: calibrate the model, or compare its score")
+        return self.same
 
     @property
     def far_in_words(self) -> str:

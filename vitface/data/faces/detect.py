@@ -2,10 +2,10 @@
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class FaceDetector:
     """ConfigError without OpenCV, WeightsError without the model file; both name the command that gets it.
 
     `model` is the file of any YuNet, by default the fetched one; WeightsError if it is damaged, or another model.
-    Can be pickled: each process loads the model when it first detects.
+    May be shared by threads and pickled: each thread of each process loads the model when it first detects.
     """
 
     def __init__(self, model: Path | None = None):
@@ -55,11 +55,14 @@ class FaceDetector:
         if model is None and sha256_file(self.model) != YUNET_SHA256:
             other = "another YuNet goes with --detector FILE"
             raise WeightsError(f"{self.model} is damaged, fetch it again ({other})\n  vitface fetch yunet")
-        self._net: Any = None
+        self._loaded = threading.local()  # OpenCV's detector keeps its input's size: a thread needs one of its own
         self.detect(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8))  # a file that is none is found here
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_net": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = {**state, "_loaded": threading.local()}
 
     def find(self, image: np.ndarray) -> list[Face]:
         """The faces in a photo, uint8 (H, W, 3) RGB, which may lie on a side or upside down, see `detect`."""
@@ -95,12 +98,14 @@ class FaceDetector:
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
         small = bgr if scale == 1 else cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
         try:
-            if self._net is None:
+            net = getattr(self._loaded, "net", None)
+            if net is None:
                 cv2.setNumThreads(1)  # photos are spread over processes
                 cv2.utils.logging.setLogLevel(0)  # what is wrong is in the error
-                self._net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
-            self._net.setInputSize(size)
-            _, found = self._net.detect(small)
+                net = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), MIN_SCORE, NMS_IOU, MAX_FACES)
+                self._loaded.net = net
+            net.setInputSize(size)
+            _, found = net.detect(small)
         except cv2.error:
             fault = f"{self.model} is damaged, or not the ONNX file of a YuNet"
             raise WeightsError(f"{fault}; without --detector, the fetched one is used\n  vitface fetch yunet") from None
