@@ -8,9 +8,10 @@ import pytest
 from conftest import tiny_recogniser
 from PIL import Image
 
-from vitface.evaluation.benchmarks import Evaluation
-from vitface.evaluation.page import category_bars, report_page
-from vitface.evaluation.protocol import verify
+from vitface.data.degrade import parse_sensors
+from vitface.evaluation.benchmarks import Degraded, Evaluation
+from vitface.evaluation.page import category_bars, degraded_curves, report_page
+from vitface.evaluation.protocol import verify, verify_fixed
 from vitface.evaluation.report import results_json
 from vitface.evaluation.routing import pose_routing
 
@@ -97,6 +98,15 @@ def test_a_single_benchmark_needs_no_bars_by_category(tmp_path):
     _, _, results = page_of(tmp_path)
     assert category_bars({"lfw": results["lfw"]}) is None
     assert category_bars(dict(itertools.islice(results.items(), 2)))["x_ticks"]
+
+
+@pytest.mark.parametrize(("threshold", "curves"), [(1.0, ["my_pairs.csv"]), (np.nan, [])])
+def test_pairs_without_an_accuracy_have_no_curve_of_it(threshold, curves):
+    issame = np.arange(40) % 2 == 0
+    degraded = {f"my_pairs.csv lowres:{side}": Degraded(parse_sensors(f"lowres:{side}")) for side in (8, 16)}
+    results = {label: verify_fixed(np.where(issame, 0.5, 1.5), issame, threshold) for label in degraded}
+    charts = degraded_curves(Evaluation(results, [], [], degraded=degraded))
+    assert [name for chart in charts for name in chart["lines"]] == curves
 
 
 def test_the_page_needs_no_network_and_fits_phones_and_the_dark(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import vitface
 from vitface.__main__ import main
 from vitface.config import FaceConfig
 from vitface.errors import CheckpointError, ConfigError, ExchangeError
-from vitface.evaluation.protocol import verify
+from vitface.evaluation.protocol import verify, verify_fixed
 from vitface.evaluation.scores import keep_scores
 from vitface.exchange.publishing import check_card, model_card
 from vitface.store import hub
@@ -327,6 +328,25 @@ def test_the_card_is_what_the_hub_reads(run, tmp_path):
     assert "two people who agreed" in card.text and "not been tested for bias" in card.text
     assert "- false accept rate 0.01: 0.2500, accepts 90.00 % of the same pairs" in card.text
     assert 'vitface.load("hf://me/faces")' in card.text
+
+
+@pytest.mark.parametrize(
+    ("threshold", "row", "metrics"),
+    [
+        (math.nan, "| my_pairs.csv | 40 | - | - | 1.0000 | 0.00 |", ["auc", "eer"]),
+        (1.0, "| my_pairs.csv | 40 | 100.00 | 91.24 to 100.00 | 1.0000 | 0.00 |", ["accuracy", "auc", "eer"]),
+    ],
+)
+def test_the_card_of_pairs_without_folds(run, tmp_path, threshold, row, metrics):
+    """Few pairs have no deviation, and without a calibrated threshold no accuracy."""
+    issame = np.tile([True, False], 20)
+    result = verify_fixed(np.where(issame, 0.5, 1.5), issame, threshold)
+    keep_scores(run, {"my_pairs.csv": result}, open_checkpoint(run).sha256)
+    assert publish() == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    found = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]["metrics"]
+    assert row in text and [metric["type"] for metric in found] == metrics
+    assert "the pairs\nwere too few for folds" in text and "10 folds" not in text
 
 
 @pytest.mark.parametrize(

@@ -173,14 +173,15 @@ def reject_charts(results: dict[str, Verification]) -> list[Chart]:
 
 
 def degraded_curves(evaluation: Evaluation) -> list[Chart]:
-    """Accuracy by the amount of a sensor, for each kind of which several amounts were evaluated."""
+    """Accuracy by the amount of a sensor, for each kind of which several amounts have one."""
     from vitface.data.degrade import KINDS
 
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for label, degraded in evaluation.degraded.items():
-        if len(degraded.sensors) == 1:
+        accuracy = evaluation.results[label].accuracy
+        if len(degraded.sensors) == 1 and not np.isnan(accuracy):
             sensor, curve = degraded.sensors[0], benchmark_of(label) + ", the second photo only" * degraded.probe
-            point = sensor.low, 100 * evaluation.results[label].accuracy
+            point = sensor.low, 100 * accuracy
             charts.setdefault(sensor.kind, {}).setdefault(curve, []).append(point)
     return [
         line_chart(
