@@ -250,16 +250,27 @@ def test_where_the_people_are_not_known_it_is_said(run, uploaded, tmp_path, caps
         ("https://someone:secret@host/faces", "a password"),
         ("\x00" * 40_000, "40,000 bytes"),
         ("", "0 bytes"),
-        ("by Bob Beispiel.", r"the name of somebody in the training data \(Bob_Beispiel\)"),
+        ("a model\n\nby Bob\nBeispiel.", r"the name of somebody in the training data \(Bob_Beispiel, line 3\)"),
+        ("a model\nby Zo\u00eb Kravitz.", r"the name of somebody in the training data \(Zo\u00eb_Kravitz_2, line 2\)"),
+        ("\n\u4f5c\u8005\uff1a\u738b\u4f1f", r"the name of somebody in the training data \(\u738b\u4f1f, line 2\)"),
     ],
 )
 def test_cards_are_searched(text, kind):
     with pytest.raises(ExchangeError, match=kind):
-        check_card(text.encode(), ["Bob_Beispiel"])
+        check_card(text.encode(), ["Bob_Beispiel", "Zo\u00eb_Kravitz_2", "\u738b\u4f1f"])
 
 
 def test_ordinary_cards_pass():
-    check_card(b"accuracy 99.1234, and/or ~ 3 %, http://host/home/x, data/faces, Bob", ["Bob_B", "0001", "an"])
+    check_card(
+        b"accuracy 99.1234, and/or ~ 3 %, http://host/home/x, data/faces, Bob", ["Bob_B", "0001", "an", "Bob-01"]
+    )
+
+
+def test_the_words_of_the_card_itself_name_nobody(run, tmp_path, capsys):
+    shutil.copytree(tmp_path / "people" / "Alice_Example", tmp_path / "people" / "Lora")
+    assert publish() == 0 and "Lora" not in capsys.readouterr().err
+    write_in_card("Thanks to Lora!")(tmp_path / "out", None)
+    assert publish() == 2 and "(Lora, line " in capsys.readouterr().err
 
 
 def test_what_a_checkpoint_has_beside_its_model_stays(run, uploaded, tmp_path):

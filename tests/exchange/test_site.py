@@ -319,6 +319,20 @@ def test_a_leak_planted_in_a_space_is_refused(run, uploaded, tmp_path, leak, cap
     assert message in capsys.readouterr().err
 
 
+def test_the_words_of_the_card_itself_name_nobody(run, tmp_path, capsys):
+    """Somebody may be called as a word that vitface writes; in the user's words, the name is found with its line."""
+    for name in ("person-01", "Lora", "May"):
+        (tmp_path / "people" / "Alice_Example").with_name(name).mkdir()
+        Image.fromarray(faces(1)[0]).save(tmp_path / "people" / name / "1.png")
+    assert publish("--data", "one person, drawn") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "lora" in card.lower() and "person" in card
+    for words, name in (("Lora agreed.", "Lora"), ("Person 01 agreed.", "person-01")):
+        (tmp_path / "out" / "README.md").write_text(card + words)
+        assert publish() == 2
+        assert f"in the training data ({name}, line {card.count(chr(10)) + 1})" in capsys.readouterr().err
+
+
 def test_a_backbone_that_others_may_not_have_is_asked_of_visitors(run, uploaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, NAME, Source("somebody's ViT", "for non-commercial research only"))
     assert publish(*DATA) == 0 and publish("--upload") == 0

@@ -102,10 +102,10 @@ def people_of(checkpoint: Checkpoint) -> list[str] | None:
         return None
 
 
-def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str] = ()) -> dict[str, bytes]:
+def check_bundle(folder: Path, weights: str | None, people: Sequence[str], own: str) -> dict[str, bytes]:
     """The files of a bundle by name, the card last; ExchangeError names the first thing that must not be published.
 
-    The card must not hold any of the names of `people`.
+    `people` and `own` are those of `check_card`.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise ExchangeError(f"{folder} is not a folder of a model")
@@ -125,7 +125,7 @@ def check_bundle(folder: Path, weights: str | None = None, people: Sequence[str]
         if found.get(name) != expected.get(name):
             fault = f"{folder / name} is not what vitface writes for this model"
             raise ExchangeError(f"{fault}, and may hold more than it: remove {folder} and publish again")
-    check_card(card, people)
+    check_card(card, people, own)
     return {**found, CARD: card}
 
 
@@ -140,8 +140,14 @@ def write_space(
     checkpoint: Checkpoint, out: Path, page: dict[str, bytes], repository: str, data: str | None, licence: str | None
 ) -> None:
     """Writes a page with a new card; the other arguments are those of `write_bundle`."""
-    data, licence = described(checkpoint, data, licence)
-    card = render(
+    card = space_card(checkpoint, page, repository, *described(checkpoint, data, licence))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out, in_folders({**page, CARD: card.encode()}))
+
+
+def space_card(checkpoint: Checkpoint, page: dict[str, bytes], repository: str, data: str, licence: str) -> str:
+    """As `model_card`, of a page; its text is in space.md.j2."""
+    return render(
         "exchange/space.md.j2",
         repository=repository,
         config=checkpoint.config,
@@ -151,14 +157,12 @@ def write_space(
         about=json.loads(page["page.json"]),
         version=__version__,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(out, in_folders({**page, CARD: card.encode()}))
 
 
-def check_space(folder: Path, page: dict[str, bytes], people: Sequence[str] = ()) -> dict[str, bytes]:
+def check_space(folder: Path, page: dict[str, bytes], people: Sequence[str], own: str) -> dict[str, bytes]:
     """The files of a folder by path: those of `space_files`, and its card; ExchangeError names the first that is not.
 
-    The card must not hold any of the names of `people`.
+    `people` and `own` are those of `check_card`.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise ExchangeError(f"{folder} is not a folder of a page")
@@ -173,12 +177,15 @@ def check_space(folder: Path, page: dict[str, bytes], people: Sequence[str] = ()
             fault = f"{folder / name} is not what vitface writes for this model"
             raise ExchangeError(f"{fault}, and may hold more than it: remove {folder} and publish again")
     card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
-    check_card(card, people)
+    check_card(card, people, own)
     return {**page, CARD: card}
 
 
-def check_card(card: bytes, people: Sequence[str] = ()) -> None:
-    """ExchangeError if a card is missing, too large or not text, or holds an image, a path, a secret or a name."""
+def check_card(card: bytes, people: Sequence[str] = (), own: str = "") -> None:
+    """ExchangeError if a card is missing, too large or not text, or holds an image, a path, a secret or a name.
+
+    The names are those of `people`; lines of `own`, the card without words of the user, do not count.
+    """
     if not 0 < len(card) <= MAX_CARD_BYTES:
         raise ExchangeError(f"{CARD} has {len(card):,} bytes; a card has at most {MAX_CARD_BYTES:,}, and at least one")
     try:
@@ -189,31 +196,49 @@ def check_card(card: bytes, people: Sequence[str] = ()) -> None:
     secret = find_secret(text)
     kinds += [secret] if secret else []
     kinds += ["a list of numbers"] if len(re.findall(r"\d\.\d{4,}", text)) > MAX_DECIMALS else []
-    named = first_named(text, people)
-    kinds += [f"the name of somebody in the training data ({named})"] if named else []
+    named = first_named(text, people, own)
+    kinds += ["the name of somebody in the training data ({}, line {})".format(*named)] if named else []
     if kinds:
         raise ExchangeError(f"{CARD} holds {kinds[0]}; take it out, the card is public")
 
 
-def first_named(text: str, people: Sequence[str]) -> str | None:
-    """The first of the names that a text has in some form, or None.
+def first_named(text: str, people: Sequence[str], own: str = "") -> tuple[str, int] | None:
+    """(The first of the names that a text has in some form, its line from 1), or None; lines of `own` do not count.
 
-    Case, accents, punctuation and the order of the words do not count. A name of fewer than three letters is not looked
-    for, except in scripts without case, as Chinese names often have two characters.
+    Neither do case, accents, punctuation and the order of the words.
     """
-    words = _words(text)
+    written = set(own.splitlines())
+    found = [(word, n) for n, line in enumerate(text.splitlines(), 1) if line not in written for word in _words(line)]
+    words = [word for word, _ in found]
     every, squeezed = set(words), "".join(words)
     for name in people:
-        parts = _words(name)
-        letters = "".join(part for part in parts if not part.isdigit())
-        caseless = letters.upper() == letters.lower()
-        if sum(map(str.isalpha, letters)) < (2 if caseless else 3):
-            continue
-        if letters in (squeezed if caseless else every) or (
-            parts[1:] and any(sorted(words[i : i + len(parts)]) == sorted(parts) for i in range(len(words)))
-        ):
-            return name
+        for parts in _forms(name):
+            joined = "".join(parts)
+            if joined.upper() == joined.lower() and joined in squeezed:  # a script without spaces
+                return name, [n for word, n in found for _ in word][squeezed.index(joined)]
+            if joined in every:
+                return name, found[words.index(joined)][1]
+            if every.issuperset(parts):
+                size, one = len(parts), sorted(parts)
+                at = next((i for i in range(len(words)) if sorted(words[i : i + size]) == one), None)
+                if at is not None:
+                    return name, found[at][1]
     return None
+
+
+def _forms(name: str) -> list[list[str]]:
+    """The words of a name, and those without a number where they still are a name: person-01 is not any person.
+
+    A name of fewer than three letters has no form, except in scripts without case, as Chinese names often have two
+    characters.
+    """
+    parts = _words(name)
+    plain = [part for part in parts if not part.isdigit()]
+    letters = "".join(plain)
+    caseless = letters.upper() == letters.lower()
+    if sum(map(str.isalpha, letters)) < (2 if caseless else 3):
+        return []
+    return [parts, plain] if caseless or len(plain) > 1 else [parts]
 
 
 def _words(text: str) -> list[str]:

@@ -78,11 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _bundle(
     checkpoint: "Checkpoint", out: Path, repository: str, people: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, bytes]:
-    from vitface.exchange.publishing import check_bundle, write_bundle
+    from vitface.exchange.publishing import RESEARCH_ONLY, check_bundle, model_card, write_bundle
 
     if not out.exists():
         write_bundle(checkpoint, out, repository, arguments.data, arguments.licence)
-    files = check_bundle(out, arguments.weights, people)
+    own = model_card(checkpoint, "/", "", arguments.licence or RESEARCH_ONLY) if people else ""
+    files = check_bundle(out, arguments.weights, people, own)
     if sha256_bytes(files["model.safetensors"]) != checkpoint.sha256:
         raise ExchangeError(f"{out} holds another model than {arguments.checkpoint}; remove it, or name another --out")
     return files
@@ -91,11 +92,12 @@ def _bundle(
 def _page(
     checkpoint: "Checkpoint", out: Path, repository: str, people: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, bytes]:
-    from vitface.exchange.publishing import check_space, space_files, write_space
+    from vitface.exchange.publishing import RESEARCH_ONLY, check_space, space_card, space_files, write_space
 
     page = space_files(checkpoint)
     if backbone := json.loads(page["page.json"]).get("backbone"):
         print(f"the page is without its backbone, and asks each visitor for it: {backbone['text']}")
     if not out.exists():
         write_space(checkpoint, out, page, repository, arguments.data, arguments.licence)
-    return check_space(out, page, people)
+    own = space_card(checkpoint, page, "/", "", arguments.licence or RESEARCH_ONLY)
+    return check_space(out, page, people, own)
