@@ -13,7 +13,7 @@ import vitface.kernels.onednn as onednn
 from vitface.config import Dtype
 from vitface.errors import ConfigError
 
-MEASURED_SECONDS = 0.02
+MEASURED_SECONDS = 0.1
 MUCH_FASTER = 1.25  # a smaller lead is noise, or lost in the rest of the work, which is no product
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,22 +101,27 @@ def dtype_note(dtype: Dtype, device: torch.device, width: int) -> str:
 def lead_of_fp32(dtype: Dtype, width: int) -> float:
     """How many times as fast as in `dtype` this CPU multiplies in fp32; infinite if oneDNN has no product for `dtype`.
 
-    The product is that of an MLP, (64, width) times (width, 4 width). It is measured once in a process, in about
-    20 ms; of each dtype the fastest of many counts, because other programs may use the processor too.
+    The product is that of an MLP, (64, width) times (width, 4 width), or the part of it that takes less than a
+    millisecond. It is measured once in a process, in about 0.1 s. Other programs may use the processor too, so the
+    dtypes take turns, of each the fastest of many products counts, and one thread computes: several would wait for the
+    one that another program stopped, in every product.
     """
     operands = {}
     for name in ("fp32", dtype):
         x = torch.ones(64, width, dtype=DTYPES[name])
         if not onednn.serves(x):
             return math.inf
-        operands[name] = x, onednn.pack(torch.ones(4 * width, width, dtype=x.dtype))
+        operands[name] = x, onednn.pack(torch.ones(min(4 * width, 1024), width, dtype=x.dtype))
     seconds: dict[str, float] = dict.fromkeys(operands, math.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     end = time.perf_counter() + MEASURED_SECONDS
     while time.perf_counter() < end or math.inf in seconds.values():
         for name, (x, weight) in operands.items():
             start = time.perf_counter()
             onednn.product(x, weight, None)
             seconds[name] = min(seconds[name], time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return seconds[dtype] / seconds["fp32"]
 
 
