@@ -31,8 +31,8 @@ from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS
 from vitface.store.faces import open_checkpoint
 from vitface.store.settings import read_epochs
+from vitface.store.sources import SOURCES
 from vitface.weights.download import fetch_backbone
-from vitface.weights.sources import SOURCES
 
 PEOPLE, PHOTOS, MARGIN = 22, 5, 24
 SMALL = dict(patch_size=28, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0)

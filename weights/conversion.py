@@ -21,12 +21,12 @@ from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.store.backbone import PROJECTION, expected_tensors, save_backbone
+from vitface.store.sources import SOURCES
 from vitface.weights.beside import settings_beside
 from vitface.weights.keymaps import BESIDE, FAMILIES, MARKS, Family, find_family
 from vitface.weights.layouts import arrange, half_turns
 from vitface.weights.reading import read_source
 from vitface.weights.recognisers import check_variant, takes_bgr
-from vitface.weights.sources import SOURCES
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from vitface.files import cache_home, make_folder, sha256_file
 from vitface.lock import waiting_lock
 from vitface.presets import backbone_name
 from vitface.store.backbone import read_backbone
+from vitface.store.sources import DETECTOR, RUNTIME, SOURCES, Source, how_to_get
 from vitface.version import __version__
 from vitface.weights.conversion import Conversion, convert_backbone
-from vitface.weights.sources import DETECTOR, RUNTIME, SOURCES, Source
 
 TIMEOUT = 30  # seconds without a byte
 MINUTE, LEAST_BYTES = 60.0, 1 << 16  # less than that in a minute is no download
@@ -44,15 +44,9 @@ def fetch_backbone(name: str) -> Conversion | None:
     WeightsError if no original is pinned for `name`, or if the download fails; it tells what to do by hand.
     """
     name = backbone_name(name)
-    if name not in SOURCES:
-        raise WeightsError(f"{name} ships with the package: there is nothing to fetch")
-    source = SOURCES[name]
-    if source.url is None:
-        raise WeightsError(
-            f"no original of {name} is pinned; convert a file of {source.origin} that you have"
-            f"{f', from {source.page}' if source.page else ''} (licence: {source.licence}); its sha256 will be shown:\n"
-            f"  {command('convert', name, '--src', 'FILE', '--out', cache_home() / f'{name}.safetensors')}"
-        )
+    source = SOURCES.get(name)
+    if source is None or source.url is None:
+        raise WeightsError(how_to_get(name))
     file, out = cache_home() / "sources" / source.url.rsplit("/", 1)[1], cache_home() / f"{name}.safetensors"
     with suppress(WeightsError):
         read_backbone(out)

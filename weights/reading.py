@@ -16,10 +16,10 @@ from torch import Tensor
 from vitface.errors import WeightsError
 from vitface.files import identify_file
 from vitface.store.backbone import BACKBONE_FORMAT
+from vitface.store.sources import SOURCES
 from vitface.store.tensors import MAX_HEADER_BYTES
 from vitface.weights.keymaps import common_prefix
 from vitface.weights.layouts import clean, from_big_vision
-from vitface.weights.sources import SOURCES
 
 MAX_PICKLE_BYTES = 64 << 20
 _PICKLED = ("a zip", "a file of torch", "a pickle")

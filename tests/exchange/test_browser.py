@@ -28,9 +28,9 @@ from vitface.exchange.site import drawn
 from vitface.model.face import FaceModel
 from vitface.store.backbone import load_backbone, weights_sha256
 from vitface.store.faces import trained_tensors
+from vitface.store.sources import Source
 from vitface.training.runs.checkpoint import save_checkpoint
 from vitface.weights.download import download, fetch_detector, fetch_runtime
-from vitface.weights.sources import Source
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 AXE = Source(

@@ -10,7 +10,7 @@ import vitface
 from vitface.__main__ import main
 from vitface.exchange.site import drawn
 from vitface.store.backbone import find_backbone, read_backbone, save_backbone
-from vitface.weights.sources import SOURCES, Source
+from vitface.store.sources import SOURCES, Source
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 FIELD = "document.querySelector('#backbone input')"

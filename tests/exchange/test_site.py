@@ -24,7 +24,7 @@ from vitface.errors import ExchangeError
 from vitface.exchange import publishing, site
 from vitface.exchange.site import LEAST, PAGE, PAGE_FILES, RUNTIME_FILES, describe, runtime_files, stored_as
 from vitface.store.faces import open_checkpoint
-from vitface.weights.sources import SOURCES, Source
+from vitface.store.sources import SOURCES, Source
 
 
 def test_the_page_holds_all_that_it_loads_and_may_load_nothing_else():

@@ -42,13 +42,40 @@ def test_random_is_a_function_of_the_name(tiny_preset):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "commands", "page"),
+    [
+        ("dinov2", ["vitface fetch dinov2_vits14"], ""),
+        (
+            "vit_tiny_patch16",
+            ["vitface convert vit_tiny_patch16 --src FILE --out {home}/vit_tiny_patch16.safetensors"],
+            "from https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k (licence: Apache-2.0)",
+        ),
+        (
+            "dinov3_vits16",
+            ["vitface convert dinov3_vits16 --src FILE --out {home}/dinov3_vits16.safetensors"],
+            "from https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/ (licence: DINOv3 License)",
+        ),
+    ],
+)
+def test_missing_weights_are_fetched_or_converted(tmp_path, monkeypatch, name, commands, page):
+    """Only a command that gets them is named: `vitface fetch` has no address of the others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VITFACE_HOME", str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(name)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert [line for line in lines if line.startswith("vitface")] == [x.format(home=tmp_path) for x in commands]
+    assert page in str(caught.value)
+
+
 def test_places_in_order(backbone, tmp_path, monkeypatch, capsys):
     path, _ = backbone
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VITFACE_HOME", str(tmp_path / "home"))
     path.rename(tmp_path / "kept")
     store._say.cache_clear()
-    with pytest.raises(WeightsError, match="vitface fetch tiny"):
+    with pytest.raises(WeightsError, match="tiny.safetensors in .*home, the package and ./weights"):
         load_backbone("tiny")
     (tmp_path / "weights").mkdir()
     os.link(tmp_path / "kept", tmp_path / "weights" / "tiny.safetensors")

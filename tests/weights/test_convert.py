@@ -16,8 +16,8 @@ from vitface.errors import ConfigError, WeightsError
 from vitface.files import sha256_file
 from vitface.presets import VIT_PRESETS
 from vitface.store.backbone import load_backbone, read_backbone
+from vitface.store.sources import FACES_LICENCE, SOURCES
 from vitface.weights.conversion import convert_backbone, convert_file
-from vitface.weights.sources import FACES_LICENCE, SOURCES
 
 
 def test_settings_and_origin_are_in_the_file(tmp_path):

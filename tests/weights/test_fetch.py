@@ -18,9 +18,9 @@ from vitface.errors import WeightsError
 from vitface.model.vit import ViT
 from vitface.presets import VIT_PRESETS
 from vitface.store.backbone import find_backbone, load_backbone, read_backbone
+from vitface.store.sources import SOURCES
 from vitface.weights import download
 from vitface.weights.download import fetch_backbone, fetch_detector
-from vitface.weights.sources import SOURCES
 
 NAME = "dinov2_vits14"
 

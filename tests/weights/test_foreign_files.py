@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vitface.errors import WeightsError
 from vitface.files import sha256_file
 from vitface.store.backbone import load_backbone, read_backbone
+from vitface.store.sources import SOURCES
 from vitface.weights.conversion import convert_file
-from vitface.weights.sources import SOURCES
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vitface.config import FaceConfig
 from vitface.errors import ExchangeError
+from vitface.store.sources import SOURCES
 from vitface.store.tensors import tensor_bytes
 from vitface.weights.keymaps import MARKS, META_TIMM, Family, transformers_family
 from vitface.weights.layouts import neighbour_turns
-from vitface.weights.sources import SOURCES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -16,8 +16,8 @@ from torch import Tensor
 from vitface.errors import ExchangeError
 from vitface.exchange.peft import PREFIX
 from vitface.model.lora import TARGETS
+from vitface.store.sources import SOURCES
 from vitface.weights.keymaps import META_TIMM, Family, transformers_family
-from vitface.weights.sources import SOURCES
 
 WRAPPERS = {"_orig_mod", "module"}  # of torch.compile and of DistributedDataParallel
 Sides = dict[str, Tensor]  # "A" (r, I) and "B" (O, r)

@@ -24,8 +24,8 @@ from vitface.exchange.site import in_folders, site_files
 from vitface.store.faces import Checkpoint, open_checkpoint
 from vitface.store.hub import BUNDLE_FILES
 from vitface.store.settings import read_epochs
+from vitface.store.sources import SOURCES
 from vitface.version import __version__
-from vitface.weights.sources import SOURCES
 
 RESEARCH_ONLY = "non-commercial-research"
 REDISTRIBUTABLE = ("Apache-2.0", "MIT")  # the licences of backbones that a page may hold

@@ -21,10 +21,10 @@ from vitface.exchange.onnx_graph import MIN_COSINE, check_onnx, onnx_bytes, trac
 from vitface.files import json_bytes
 from vitface.recogniser import Recogniser
 from vitface.store.faces import Checkpoint
+from vitface.store.sources import SOURCES
 from vitface.store.thresholds import Verdict, source_text
 from vitface.version import __version__
 from vitface.weights.download import fetch_detector, fetch_runtime
-from vitface.weights.sources import SOURCES
 
 PAGE = Path(__file__).parent / "web"
 PAGE_FILES = ("index.html", "style.css", "icon.svg", "app.js", "worker.js", "faces.js", "pictures.js")

@@ -24,6 +24,7 @@ from vitface.model.positions import resample_pos_embed
 from vitface.model.vit import ViT, init_weights
 from vitface.presets import VIT_PRESETS, ViTConfig, backbone_name
 from vitface.store.settings import vit_config
+from vitface.store.sources import how_to_get
 from vitface.store.tensors import first_fault, tensor_bytes
 from vitface.version import __version__
 
@@ -70,14 +71,14 @@ def _stored(name: str, path: Path) -> tuple[ViTConfig, dict[str, Tensor]]:
 
 
 def find_backbone(name: str) -> Path:
-    """The first of `backbone_files`; if there is none, WeightsError names the places and the fetch command."""
+    """The first of `backbone_files`; if there is none, WeightsError names the places and how to get it."""
     for path in backbone_files(name):
         if path.parent == Path("weights"):
             _say(f"backbone: {path}, of the current folder")
         return path
     raise WeightsError(
-        f"no weights for {name}: looked for {name}.safetensors in {cache_home()}, the package and ./weights. Get them "
-        f"with\n  vitface fetch {name}\nor name a converted file with --weights FILE"
+        f"no weights for {name}: looked for {name}.safetensors in {cache_home()}, the package and ./weights; "
+        f"{how_to_get(name)}\nor name a converted file with --weights FILE"
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from vitface.commands.parser import CommandParser
 from vitface.presets import VIT_ALIASES, VIT_PRESETS
-from vitface.weights.sources import SOURCES
+from vitface.store.sources import SOURCES
 
 EXAMPLES = """examples:
   vitface backbones                                  a line each

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from vitface.commands.parser import CommandParser
 from vitface.errors import ConfigError, WeightsError, command
 from vitface.presets import VIT_PRESETS, Act, backbone_name
-from vitface.weights.sources import SOURCES
+from vitface.store.sources import SOURCES
 
 if TYPE_CHECKING:
     from vitface.weights.conversion import Conversion

@@ -6,7 +6,7 @@ from vitface.commands.models.convert import next_command, report
 from vitface.commands.parser import CommandParser
 from vitface.files import cache_home
 from vitface.presets import VIT_PRESETS, backbone_name
-from vitface.weights.sources import SOURCES
+from vitface.store.sources import SOURCES
 
 EXAMPLES = f"""examples:
   vitface fetch dinov2

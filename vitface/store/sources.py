@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from vitface.errors import command
 from vitface.extras import YUNET_SHA256
+from vitface.files import cache_home
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,18 @@ SOURCES: dict[str, Source] = {
         "timm's vit_tiny_patch16_224 (AugReg)", "Apache-2.0", timm="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     ),
 }
+
+
+def how_to_get(name: str) -> str:
+    """The command that gives a user the file of a backbone, with where its original is if that is not downloaded."""
+    source = SOURCES.get(name)
+    if source is None:
+        return f"{name} ships with the package: there is nothing to fetch; install vitface again if it is missing"
+    if source.url is not None:
+        return f"get them with\n  {command('fetch', name)}"
+    page = source.page or f"https://huggingface.co/{source.transformers or source.timm}"
+    return (
+        f"no original of {name} is pinned; convert a file of {source.origin} that you have, from {page} "
+        f"(licence: {source.licence}); its sha256 will be shown:\n"
+        f"  {command('convert', name, '--src', 'FILE', '--out', cache_home() / f'{name}.safetensors')}"
+    )
