@@ -195,6 +195,8 @@ def test_explain(faces, tiny_run, tmp_path, capsys):
     np.testing.assert_allclose(lengths, 538 * np.array(found["domain_weights"]), atol=2)
     assert found["domains"] == ["domain 0", "domain 1", "domain 2"]
     assert "domain weights: domain 0 = 0." in call(capsys, "explain", faces / "p0" / "0.png", "-o", "out.png")[1]
+    frozen = call(capsys, "explain", faces / "p0" / "0.png", "-o", "out.png", "--backbone", "vit_nano")[1]
+    assert frozen == "wrote out.png\na frozen backbone: no adapters, no domains\n"
 
 
 @pytest.mark.parametrize(

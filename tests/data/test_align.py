@@ -151,6 +151,20 @@ def test_landmarks_from_a_file_need_no_detector(tmp_path, capsys, monkeypatch):
         assert Counter(row["status"] for row in csv.DictReader(file)) == {"ok": 4, "none": 1, "damaged": 1}
 
 
+@pytest.mark.parametrize(
+    ("folder", "then"), [("", "look at the crops, then: vitface data check {out}"), ("a", "{flat}")]
+)
+def test_what_comes_next_is_what_the_folder_is_fit_for(tmp_path, capsys, folder, then):
+    """`data check` would refuse a flat folder, which has no people."""
+    marks = photos(tmp_path / "src").replace("\na/", f"\n{'' if folder else 'a/'}")
+    (tmp_path / "marks.csv").write_text(marks)
+    src, out = tmp_path / "src" / folder, tmp_path / "out"
+    command = ["align", str(src), str(out), "--landmarks", str(tmp_path / "marks.csv"), "--num-workers", "0"]
+    assert vitface.__main__.main(command) == 0
+    flat = f"training needs a folder per person, such as {src}/PERSON/IMAGE.jpg"
+    assert capsys.readouterr().out.endswith(f"align.csv; {then.format(out=out, flat=flat)}\n")
+
+
 def test_a_broken_run_is_continued(tmp_path):
     (tmp_path / "marks.csv").write_text(photos(tmp_path / "src"))
     finder = Finder(read_landmarks(tmp_path / "marks.csv"))

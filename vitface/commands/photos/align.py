@@ -33,5 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     done = align_folder(arguments.src, out, finder, arguments.num_workers, arguments.prune)
     print("\n".join(summary(done)))
     print_gone(arguments, done.gone)
-    print(f"each photo is listed in {out / 'align.csv'}; look at the crops, then: {command('data', 'check', out)}")
+    people = any(path.is_dir() for path in out.iterdir())
+    flat = f"training needs a folder per person, such as {arguments.src / 'PERSON' / 'IMAGE.jpg'}"
+    then = f"look at the crops, then: {command('data', 'check', out)}" if people else flat
+    print(f"each photo is listed in {out / 'align.csv'}; {then}")
     return 0 if done.statuses["ok"] + done.statuses["several"] else 1

@@ -47,8 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     picture, attention, weights = explanation(model, crop, names, arguments.block)
     write_output(arguments.out, encode_image(picture, "PNG"))
     each = (f"{name} = {weight:.3f}" for name, weight in zip(names, weights, strict=True))
-    domains = f"domain weights: {', '.join(each)}"
-    text = f"wrote {arguments.out}\n{domains if len(weights) > 1 else 'plain LoRA: there are no domains'}"
+    plain = (
+        "plain LoRA: there are no domains" if model.config.lora_rank else "a frozen backbone: no adapters, no domains"
+    )
+    text = f"wrote {arguments.out}\n{'domain weights: ' + ', '.join(each) if len(weights) > 1 else plain}"
     if model.config.head == "patches":
         text += '\nthe head "patches" reads every patch; the picture shows the attention of CLS alone'
     result = {"domains": names, "domain_weights": weights.tolist(), "attention": attention.tolist(), "faces": faces}
