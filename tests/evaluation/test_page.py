@@ -1,6 +1,7 @@
 import itertools
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -107,6 +108,25 @@ def test_pairs_without_an_accuracy_have_no_curve_of_it(threshold, curves):
     results = {label: verify_fixed(np.where(issame, 0.5, 1.5), issame, threshold) for label in degraded}
     charts = degraded_curves(Evaluation(results, [], [], degraded=degraded))
     assert [name for chart in charts for name in chart["lines"]] == curves
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "note"),
+    [
+        ("lfw", None, "Ten folds in file order; the interval is a pair bootstrap"),
+        ("my_pairs.csv", None, "The interval is a pair bootstrap"),
+        ("my_pairs.csv", 1.0, "The interval is Wilson's"),
+        ("my_pairs.csv", np.nan, None),
+    ],
+)
+def test_the_note_is_about_the_pairs_there_are(tmp_path, name, threshold, note):
+    issame = np.arange(40) % 2 == 0
+    distance = np.where(issame, 0.5, 1.5)
+    result = verify(distance, issame) if threshold is None else verify_fixed(distance, issame, threshold)
+    evaluation = Evaluation({name: result}, [], [])
+    page = report_page("runs/a", tiny_recogniser(), evaluation, None, tmp_path, faces=False, routing={})
+    assert (f'<p class="note">{note}, a lower bound' in unescape(page)) if note else "lower bound" not in page
+    assert "On faces drawn by vitface, no person's" in unescape(page)
 
 
 def test_the_page_needs_no_network_and_fits_phones_and_the_dark(tmp_path):

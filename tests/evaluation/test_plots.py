@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vitface.evaluation.plots import ticks
+from vitface.evaluation.plots import BOTTOM, TOP, line_chart, ticks
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -39,3 +39,11 @@ def test_lie_inside_and_are_evenly_spaced(low, high):
 
 def test_one_value_is_its_own_tick():
     assert len(ticks(2, 2)) == 1
+
+
+@pytest.mark.parametrize(("value", "place"), [(1, TOP), (100, TOP), (0, BOTTOM)])
+def test_a_value_that_does_not_change_has_its_place(value, place):
+    """A TAR of 1 at the bottom would look like a TAR of 0."""
+    chart = line_chart("", "", "", {"lfw": (np.array([0.01, 1]), np.array([value, value]))}, log_x=True)
+    assert [point.split(",")[1] for point in chart["lines"]["lfw"].split()] == [f"{place}.0"] * 2
+    assert len(chart["y_ticks"]) > 2 and dict((text, y) for y, text in chart["y_ticks"])[f"{value}"] == place

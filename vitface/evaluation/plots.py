@@ -37,7 +37,8 @@ def line_chart(
     log_x: bool = False,
     bands: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
 ) -> Chart:
-    """Curves (x, y) by name, with axes that fit all of them; `log_x` needs positive x.
+    """Curves (x, y) by name, with axes that fit all of them; `log_x` needs positive x. Where y is one value throughout,
+    such as a TAR of 1, it is the top of the axis, and 0 the bottom.
 
     `bands` are intervals (x, low, high) around the curves of the same names.
     """
@@ -45,6 +46,8 @@ def line_chart(
     shapes = [(np.log10(x) if log_x else np.asarray(x), np.asarray(y)) for x, y in (*curves.values(), *areas.values())]
     xs, ys = (np.concatenate(values) for values in zip(*shapes, strict=True))
     x_range, y_range = (xs.min(), xs.max()), (ys.min(), ys.max())
+    if y_range[0] == y_range[1]:
+        y_range = (0.9 * ys[0], ys[0]) if ys[0] > 0 else (ys[0], ys[0] + 1)
     points = []
     for x, y in shapes:
         places = zip(_scale(x, *x_range, LEFT, RIGHT), _scale(y, *y_range, BOTTOM, TOP), strict=True)
