@@ -89,6 +89,15 @@ ROWS = pairs_of(200)
         ),
         pytest.param("{a},{b},{same:d}", "img1,img2,is_same", False, marks=case("`img1,img2,is_same` on top", "read")),
         pytest.param("{a},{b},{same:d}", "left,right,target", False, marks=case("`left,right,target` on top", "read")),
+        pytest.param(
+            "{a},{b},0,{same:d}", "name1,name2,same_camera,label", False,
+            marks=case("`name1,name2,same_camera,label` on top", "the column `label` is taken, as a whole name"),
+        ),
+        pytest.param("{a},{b},{same:d}", "Image A,image-b,Same_Person", False),
+        pytest.param(
+            "{a} {b} {fold} {same:d}", "path1 path2 fold label", True,
+            marks=case("`path1 path2 fold label` on top, all with spaces", "read by its column names"),
+        ),
         pytest.param("{a},{b},{same:d},,", "", False, marks=case("empty cells behind", "read")),
         pytest.param("{a},{b},{word}", "", False, marks=case("`same` and `different` for 1 and 0", "read")),
         pytest.param(
@@ -144,6 +153,15 @@ def test_lfw_form(tmp_path):
             "path1,path2,a,b,c\n{c},{c},1,2,3\n", "line 1 should name two columns `path...`, one `label`",
             marks=case("a table without a column `label`", "error: the names it should have"),
         ),
+        pytest.param(
+            "path1,path2,same_camera\n{c},{c},1\n", "csv: line 1 should name .*a'; understood are path, .* is_same",
+            marks=case("`path1,path2,same_camera` on top", "error: the names that are understood"),
+        ),
+        pytest.param("probe,reference,camera\n{c},{c},1\n", "line 1 is not .* a header is `path1,path2,label`"),
+        pytest.param(
+            "fold,path1,path2,label\n1,{c},{c},\n", "line 2 is not",
+            marks=case("a line whose label is empty, in a table with folds", "error: the line"),
+        ),
         pytest.param("path,path,label\n", "line 1 is not", marks=case("no pair", "error: the line")),
         pytest.param(
             "crops/no.jpg,{c},1\n", "line 1 names an image that cannot be read: .*no.jpg: No such file",
@@ -161,6 +179,18 @@ def test_mistakes_in_lists(tmp_path, text, message):
     file.write_text(text.replace("{c}", f"crops/{ROWS[0][0]}.jpg"))
     with pytest.raises(DataError, match=message):
         read_own_list(file)
+
+
+@case(
+    "`path1,path2,mismatch` on top, or `not_same`, `different`, `distance`",
+    "error: 1 means different people there",
+)
+@pytest.mark.parametrize("name", ["mismatch", "not_same", "different", "distance", "Non-Match", "is_different"])
+def test_columns_of_the_opposite_meaning(tmp_path, name):
+    for text, mark in (("{a},{b},{same:d}", ","), ("{a} {b} {same:d}", " ")):
+        file = write_list(tmp_path, ROWS[:2], text, mark.join(["path1", "path2", name]))
+        with pytest.raises(DataError, match=f"csv: line 1 has the column '{name}': 1 means different people there"):
+            read_own_list(file)
 
 
 @case("`--bench photo.jpg`", "error: what it is")

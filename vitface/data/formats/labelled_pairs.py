@@ -18,12 +18,30 @@ from vitface.files import BEGINNING, identify
 MAX_LINE = 1000  # characters; so that the time for a hostile one is bounded
 _LABELS = dict.fromkeys(["1", "1.0", "true", "yes", "same", "match", "positive", "genuine"], True)
 _LABELS |= dict.fromkeys(["0", "0.0", "false", "no", "different", "mismatch", "negative", "impostor", "-1"], False)
-_COLUMNS = ("^(?!.*label).*(path|image|img|file|photo|name)", "label|same|match", "fold|split")  # names in a header
+# the whole names of columns in a header, without spaces, _ and -: path1 or left_image, is_same, fold
+_PATHS = re.compile(
+    r"(?=.*(path|image|img|file|photo|name))(path|image|img|file|photo|name|first|second|left|right|[ab]|\d)+"
+)
+_LABEL = re.compile(
+    r"label|target|gt|groundtruth|(is)?(same|match|matched|genuine|positive)(person|people|identity|id)?"
+)
+_FOLD = re.compile(r"(fold|split)(id|number)?")
+_OPPOSITE = re.compile(  # 1 is not the same person there
+    r"(is)?(mismatch|(not|no|non|un)(same|match|matched|genuine)|diff|different|dissimilar|distance|dist|impostor|negative)"
+    r"(person|people|identity|id)?"
+)
+_UNDERSTOOD = (
+    "understood are path, image, img, file, photo and name with 1 and 2, and label, target, same, is_same, match, "
+    "genuine and positive, which are 1 for the same person"
+)
 _PHOTO = re.compile(r"\.\w{3,4}$")
 _SPACED = re.compile(  # names may have spaces
     r"(?:(-?[\d.]+|true|false)\s+)?(.+\.\w{3,4})\s+(.+\.\w{3,4})(?:\s+(\S+))?(?:\s+(\S+))?", re.IGNORECASE
 )
-_ROW = "`path path label`, `label path path` or, with folds, `path path label fold`, each path with its .jpg or .png"
+_ROW = (
+    "`path path label`, `label path path` or, with folds, `path path label fold`, each path with its .jpg or .png; "
+    "a header is `path1,path2,label`"
+)
 
 
 class Pair(NamedTuple):
@@ -57,15 +75,27 @@ def _names_photo(line: str) -> bool:
     return any(map(_PHOTO.search, cells_of(line[:MAX_LINE]) or line[:MAX_LINE].split()))
 
 
-def _columns(where: str, line: str) -> list[int]:
-    """Where a header has the paths, the label and perhaps the fold; [] for four cells or fewer that do not say it."""
-    names = [name.lower() for name in cells_of(line)]
-    photos, labels, folds = ([i for i, name in enumerate(names) if re.search(kind, name)] for kind in _COLUMNS)
-    if len(photos) == 2 and len(labels) == 1 and len(folds) < 2:
-        return [*photos, *labels, *folds]
-    if len(names) > 4:
-        raise DataError(f"{where} should name two columns `path...`, one `label` and perhaps one `fold`: {line[:80]!r}")
-    return []
+def _columns(where: str, line: str) -> list[int] | None:
+    """Where a header has the paths, the label and perhaps the fold; None if it names none of them. DataError for a
+    header without a known label: by its place alone, a label could be read as its opposite."""
+    written = cells_of(line[:MAX_LINE]) or line[:MAX_LINE].split()
+    names = [re.sub(r"[\s_-]", "", name).lower() for name in written]
+    photos, labels, folds, opposite = (
+        [i for i, name in enumerate(names) if kind.fullmatch(name)] for kind in (_PATHS, _LABEL, _FOLD, _OPPOSITE)
+    )
+    if not (photos or labels or folds or opposite):
+        return None
+    others = [i for i in range(len(names)) if i not in labels + folds]
+    photos = others if len(others) == 2 else photos  # left,right,target
+    if opposite and not labels:
+        raise DataError(
+            f"{where} has the column {written[opposite[0]]!r}: 1 means different people there; write a column `label` "
+            f"in its place, 1 for the same person and 0 for different ones"
+        )
+    if len(photos) != 2 or len(labels) != 1 or len(folds) > 1:
+        what = "should name two columns `path...`, one `label` and perhaps one `fold`"
+        raise DataError(f"{where} {what}: {line[:80]!r}; {_UNDERSTOOD}")
+    return [*photos, *labels, *folds]
 
 
 def cells_of(line: str) -> list[str]:
@@ -82,13 +112,14 @@ def labelled(line: str, columns: Sequence[int] | None = None) -> tuple[bool, str
     line = line[:MAX_LINE]
     cells, spaced = cells_of(line), getattr(_SPACED.fullmatch(line), "groups", tuple)()
     if columns:
-        cells, spaced = [cells[i] for i in columns if i < len(cells)], ()
+        row = cells or [*filter(None, spaced)]
+        cells, spaced = [row[i] if i < len(row) else "" for i in columns], ()
     for row in (cells, [*filter(None, spaced)]):
         first = int(len(row) > 2 and not _PHOTO.search(row[0]))
         photos, others = row[first : first + 2], row[:first] + row[first + 2 :]
         fits = len(photos) == 2 and all(map(_PHOTO.search, photos)) and len(others) in (1, 2 - first)
         if fits and others[0].lower() in _LABELS:
-            return _LABELS[others[0].lower()], others[1] if others[1:] else None, photos[0], photos[1]
+            return _LABELS[others[0].lower()], "".join(others[1:]) or None, photos[0], photos[1]
     return None
 
 
