@@ -73,7 +73,8 @@ def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
     """How the labels are wrong, inverted or shifted, if the distances show it; None if they do not.
 
     Each other reading of the labels is tested on the pairs where it differs, by the rank statistic of Mann and Whitney.
-    Of several likely readings, the one with the best AUC is named.
+    Of several likely readings, the one with the best AUC is named, the first of equals: where same and different pairs
+    alternate, inverted labels are also shifted ones.
     """
     readings = {"the labels are inverted (1 means different), or a distance is used as a similarity": ~issame}
     for shift in SHIFTS:
@@ -84,7 +85,7 @@ def label_fault(distance: np.ndarray, issame: np.ndarray) -> str | None:
         for text, labels in readings.items()
         if auc_deviation(-distance[labels != issame], issame[labels != issame]) < SURE
     ]
-    return max(likely)[1] if likely else None
+    return max(likely, key=lambda found: found[0])[1] if likely else None
 
 
 def chance_cause(issame: np.ndarray) -> str:
