@@ -162,6 +162,21 @@ def test_a_stray_copy_is_a_note():
     assert finding.what == "1 images are copies of others, 1 of them under another person's label"
 
 
+@pytest.mark.parametrize(
+    ("spellings", "said"),
+    [
+        (["José", "Jose\u0301"], "'José' = 'Jose\u0301' ('Jose\\u0301')"),
+        (["Anna", "anna", "anna "], "'Anna' = 'anna' = 'anna '"),
+    ],
+)
+def test_a_person_under_two_spellings_is_a_warning(spellings, said):
+    data = drawn_set()
+    data.names[: len(spellings)] = spellings
+    (finding,) = check_training(scan_training(data, 0))
+    assert (finding.name, finding.severity) == ("two_spellings", "warning")
+    assert finding.what == f"1 people may be there under several spellings of a name, such as {said}"
+
+
 def relabelled(change, pairs):
     return VerificationSet(pairs.name, pairs.images, change(pairs.issame))
 

@@ -61,7 +61,7 @@ def images_to_compare(labels: np.ndarray) -> np.ndarray:
 
 
 def check_training(data: TrainingSet) -> list[Finding]:
-    checks = (one_person, one_image, duplicated_people, copies, unrelated_labels, slipped_labels)
+    checks = (one_person, one_image, two_spellings, duplicated_people, copies, unrelated_labels, slipped_labels)
     return [*check_images(data.scan), *(finding for check in checks for finding in check(data))]
 
 
@@ -76,6 +76,24 @@ def one_image(data: TrainingSet) -> str | None:
     alone = np.bincount(data.samples.labels) == 1
     if alone.any():
         return f"{alone.sum()} people have one image only, the first is {data.samples.names[int(np.argmax(alone))]!r}"
+
+
+@finds("warning", "if they are one person, merge them; if not, rename one")
+def two_spellings(data: TrainingSet) -> What:
+    """Names that only differ in case, spaces, or in accents that are written as one character or as two."""
+    spellings: dict[str, list[str]] = {}
+    for name in data.samples.names:
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        spellings.setdefault(" ".join(folded.split()), []).append(name)
+    alike = [names for names in spellings.values() if len(names) > 1]
+    if alike:
+        lines = [" = ".join(map(_spelled, names)) for names in alike]
+        return f"{len(alike)} people may be there under several spellings of a name, such as {lines[0]}", lines[1:]
+
+
+def _spelled(name: str) -> str:
+    """`name` in quotes; with the code of each accent that is a character of its own, which looks the same."""
+    return repr(name) if unicodedata.is_normalized("NFC", name) else f"{name!r} ({name!a})"
 
 
 @finds("error", "merge them: they are one person under two labels")
