@@ -34,7 +34,8 @@ class Conversion:
     """The result of a conversion.
 
     `dropped` counts the source tensors not used, by the pattern that lists them. `settings_from` names the flags and
-    the files beside the source that gave settings; all others are those of the preset.
+    the files beside the source that gave settings; all others are those of the preset. `entry` names the entry of a
+    training checkpoint that was taken, and those beside it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Conversion:
     dropped: dict[str, int]
     settings_from: tuple[str, ...] = ()
     bgr: bool = False  # the source takes blue first: its patch convolution was turned
+    entry: str = ""
 
 
 def convert_backbone(name: str, src: str | Path, out: str | Path, bgr: bool | None = None, **given: Any) -> Conversion:
@@ -76,7 +78,7 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path, bgr: bool |
         raise WeightsError(f"--out {out} is {'a folder' if out.is_dir() else 'the source itself'}; name another file")
     digest = sha256_file(src)
     published = digest == SOURCES[name].sha256
-    state = read_source(src, digest)
+    state, entry = read_source(src, digest)
     check_variant(src, state)
     projection = take_projection(state) if name.startswith("clip") else {}
     family, config, tensors, dropped = map_tensors(src, state, name, config)
@@ -96,7 +98,7 @@ def convert_file(name: str, config: ViTConfig, src: Path, out: Path, bgr: bool |
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot write {out}: {error}") from None
     used = len(state) - sum(dropped.values()) + len(projection)
-    return Conversion(name, config, src, out, family.title, digest, published, used, dropped, bgr=bgr)
+    return Conversion(name, config, src, out, family.title, digest, published, used, dropped, bgr=bgr, entry=entry)
 
 
 def take_projection(state: dict[str, Tensor]) -> dict[str, Tensor]:

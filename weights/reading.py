@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitface.errors import WeightsError
+from vitface.errors import WeightsError, in_one_line
 from vitface.files import identify_file
 from vitface.store.backbone import BACKBONE_FORMAT
 from vitface.store.sources import SOURCES
@@ -37,8 +37,9 @@ WRAPPERS = (
 )
 
 
-def read_source(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, a pickled state dict or OpenAI's archive, recognised by its contents.
+def read_source(path: Path, digest: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file, a pickled state dict or OpenAI's archive, recognised by its contents; and
+    which entry of a training checkpoint was taken, with the others that have tensors, "" if it has no entries.
 
     `digest` is the file's sha256. WeightsError if it cannot be read without running code from it.
     """
@@ -57,8 +58,7 @@ def read_source(path: Path, digest: str) -> dict[str, Tensor]:
         if what and not what.startswith(_PICKLED):
             raise WeightsError(f"{path} holds no tensors by name but is {what}; {do or _TAKE}")
         state = _read_pickle(path)
-    while isinstance(state, dict) and (inside := [name for name in WRAPPERS if isinstance(state.get(name), dict)]):
-        state = state[inside[0]]
+    state, entry = _weights_entry(state)
     if not isinstance(state, dict) or not state:
         raise WeightsError(f"{path} holds no tensors by name; a state dict is what can be converted")
     for key, tensor in state.items():
@@ -73,7 +73,22 @@ def read_source(path: Path, digest: str) -> dict[str, Tensor]:
     for key in state:
         if names[clean(key)] != key:
             raise WeightsError(f"{path}: {key} and {names[clean(key)]} are the same tensor under two names")
-    return {clean(key): tensor for key, tensor in state.items()}
+    return {clean(key): tensor for key, tensor in state.items()}, entry
+
+
+def _weights_entry(state: object) -> tuple[object, str]:
+    """The innermost entry of WRAPPERS in a checkpoint, and its name with those of the entries beside it."""
+    taken, others = "", []
+    while isinstance(state, dict) and (inside := [name for name in WRAPPERS if isinstance(state.get(name), dict)]):
+        outside, state = state, state.pop(inside[0])  # taken out, as a pickle can hold itself
+        beside = [key for key, value in outside.items() if key in inside or _has_tensors(value)]
+        others += [in_one_line(f"{taken}{key}") for key in beside]
+        taken += f"{inside[0]}."
+    return state, taken.removesuffix(".") + f"; not taken: {', '.join(others)}" * bool(others)
+
+
+def _has_tensors(entry: object) -> bool:
+    return isinstance(entry, dict) and any(isinstance(value, Tensor) for value in entry.values())
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

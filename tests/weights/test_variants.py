@@ -7,6 +7,7 @@ import torch
 from layouts import as_meta, as_openai, assert_same, random_state, tiny, write
 
 from vitface.__main__ import main
+from vitface.commands.models.convert import report
 from vitface.errors import WeightsError
 from vitface.presets import IMAGENET_MEAN, VIT_PRESETS
 from vitface.store.backbone import load_backbone, read_backbone
@@ -93,6 +94,30 @@ def test_what_stands_around_the_weights_does_not_matter(variant, tmp_path):
     torch.save(AROUND[variant](as_meta(ours)), tmp_path / "source.pth")
     convert_file("dinov2_vits14", config, tmp_path / "source.pth", tmp_path / "ours.safetensors")
     assert_same(read_backbone(tmp_path / "ours.safetensors")[2], ours)
+
+
+@pytest.mark.parametrize(
+    ("names", "entry"),
+    [
+        (["state_dict", "state_dict_ema"], "state_dict; not taken: state_dict_ema"),
+        (["model_ema", "model"], "model; not taken: model_ema"),
+        (["weights"], "weights"),
+    ],
+)
+def test_the_entry_that_was_taken_is_named(names, entry, tmp_path):
+    config = tiny("dinov2_vits14")
+    entries = {name: as_meta(random_state(config)) for name in names}
+    torch.save(entries | {"optimizer": {"state": {}, "param_groups": []}}, tmp_path / "source.pth")
+    done = convert_file("dinov2_vits14", config, tmp_path / "source.pth", tmp_path / "ours.safetensors")
+    assert done.entry == entry and f"\n          its entry {entry}\n" in report(done)
+
+
+def test_a_checkpoint_that_holds_itself_ends(tmp_path):
+    config = tiny("dinov2_vits14")
+    state = as_meta(random_state(config))
+    state["model"] = state
+    torch.save(state, tmp_path / "source.pth")
+    assert convert_file("dinov2_vits14", config, tmp_path / "source.pth", tmp_path / "ours.safetensors").used
 
 
 @pytest.mark.parametrize("layout", [as_openai, as_meta])

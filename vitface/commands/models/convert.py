@@ -60,6 +60,7 @@ def report(done: "Conversion") -> str:
         source = "assumed as the preset's; --act, --mean and --std if the weights were trained with others"
     lines = [
         f"read      {done.src}: {done.family}, sha256 {done.sha256}, {pinned}",
+        *([f"          its entry {done.entry}"] if done.entry else []),
         f"used      {done.used} of {done.used + sum(done.dropped.values())} tensors, each once",
         f"dropped   {dropped or 'none'}",
         f"settings  activation {config.act}, LayerNorm eps {config.norm_eps:g}, native size {config.native_size} px, "
