@@ -1,5 +1,6 @@
 """What a run says of itself: its figures, its plan, and what was chosen on whom."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_the_estimate_has_the_evaluation(capsys):
     assert train() == 0
     printed = capsys.readouterr().out
     # 80 images of the benchmark, twice each, by two models; 12 of held-out people for an epoch, twice for thresholds
-    assert "min for evaluating (356 images)" in printed
+    assert re.search(r"and \d+ s for evaluating \(356 images\)", printed)
 
 
 @case("a cut `lfw.bin` in `--val-data`", "named before the first step, not after the last")

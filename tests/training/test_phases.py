@@ -96,7 +96,7 @@ def test_a_grown_model_is_the_old_one_at_another_size(few_faces):  # noqa: F811
 def test_the_header_estimates_each_phase(tmp_path, capsys, few_faces):  # noqa: F811
     run(resolve({**SMALL, "image_size": "32:1,64", "save_dir": str(tmp_path / "run")}))
     printed = capsys.readouterr().out
-    assert re.search(r"min for 2 steps at 32 px \(.*\), .* min for 2 steps at 64 px \(", printed)
+    assert re.search(r"estimated time: \d+ s for 2 steps at 32 px \(.*\), \d+ s for 2 steps at 64 px \(", printed)
     assert read_face_config(tmp_path / "run" / "checkpoints" / "last").image_size == 64
     assert vitface.load(tmp_path / "run").embed(np.zeros((1, 112, 112, 3), np.uint8)).shape == (1, 16)
     run(resolve({**SMALL, "image_size": "32:1,64", "dry_run": True}))

@@ -8,7 +8,7 @@ from vitface.device import dtype_note
 from vitface.model.counts import parameter_counts
 from vitface.model.face import FaceModel
 from vitface.training import setup
-from vitface.training.estimate import final_evaluation, seconds_per_image
+from vitface.training.estimate import duration, final_evaluation, seconds_per_image
 from vitface.training.holdout import HOLDOUT_IMAGES
 from vitface.training.loop import Trainer
 from vitface.training.ranks.process_group import world_size
@@ -45,16 +45,16 @@ def time_left(trainer: Trainer, benchmarks: list[str], with_frozen: bool) -> lis
     config, progress, held_out = trainer.config, trainer.state.progress, len(trainer.data.split.held_out)
     final = final_evaluation(trainer.model, benchmarks, config.val_data or "", with_frozen)
     images = 2 * final.images + min(held_out, HOLDOUT_IMAGES) * (config.epochs - progress.epoch + 2)
-    judging = seconds_per_image(trainer.model) * images / 60 / world_size()
+    judging = seconds_per_image(trainer.model) * images / world_size()
     phases, done = [], progress.epoch * trainer.data.steps_per_epoch + progress.steps_into_epoch
     for side, end in config.phases:
         steps, seconds = end * trainer.data.steps_per_epoch - done, trainer.seconds[side]
         if steps > 0:
             size = f" at {side} px" if len(config.phases) > 1 else ""
             rate = f"{config.batch_size / seconds:,.0f} img/s before reading and augmenting"
-            phases.append(f"{seconds * steps / 60:.1f} min for {steps:,} steps{size} ({rate})")
+            phases.append(f"{duration(seconds * steps)} for {steps:,} steps{size} ({rate})")
             done += steps
-    times = f"{', '.join(phases)} and {judging:.1f} min for evaluating ({images:,} images)"
+    times = f"{', '.join(phases)} and {duration(judging)} for evaluating ({images:,} images)"
     return [*(f"ALARM {problem}" for problem in final.problems), f"estimated time: {times}"]
 
 
