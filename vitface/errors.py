@@ -177,6 +177,6 @@ def _exit_code(action: Callable[[], int | None]) -> int:
         text = in_words(error) if isinstance(error, OSError) else str(error)
         print(f"error: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
         return 130

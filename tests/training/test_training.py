@@ -22,7 +22,7 @@ from vitface.__main__ import main
 from vitface.config import resolve
 from vitface.data.loader import epoch_order, read_batches, split_people
 from vitface.data.synthetic.worlds import SyntheticSamples
-from vitface.errors import CheckpointError, ConfigError, DataError
+from vitface.errors import CheckpointError, ConfigError, DataError, exit_code
 from vitface.evaluation import benchmarks
 from vitface.metrics import auc
 from vitface.model.margin import MarginLoss, make_margin
@@ -157,6 +157,19 @@ def test_resume_is_bit_exact_from_any_step(tmp_path, monkeypatch, unbroken, kind
     assert logs[0] == logs[1]
     best = [(folder / "checkpoints" / "best").resolve().name for folder in both]
     assert best[0] == best[1]
+
+
+def test_ctrl_c_is_answered_once(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*arguments)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+    assert exit_code(lambda: run(resolve({**SMALL, "save_dir": str(tmp_path / "run")})) and 0) == 130
+    out, err = capsys.readouterr()
+    again = f"vitface train --save-dir {tmp_path / 'run'} --resume auto"
+    assert err.endswith(f"stopped; saved up to step 1, continue with\n  {again}\n")
+    assert (out + err).count("stopped") == 1
 
 
 def test_two_runs_are_bitwise_equal_and_seeds_differ(tmp_path, unbroken):

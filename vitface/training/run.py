@@ -97,7 +97,8 @@ def _to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
 
 
 def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen: bool) -> RunLog | None:
-    """Trains to the end, and returns the log on rank 0; if training stops before the end, prints what is saved."""
+    """Trains to the end, and returns the log on rank 0; if training stops before the end, prints what is saved, after
+    Ctrl-C as the text of its KeyboardInterrupt."""
     if checkpoint is not None:
         trainer.restore(checkpoint)
         print0(f"resumed {checkpoint} at step {trainer.state.progress.step:,}")
@@ -107,11 +108,12 @@ def _train(trainer: Trainer, run_dir: Path, checkpoint: Path | None, with_frozen
     log = RunLog(run_dir, trainer.config, trainer.state.progress.step) if rank() == 0 else None
     try:
         trainer.fit(log)
-    except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError):
+    except (KeyboardInterrupt, VitfaceError, OSError, RuntimeError) as error:
         steps, again = step_directories(run_dir), command("train", "--save-dir", run_dir, "--resume", "auto")
-        if steps:
-            print0(f"stopped; saved up to {steps[0].name.replace('-', ' ')}, continue with\n  {again}")
-        else:
-            print0(f"stopped before the first checkpoint; start again with\n  {again}")
+        saved = f"; saved up to {steps[0].name.replace('-', ' ')}, continue with" if steps else ""
+        text = f"stopped{saved or ' before the first checkpoint; start again with'}\n  {again}"
+        if isinstance(error, KeyboardInterrupt) and rank() == 0:
+            raise KeyboardInterrupt(text) from None
+        print0(text)
         raise
     return log
