@@ -184,7 +184,9 @@ EXPERIMENTS = {
         dict(backbone="vit_tiny_patch16", image_size=160, head_levels=3, lora_targets="attn+mlp")
         | dict(lr=1e-3, scale=32.0, holdout_people=0, epochs=14),
     ),
-    "exp_001": Experiment("LoRA on DINOv2, CASIA-WebFace: 90.45 % on LFW recorded; days on a small GPU", _RECORDED),
+    "exp_001": Experiment(
+        "LoRA on DINOv2, CASIA-WebFace: 90.45 % on LFW recorded; 5 to 10 hours on a T4 (predicted)", _RECORDED
+    ),
     "exp_002": Experiment("LoRA on CLIP, CASIA-WebFace: no result is known", _RECORDED | dict(backbone="clip")),
     "exp_003": Experiment("exp_001 with DA-LoRA: 89.50 % on LFW recorded", _RECORDED | dict(use_dalora=True)),
     "exp_004": Experiment(

@@ -246,6 +246,7 @@ def test_every_command_has_help_with_examples(capsys):
             vitface.__main__.main([name, "--help"])
         out = capsys.readouterr().out
         assert stop.value.code == 0 and "examples:" in out and f"  vitface {name} " in out, name
+        assert max(out.count("pe_core_t16"), out.count("siglip2_vitb16")) <= 1, name  # the list of backbones, once
 
 
 def test_the_list_of_commands_shows_an_example_of_each(capsys):

@@ -23,7 +23,7 @@ CAVEATS = (
     "was trained by mistake; `--train-patch-embed` repeats that."
 )
 EXAMPLES = """examples:
-  vitface train --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, days on one small GPU
+  vitface train --exp exp_001 --save-dir runs/exp_001       CASIA-WebFace in data/, hours on one GPU
   vitface evaluate --checkpoint runs/exp_001 --bench all
   vitface experiments --docs docs/results.md
 """

@@ -113,7 +113,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(type=Path, metavar="RUN", help="run (its best) or checkpoint; default: newest in runs/"),
     "--weights": dict(metavar="FILE", help="the frozen backbone's converted file; default: look in the usual places"),
     "--backbone": dict(
-        choices=[*VIT_ALIASES, *VIT_PRESETS], help="this frozen backbone as it is, such as a recogniser"
+        choices=[*VIT_ALIASES, *VIT_PRESETS],
+        metavar="NAME",
+        help="this frozen backbone as it is, such as a recogniser; `vitface backbones` lists them",
     ),
     "--image-size": dict(
         type=number(int, bounds_of("image_size")),

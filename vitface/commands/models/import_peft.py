@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vitface.commands.parser import CommandParser, add_shared
+from vitface.commands.parser import SHARED, CommandParser, add_shared
 from vitface.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -22,7 +22,8 @@ def add_flags(parser: CommandParser) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="the new face model, for vitface.load")
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--into", type=Path, metavar="CHECKPOINT", help="face model whose adapters are replaced")
-    add_shared(base, "--backbone")
+    text = "the frozen backbone that the adapters were trained on; `vitface backbones` lists them"
+    base.add_argument("--backbone", **{**SHARED["--backbone"], "help": text})
     add_shared(parser, "--weights", "--image-size")
 
 
