@@ -89,6 +89,8 @@ ROWS = pairs_of(200)
         ),
         pytest.param("{a},{b},{same:d}", "img1,img2,is_same", False, marks=case("`img1,img2,is_same` on top", "read")),
         pytest.param("{a},{b},{same:d}", "left,right,target", False, marks=case("`left,right,target` on top", "read")),
+        pytest.param("{a},{b},{same:d}", "left,right,is_similar", False),
+        pytest.param("{a},{b},{same:d}", "0,1,2", False, marks=case("pandas' `0,1,2` on top", "read by their places")),
         pytest.param(
             "{a},{b},0,{same:d}", "name1,name2,same_camera,label", False,
             marks=case("`name1,name2,same_camera,label` on top", "the column `label` is taken, as a whole name"),

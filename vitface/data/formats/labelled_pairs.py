@@ -23,7 +23,7 @@ _PATHS = re.compile(
     r"(?=.*(path|image|img|file|photo|name))(path|image|img|file|photo|name|first|second|left|right|[ab]|\d)+"
 )
 _LABEL = re.compile(
-    r"label|target|gt|groundtruth|(is)?(same|match|matched|genuine|positive)(person|people|identity|id)?"
+    r"(pair)?label|target|y|gt|groundtruth|(is)?(same|similar|match|matched|genuine|positive)(person|people|identity|id)?"
 )
 _FOLD = re.compile(r"(fold|split)(id|number)?")
 _OPPOSITE = re.compile(  # 1 is not the same person there
@@ -76,10 +76,12 @@ def _names_photo(line: str) -> bool:
 
 
 def _columns(where: str, line: str) -> list[int] | None:
-    """Where a header has the paths, the label and perhaps the fold; None if it names none of them. DataError for a
-    header without a known label: by its place alone, a label could be read as its opposite."""
+    """Where a header has the paths, the label and perhaps the fold; [], by their places, if pandas numbered them; None
+    if it names none of them. DataError without a known label: by its place alone, it could be read as its opposite."""
     written = cells_of(line[:MAX_LINE]) or line[:MAX_LINE].split()
     names = [re.sub(r"[\s_-]", "", name).lower() for name in written]
+    if names == [*map(str, range(len(names)))]:
+        return []
     photos, labels, folds, opposite = (
         [i for i, name in enumerate(names) if kind.fullmatch(name)] for kind in (_PATHS, _LABEL, _FOLD, _OPPOSITE)
     )
