@@ -8,7 +8,7 @@ from vitface.config import resolve
 from vitface.errors import ConfigError
 from vitface.model.lora import Mix
 from vitface.model.margin import MarginLoss, make_margin
-from vitface.training.memory import GB, plan_memory
+from vitface.training.memory import GB, bytes_of_a_person, plan_memory
 from vitface.training.setup import build_margin, build_model
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -63,6 +63,9 @@ def test_the_logits_of_many_people_are_in_the_plan(kind):
     block = 2 * block_bytes(model, {}) // len(IMAGES)
     assert many.per_image - few.per_image + block == pytest.approx(3 * 20_000 * 4, rel=0.01)
     assert all(torch.equal(tensor, state[name]) for name, tensor in margin.state_dict().items())
+    block_less = many.total - few.total + 64 * block  # 20,000 people outweigh the block at work, five do not
+    assert block_less / 19_995 == pytest.approx(bytes_of_a_person(8, 64, sharded=False), rel=0.01)
+    assert bytes_of_a_person(8, 64, sharded=True) == 4 * margin.weight[0].nbytes
     embedding, kept = torch.zeros(64, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         alive = margin(embedding, torch.zeros(64).long())

@@ -92,6 +92,13 @@ def _saved_by_margin(margin: nn.Module, embedding_dim: int, device: torch.device
     return 2 * once - twice, (twice - once) // PROBE
 
 
+def bytes_of_a_person(embedding_dim: int, micro_batch: int, sharded: bool) -> int:
+    """What an identity adds to a step: prototype, gradient and two moments; if its logits are kept, that of each image
+    and two of their size at work, and the unit prototype with its length."""
+    kept = 0 if sharded else embedding_dim + 1 + 3 * micro_batch
+    return 4 * (4 * embedding_dim + kept)
+
+
 def peak_memory(device: torch.device) -> str:
     """The most memory that was in use so far, in words; on a CPU that of the whole process, libraries included."""
     if device.type == "cuda":

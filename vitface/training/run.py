@@ -16,7 +16,7 @@ from vitface.store.faces import step_directories
 from vitface.training.finish import finish
 from vitface.training.header import header
 from vitface.training.loop import Trainer
-from vitface.training.memory import peak_memory
+from vitface.training.memory import bytes_of_a_person, peak_memory
 from vitface.training.ranks.process_group import broadcast, print0, process_group, rank
 from vitface.training.runs.checkpoint import link_checkpoint, load_state
 from vitface.training.runs.log import RunLog
@@ -40,10 +40,9 @@ def run(config: TrainConfig, with_frozen: bool = True, change: Change | None = N
                 trainer = Trainer(config, None, change)
                 print0(header(trainer, with_frozen=False))
                 trainer.fit(None)
-                each = (
-                    f"each person of your data adds {16 * config.embedding_dim / 1000:.1f} kB for the identity matrix"
-                )
-                print0(f"memory at its peak: {peak_memory(trainer.device)}; {each}")
+                each = bytes_of_a_person(config.embedding_dim, trainer.data.micro_batch, config.partial_fc is not None)
+                adds = f"each person of your data adds {each / 1000:.1f} kB"
+                print0(f"memory at its peak: {peak_memory(trainer.device)}; {adds}")
                 return None
             default = f"runs/{config.exp or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
             run_dir = Path(broadcast(config.save_dir or default))
