@@ -117,9 +117,9 @@ def test_transparent_colours_become_mid_grey():
     rgb[3] = (1, 2, 3)
     expected = np.where((rgb == (1, 2, 3)).all(-1, keepdims=True), 128, rgb)
     np.testing.assert_array_equal(decode_image(encode(rgb, transparency=(1, 2, 3))), expected)
-    deep = np.array([[1000, 2000]], np.uint16)
-    data = png(2, 1, 16, 0, [deep.astype(">u2").tobytes()], (b"tRNS", struct.pack(">H", 2000)))
-    np.testing.assert_array_equal(decode_image(data), [[[3] * 3, [128] * 3]])
+    deep = np.array([[10_000, 20_000]], np.uint16)
+    data = png(2, 1, 16, 0, [deep.astype(">u2").tobytes()], (b"tRNS", struct.pack(">H", 20_000)))
+    np.testing.assert_array_equal(decode_image(data), [[[39] * 3, [128] * 3]])
 
 
 @pytest.mark.parametrize(
